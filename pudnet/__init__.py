@@ -1,0 +1,1 @@
+"""PudNet: predict the convolution weights of a network for an image dataset it has never seen."""

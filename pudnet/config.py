@@ -1,0 +1,101 @@
+"""Every knob of the method, as frozen dataclasses that are checked once, where they enter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from pudnet.errors import UserError
+
+# Strict: `eta: "0.2"` or `depth: true` is a mistake to point out, not one to guess about.
+STRICT = ConfigDict(extra="forbid", strict=True)
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[int, Field(ge=1)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+Config = TypeVar("Config")
+
+
+@dataclass(frozen=True, config=STRICT)
+class ModelConfig:
+    """The hypernetwork (sections 3.3 and 3.4, appendix A.1).
+
+    The sketch is l x m: l = `depth` recurrent layers, m = `hidden` values for each.
+    """
+
+    extractor: Annotated[str, Field(pattern=r"^[1-9]conv(-1linear)?$")] = "1conv-1linear"  # table 12's names
+    extractor_channels: Positive = 32
+    normalization: Literal["batch", "group", "layer"] = "group"
+    pooling: Literal["mean", "sum", "geometric_mean", "mean_var"] = "mean"  # table 9
+    sketch: Literal["images", "constant"] = "images"  # constant: a control, the weights ignore the group
+    context: Literal["gru", "ahru", "none"] = "gru"
+    initial_state: Literal["sketch", "random"] = "sketch"
+    depth: Annotated[int, Field(ge=1, le=8)] = 2
+    hidden: Positive = 128
+    eta: Fraction = 0.2
+    generator_hidden: Positive = 16
+
+
+@dataclass(frozen=True, config=STRICT)
+class TrainConfig:
+    """Meta-training (section 3.5, appendix A.2): one update of Adam a task group."""
+
+    learning_rate: PositiveFloat = 1e-3
+    schedule: Literal["constant", "cosine"] = "constant"
+    clip_norm: PositiveFloat = 10.0
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    temperature: PositiveFloat = 10.0  # tau of Eq. 6: fixed in A.2, learnable in 3.5
+    learn_temperature: bool = False
+    full_weight: Weight = 1.0  # of L2, Eq. 8
+    kl_weight: Weight = 1.0  # of L3, Eq. 9
+    support_per_class: Positive = 10
+    report_every: Positive = 100  # groups between two reports, checkpoints and NaN checks
+
+
+# Table 4's ablations and the controls, each as what it changes.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "pudnet": {},
+    "without_context": {"context": "none"},
+    "random_hidden": {"initial_state": "random"},
+    "without_initial_residual": {"eta": 0.0},
+    "metric_only": {"full_weight": 0.0, "kl_weight": 0.0},
+    "without_kl": {"kl_weight": 0.0},
+    "constant_sketch": {"sketch": "constant"},
+}
+
+
+def apply_variant(name: str, model: ModelConfig, train: TrainConfig) -> tuple[ModelConfig, TrainConfig]:
+    """Change the two configurations as the named ablation or control says; `UserError` for an unknown name."""
+    if name not in VARIANTS:
+        raise UserError(f"unknown variant {name!r}; known: {', '.join(VARIANTS)}")
+    changes = VARIANTS[name]
+    of_model = {k: v for k, v in changes.items() if k in ModelConfig.__dataclass_fields__}
+    of_train = {k: v for k, v in changes.items() if k in TrainConfig.__dataclass_fields__}
+    return replace(model, **of_model), replace(train, **of_train)
+
+
+def parse(kind: type[Config], values: Mapping[str, Any], where: str) -> Config:
+    """Build one configuration from plain values.
+
+    Raises `UserError` with one line that names the key (below `where`), what is wrong and what was given.
+    """
+    try:
+        return TypeAdapter(kind).validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join([where, *map(str, first["loc"])]).strip(".")
+        raise UserError(f"{key}: {_complaint(first, kind)}") from None
+
+
+def _complaint(error: Mapping[str, Any], kind: type) -> str:
+    if error["type"] == "unexpected_keyword_argument":
+        return f"unknown key; known: {', '.join(kind.__dataclass_fields__)}"
+    if error["type"] == "missing":
+        return "missing"
+    return f"{error['msg'].lower()}, got {error['input']!r}"

@@ -1,0 +1,1 @@
+"""From raw images to task groups: sources, the prepared store, the group tables."""

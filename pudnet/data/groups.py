@@ -1,0 +1,232 @@
+"""Task groups: small labelled datasets, kept as tables of image indices into a store.
+
+A group's row holds one block of images a class. A table of twins has two rows a group: weights are predicted from
+the first, accuracy is measured on the second, which has the same classes in the same order and no image in common.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pudnet.data.store import Store, whole_folder
+from pudnet.errors import UserError
+
+# Streams of random numbers, all of one seed: changing one table's size leaves the others as they are.
+SPLIT_STREAM = 0
+ROLE_STREAMS = {"search_train": 1, "validation": 2, "train": 3, "test": 4}
+
+
+@dataclass(frozen=True)
+class Split:
+    """The class split: it decides how hard a set is, so it is part of every result.
+
+    Class ids are sorted. `train_classes` and `validation_classes`, a subset of them that the search validates on,
+    belong to the training store; `test_classes` to the test store, and are disjoint from the training classes
+    where that is the same store.
+    """
+
+    seed: int
+    train_classes: tuple[int, ...]
+    validation_classes: tuple[int, ...]
+    test_classes: tuple[int, ...]
+
+    @property
+    def search_classes(self) -> tuple[int, ...]:
+        """The training classes that the search trains on: those it does not validate on."""
+        return tuple(sorted(set(self.train_classes) - set(self.validation_classes)))
+
+
+@dataclass(frozen=True)
+class GroupSizes:
+    """How large groups are and how many of them each table has.
+
+    `images_per_group` None takes as many images as every class has, halved; `test_whole` makes the test table
+    one group of all test images, split in two halves.
+    """
+
+    classes_per_group: int
+    images_per_group: int | None
+    train_groups: int
+    search_groups: int
+    validation_groups: int
+    test_groups: int
+    test_whole: bool
+
+
+def split_classes(
+    classes: int, train_classes: int, classes_per_group: int, seed: int, test_store_classes: int | None = None
+) -> Split:
+    """Split `classes` class ids at random into `train_classes` for training and the rest for test.
+
+    With `test_store_classes` the test classes are all those of another store instead. About a fifth of the
+    training classes validates the search. Raises UserError where a part has fewer classes than a group.
+    """
+    order = np.random.default_rng([seed, SPLIT_STREAM]).permutation(classes).tolist()
+    train, rest = order[:train_classes], order[train_classes:]
+    test = rest if test_store_classes is None else list(range(test_store_classes))
+    validating = max(classes_per_group, round(train_classes / 5))
+    if train_classes > classes:
+        raise UserError(
+            f"train_classes is {train_classes}, but the training set has {classes} classes; lower it"
+        )
+    if classes_per_group > len(test):
+        raise UserError(
+            f"a group has {classes_per_group} classes, but {len(test)} are left for test; lower classes_per_group "
+            "or train_classes"
+        )
+    if train_classes - validating < classes_per_group:
+        raise UserError(
+            f"of {train_classes} training classes {validating} validate the search, which leaves fewer than the "
+            f"{classes_per_group} classes of a group; lower classes_per_group or raise train_classes"
+        )
+    return Split(seed, *(tuple(sorted(ids)) for ids in (train, train[:validating], test)))
+
+
+def sample_groups(
+    labels: np.ndarray,
+    classes: Sequence[int],
+    class_names: Sequence[str],
+    groups: int,
+    classes_per_group: int,
+    images_per_class: int,
+    twins: bool,
+    rng: np.random.Generator,
+) -> np.ndarray:
+    """Draw groups: indices into `labels`, (groups, N), or (groups, 2, N) with twins; N = classes x images a class.
+
+    Class blocks stand in the order drawn, images within a block in random order. A longer table of the same
+    generator state begins with the shorter one. Raises UserError for a class with too few images.
+    """
+    sides = 2 if twins else 1
+    drawn = sides * images_per_class
+    if classes_per_group > len(classes):
+        raise UserError(
+            f"a group has {classes_per_group} classes, but only {len(classes)} are there to draw from"
+        )
+    rows = [np.flatnonzero(labels == label).astype(_index_type(labels)) for label in classes]
+    for label, members in zip(classes, rows, strict=True):
+        if len(members) < drawn:
+            raise UserError(
+                f"class {label} ({class_names[label]}) has {len(members)} images, but its groups need {drawn}; "
+                "lower images_per_group"
+            )
+    table = np.empty((groups, sides, classes_per_group, images_per_class), dtype=_index_type(labels))
+    for group in table:
+        for block, which in enumerate(rng.choice(len(rows), classes_per_group, replace=False)):
+            picked = rng.choice(rows[which], drawn, replace=False)
+            group[:, block] = picked.reshape(sides, images_per_class)
+    return table.reshape((groups, 2, -1) if twins else (groups, classes_per_group * images_per_class))
+
+
+def halve(labels: np.ndarray, classes: Sequence[int], rng: np.random.Generator) -> np.ndarray:
+    """One group of twins, (1, 2, N), from all images of the classes; a class with an odd count leaves one out.
+
+    Blocks stand in the order of `classes` and differ in size where the classes do.
+    """
+    halves = []
+    for label in classes:
+        members = rng.permutation(np.flatnonzero(labels == label).astype(_index_type(labels)))
+        halves.append(members[: len(members) // 2 * 2].reshape(2, -1))
+    return np.concatenate(halves, axis=1)[None]
+
+
+def whole_class_images(labels: np.ndarray, classes: Sequence[int]) -> int:
+    """Images a class when every class gives all it can to a group and its twin: half of the smallest class."""
+    counts = np.bincount(labels, minlength=max(classes) + 1)
+    return int(counts[list(classes)].min()) // 2
+
+
+def _index_type(labels: np.ndarray) -> type[np.unsignedinteger]:
+    """The smallest type that holds every image index: tables of 100,000 groups are large."""
+    return np.uint16 if len(labels) < 65_536 else np.uint32
+
+
+def build_groups(
+    split: Split, sizes: GroupSizes, train: Store, test: Store | None = None
+) -> dict[str, np.ndarray]:
+    """The tables `search_train`, `validation` (twins), `train` and `test` (twins), from the split's seed alone.
+
+    Indices of `test` refer to the test store, which is the training store where `test` is None. Raises UserError
+    where the sizes do not fit the classes or the images.
+    """
+    test = test or train
+    images_per_class = _images_per_class(split, sizes, train, test)
+
+    def sample(role: str, store: Store, classes: Sequence[int], groups: int, twins: bool) -> np.ndarray:
+        rng = np.random.default_rng([split.seed, ROLE_STREAMS[role]])
+        k = sizes.classes_per_group
+        return sample_groups(
+            store.labels, classes, store.class_names, groups, k, images_per_class, twins, rng
+        )
+
+    tables = {
+        "search_train": sample("search_train", train, split.search_classes, sizes.search_groups, twins=False),
+        "validation": sample(
+            "validation", train, split.validation_classes, sizes.validation_groups, twins=True
+        ),
+        "train": sample("train", train, split.train_classes, sizes.train_groups, twins=False),
+    }
+    if sizes.test_whole:
+        rng = np.random.default_rng([split.seed, ROLE_STREAMS["test"]])
+        tables["test"] = halve(test.labels, split.test_classes, rng)
+    else:
+        tables["test"] = sample("test", test, split.test_classes, sizes.test_groups, twins=True)
+    return tables
+
+
+def _images_per_class(split: Split, sizes: GroupSizes, train: Store, test: Store) -> int:
+    """Images a class and group, the same in every table, so that all groups have one size."""
+    k, n = sizes.classes_per_group, sizes.images_per_group
+    if n is not None:
+        if n < k or n % k:
+            raise UserError(
+                f"images_per_group is {n}; it must be a positive multiple of classes_per_group ({k})"
+            )
+        return n // k
+    fitting = whole_class_images(train.labels, split.train_classes)
+    if not sizes.test_whole:
+        fitting = min(fitting, whole_class_images(test.labels, split.test_classes))
+    if fitting == 0:
+        raise UserError("a class has fewer than 2 images, too few for a group and its twin; add images to it")
+    return fitting
+
+
+def write_groups(
+    folder: Path,
+    split: Split,
+    tables: Mapping[str, np.ndarray],
+    train_class_names: Sequence[str],
+    test_class_names: Sequence[str],
+) -> None:
+    """Write a NAME.npy a table, and split.json with the split's seed, class ids and names; all or nothing."""
+    names = {
+        "train_class_names": [train_class_names[label] for label in split.train_classes],
+        "validation_class_names": [train_class_names[label] for label in split.validation_classes],
+        "test_class_names": [test_class_names[label] for label in split.test_classes],
+    }
+    with whole_folder(folder) as partial:
+        for name, table in tables.items():
+            np.save(partial / f"{name}.npy", table)
+        content = {**asdict(split), **names, "tables": sorted(tables)}
+        (partial / "split.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def open_groups(folder: Path) -> tuple[Split, dict[str, np.ndarray]]:
+    """The split and its tables, memory-mapped and read-only; UserError where they are missing or damaged."""
+    path = folder / "split.json"
+    if not path.is_file():
+        raise UserError(f"{folder} has no task groups; run `dvc repro` to make them")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        roles = ("train_classes", "validation_classes", "test_classes")
+        split = Split(content["seed"], *(tuple(content[role]) for role in roles))
+        tables = {}
+        for name in content["tables"]:
+            path = folder / f"{name}.npy"
+            tables[name] = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
+        raise UserError(f"{path} is damaged; delete {folder} and run `dvc repro` again") from error
+    return split, tables

@@ -1,0 +1,313 @@
+"""Where labelled images come from: scikit-learn, torchvision, folders and .npz files, all read as one `Source`."""
+
+import contextlib
+import gzip
+import io
+import struct
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from pudnet.errors import UserError
+
+BATCH = 256
+# Official images (training, test) of every torchvision set that can be named.
+TORCHVISION_COUNTS = {
+    "FashionMNIST": (60_000, 10_000),
+    "MNIST": (60_000, 10_000),
+    "KMNIST": (60_000, 10_000),
+    "CIFAR10": (50_000, 10_000),
+    "CIFAR100": (50_000, 10_000),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """Labelled images that are read in order, a batch at a time, already at their final size.
+
+    `labels` is (N,) int64, an index into `class_names`; `batches()` starts a new pass that yields uint8 arrays
+    (B, image_size, image_size, channels) in the order of `labels`.
+    """
+
+    name: str
+    class_names: tuple[str, ...]
+    labels: np.ndarray
+    batches: Callable[[], Iterator[np.ndarray]]
+
+
+def open_source(spec: str, raw: Path, image_size: int, channels: int) -> Source:
+    """Open `sklearn:digits`, `torchvision:NAME`, `folder:PATH` or `npz:PATH`.
+
+    `raw` keeps what torchvision downloads; a relative PATH is relative to the current directory; `channels` is
+    1 (grey) or 3 (RGB). Raises UserError for an unknown spec and for files that are missing or damaged.
+    """
+    kind, _, rest = spec.partition(":")
+    if spec == "sklearn:digits":
+        return _open_digits(image_size, channels)
+    if kind == "torchvision":
+        return _open_torchvision(rest, raw, image_size, channels)
+    if kind == "folder" and rest:
+        return _open_folder(Path(rest).expanduser(), image_size, channels)
+    if kind == "npz" and rest:
+        return _open_npz(Path(rest).expanduser(), image_size, channels)
+    raise UserError(
+        f"source '{spec}' is not known; use sklearn:digits, torchvision:NAME, folder:PATH or npz:PATH"
+    )
+
+
+# One image, one batch
+
+
+def to_array(image: Image.Image, image_size: int, channels: int) -> np.ndarray:
+    """Any PIL image as uint8 (image_size, image_size, channels).
+
+    Turned as its EXIF orientation says; centre-cropped to a square, so that shapes keep their proportions, and
+    resized with antialiased bilinear. Transparent pixels become white, as a viewer shows them: the colour stored
+    under them is arbitrary. Raises ValueError where the pixels have no known range (floating point).
+    """
+    image = _to_eight_bits(ImageOps.exif_transpose(image))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert("L" if channels == 1 else "RGB")
+    if image.size != (image_size, image_size):
+        image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BILINEAR)
+    return np.array(image).reshape(image_size, image_size, channels)
+
+
+def _to_eight_bits(image: Image.Image) -> Image.Image:
+    """Scale 16-bit grey to 8 bits, which PIL's own conversion would clip instead; leave other modes alone."""
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no known range; save it with 8 or 16 bits")
+    if not image.mode.startswith("I"):
+        return image
+    wide = np.asarray(image)
+    if wide.min() < 0 or wide.max() > 65_535:
+        raise ValueError("32-bit pixels have no known range; save it with 8 or 16 bits")
+    return Image.fromarray(((wide.astype(np.uint32) * 255 + 32_767) // 65_535).astype(np.uint8))
+
+
+def read_image(path: Path, image_size: int, channels: int) -> np.ndarray:
+    """The image file as uint8 (image_size, image_size, channels); UserError that names a file it cannot read."""
+    try:
+        with Image.open(path) as image:
+            return to_array(image, image_size, channels)
+    except Exception as error:  # Pillow's decoders raise nearly every type for a damaged file
+        raise UserError(f"{path} cannot be read as an image ({error}); repair or remove it") from error
+
+
+def convert(images: np.ndarray, image_size: int, channels: int) -> np.ndarray:
+    """uint8 (B, H, W) or (B, H, W, C) with C 1 or 3 as uint8 (B, image_size, image_size, channels)."""
+    if images.ndim == 3:
+        images = images[..., None]
+    if images.shape[1:] == (image_size, image_size, channels):
+        return images
+    if images.shape[-1] == 1:
+        images = images[..., 0]  # PIL's grey images have no channel axis
+    return np.stack([to_array(Image.fromarray(image), image_size, channels) for image in images])
+
+
+def _array_source(
+    name: str,
+    images: np.ndarray,
+    labels: np.ndarray,
+    class_names: tuple[str, ...],
+    image_size: int,
+    channels: int,
+) -> Source:
+    """A source over uint8 images (N, H, W) or (N, H, W, C) in memory."""
+
+    def batches() -> Iterator[np.ndarray]:
+        for start in range(0, len(images), BATCH):
+            yield convert(images[start : start + BATCH], image_size, channels)
+
+    return Source(name, class_names, labels.astype(np.int64), batches)
+
+
+# scikit-learn
+
+
+def _open_digits(image_size: int, channels: int) -> Source:
+    """scikit-learn's 1,797 handwritten digits of 8x8 pixels, values 0..16 scaled to 0..255."""
+    from sklearn.datasets import load_digits  # here: slow to import, and needed for this source alone
+
+    digits = load_digits()
+    images = np.rint(digits.images * (255 / 16)).astype(np.uint8)
+    names = tuple(str(digit) for digit in range(10))
+    return _array_source("sklearn:digits", images, digits.target, names, image_size, channels)
+
+
+# torchvision
+
+
+def _open_torchvision(name: str, raw: Path, image_size: int, channels: int) -> Source:
+    """All official images of a torchvision set, training images first; downloads what `raw` does not hold."""
+    from torchvision import datasets  # here: slow to import, and needed for this source alone
+
+    if name not in TORCHVISION_COUNTS:
+        raise UserError(f"torchvision:{name} is not known; use one of {', '.join(TORCHVISION_COUNTS)}")
+    dataset_class = getattr(datasets, name)
+    if hasattr(dataset_class, "resources"):
+        _check_idx_files(raw / name / "raw", TORCHVISION_COUNTS[name])
+    try:
+        with _quiet_unless_tty():
+            parts = [dataset_class(root=raw, train=train, download=True) for train in (True, False)]
+    except Exception as error:  # network, file system, or torchvision's own checks: it raises many types
+        raise UserError(_how_to_get(dataset_class, raw, error)) from error
+    images = np.concatenate([np.asarray(part.data) for part in parts])
+    labels = np.concatenate([np.asarray(part.targets) for part in parts])
+    counts, names = tuple(len(part.data) for part in parts), tuple(parts[0].classes)
+    if counts != TORCHVISION_COUNTS[name] or labels.min() < 0 or labels.max() >= len(names):
+        raise UserError(f"the files of {name} in {raw} are damaged; delete them and run again")
+    return _array_source(f"torchvision:{name}", images, labels, names, image_size, channels)
+
+
+def _quiet_unless_tty() -> contextlib.AbstractContextManager:
+    """Drop torchvision's progress bars, which fill a log with thousands of lines, where no one watches."""
+    if sys.stderr.isatty():
+        return contextlib.nullcontext()
+    return contextlib.redirect_stderr(io.StringIO())
+
+
+def _check_idx_files(folder: Path, counts: tuple[int, int]) -> None:
+    """UserError naming an unpacked IDX file that is damaged: torchvision checks only the .gz it unpacks."""
+    for part, count in zip(("train", "t10k"), counts, strict=True):
+        image_header = struct.pack(">4I", 0x803, count, 28, 28)
+        label_header = struct.pack(">2I", 0x801, count)
+        _check_idx(folder / f"{part}-images-idx3-ubyte", image_header, count * 28 * 28)
+        _check_idx(folder / f"{part}-labels-idx1-ubyte", label_header, count)
+
+
+def _check_idx(path: Path, header: bytes, body: int) -> None:
+    """Compare an unpacked IDX file, where there is one, with its header, its size and its .gz."""
+    if not path.exists():
+        return
+    content = path.read_bytes()
+    if not content.startswith(header) or len(content) != len(header) + body:
+        raise UserError(f"{path} is damaged (wrong header or size); delete it and run again")
+    archive = path.with_name(path.name + ".gz")
+    if not archive.exists():
+        return
+    try:
+        same = gzip.decompress(archive.read_bytes()) == content
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{archive} is damaged ({error}); delete it and run again") from error
+    if not same:
+        raise UserError(f"{path} differs from what its .gz holds; delete it and run again")
+
+
+def _how_to_get(dataset_class: type, raw: Path, error: Exception) -> str:
+    """One line: what could not be had, which files to put where, and what else can be done."""
+    from torchvision.datasets.utils import check_integrity
+
+    name = dataset_class.__name__
+    if hasattr(dataset_class, "resources"):
+        folder, files = raw / name / "raw", dataset_class.resources
+    else:
+        folder, files = raw, [(dataset_class.filename, dataset_class.tgz_md5)]
+    lacking = [file for file, checksum in files if not check_integrity(folder / file, checksum)]
+    damaged = [str(folder / file) for file in lacking if (folder / file).exists()]
+    reason = f"{' and '.join(damaged)} failed the checksum, and " if damaged else ""
+    cause = " ".join(str(error).split())[:200]
+    return (
+        f"{reason}torchvision:{name} could not be downloaded ({cause}); put {', '.join(lacking) or 'its files'} "
+        f"into {folder}/, or use your own images with folder:PATH or npz:PATH"
+    )
+
+
+# Folders of images
+
+
+def _open_folder(folder: Path, image_size: int, channels: int) -> Source:
+    """One subfolder a class, by sorted name; images are found at any depth and decoded batch by batch."""
+    if not folder.is_dir():
+        raise UserError(
+            f"folder:{folder} does not exist or is no folder; it needs one subfolder of images a class"
+        )
+    classes = sorted(child for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
+    if not classes:
+        raise UserError(f"folder:{folder} has no subfolders; it needs one subfolder of images a class")
+    readable = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    files = [_image_files(child, readable) for child in classes]
+    labels = np.repeat(np.arange(len(classes)), [len(paths) for paths in files])
+    paths = [path for paths in files for path in paths]
+
+    def batches() -> Iterator[np.ndarray]:
+        read = partial(read_image, image_size=image_size, channels=channels)
+        with ThreadPoolExecutor() as pool:  # Pillow decodes outside Python's lock
+            for start in range(0, len(paths), BATCH):
+                yield np.stack(list(pool.map(read, paths[start : start + BATCH])))
+
+    names = tuple(child.name for child in classes)
+    return Source(f"folder:{folder}", names, labels.astype(np.int64), batches)
+
+
+def _image_files(folder: Path, suffixes: set[str]) -> list[Path]:
+    """Sorted image files at any depth below a class folder; UserError where there are none."""
+    paths = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in suffixes and not path.name.startswith(".")
+    )
+    if not paths:
+        raise UserError(f"class folder {folder} has no images; add some or remove the folder")
+    return paths
+
+
+# .npz files
+
+
+def _open_npz(path: Path, image_size: int, channels: int) -> Source:
+    """`images` uint8 (N, H, W) or (N, H, W, C), `labels` (N,), optional `class_names`; held in memory whole."""
+    arrays = _read_npz(path)
+    for key in ("images", "labels"):
+        if key not in arrays:
+            raise UserError(f"{path} has no array '{key}'; it needs 'images' and 'labels'")
+    images, labels = arrays["images"], arrays["labels"]
+    shape_fits = images.ndim == 3 or (images.ndim == 4 and images.shape[-1] in (1, 3))
+    if images.dtype != np.uint8 or not shape_fits or images.size == 0:
+        raise UserError(
+            f"{path}: 'images' is {images.dtype} {images.shape}; it must be uint8 (N, H, W) or (N, H, W, C) "
+            "with C 1 or 3"
+        )
+    if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
+        raise UserError(
+            f"{path}: 'labels' is {labels.dtype} {labels.shape}; it must be integers of shape ({len(images)},)"
+        )
+    names = _npz_class_names(path, labels, arrays.get("class_names"))
+    return _array_source(f"npz:{path}", images, labels, names, image_size, channels)
+
+
+def _read_npz(path: Path) -> dict[str, np.ndarray]:
+    """All arrays of the file; never unpickles. UserError naming a file that is missing, damaged or no .npz."""
+    if not path.is_file():
+        raise UserError(f"npz:{path} does not exist; give the path of an .npz file")
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {key: archive[key] for key in archive.files}
+    except Exception as error:  # zipfile, zlib and numpy raise many types for a damaged file
+        raise UserError(
+            f"{path} cannot be read as an .npz of plain arrays ({error}); write it again"
+        ) from error
+
+
+def _npz_class_names(path: Path, labels: np.ndarray, names: np.ndarray | None) -> tuple[str, ...]:
+    """The class names, or "0", "1", ... without any; UserError where labels and names do not fit each other."""
+    present = np.unique(labels).tolist()
+    if names is None:
+        names = np.array([str(label) for label in range(len(present))])
+    if names.ndim != 1 or names.dtype.kind != "U" or len(set(names.tolist())) != len(names):
+        raise UserError(f"{path}: 'class_names' must be a one-dimensional array of distinct strings")
+    if present != list(range(len(names))):
+        raise UserError(
+            f"{path}: 'labels' must use every class from 0 to {len(names) - 1}; found {len(present)} labels from "
+            f"{present[0]} to {present[-1]}"
+        )
+    return tuple(names.tolist())

@@ -1,0 +1,144 @@
+"""A prepared store: one source's images as a memory-mapped uint8 array, with labels, statistics and checksums."""
+
+import contextlib
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pudnet.data.sources import Source
+from pudnet.errors import UserError
+
+ONE_GREY_LEVEL = 1 / 255
+
+
+@dataclass(frozen=True, eq=False)
+class Store:
+    """Images uint8 (N, S, S, C), memory-mapped and read-only; labels (N,) int64; mean and std (C) of pixels in 0..1."""
+
+    images: np.ndarray
+    labels: np.ndarray
+    class_names: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    source: str
+
+    @property
+    def image_size(self) -> int:
+        return self.images.shape[1]
+
+    @property
+    def channels(self) -> int:
+        return self.images.shape[3]
+
+
+@contextlib.contextmanager
+def whole_folder(destination: Path) -> Iterator[Path]:
+    """A new folder to write into, which takes the place of `destination` only when the block ends well."""
+    partial = destination.with_name(f".{destination.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if destination.exists():
+            shutil.rmtree(destination)
+        partial.rename(destination)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_store(source: Source, destination: Path) -> None:
+    """Write the source as a store; the same source gives the same bytes, and an error leaves nothing behind."""
+    with whole_folder(destination) as folder:
+        counts, shape = _write_images(source, folder / "images.npy")
+        np.save(folder / "labels.npy", source.labels.astype(np.int64))
+        mean, std = _mean_and_std(counts)
+        meta = {
+            "source": source.name,
+            "class_names": list(source.class_names),
+            "image_size": shape[1],
+            "channels": shape[3],
+            "count": shape[0],
+            "mean": mean,
+            "std": std,
+            "sha256": {name: _sha256(folder / name) for name in ("images.npy", "labels.npy")},
+        }
+        (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_images(source: Source, path: Path) -> tuple[np.ndarray, tuple[int, ...]]:
+    """Write all batches as one .npy; returns how often each value occurs, (C, 256), and the array's shape."""
+    images, counts, row = None, None, 0
+    for batch in source.batches():
+        if images is None or counts is None:
+            shape = (len(source.labels), *batch.shape[1:])
+            images = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
+            counts = np.zeros((batch.shape[3], 256), dtype=np.int64)
+        images[row : row + len(batch)] = batch
+        row += len(batch)
+        for channel, count in enumerate(counts):
+            count += np.bincount(batch[..., channel].ravel(), minlength=256)
+    if images is None or counts is None or row != len(source.labels):
+        raise ValueError(f"source {source.name} gave {row} images for {len(source.labels)} labels")
+    images.flush()
+    return counts, images.shape
+
+
+def _mean_and_std(counts: np.ndarray) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation (C) in 0..1 of channels given as counts of their values (C, 256).
+
+    A constant channel's deviation is one grey level, so that dividing by it is always possible.
+    """
+    values = np.arange(256) / 255
+    weights = counts / counts.sum(axis=1, keepdims=True)
+    mean = weights @ values
+    variance = (weights * (values - mean[:, None]) ** 2).sum(axis=1)
+    return mean.tolist(), np.maximum(np.sqrt(variance), ONE_GREY_LEVEL).tolist()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def open_store(path: Path, verify: bool) -> Store:
+    """Open a store; `verify` reads every byte against its checksum.
+
+    Raises UserError for a store that is missing or damaged, naming the file.
+    """
+    if not (path / "meta.json").is_file():
+        raise UserError(f"{path} is no prepared store; run `dvc repro` to prepare it")
+    try:
+        meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
+        checksums = {name: meta["sha256"][name] for name in ("images.npy", "labels.npy")}
+        shape = (meta["count"], meta["image_size"], meta["image_size"], meta["channels"])
+        class_names, mean, std = (tuple(meta[key]) for key in ("class_names", "mean", "std"))
+        source = meta["source"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise _damaged(path / "meta.json", "cannot be read") from error
+    for name, checksum in checksums.items():
+        if verify and (not (path / name).is_file() or _sha256(path / name) != checksum):
+            raise _damaged(path / name, "does not match its checksum")
+    images, labels = (
+        _load(path / name, shape[:axes]) for name, axes in (("images.npy", 4), ("labels.npy", 1))
+    )
+    return Store(images, labels, class_names, mean, std, source)
+
+
+def _load(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    """Map an array of the given shape, read-only."""
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise _damaged(path, "is missing or cannot be read") from error
+    if array.shape != shape:
+        raise _damaged(path, f"has shape {array.shape}, not {shape} as meta.json says")
+    return array
+
+
+def _damaged(path: Path, what: str) -> UserError:
+    return UserError(f"{path} {what}; delete {path.parent} and run `dvc repro` again")

@@ -1,0 +1,5 @@
+"""The hypernetwork: sketch -> context -> weight generator."""
+
+from pudnet.hypernet.model import PudNet
+
+__all__ = ["PudNet"]

@@ -1,0 +1,73 @@
+"""Dataset compression (section 3.3, appendix A.1): a group of images becomes a sketch of fixed size."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pudnet.config import ModelConfig
+
+STRIDE = 2
+GROUPS = 8
+
+
+def _normalization(name: str, channels: int) -> nn.Module:
+    """`batch` is the paper's; `group` and `layer` see one image at a time.
+
+    BatchNorm fixes every channel's mean over the group, which is most of what a mean sketch can say, and
+    its running statistics are not those that it was trained with; the other two have neither trouble.
+    """
+    if name == "batch":
+        return nn.BatchNorm2d(channels)
+    return nn.GroupNorm(1 if name == "layer" else math.gcd(GROUPS, channels), channels)
+
+
+def pool(features: Tensor, how: str) -> Tensor:
+    """Pool image features (N, d) over the group to (d,), or (2d,) for `mean_var` (table 9).
+
+    The geometric mean is of the softplus of the features, since it is defined for positive values only.
+    """
+    if how == "mean":
+        return features.mean(0)
+    if how == "sum":
+        return features.sum(0)
+    if how == "geometric_mean":
+        return F.softplus(features).clamp_min(1e-6).log().mean(0).exp()
+    return torch.cat([features.mean(0), features.var(0, unbiased=False)])
+
+
+class Sketch(nn.Module):
+    r"""Eq. 3: :math:`s = pool_{x \in D} T_\phi(x)`, reshaped to one slice a recurrent layer.
+
+    :math:`T_\phi` is a stack of blocks (5x5 convolution of stride 2, LeakyReLU, normalisation). With
+    `-1linear` the last block's map is flattened into a linear layer; without, it is averaged over positions.
+    """
+
+    def __init__(self, config: ModelConfig, channels: int, image_size: int) -> None:
+        super().__init__()
+        self.pooling = config.pooling
+        self.shape = (config.depth, config.hidden)
+        size = config.depth * config.hidden
+        out = math.ceil(size / 2) if config.pooling == "mean_var" else size
+        blocks, linear = int(config.extractor[0]), config.extractor.endswith("linear")
+        widths = [channels] + [config.extractor_channels] * blocks
+        if not linear:
+            widths[-1] = out
+        self.blocks = nn.Sequential()
+        side = image_size
+        for d_in, d_out in zip(widths[:-1], widths[1:], strict=True):
+            self.blocks.append(nn.Conv2d(d_in, d_out, 5, stride=STRIDE, padding=2))
+            self.blocks.append(nn.LeakyReLU())
+            self.blocks.append(_normalization(config.normalization, d_out))
+            side = math.ceil(side / STRIDE)
+        self.linear = nn.Linear(widths[-1] * side * side, out) if linear else None
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (N, C, H, W) -> sketch (l, m), in fp32."""
+        maps = self.blocks(images)  # (N, c, h, w)
+        features = maps.mean((2, 3)) if self.linear is None else self.linear(maps.flatten(1))  # (N, d)
+        pooled = pool(features.float(), self.pooling)
+        return pooled[: math.prod(self.shape)].view(self.shape)

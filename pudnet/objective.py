@@ -1,0 +1,76 @@
+"""The meta-objective (Eq. 6 to 10, appendix A.2)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pudnet.config import TrainConfig
+
+
+def centroids(features: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """Mean feature of each class, u_k of Eq. 6: features (N, d), labels (N,) in 0..k-1 -> (k, d)."""
+    one_hot = F.one_hot(labels, classes).to(features.dtype)  # (N, k)
+    return one_hot.T @ features / one_hot.sum(0).unsqueeze(1)
+
+
+def metric_logits(features: Tensor, class_centroids: Tensor, temperature: Tensor | float) -> Tensor:
+    """Eq. 6 before its softmax: tau times the cosine of features (N, d) and centroids (k, d) -> (N, k)."""
+    return temperature * F.normalize(features, dim=-1) @ F.normalize(class_centroids, dim=-1).T
+
+
+def consistency(full: Tensor, metric: Tensor, columns: Tensor) -> Tensor:
+    """L3, Eq. 9: KL(q || p), q from the full head's logits (N, K), p from the metric's logits (N, k).
+
+    The k metric logits take the group's `columns` (k,) of the K and the rest are zeros, *before* the softmax
+    (A.2 pads logits; padded probabilities would make the divergence infinite).
+    """
+    padded = torch.zeros_like(full).index_copy(1, columns, metric)
+    return F.kl_div(F.log_softmax(padded, 1), F.log_softmax(full, 1), log_target=True, reduction="batchmean")
+
+
+@dataclass(frozen=True)
+class Losses:
+    """What one group cost. Scalars, on the device, `total` with its gradient."""
+
+    total: Tensor  # Eq. 10
+    metric: Tensor  # L1
+    full: Tensor  # L2
+    kl: Tensor  # L3
+    accuracy: Tensor  # of the metric classifier, on the group's queries
+
+
+class Objective(nn.Module):
+    """L_total = L1 + L2 + L3 (Eq. 10) of one group's features, with the full head Q of Eq. 8.
+
+    The first `support_per_class` images of each class are the support set that gives the centroids; the
+    others are the queries that L1 and L3 are of. L2, which needs no support, is of all images.
+    """
+
+    def __init__(self, config: TrainConfig, feature_size: int, train_classes: int) -> None:
+        super().__init__()
+        self.config = config
+        self.head = nn.Linear(feature_size, train_classes)
+        tau = torch.tensor(config.temperature)
+        self.temperature = nn.Parameter(tau) if config.learn_temperature else tau.item()
+
+    def forward(self, features: Tensor, columns: Tensor) -> Losses:
+        """Features (k * n, d) in blocks of n images a class; `columns` (k,) are the classes in 0..K-1."""
+        k, support = len(columns), self.config.support_per_class
+        blocks = features.float().view(k, -1, features.shape[-1])  # (k, n, d)
+        class_centroids = blocks[:, :support].mean(1)  # (k, d)
+        queries = blocks[:, support:].flatten(0, 1)  # (k * (n - support), d)
+        labels = torch.arange(k, device=features.device).repeat_interleave(blocks.shape[1] - support)
+        metric = metric_logits(queries, class_centroids, self.temperature)
+        loss = F.cross_entropy(metric, labels)
+        full_loss = kl = torch.zeros_like(loss)
+        if self.config.full_weight > 0 or self.config.kl_weight > 0:
+            full = self.head(blocks)  # (k, n, K)
+            full_loss = F.cross_entropy(full.flatten(0, 1), columns.repeat_interleave(blocks.shape[1]))
+            kl = consistency(full[:, support:].flatten(0, 1), metric, columns)
+        total = loss + self.config.full_weight * full_loss + self.config.kl_weight * kl
+        accuracy = (metric.argmax(1) == labels).float().mean()
+        return Losses(total, *(x.detach() for x in (loss, full_loss, kl)), accuracy)
