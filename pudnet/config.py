@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
 
 from pudnet.errors import UserError
@@ -86,7 +86,7 @@ def parse(kind: type[Config], values: Mapping[str, Any], where: str) -> Config:
     Raises `UserError` with one line that names the key (below `where`), what is wrong and what was given.
     """
     try:
-        return TypeAdapter(kind).validate_python(values)
+        return kind(**values)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join([where, *map(str, first["loc"])]).strip(".")

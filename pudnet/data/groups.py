@@ -1,7 +1,8 @@
 """Task groups: small labelled datasets, kept as tables of image indices into a store.
 
-A group's row holds one block of images a class. A table of twins has two rows a group: weights are predicted from
-the first, accuracy is measured on the second, which has the same classes in the same order and no image in common.
+A group's row holds one block of images a class. A table of twins has two rows a group: weights are predicted
+from the first, accuracy is measured on the second, which has the same classes in the same order and no image
+in common.
 """
 
 import json
@@ -23,9 +24,9 @@ ROLE_STREAMS = {"search_train": 1, "validation": 2, "train": 3, "test": 4}
 class Split:
     """The class split: it decides how hard a set is, so it is part of every result.
 
-    Class ids are sorted. `train_classes` and `validation_classes`, a subset of them that the search validates on,
-    belong to the training store; `test_classes` to the test store, and are disjoint from the training classes
-    where that is the same store.
+    Class ids are sorted. `train_classes` and `validation_classes`, a subset of them that the search validates
+    on, belong to the training store; `test_classes` to the test store, and are disjoint from the training
+    classes where that is the same store.
     """
 
     seed: int
@@ -74,13 +75,13 @@ def split_classes(
         )
     if classes_per_group > len(test):
         raise UserError(
-            f"a group has {classes_per_group} classes, but {len(test)} are left for test; lower classes_per_group "
-            "or train_classes"
+            f"a group has {classes_per_group} classes, but {len(test)} are left for test; "
+            "lower classes_per_group or train_classes"
         )
     if train_classes - validating < classes_per_group:
         raise UserError(
-            f"of {train_classes} training classes {validating} validate the search, which leaves fewer than the "
-            f"{classes_per_group} classes of a group; lower classes_per_group or raise train_classes"
+            f"of {train_classes} training classes {validating} validate the search, which leaves fewer than "
+            f"the {classes_per_group} classes of a group; lower classes_per_group or raise train_classes"
         )
     return Split(seed, *(tuple(sorted(ids)) for ids in (train, train[:validating], test)))
 
@@ -95,10 +96,11 @@ def sample_groups(
     twins: bool,
     rng: np.random.Generator,
 ) -> np.ndarray:
-    """Draw groups: indices into `labels`, (groups, N), or (groups, 2, N) with twins; N = classes x images a class.
+    """Draw groups: indices into `labels`, (groups, N), or (groups, 2, N) with twins.
 
-    Class blocks stand in the order drawn, images within a block in random order. A longer table of the same
-    generator state begins with the shorter one. Raises UserError for a class with too few images.
+    N = classes_per_group x images_per_class: class blocks in the order drawn, images within a block in random
+    order. A longer table of the same generator state begins with the shorter one. Raises UserError for a
+    class with too few images.
     """
     sides = 2 if twins else 1
     drawn = sides * images_per_class
@@ -110,8 +112,8 @@ def sample_groups(
     for label, members in zip(classes, rows, strict=True):
         if len(members) < drawn:
             raise UserError(
-                f"class {label} ({class_names[label]}) has {len(members)} images, but its groups need {drawn}; "
-                "lower images_per_group"
+                f"class {label} ({class_names[label]}) has {len(members)} images, but its groups need "
+                f"{drawn}; lower images_per_group"
             )
     table = np.empty((groups, sides, classes_per_group, images_per_class), dtype=_index_type(labels))
     for group in table:
@@ -122,7 +124,7 @@ def sample_groups(
 
 
 def halve(labels: np.ndarray, classes: Sequence[int], rng: np.random.Generator) -> np.ndarray:
-    """One group of twins, (1, 2, N), from all images of the classes; a class with an odd count leaves one out.
+    """One group of twins, (1, 2, N), from all images of the classes; an odd count leaves one image out.
 
     Blocks stand in the order of `classes` and differ in size where the classes do.
     """
@@ -134,7 +136,7 @@ def halve(labels: np.ndarray, classes: Sequence[int], rng: np.random.Generator) 
 
 
 def whole_class_images(labels: np.ndarray, classes: Sequence[int]) -> int:
-    """Images a class when every class gives all it can to a group and its twin: half of the smallest class."""
+    """Images a class when classes give all they can to a group and its twin: half of the smallest class."""
     counts = np.bincount(labels, minlength=max(classes) + 1)
     return int(counts[list(classes)].min()) // 2
 
@@ -147,10 +149,10 @@ def _index_type(labels: np.ndarray) -> type[np.unsignedinteger]:
 def build_groups(
     split: Split, sizes: GroupSizes, train: Store, test: Store | None = None
 ) -> dict[str, np.ndarray]:
-    """The tables `search_train`, `validation` (twins), `train` and `test` (twins), from the split's seed alone.
+    """The tables `search_train`, `validation` (twins), `train` and `test` (twins), from the split's seed.
 
-    Indices of `test` refer to the test store, which is the training store where `test` is None. Raises UserError
-    where the sizes do not fit the classes or the images.
+    Indices of `test` refer to the test store, which is the training store where `test` is None. Raises
+    UserError where the sizes do not fit the classes or the images.
     """
     test = test or train
     images_per_class = _images_per_class(split, sizes, train, test)

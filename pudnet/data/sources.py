@@ -1,4 +1,4 @@
-"""Where labelled images come from: scikit-learn, torchvision, folders and .npz files, all read as one `Source`."""
+"""Where labelled images come from: scikit-learn, torchvision, folders and .npz files, all as one `Source`."""
 
 import contextlib
 import gzip
@@ -32,8 +32,8 @@ TORCHVISION_COUNTS = {
 class Source:
     """Labelled images that are read in order, a batch at a time, already at their final size.
 
-    `labels` is (N,) int64, an index into `class_names`; `batches()` starts a new pass that yields uint8 arrays
-    (B, image_size, image_size, channels) in the order of `labels`.
+    `labels` is (N,) int64, an index into `class_names`; `batches()` starts a new pass that yields uint8
+    arrays (B, image_size, image_size, channels) in the order of `labels`.
     """
 
     name: str
@@ -45,8 +45,8 @@ class Source:
 def open_source(spec: str, raw: Path, image_size: int, channels: int) -> Source:
     """Open `sklearn:digits`, `torchvision:NAME`, `folder:PATH` or `npz:PATH`.
 
-    `raw` keeps what torchvision downloads; a relative PATH is relative to the current directory; `channels` is
-    1 (grey) or 3 (RGB). Raises UserError for an unknown spec and for files that are missing or damaged.
+    `raw` keeps what torchvision downloads; a relative PATH is relative to the current directory; `channels`
+    is 1 (grey) or 3 (RGB). Raises UserError for an unknown spec and for files that are missing or damaged.
     """
     kind, _, rest = spec.partition(":")
     if spec == "sklearn:digits":
@@ -68,9 +68,9 @@ def open_source(spec: str, raw: Path, image_size: int, channels: int) -> Source:
 def to_array(image: Image.Image, image_size: int, channels: int) -> np.ndarray:
     """Any PIL image as uint8 (image_size, image_size, channels).
 
-    Turned as its EXIF orientation says; centre-cropped to a square, so that shapes keep their proportions, and
-    resized with antialiased bilinear. Transparent pixels become white, as a viewer shows them: the colour stored
-    under them is arbitrary. Raises ValueError where the pixels have no known range (floating point).
+    Turned as its EXIF orientation says; centre-cropped to a square, so that shapes keep their proportions,
+    and resized with antialiased bilinear. Transparent pixels become white, as a viewer shows them: the colour
+    stored under them is arbitrary. Raises ValueError where the pixels have no known range (floating point).
     """
     image = _to_eight_bits(ImageOps.exif_transpose(image))
     if image.has_transparency_data:
@@ -95,7 +95,7 @@ def _to_eight_bits(image: Image.Image) -> Image.Image:
 
 
 def read_image(path: Path, image_size: int, channels: int) -> np.ndarray:
-    """The image file as uint8 (image_size, image_size, channels); UserError that names a file it cannot read."""
+    """The image file as uint8 (image_size, image_size, channels); UserError names a file it cannot read."""
     try:
         with Image.open(path) as image:
             return to_array(image, image_size, channels)
@@ -149,10 +149,10 @@ def _open_digits(image_size: int, channels: int) -> Source:
 
 def _open_torchvision(name: str, raw: Path, image_size: int, channels: int) -> Source:
     """All official images of a torchvision set, training images first; downloads what `raw` does not hold."""
-    from torchvision import datasets  # here: slow to import, and needed for this source alone
-
     if name not in TORCHVISION_COUNTS:
         raise UserError(f"torchvision:{name} is not known; use one of {', '.join(TORCHVISION_COUNTS)}")
+    from torchvision import datasets  # here: slow to import, and needed for this source alone
+
     dataset_class = getattr(datasets, name)
     if hasattr(dataset_class, "resources"):
         _check_idx_files(raw / name / "raw", TORCHVISION_COUNTS[name])
@@ -181,17 +181,18 @@ def _check_idx_files(folder: Path, counts: tuple[int, int]) -> None:
     for part, count in zip(("train", "t10k"), counts, strict=True):
         image_header = struct.pack(">4I", 0x803, count, 28, 28)
         label_header = struct.pack(">2I", 0x801, count)
-        _check_idx(folder / f"{part}-images-idx3-ubyte", image_header, count * 28 * 28)
-        _check_idx(folder / f"{part}-labels-idx1-ubyte", label_header, count)
+        _check_idx(folder / f"{part}-images-idx3-ubyte", image_header, count * 28 * 28, highest=255)
+        _check_idx(folder / f"{part}-labels-idx1-ubyte", label_header, count, highest=9)
 
 
-def _check_idx(path: Path, header: bytes, body: int) -> None:
-    """Compare an unpacked IDX file, where there is one, with its header, its size and its .gz."""
+def _check_idx(path: Path, header: bytes, body: int, highest: int) -> None:
+    """Compare an unpacked IDX file, where there is one, with its header, size, range of values and .gz."""
     if not path.exists():
         return
     content = path.read_bytes()
-    if not content.startswith(header) or len(content) != len(header) + body:
-        raise UserError(f"{path} is damaged (wrong header or size); delete it and run again")
+    values = np.frombuffer(content, np.uint8)[len(header) :]
+    if not content.startswith(header) or len(values) != body or values.max() > highest:
+        raise UserError(f"{path} is damaged (wrong header, size or values); delete it and run again")
     archive = path.with_name(path.name + ".gz")
     if not archive.exists():
         return
@@ -217,8 +218,9 @@ def _how_to_get(dataset_class: type, raw: Path, error: Exception) -> str:
     reason = f"{' and '.join(damaged)} failed the checksum, and " if damaged else ""
     cause = " ".join(str(error).split())[:200]
     return (
-        f"{reason}torchvision:{name} could not be downloaded ({cause}); put {', '.join(lacking) or 'its files'} "
-        f"into {folder}/, or use your own images with folder:PATH or npz:PATH"
+        f"{reason}torchvision:{name} could not be downloaded ({cause}); put "
+        f"{', '.join(lacking) or 'its files'} into {folder}/, or use your own images "
+        "with folder:PATH or npz:PATH"
     )
 
 
@@ -265,7 +267,7 @@ def _image_files(folder: Path, suffixes: set[str]) -> list[Path]:
 
 
 def _open_npz(path: Path, image_size: int, channels: int) -> Source:
-    """`images` uint8 (N, H, W) or (N, H, W, C), `labels` (N,), optional `class_names`; held in memory whole."""
+    """`images` uint8 (N, H, W) or (N, H, W, C), `labels` (N,), optional `class_names`; all held in memory."""
     arrays = _read_npz(path)
     for key in ("images", "labels"):
         if key not in arrays:
@@ -279,14 +281,14 @@ def _open_npz(path: Path, image_size: int, channels: int) -> Source:
         )
     if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
         raise UserError(
-            f"{path}: 'labels' is {labels.dtype} {labels.shape}; it must be integers of shape ({len(images)},)"
+            f"{path}: 'labels' is {labels.dtype} {labels.shape}; it must be {len(images)} integers"
         )
     names = _npz_class_names(path, labels, arrays.get("class_names"))
     return _array_source(f"npz:{path}", images, labels, names, image_size, channels)
 
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
-    """All arrays of the file; never unpickles. UserError naming a file that is missing, damaged or no .npz."""
+    """All arrays of the file, never unpickled; UserError names a file that is missing, damaged or no .npz."""
     if not path.is_file():
         raise UserError(f"npz:{path} does not exist; give the path of an .npz file")
     try:
@@ -299,7 +301,7 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
 
 
 def _npz_class_names(path: Path, labels: np.ndarray, names: np.ndarray | None) -> tuple[str, ...]:
-    """The class names, or "0", "1", ... without any; UserError where labels and names do not fit each other."""
+    """The class names, or "0", "1", ... without any; UserError where labels and names do not fit."""
     present = np.unique(labels).tolist()
     if names is None:
         names = np.array([str(label) for label in range(len(present))])
@@ -307,7 +309,7 @@ def _npz_class_names(path: Path, labels: np.ndarray, names: np.ndarray | None) -
         raise UserError(f"{path}: 'class_names' must be a one-dimensional array of distinct strings")
     if present != list(range(len(names))):
         raise UserError(
-            f"{path}: 'labels' must use every class from 0 to {len(names) - 1}; found {len(present)} labels from "
-            f"{present[0]} to {present[-1]}"
+            f"{path}: 'labels' must use every class from 0 to {len(names) - 1}; found {len(present)} labels "
+            f"from {present[0]} to {present[-1]}"
         )
     return tuple(names.tolist())

@@ -1,4 +1,4 @@
-"""A prepared store: one source's images as a memory-mapped uint8 array, with labels, statistics and checksums."""
+"""A prepared store: a source's images as a memory-mapped uint8 array, with labels, statistics, checksums."""
 
 import contextlib
 import hashlib
@@ -18,7 +18,10 @@ ONE_GREY_LEVEL = 1 / 255
 
 @dataclass(frozen=True, eq=False)
 class Store:
-    """Images uint8 (N, S, S, C), memory-mapped and read-only; labels (N,) int64; mean and std (C) of pixels in 0..1."""
+    """A source on disk, memory-mapped and read-only.
+
+    Images are uint8 (N, S, S, C), labels int64 (N,); mean and std (C) are those of pixels in 0..1.
+    """
 
     images: np.ndarray
     labels: np.ndarray
@@ -52,7 +55,7 @@ def whole_folder(destination: Path) -> Iterator[Path]:
 
 
 def write_store(source: Source, destination: Path) -> None:
-    """Write the source as a store; the same source gives the same bytes, and an error leaves nothing behind."""
+    """Write the source as a store; the same source gives the same bytes, an error leaves nothing behind."""
     with whole_folder(destination) as folder:
         counts, shape = _write_images(source, folder / "images.npy")
         np.save(folder / "labels.npy", source.labels.astype(np.int64))
@@ -80,8 +83,8 @@ def _write_images(source: Source, path: Path) -> tuple[np.ndarray, tuple[int, ..
             counts = np.zeros((batch.shape[3], 256), dtype=np.int64)
         images[row : row + len(batch)] = batch
         row += len(batch)
-        for channel, count in enumerate(counts):
-            count += np.bincount(batch[..., channel].ravel(), minlength=256)
+        for channel in range(len(counts)):
+            counts[channel] += np.bincount(batch[..., channel].ravel(), minlength=256)
     if images is None or counts is None or row != len(source.labels):
         raise ValueError(f"source {source.name} gave {row} images for {len(source.labels)} labels")
     images.flush()

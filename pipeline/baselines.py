@@ -1,0 +1,106 @@
+"""Stage `baselines`: what PudNet is measured against, on the same groups and by the same evaluator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pandas as pd
+import torch
+
+from pipeline.bench import Bench, benches, summary
+from pipeline.final import read_best, train_all, write_curves
+from pipeline.params import Params
+from pipeline.stage import RESULTS, run_stage, split_model, wants_fresh, write_json, write_text
+from pipeline.tracking import open_tracking
+from pudnet.controls import StaticTrunk
+from pudnet.evaluation import FROM, group_sketches, shuffled
+from pudnet.predictor import Card, Predictor, build_model
+
+
+def baselines(params: Params) -> None:
+    """Write results/accuracies.csv (all methods, PudNet's rows first), baselines.json and loss_curves.csv."""
+    curves = [pd.read_csv(RESULTS / "train_curves.csv")]
+    if "static_trunk" in params.baselines.methods:
+        curves.append(train_all(params, "static_trunk", read_best(), wants_fresh()))
+    pudnet = pd.read_csv(RESULTS / "pudnet.csv")
+    rows = [
+        METHODS[method](params, bench) for method in params.baselines.methods for bench in benches(params)
+    ]
+    frame = pd.concat([pudnet, *rows], ignore_index=True)
+    compared = {method: _compare(frame, pudnet, method) for method in params.baselines.methods}
+    write_text(RESULTS / "accuracies.csv", frame.to_csv(index=False, float_format="%.4f"))
+    write_text(RESULTS / "loss_curves.csv", write_curves(pd.concat(curves, ignore_index=True)))
+    write_json(RESULTS / "baselines.json", {"methods": compared})
+    _log(params, compared)
+    for method, numbers in compared.items():
+        print(
+            f"baselines: {method}: {numbers['accuracy']:.2f} +/- {numbers['ci95']:.2f} %, "
+            f"{numbers['difference']:+.2f} +/- {numbers['difference_ci95']:.2f} to pudnet"
+        )
+
+
+def static_trunk(params: Params, bench: Bench) -> pd.DataFrame:
+    """One trunk for all groups, trained with the same losses on the same groups."""
+    predictor = bench.load(split_model("static_trunk", bench.seed))
+    return bench.accuracies("static_trunk", predictor)
+
+
+def constant_sketch(params: Params, bench: Bench) -> pd.DataFrame:
+    """The trained PudNet, given the mean sketch of training groups in place of the group's own."""
+    predictor = bench.load(split_model("pudnet", bench.seed))
+    groups = bench.tables["train"][: params.baselines.sketch_groups]
+    constant = torch.stack(group_sketches(predictor, bench.train_images, groups, bench.bf16)).mean(0)
+    return bench.accuracies("constant_sketch", predictor, [constant] * len(bench.tables["test"]))
+
+
+def shuffled_sketch(params: Params, bench: Bench) -> pd.DataFrame:
+    """The trained PudNet, given the sketch of another test group, of other classes."""
+    predictor = bench.load(split_model("pudnet", bench.seed))
+    groups = bench.tables["test"][:, FROM]
+    sketches = group_sketches(predictor, bench.images, groups, bench.bf16)
+    others = shuffled(sketches, [bench.images.block_classes(group).tolist() for group in groups])
+    return bench.accuracies("shuffled_sketch", predictor, others)
+
+
+def random_weights(params: Params, bench: Bench) -> pd.DataFrame:
+    """The target as He initialisation leaves it, calibrated on the group like every other."""
+    card = bench.load(split_model("pudnet", bench.seed)).card
+    torch.manual_seed(bench.seed)
+    plain = Card(**{**card.__dict__, "kind": "static_trunk", "model": None, "provenance": {}})
+    return bench.accuracies("random_weights", Predictor(_on(build_model(plain), bench), plain))
+
+
+def _on(model: StaticTrunk, bench: Bench) -> StaticTrunk:
+    return model.to(bench.images.device)
+
+
+METHODS: dict[str, Callable[[Params, Bench], pd.DataFrame]] = {
+    method.__name__: method for method in (static_trunk, constant_sketch, shuffled_sketch, random_weights)
+}
+
+
+def _compare(frame: pd.DataFrame, pudnet: pd.DataFrame, method: str) -> dict[str, Any]:
+    """A method's accuracy, and its difference to PudNet paired over the same test groups."""
+    own = frame[frame.method == method]
+    paired = own.merge(pudnet, on=["split_seed", "group"], suffixes=("", "_pudnet"), validate="one_to_one")
+    paired["difference"] = paired.accuracy - paired.accuracy_pudnet
+    difference = summary(paired, "difference")
+    return {**summary(own), "difference": difference["accuracy"], "difference_ci95": difference["ci95"]}
+
+
+def _log(params: Params, compared: dict[str, Any]) -> None:
+    """An MLflow run with every method's figures and the table behind them."""
+    tracking = open_tracking(params)
+    key = f"baselines/{params.variant}/{tracking.tags.get('mlflow.source.git.commit', '')}"
+    run_id = tracking.find_or_create(key, f"baselines-{params.variant}")
+    for method, numbers in compared.items():
+        metrics = {f"{method}_{name}": numbers[name] for name in ("accuracy", "ci95", "difference", "difference_ci95")}
+        tracking.log_metrics(run_id, metrics)
+    tracking.client.log_artifact(run_id, str(RESULTS / "accuracies.csv"))
+    tracking.client.log_artifact(run_id, str(RESULTS / "baselines.json"))
+    tracking.finish(run_id)
+
+
+if __name__ == "__main__":
+    run_stage(baselines)

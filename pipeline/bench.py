@@ -1,0 +1,116 @@
+"""The bench that `evaluate` and `baselines` share: a method's accuracy on the test groups of every split."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from pipeline.params import Params
+from pipeline.stage import STORE, TEST_STORE, group_folder
+from pipeline.trial import pick_device
+from pudnet.data.groups import Split, open_groups
+from pudnet.data.images import StoreImages
+from pudnet.data.store import Store, open_store
+from pudnet.evaluation import FROM, stratified_interval, twin_accuracies
+from pudnet.predictor import Predictor
+from pudnet.training import wants_bf16
+
+
+@dataclass(frozen=True)
+class Bench:
+    """One class split, ready to measure on: images on the device, the tables, the precision."""
+
+    seed: int
+    split: Split
+    tables: dict[str, np.ndarray]
+    train_images: StoreImages
+    images: StoreImages  # of the test groups
+    class_names: tuple[str, ...]  # of the test groups
+    train_class_names: tuple[str, ...]
+    bf16: bool
+
+    def accuracies(self, method: str, predictor: Predictor, sketches: Sequence[Tensor] | None = None) -> pd.DataFrame:
+        """One row a test group: method, split_seed, group, classes, accuracy in percent."""
+        table = self.tables["test"]
+        with progress(f"{method}, split {self.seed}", len(table)) as advance:
+            values = twin_accuracies(predictor, self.images, table, self.bf16, sketches, advance)
+        return pd.DataFrame(
+            {
+                "method": method,
+                "split_seed": self.seed,
+                "group": range(len(table)),
+                "classes": ["; ".join(self.names(group)) for group in table[:, FROM]],
+                "accuracy": values,
+            }
+        )
+
+    def names(self, indices: np.ndarray) -> list[str]:
+        """Class names of a test group, in block order."""
+        return [self.class_names[c] for c in self.images.block_classes(indices)]
+
+    def load(self, path: Path) -> Predictor:
+        """A model file, on this bench's device."""
+        predictor = Predictor.load(path)
+        return Predictor(predictor.model.to(self.images.device), predictor.card)
+
+
+def benches(params: Params) -> list[Bench]:
+    """The bench of every class split; the images are opened, and moved to a GPU, once."""
+    device = pick_device()
+    torch.set_num_threads(max(1, torch.get_num_threads()))
+    store = open_store(STORE, verify=False)
+    test_store = open_store(TEST_STORE, verify=False) if params.prepare.test_source else store
+    train_images = StoreImages(store, device)
+    images = train_images if test_store is store else _as_trained(test_store, store, device)
+    bf16 = wants_bf16(params.evaluate.precision, device)
+    return [
+        Bench(seed, *open_groups(group_folder(seed)), train_images, images, test_store.class_names, store.class_names, bf16)
+        for seed in params.split_seeds
+    ]
+
+
+def _as_trained(test_store: Store, store: Store, device: torch.device) -> StoreImages:
+    """The other set's images, normalised as the model's training images were."""
+    images = StoreImages(test_store, device)
+    images.mean, images.std = (torch.tensor(values, device=device) for values in (store.mean, store.std))
+    return images
+
+
+def summary(frame: pd.DataFrame, column: str = "accuracy") -> dict[str, object]:
+    """Mean and 95% interval over test groups, the class splits held fixed; and each split's own."""
+    strata = {int(seed): part[column].to_numpy() for seed, part in frame.groupby("split_seed")}
+    mean, half = stratified_interval(list(strata.values()))
+    splits = {}
+    for seed, values in strata.items():
+        own_mean, own_half = stratified_interval([values])
+        splits[str(seed)] = {"accuracy": round(own_mean, 4), "ci95": round(own_half, 4)}
+    return {"accuracy": round(mean, 4), "ci95": round(half, 4), "test_groups": len(frame), "splits": splits}
+
+
+class progress:  # noqa: N801 - reads as a function: `with progress(...) as advance`
+    """A progress bar in a terminal; in a log, one line at the end."""
+
+    def __init__(self, title: str, total: int) -> None:
+        columns = (TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        console = Console(file=sys.stdout)
+        self.bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self.task = self.bar.add_task(title, total=total)
+        self.title, self.total = title, total
+
+    def __enter__(self) -> Callable[[int], None]:
+        self.bar.start()
+        return lambda done: self.bar.update(self.task, completed=done)
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.stop()
+        if error == (None, None, None):
+            print(f"  {self.title}: {self.total} test groups done", flush=True)

@@ -1,0 +1,98 @@
+"""What the driver does as trials report: one line in the terminal, one step in MLflow."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray.tune import Callback
+from ray.tune.experiment import Trial
+
+from pipeline.params import Params
+from pipeline.tracking import Tracking, open_tracking
+
+METRICS = (
+    "loss",
+    "metric_loss",
+    "full_loss",
+    "kl_loss",
+    "train_accuracy",
+    "grad_norm",
+    "groups_per_second",
+    "rollbacks",
+    "validation_accuracy",
+    "validation_ci95",
+)
+
+
+class TrialProgress(Callback):
+    """Prints and logs each report once, also when trials are replayed after an interruption.
+
+    Ray pickles callbacks into the experiment: the tracking client is opened again where it is missing.
+    """
+
+    def __init__(self, params: Params, key: str, trials: int, parent: str | None) -> None:
+        self.params, self.key, self.trials, self.parent = params, key, trials, parent
+        self.done: set[str] = set()
+        self.runs: dict[str, str] = {}
+        self.logged: dict[str, int] = {}
+        self.rollbacks: dict[str, int] = {}
+        self._tracking: Tracking | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_tracking": None, "runs": {}, "logged": {}, "done": set()}
+
+    @property
+    def tracking(self) -> Tracking:
+        """The open experiment."""
+        self._tracking = self._tracking or open_tracking(self.params)
+        return self._tracking
+
+    def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        """Find the trial's MLflow run, or create it."""
+        spec = trial.config["spec"]
+        run_id = self.tracking.find_or_create(f"{self.key}/{spec['name']}", spec["name"], self.parent)
+        self.runs[trial.trial_id] = run_id
+        self.logged[trial.trial_id] = self.tracking.last_step(run_id, "loss")
+        of_model = spec["model"] if spec["kind"] == "pudnet" else {}
+        seeds = {"method": spec["kind"], "split_seed": spec["split_seed"], "seed": spec["seed"]}
+        self.tracking.log_params(run_id, {**spec["train"], **of_model, **seeds})
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
+    ) -> None:
+        """Print a line and log a step, unless they were before an interruption."""
+        if result["groups"] <= self.logged[trial.trial_id]:
+            return
+        self.logged[trial.trial_id] = result["groups"]
+        if result["rollbacks"] > self.rollbacks.get(trial.trial_id, 0):
+            self.rollbacks[trial.trial_id] = result["rollbacks"]
+            print(f"  {trial.config['spec']['name']}: the loss was not finite; went on from the last good weights")
+        metrics = {key: result[key] for key in METRICS if key in result}
+        self.tracking.log_metrics(self.runs[trial.trial_id], metrics, step=result["groups"])
+        self._say(trials, trial, result)
+
+    def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        """Close the trial's run."""
+        self._end(trial, "FINISHED")
+
+    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        """Close the trial's run as failed."""
+        self._end(trial, "FAILED")
+
+    def _end(self, trial: Trial, status: str) -> None:
+        if trial.trial_id in self.runs:
+            self.tracking.finish(self.runs[trial.trial_id], status)
+        print(f"  {trial.config['spec']['name']}: {status.lower()}", flush=True)
+
+    def _say(self, trials: list[Trial], trial: Trial, result: dict[str, Any]) -> None:
+        done = sum(t.status == "TERMINATED" for t in trials)
+        accuracy = (
+            f"validation {result['validation_accuracy']:5.2f} +/- {result['validation_ci95']:.2f} %"
+            if "validation_accuracy" in result
+            else f"training {result['train_accuracy']:5.2f} %"
+        )
+        print(
+            f"  [{done}/{self.trials} done] {trial.config['spec']['name']}: group {result['groups']:>5}, "
+            f"loss {result['loss']:.3f}, {accuracy}, {result['groups_per_second']:.2f} groups/s",
+            flush=True,
+        )

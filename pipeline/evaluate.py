@@ -1,0 +1,96 @@
+"""Stage `evaluate`: PudNet's predicted weights for every test group, their accuracy, and what they cost."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from pipeline.bench import Bench, benches, summary
+from pipeline.final import read_best
+from pipeline.params import Params
+from pipeline.stage import RESULTS, run_stage, split_model, write_json, write_text
+from pipeline.tracking import Tracking, open_tracking
+from pudnet.data.store import whole_folder
+from pudnet.evaluation import FROM, block_labels, time_prediction
+from pudnet.predictor import Predictor
+
+WEIGHTS = RESULTS / "weights"
+
+
+def evaluate(params: Params) -> None:
+    """Write results/metrics.json, timing.json, pudnet.csv and the kept weights; log them as one MLflow run."""
+    rows, timing = [], None
+    with whole_folder(WEIGHTS) as folder:
+        for bench in benches(params):
+            predictor = bench.load(split_model("pudnet", bench.seed))
+            rows.append(bench.accuracies("pudnet", predictor))
+            _keep_weights(bench, predictor, params.evaluate.keep_weights, folder)
+            if timing is None:
+                groups = bench.tables["test"][: params.evaluate.timing_groups, FROM]
+                timing = asdict(time_prediction(predictor, bench.images, groups, bench.bf16))
+    frame = pd.concat(rows, ignore_index=True)
+    metrics = _metrics(params, frame)
+    write_text(RESULTS / "pudnet.csv", frame.to_csv(index=False, float_format="%.4f"))
+    write_json(RESULTS / "timing.json", timing)
+    write_json(RESULTS / "metrics.json", metrics)
+    _log(open_tracking(params), params, metrics, timing)
+    print(f"evaluate: {metrics['accuracy']:.2f} +/- {metrics['ci95']:.2f} % over {len(frame)} test groups")
+    print(f"evaluate: prediction {timing['total_ms']:.1f} ms, one epoch from scratch {timing['epoch_ratio']:.1f} x that")
+
+
+def _keep_weights(bench: Bench, predictor: Predictor, count: int, folder: Path) -> None:
+    """Write the predicted networks of the first test groups, in fp32."""
+    for g, group in enumerate(bench.tables["test"][:count, FROM]):
+        labels, _ = block_labels(bench.images, group)
+        network = predictor.adapt(bench.images(group), labels, tuple(bench.names(group)))
+        provenance = {**predictor.card.provenance, "split_seed": bench.seed, "group": g}
+        network.card = dataclasses.replace(network.card, provenance=provenance)
+        network.save(folder / f"split-{bench.seed}" / f"group-{g:03}.safetensors")
+
+
+def _metrics(params: Params, frame: pd.DataFrame) -> dict[str, Any]:
+    """The headline, and for each split what it was trained and tested on. No times: they are never the same."""
+    metrics = {"setting": params.setting, "target": params.target, "variant": params.variant, **summary(frame)}
+    metrics["train_groups"] = params.groups.train_groups
+    best = read_best()
+    for bench in benches(params):
+        metrics["splits"][str(bench.seed)] |= {
+            **best[bench.seed],
+            "test_groups": len(bench.tables["test"]),
+            "test_classes": [bench.class_names[c] for c in bench.split.test_classes],
+            "train_classes": [bench.train_class_names[c] for c in bench.split.train_classes],
+        }
+    return metrics
+
+
+def _log(tracking: Tracking, params: Params, metrics: dict[str, Any], timing: dict[str, Any]) -> None:
+    commit = tracking.tags.get("mlflow.source.git.commit", "")
+    run_id = tracking.find_or_create(f"evaluate/{_identity(params)}/{commit}", f"evaluate-{params.variant}")
+    tracking.log_params(run_id, {"splits": params.splits, "seed": params.seed, **asdict(params.groups)})
+    numbers = {"test_accuracy": metrics["accuracy"], "test_ci95": metrics["ci95"]}
+    numbers |= {f"test_accuracy_split_{seed}": part["accuracy"] for seed, part in metrics["splits"].items()}
+    tracking.log_metrics(run_id, numbers | {k: v for k, v in timing.items() if k.endswith(("_ms", "_ratio"))})
+    for name in ("pudnet.csv", "metrics.json", "timing.json"):
+        tracking.client.log_artifact(run_id, str(RESULTS / name))
+    tracking.client.log_artifacts(run_id, str(WEIGHTS), "weights")
+    if Path("dvc.lock").is_file():
+        tracking.client.log_artifact(run_id, "dvc.lock")
+    tracking.finish(run_id)
+
+
+def _identity(params: Params) -> str:
+    """The checksum of the models that are evaluated: the same models are the same run."""
+    import hashlib
+
+    digest = hashlib.sha256()
+    for seed in params.split_seeds:
+        digest.update(split_model("pudnet", seed).read_bytes())
+    return digest.hexdigest()[:12]
+
+
+if __name__ == "__main__":
+    run_stage(evaluate)

@@ -1,0 +1,212 @@
+"""The report's pictures: one function a picture, each returns a matplotlib Figure and keeps no state.
+
+A Figure is drawn in the light scheme's colours. `to_svg` turns each of them into a CSS variable of the page, so
+that one picture serves the light and the dark scheme; `to_png` leaves them as they are.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+
+# CSS variable -> (light, dark). `s…`: one a method; `d…`: in order, for depths.
+PALETTE = {
+    "ink": ("#1b1f24", "#e8eaed"),
+    "soft": ("#5d6570", "#9ba3ae"),
+    "rule": ("#dfe2e6", "#333940"),
+    "s0": ("#1f5fb4", "#74aefc"),
+    "s1": ("#c4560a", "#f59b52"),
+    "s2": ("#0b8069", "#45c4a8"),
+    "s3": ("#7d4bb3", "#bd9bf5"),
+    "s4": ("#78808a", "#8f98a3"),
+    "s5": ("#b42d63", "#f27dab"),
+    "s6": ("#77740d", "#cbc24d"),
+    "s7": ("#a3271f", "#f4847b"),
+    "d0": ("#86b6ea", "#39689e"),
+    "d1": ("#4f94d8", "#558dca"),
+    "d2": ("#2673c0", "#7db0e6"),
+    "d3": ("#12549a", "#abcef5"),
+    "d4": ("#093466", "#dbeaff"),
+}
+LIGHT = {name: light for name, (light, _) in PALETTE.items()}
+INK, SOFT, RULE = LIGHT["ink"], LIGHT["soft"], LIGHT["rule"]
+SERIES = [name for name in PALETTE if re.fullmatch(r"s\d", name)]
+DEPTHS = [name for name in PALETTE if re.fullmatch(r"d\d", name)]
+
+STYLE = {
+    "font.size": 11.5,
+    "axes.titlesize": 11.5,
+    "text.color": INK,
+    "axes.edgecolor": SOFT,
+    "axes.labelcolor": SOFT,
+    "axes.spines.top": False,
+    "axes.spines.left": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "axes.linewidth": 0.8,
+    "grid.color": RULE,
+    "grid.linewidth": 0.8,
+    "xtick.color": SOFT,
+    "ytick.color": SOFT,
+    "ytick.left": False,
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+    "lines.solid_capstyle": "round",
+    "svg.fonttype": "none",  # text stays text: selectable, and in the page's own font
+}
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of a size in pixels as the page shows it: an SVG has 72 of them to the inch."""
+    return Figure(figsize=(width / 72, height / 72), layout="constrained")
+
+
+def series_colors(methods: Sequence[str]) -> dict[str, str]:
+    """A palette name for each method, by its place in the list."""
+    return {method: SERIES[i % len(SERIES)] for i, method in enumerate(methods)}
+
+
+@matplotlib.rc_context(STYLE)
+def search_figure(
+    search: pd.DataFrame, best: Mapping[int, Mapping[str, Any]], across: str, lines: str | None
+) -> Figure:
+    """Draw validation accuracy (%) over the knob `across`: a thick line a value of the knob `lines`.
+
+    A thick line is the mean over splits, a thin one a split; with one split, bars are its 95% intervals. Other
+    searched knobs are maximised over. A ring marks each split's choice in `best`.
+    """
+    figure = new_figure(560, 310)
+    axes = figure.subplots()
+    keys = ["split_seed", *filter(None, [lines, across])]
+    trials = search.sort_values("accuracy", ascending=False).drop_duplicates(keys).sort_values(keys)
+    values = sorted(trials[lines].unique()) if lines else [None]
+    for i, value in enumerate(values):
+        shade = DEPTHS[round(i * (len(DEPTHS) - 1) / max(1, len(values) - 1))] if lines else "s0"
+        own = trials[trials[lines] == value] if lines else trials
+        name = f"{lines} {value}" if lines else "mean over splits"
+        _search_line(axes, own, across, name, LIGHT[shade], "osD^v"[i % 5])
+    chosen = [(choice[across], choice["accuracy"]) for choice in best.values()]
+    axes.plot(*zip(*chosen, strict=True), "o", ms=13, mfc="none", mec=INK, mew=1.3, label="chosen")
+    title = "η, the share of the sketch in each step" if across == "eta" else across
+    axes.set(xlabel=title, ylabel="validation accuracy, %")
+    figure.legend(loc="outside upper left", ncols=6, columnspacing=1.2, handletextpad=0.4, labelcolor=INK)
+    return figure
+
+
+def _search_line(axes: Axes, trials: pd.DataFrame, across: str, label: str, color: str, marker: str) -> None:
+    """The mean over splits of some trials, and what the mean hides."""
+    mean = trials.groupby(across)["accuracy"].mean()
+    axes.plot(mean.index, mean, marker=marker, ms=5, color=color, label=label)
+    if trials["split_seed"].nunique() == 1:
+        bars = {"fmt": "none", "ecolor": color, "elinewidth": 1, "alpha": 0.7}
+        axes.errorbar(trials[across], trials["accuracy"], trials["ci95"], **bars)
+        return
+    for _, split in trials.groupby("split_seed"):
+        axes.plot(split[across], split["accuracy"], color=color, lw=0.8, alpha=0.45)
+
+
+@matplotlib.rc_context(STYLE)
+def curve_figure(curves: pd.DataFrame, column: str, title: str, colors: Mapping[str, str]) -> Figure:
+    """Draw one training quantity over the groups seen, a line a method and split.
+
+    A line is a running mean over a twentieth of the training: one group's loss says little.
+    """
+    figure = new_figure(330, 220)
+    axes = figure.subplots()
+    for (method, _), run in curves.groupby(["method", "split_seed"], sort=False):
+        smooth = run[column].rolling(max(1, len(run) // 20), min_periods=1).mean()
+        axes.plot(run["groups"], smooth, color=LIGHT[colors[method]], lw=1.3, alpha=0.85)
+    axes.set_title(title, loc="left")
+    axes.set_xlabel("groups seen")
+    axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
+    return figure
+
+
+@matplotlib.rc_context(STYLE)
+def distribution_figure(
+    histogram: pd.DataFrame, means: Mapping[str, float], labels: Mapping[str, str], colors: Mapping[str, str]
+) -> Figure:
+    """Draw how the test groups' accuracies (%) spread: a histogram a method on a shared axis, a line at its mean.
+
+    `histogram` has the columns method, accuracy (the bin's centre, at least two) and groups.
+    """
+    methods = [method for method in labels if method in means]
+    figure = new_figure(560, 40 + 56 * len(methods))
+    rows = figure.subplots(len(methods), sharex=True, sharey=True, squeeze=False)[:, 0]
+    width = np.diff(np.unique(histogram["accuracy"])[:2]).item()
+    for axes, method in zip(rows, methods, strict=True):
+        bins = histogram[histogram["method"] == method]
+        axes.bar(bins["accuracy"], bins["groups"], width * 0.9, color=LIGHT[colors[method]])
+        axes.axvline(means[method], color=INK, lw=1.2)
+        axes.text(0.0, 0.95, labels[method], transform=axes.transAxes, va="top")
+        axes.text(0.0, 0.62, f"mean {means[method]:.2f}", transform=axes.transAxes, va="top", color=SOFT)
+        axes.set_yticks([])
+        axes.tick_params(bottom=axes is rows[-1])
+    rows[-1].xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=[1, 2, 5, 10]))
+    rows[-1].set_xlabel("accuracy on a test group, %")
+    return figure
+
+
+@matplotlib.rc_context(STYLE)
+def filters_figure(kernels: np.ndarray, labels: Sequence[tuple[str, str]], scale: float) -> Figure:
+    """Draw some first-layer filters: a row a group, from -scale to +scale.
+
+    `kernels` is (groups, filters, channels, f, f): three channels are drawn as a colour about grey, any other
+    number as their mean from blue to red about white. `labels` are a row's left and right headings.
+    """
+    figure = new_figure(560, 58 * len(kernels))
+    rows = figure.subplots(len(kernels), squeeze=False)[:, 0]
+    for axes, group, (left, right) in zip(rows, kernels, labels, strict=True):
+        axes.imshow(_strip(group, scale), interpolation="none")
+        axes.set_title(left, loc="left", pad=3)
+        axes.set_title(right, loc="right", pad=3, color=SOFT)
+        axes.axis("off")
+    return figure
+
+
+def _strip(kernels: np.ndarray, scale: float) -> np.ndarray:
+    """Filters (filters, channels, f, f) side by side, a transparent pixel apart: (f, width, 4), RGBA in 0..1."""
+    unit = np.clip(0.5 + kernels / (2 * scale), 0, 1)
+    if unit.shape[1] == 3:
+        rgb = unit.transpose(0, 2, 3, 1)
+        rgba = np.concatenate([rgb, np.ones_like(rgb[..., :1])], axis=-1)
+    else:
+        rgba = matplotlib.colormaps["RdBu_r"](unit.mean(axis=1))
+    padded = np.pad(rgba, ((0, 0), (0, 0), (0, 1), (0, 0)))
+    return np.concatenate(list(padded), axis=1)[:, :-1]
+
+
+def to_svg(figure: Figure, name: str) -> str:
+    """Render for a page that defines the palette's CSS variables: one `<svg>`, the same bytes every time."""
+    buffer = io.StringIO()
+    # The salt makes ids repeatable; the name in it keeps those of one page's pictures apart.
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
+        nothing = dict.fromkeys(["Date", "Creator", "Format", "Type"])
+        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+    # Keep the view box alone: the page sizes it, and HTML needs no namespaces.
+    view_box, body = re.search(r'<svg[^>]*(viewBox="[^"]*")[^>]*>(.*)', buffer.getvalue(), re.DOTALL).groups()
+    body = re.sub(r'<g id="[^"]*"', "<g", body)
+    for variable, color in LIGHT.items():
+        body = body.replace(color, f"var(--{variable})")
+    return f'<svg role="img" aria-label="{name}" {view_box}>{body}'
+
+
+def to_png(figure: Figure) -> bytes:
+    """Render on white at twice the page's resolution: the same bytes every time."""
+    buffer = io.BytesIO()
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(buffer, format="png", dpi=144, facecolor="white", metadata={"Software": None})
+    return buffer.getvalue()

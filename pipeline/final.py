@@ -1,0 +1,106 @@
+"""Final meta-training on all training classes, one trial a class split: what `train` and `baselines` share."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+
+from pipeline.callback import TrialProgress
+from pipeline.cluster import Finished, experiment_key, run_trials
+from pipeline.params import Params
+from pipeline.stage import PUDNET, RESULTS, STORE, group_folder, split_model
+from pipeline.tracking import git_commit, open_tracking
+from pipeline.trial import TrialSpec, card_of
+from pudnet.data.groups import open_groups
+from pudnet.data.store import open_store
+from pudnet.errors import UserError
+from pudnet.predictor import write_tensors
+
+CURVES = ["groups", "loss", "metric_loss", "full_loss", "kl_loss", "train_accuracy"]
+
+
+def read_best() -> dict[int, dict[str, Any]]:
+    """What the search chose for each split seed, its validation accuracy left aside."""
+    path = RESULTS / "best.yaml"
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; run the search first (`dvc repro search`)")
+    splits = yaml.safe_load(path.read_text())["splits"]
+    return {seed: {k: v for k, v in cell.items() if k != "accuracy"} for seed, cell in splits.items()}
+
+
+def train_all(params: Params, kind: str, cells: Mapping[int, Mapping[str, Any]], fresh: bool) -> pd.DataFrame:
+    """Train one model of a kind a split, write models/splits/KIND/*.safetensors; returns the loss curves."""
+    specs = [_spec(params, kind, seed, dict(cells[seed])) for seed in params.split_seeds]
+    key = experiment_key(kind, specs, asha=False)
+    tracking = open_tracking(params)  # before the fan-out: it makes the database
+    print(f"{kind}: {len(specs)} final training(s) on {params.groups.train_groups:,} groups")
+    finished = run_trials(specs, key, params, TrialProgress(params, key, len(specs), None), fresh=fresh)
+    for trial in finished:
+        path = _write_model(params, trial)
+        run_id = tracking.find_or_create(f"{key}/{trial.spec.name}", trial.spec.name)
+        tracking.client.log_artifact(run_id, str(path), "model")
+        if kind == "pudnet":
+            version = tracking.register(run_id, f"pudnet-{params.setting}-{params.target}", "model")
+            tracking.log_tags(run_id, {"registered_version": str(version)})
+        tracking.finish(run_id)
+    return pd.concat([_curve(trial) for trial in finished], ignore_index=True)
+
+
+def _spec(params: Params, kind: str, split_seed: int, cell: dict[str, Any]) -> TrialSpec:
+    model, train = params.configured(cell)
+    return TrialSpec(
+        name=f"train-{kind}-split{split_seed}",
+        kind=kind,
+        target=params.target,
+        split_seed=split_seed,
+        seed=params.seed,
+        store=str(STORE.resolve()),
+        groups=str(group_folder(split_seed).resolve()),
+        table="train",
+        validate=False,
+        model=asdict(model),
+        train=asdict(train),
+        cell=cell,
+    )
+
+
+def _write_model(params: Params, trial: Finished) -> Path:
+    """Write the model with a card that says what it was trained on; PudNet's first split under its own name too."""
+    store = open_store(STORE, verify=False)
+    split, tables = open_groups(group_folder(trial.spec.split_seed))
+    provenance = {
+        "setting": params.setting,
+        "source": store.source,
+        "variant": params.variant,
+        "split_seed": trial.spec.split_seed,
+        "seed": params.seed,
+        "train_classes": [store.class_names[c] for c in split.train_classes],
+        "train_groups": len(tables["train"]),
+        "git_commit": git_commit(),
+        **trial.spec.cell,
+    }
+    card = dataclasses.replace(card_of(trial.spec, store), provenance=provenance)
+    path = split_model(trial.spec.kind, trial.spec.split_seed)
+    write_tensors(path, trial.model_state(), card)
+    if trial.spec.kind == "pudnet" and trial.spec.split_seed == params.seed:
+        write_tensors(PUDNET, trial.model_state(), card)
+    return path
+
+
+def _curve(trial: Finished) -> pd.DataFrame:
+    """The last report of each step: after an interruption some were made twice."""
+    frame = pd.DataFrame(trial.history).drop_duplicates("groups", keep="last").sort_values("groups")[CURVES]
+    frame.insert(0, "split_seed", trial.spec.split_seed)
+    frame.insert(0, "method", trial.spec.kind)
+    return frame
+
+
+def write_curves(frame: pd.DataFrame) -> str:
+    """Loss curves as CSV text."""
+    return frame.to_csv(index=False, float_format="%.6g")

@@ -1,0 +1,233 @@
+"""params.yaml, read and checked as a whole by every stage; what is null there comes from the setting."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from pudnet.config import (
+    STRICT,
+    VARIANTS,
+    ModelConfig,
+    Positive,
+    TrainConfig,
+    apply_variant,
+    parse,
+)
+from pudnet.data.groups import GroupSizes
+from pudnet.errors import UserError
+from pudnet.settings import Setting, get_setting
+from pudnet.targets import TARGETS
+
+PARAMS = Path("params.yaml")
+CONTROLS = ("static_trunk", "constant_sketch", "shuffled_sketch", "random_weights")
+Seed = Annotated[int, Field(ge=0)]
+
+
+@dataclass(frozen=True, config=STRICT)
+class PrepareParams:
+    """Where images come from and what they become."""
+
+    source: str
+    image_size: Annotated[int, Field(ge=8, le=512)]
+    channels: Literal[1, 3]
+    test_source: str | None = None
+
+
+@dataclass(frozen=True, config=STRICT)
+class GroupsParams:
+    """How many groups of how many classes and images."""
+
+    train_classes: Positive
+    classes_per_group: Annotated[int, Field(ge=2)]
+    train_groups: Positive
+    test_groups: Positive
+    search_groups: Positive
+    validation_groups: Annotated[int, Field(ge=2)]
+    images_per_group: Positive | None = None
+
+
+@dataclass(frozen=True, config=STRICT)
+class SearchParams:
+    """The grid: lists of values for keys of `model` and `train`."""
+
+    space: dict[str, Annotated[list[Any], Field(min_length=1)]]
+    asha: bool
+    report_every: Positive
+
+
+@dataclass(frozen=True, config=STRICT)
+class EvaluateParams:
+    """What evaluation keeps and times."""
+
+    keep_weights: Annotated[int, Field(ge=0)]
+    timing_groups: Positive
+    precision: Literal["auto", "fp32", "bf16"]
+
+
+@dataclass(frozen=True, config=STRICT)
+class BaselinesParams:
+    """Which methods stand beside PudNet."""
+
+    methods: list[Literal["static_trunk", "constant_sketch", "shuffled_sketch", "random_weights"]]
+    sketch_groups: Positive
+
+
+@dataclass(frozen=True, config=STRICT)
+class ResourcesParams:
+    """What one trial gets; `gpus` counts only where Ray sees GPUs."""
+
+    cpus: Positive
+    gpus: Annotated[float, Field(gt=0)]
+
+
+@dataclass(frozen=True, config=STRICT)
+class Params:
+    """The whole of params.yaml, resolved."""
+
+    setting: str
+    target: str
+    variant: str
+    seed: Seed
+    splits: Positive
+    prepare: PrepareParams
+    groups: GroupsParams
+    model: ModelConfig
+    train: TrainConfig
+    search: SearchParams
+    evaluate: EvaluateParams
+    baselines: BaselinesParams
+    resources: ResourcesParams
+
+    @property
+    def split_seeds(self) -> tuple[int, ...]:
+        """Seeds of the class splits."""
+        return tuple(range(self.seed, self.seed + self.splits))
+
+    @property
+    def sizes(self) -> GroupSizes:
+        """What the group tables are built from."""
+        sizes = {key: value for key, value in asdict(self.groups).items() if key != "train_classes"}
+        return GroupSizes(**sizes, test_whole=self.prepare.test_source is not None)
+
+    def grid(self) -> list[dict[str, Any]]:
+        """Every combination of the search space, as changes to `model` and `train`."""
+        names = list(self.search.space)
+        return [dict(zip(names, values, strict=True)) for values in itertools.product(*self.search.space.values())]
+
+    def configured(self, changes: Mapping[str, Any]) -> tuple[ModelConfig, TrainConfig]:
+        """Model and training configuration with a cell of the grid, then the variant, applied."""
+        parts = []
+        for base in (self.model, self.train):
+            own = {key: value for key, value in changes.items() if key in asdict(base)}
+            parts.append(parse(type(base), {**asdict(base), **own}, "search.space"))
+        return apply_variant(self.variant, *parts)
+
+
+BLOCKS = {
+    "prepare": PrepareParams,
+    "groups": GroupsParams,
+    "model": ModelConfig,
+    "train": TrainConfig,
+    "search": SearchParams,
+    "evaluate": EvaluateParams,
+    "baselines": BaselinesParams,
+    "resources": ResourcesParams,
+}
+SCALARS = {"setting": str, "target": str, "variant": str, "seed": int, "splits": int}
+
+
+def load_params(path: Path = PARAMS) -> Params:
+    """Read and check params.yaml. Raises `UserError` with one line for whatever is wrong in it."""
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; run from the project's root") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: must be a mapping of blocks")
+    return resolve(raw)
+
+
+def resolve(raw: Mapping[str, Any]) -> Params:
+    """Check plain values and fill what is null from the setting."""
+    _check_keys(raw)
+    setting = get_setting(raw["setting"])
+    if raw["target"] not in TARGETS:
+        raise UserError(f"target: unknown name {raw['target']!r}; known: {', '.join(TARGETS)}")
+    if raw["variant"] not in VARIANTS:
+        raise UserError(f"variant: unknown name {raw['variant']!r}; known: {', '.join(VARIANTS)}")
+    own = _of_setting(setting, raw["target"])
+    values: dict[str, Any] = {key: raw[key] for key in SCALARS}
+    for name, kind in BLOCKS.items():
+        given = {key: value for key, value in raw[name].items() if value is not None}
+        values[name] = parse(kind, {**own.get(name, {}), **given}, name)
+    params = parse(Params, values, "")
+    _check_space(params)
+    return params
+
+
+def _check_keys(raw: Mapping[str, Any]) -> None:
+    known = [*SCALARS, *BLOCKS]
+    for key in raw:
+        if key not in known:
+            raise UserError(f"{key}: unknown key in params.yaml; known: {', '.join(known)}")
+    for key in known:
+        if key not in raw:
+            raise UserError(f"{key}: missing in params.yaml")
+    for name in BLOCKS:
+        if not isinstance(raw[name], dict) or not all(isinstance(key, str) for key in raw[name]):
+            raise UserError(f"{name}: must be a block of keys in params.yaml, got {raw[name]!r}")
+    for name, kind in SCALARS.items():
+        if type(raw[name]) is not kind:
+            raise UserError(f"{name}: must be of type {kind.__name__}, got {raw[name]!r}")
+
+
+def _of_setting(setting: Setting, target: str) -> dict[str, dict[str, Any]]:
+    return {
+        "prepare": {
+            "source": setting.source,
+            "test_source": setting.test_source,
+            "image_size": setting.image_size,
+            "channels": setting.channels,
+        },
+        "groups": {
+            "train_classes": setting.train_classes,
+            "classes_per_group": setting.classes_per_group,
+            "images_per_group": setting.images_per_group,
+            "train_groups": setting.train_groups,
+            "test_groups": setting.test_groups,
+        },
+        "model": {"eta": setting.eta[target], "depth": setting.depth[target]},
+    }
+
+
+def _check_space(params: Params) -> None:
+    """Every cell of the grid must be a configuration; a wrong one stops here, not in the tenth trial."""
+    known = {**asdict(params.model), **asdict(params.train)}
+    for key, values in params.search.space.items():
+        if key not in known:
+            raise UserError(f"search.space.{key}: unknown key; known: {', '.join(known)}")
+        if len(set(map(repr, values))) < len(values):
+            raise UserError(f"search.space.{key}: a value stands twice in {values!r}")
+    for cell in params.grid():
+        params.configured(cell)
+
+
+def main() -> None:
+    """Stage `check`: read params.yaml as every stage does, and say what is in force."""
+    from pipeline.stage import run_stage
+
+    run_stage(lambda params: print(f"check: {params.setting}, {params.target}, {params.variant}: params.yaml is sound"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,421 @@
+"""The `report` stage: every number of a run on one page, beside the paper's, and the data of DVC's plots."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+import numpy as np
+import pandas as pd
+import yaml
+from markupsafe import Markup
+
+from pipeline import figures
+from pipeline.stage import RESULTS, run_stage
+from pudnet.errors import UserError
+from pudnet.predictor import PredictedNetwork
+from pudnet.targets import predicted_convs
+
+if TYPE_CHECKING:
+    from pipeline.params import Params
+
+HERE = Path(__file__).parent
+
+# What the page needs, and the stage that writes it.
+PRODUCERS = {
+    "search.csv": "search",
+    "best.yaml": "search",
+    "metrics.json": "evaluate",
+    "timing.json": "evaluate",
+    "weights": "evaluate",
+    "accuracies.csv": "baselines",
+    "baselines.json": "baselines",
+    "loss_curves.csv": "baselines",
+}
+
+TARGETS = {"convnet3": "ConvNet-3", "resnet18": "ResNet-18", "resnet34": "ResNet-34"}
+
+# Method -> how the page calls it, and what it is. A method that is not listed goes by its own name.
+METHODS = {
+    "pudnet": ("PudNet", "weights predicted from the group’s images, in one forward pass"),
+    "static_trunk": (
+        "Static trunk",
+        "same losses and training groups; the convolution weights are plain parameters that never see the group",
+    ),
+    "constant_sketch": ("Constant sketch", "the trained PudNet, fed the mean sketch of the training groups"),
+    "shuffled_sketch": ("Shuffled sketch", "the trained PudNet, fed the sketch of another test group"),
+    "random_weights": ("Random weights", "untrained weights, He-initialised"),
+    "without_context": ("Without context", "ablation: no recurrent unit, every layer sees the sketch alone"),
+    "random_hidden": ("Random hidden state", "ablation: the recurrent unit starts from noise, not the sketch"),
+    "without_initial_residual": ("Without initial residual", "ablation: η = 0"),
+    "metric_only": ("Metric loss only", "ablation: without the full-classification and KL losses"),
+    "without_kl": ("Without KL", "ablation: without the KL loss"),
+    "matchnet": ("MatchNet", ""),
+    "protonet": ("ProtoNet", ""),
+    "meta_baseline": ("Meta-Baseline", ""),
+    "meta_deepbdc": ("Meta-DeepBDC", ""),
+    "musml": ("MUSML", ""),
+}
+
+CURVES = {
+    "loss": "total loss",
+    "metric_loss": "metric loss, L1",
+    "full_loss": "full classification loss, L2",
+    "kl_loss": "KL loss, L3",
+    "train_accuracy": "training accuracy, %",
+}
+
+FILTERS_SHOWN = 16
+GROUPS_SHOWN = 6
+
+
+# --- What the paper reports ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Reported:
+    """One figure of the paper: accuracy and its +/- in %, GPU seconds, and where it stands."""
+
+    accuracy: float
+    ci95: float | None
+    seconds: float | None
+    table: str
+
+
+def load_reported() -> dict[str, Any]:
+    """The paper's tables as data."""
+    return yaml.safe_load((HERE / "reported.yaml").read_text())
+
+
+def paper_figures(reported: Mapping[str, Any], setting: str, target: str) -> dict[str, Reported]:
+    """All that the paper reports for a setting and target, by method; empty where it has nothing.
+
+    The first table that has a method wins.
+    """
+    found: dict[str, Reported] = {}
+    for name, table in reported.items():
+        rows = _rows(table, setting, target) if isinstance(table, Mapping) else {}
+        for method, row in rows.items():
+            figure = Reported(row["acc"], row.get("ci"), row.get("time"), name.replace("table", "table "))
+            found.setdefault(method, figure)
+    return found
+
+
+def _rows(table: Mapping[str, Any], setting: str, target: str) -> Mapping[str, Any]:
+    """A table's rows for a setting and target: it is fixed to one of them and keyed by the other, or by both."""
+    if "target" in table:
+        return table.get(setting, {}) if table["target"] == target else {}
+    if "setting" in table:
+        return table.get(target, {}) if table["setting"] == setting else {}
+    return table.get(target, {}).get(setting, {})
+
+
+# --- What the run found -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """One test group's predicted weights, arrays (d_out, d_in, f, f) in the network's order."""
+
+    split_seed: int
+    classes: list[str]
+    weights: dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Results:
+    """What the earlier stages wrote; accuracies in %."""
+
+    search: pd.DataFrame
+    best: dict[int, dict[str, Any]]
+    curves: pd.DataFrame
+    metrics: dict[str, Any]
+    timing: dict[str, Any]
+    accuracies: pd.DataFrame
+    baselines: dict[str, dict[str, Any]]
+    predicted: list[Predicted]
+
+    @property
+    def methods(self) -> dict[str, dict[str, Any]]:
+        """Every method's summary, PudNet's first."""
+        return {"pudnet": self.metrics, **self.baselines}
+
+    @property
+    def variant(self) -> str:
+        """What stands in PudNet's place: the method itself or one of its ablations."""
+        return self.metrics.get("variant", "pudnet")
+
+    @property
+    def knobs(self) -> list[str]:
+        """What was searched, eta and depth first: the columns between the split and what a trial gave."""
+        names = self.search.columns[1 : self.search.columns.get_loc("groups")]
+        return sorted(names, key=lambda name: ["eta", "depth", name].index(name))
+
+
+def read_results(folder: Path) -> Results:
+    """Read a results folder. `UserError` names the first missing file and the stage that writes it."""
+    for name, stage in PRODUCERS.items():
+        if not (folder / name).exists():
+            raise UserError(f"{folder / name} is missing; `dvc repro {stage}` writes it")
+    paths = sorted((folder / "weights").glob("split-*/group-*.safetensors"))
+    return Results(
+        search=pd.read_csv(folder / "search.csv"),
+        best=yaml.safe_load((folder / "best.yaml").read_text())["splits"],
+        curves=pd.read_csv(folder / "loss_curves.csv"),
+        metrics=json.loads((folder / "metrics.json").read_text()),
+        timing=json.loads((folder / "timing.json").read_text()),
+        accuracies=pd.read_csv(folder / "accuracies.csv", dtype={"classes": str}),
+        baselines=json.loads((folder / "baselines.json").read_text())["methods"],
+        predicted=[_read_predicted(path) for path in paths],
+    )
+
+
+def _read_predicted(path: Path) -> Predicted:
+    network = PredictedNetwork.load(path)
+    tensors = network.target_state_dict()
+    weights = {conv.name: tensors[conv.name].numpy() for conv in predicted_convs(network.body)}
+    split_seed = int(path.parent.name.removeprefix("split-"))
+    return Predicted(split_seed, [*map(str, network.classes)], weights)
+
+
+def histogram(accuracies: pd.DataFrame) -> pd.DataFrame:
+    """Count each method's test groups by accuracy (%), in bins that all methods share."""
+    lowest = accuracies["accuracy"].min()
+    width = next((w for w in (0.5, 1.0, 2.0) if (100 - lowest) / w <= 60), 2.5)
+    bins = max(2, math.ceil((100 - lowest) / width))
+    edges = 100 - width * np.arange(bins, -1, -1)
+    rows = []
+    for method, values in accuracies.groupby("method", sort=False)["accuracy"]:
+        counts, _ = np.histogram(values, edges)
+        rows.append(pd.DataFrame({"method": method, "accuracy": edges[:-1] + width / 2, "groups": counts}))
+    return pd.concat(rows, ignore_index=True)
+
+
+@dataclass(frozen=True)
+class Movement:
+    """How far the predicted weights of one split's groups are from their mean.
+
+    `first` and `differences` are the first layer's kernels (groups, d_out, d_in, f, f); `relative` is
+    ||w_g - mean|| / ||mean|| of a layer, a value a group, the first layer first.
+    """
+
+    split_seed: int
+    classes: list[list[str]]
+    first: np.ndarray
+    differences: np.ndarray
+    relative: dict[str, np.ndarray]
+
+    @property
+    def of_first(self) -> np.ndarray:
+        """How far each group's first layer moved."""
+        return next(iter(self.relative.values()))
+
+
+def movement(predicted: list[Predicted]) -> Movement | None:
+    """Compare the groups of the first split: another split is another hypernetwork. None without weights."""
+    if not predicted:
+        return None
+    split = min(group.split_seed for group in predicted)
+    groups = [group for group in predicted if group.split_seed == split]
+    layers = {layer: np.stack([group.weights[layer] for group in groups]) for layer in groups[0].weights}
+    relative = {}
+    for layer, stacked in layers.items():
+        flat = stacked.reshape(len(groups), -1)
+        mean = flat.mean(axis=0)
+        relative[layer] = np.linalg.norm(flat - mean, axis=1) / np.linalg.norm(mean)
+    first = next(iter(layers.values()))
+    return Movement(split, [group.classes for group in groups], first, first - first.mean(axis=0), relative)
+
+
+# --- What the page shows ------------------------------------------------------------------------------------
+
+
+def label(method: str) -> str:
+    """How the page calls a method; `adam_30` is a training from scratch of 30 epochs."""
+    if method in METHODS:
+        return METHODS[method][0]
+    name, _, epochs = method.rpartition("_")
+    if name in ("adam", "gc") and epochs.isdigit():
+        return f"{ {'adam': 'Adam', 'gc': 'GC'}[name] }, {epochs} epoch{'s' if epochs != '1' else ''}"
+    return method.replace("_", " ").capitalize()
+
+
+def knob(name: str) -> str:
+    """How the page calls a searched key of params.yaml."""
+    return "η" if name == "eta" else name.replace("_", " ")
+
+
+def plus_minus(value: float, ci95: float | None = None, sign: bool = False) -> str:
+    """`95.10 ± 0.30`; without the interval where there is none (a single group)."""
+    number = f"{value:+.2f}".replace("-", "−") if sign else f"{value:.2f}"
+    return number if ci95 is None or math.isnan(ci95) else f"{number} ± {ci95:.2f}"
+
+
+def duration(milliseconds: float) -> str:
+    """Three digits at most, in ms below a second, else in s."""
+    value, unit = (milliseconds, "ms") if milliseconds < 1000 else (milliseconds / 1000, "s")
+    digits = 2 if value < 10 else 1 if value < 100 else 0
+    return f"{value:,.{digits}f} {unit}"
+
+
+def verdict(difference: float, ci95: float | None) -> str:
+    """One control against PudNet, in words; `difference` is the control minus PudNet."""
+    distance = plus_minus(abs(difference), ci95)
+    if ci95 is not None and abs(difference) <= ci95:
+        return f"not measurably different from PudNet ({plus_minus(difference, ci95, sign=True)} points)"
+    return f"{distance} points {'below' if difference < 0 else 'above'} PudNet"
+
+
+def headline(results: Results, paper: Mapping[str, Reported]) -> list[dict[str, Any]]:
+    """The main table, a row a method; PudNet's place may be taken by an ablation of it."""
+    rows = []
+    for method, row in results.methods.items():
+        name = results.variant if method == "pudnet" else method
+        cells = {
+            "label": label(name),
+            "about": METHODS.get(name, ("", ""))[1],
+            "accuracy": plus_minus(row["accuracy"], row["ci95"]),
+            "difference": _difference(row),
+            "paper": plus_minus(paper[name].accuracy, paper[name].ci95) if name in paper else None,
+            "time": _adapt_time(method, row, results.timing),
+        }
+        rows.append({"method": method, **cells})
+    return rows
+
+
+def _difference(row: Mapping[str, Any]) -> str | None:
+    return plus_minus(row["difference"], row["difference_ci95"], sign=True) if "difference" in row else None
+
+
+def _adapt_time(method: str, row: Mapping[str, Any], timing: Mapping[str, Any]) -> str | None:
+    milliseconds = timing["total_ms"] if method == "pudnet" else row.get("adapt_ms")
+    return None if milliseconds is None else duration(milliseconds)
+
+
+def split_rows(results: Results) -> list[dict[str, Any]]:
+    """A row a class split: its classes, what the search chose on it, and every method's accuracy."""
+    rows = []
+    for seed, split in results.metrics["splits"].items():
+        of_method = {method: row["splits"].get(seed) for method, row in results.methods.items()}
+        accuracies = [cell and plus_minus(cell["accuracy"], cell["ci95"]) for cell in of_method.values()]
+        rows.append({"seed": seed, **split, "chosen": results.best[int(seed)], "accuracies": accuracies})
+    return rows
+
+
+def draw(results: Results, moved: Movement | None, bins: pd.DataFrame) -> dict[str, Any]:
+    """All pictures of the page, by name; `curves` is a list."""
+    names = {method: label(results.variant if method == "pudnet" else method) for method in results.methods}
+    colors = figures.series_colors([*names])
+    means = results.accuracies.groupby("method")["accuracy"].mean().to_dict()
+    pictures: dict[str, Any] = {
+        "distribution": figures.distribution_figure(bins, means, names, colors),
+        "curves": [
+            figures.curve_figure(results.curves, column, title, colors)
+            for column, title in CURVES.items()
+            if column in results.curves and results.curves[column].notna().any()
+        ],
+    }
+    if results.knobs:
+        across, lines = [*results.knobs, None][:2]
+        pictures["search"] = figures.search_figure(results.search, results.best, across, lines)
+    if moved is not None:
+        classes = [_shorten(" · ".join(group)) for group in moved.classes]
+        labels = [(name, f"moved {100 * share:.2f} %") for name, share in zip(classes, moved.of_first, strict=True)]
+        for name, kernels in (("filters", moved.first), ("filter_differences", moved.differences)):
+            shown = kernels[:GROUPS_SHOWN, :FILTERS_SHOWN]
+            pictures[name] = figures.filters_figure(shown, labels[:GROUPS_SHOWN], scale(kernels))
+    return pictures
+
+
+def scale(kernels: np.ndarray) -> float:
+    """The value at a colour scale's end: all but the largest hundredth of the values fit."""
+    return float(np.quantile(np.abs(kernels), 0.99)) or 1.0
+
+
+def _shorten(text: str, longest: int = 60) -> str:
+    return text if len(text) <= longest else text[: longest - 1] + "…"
+
+
+def render(params: Params, results: Results, moved: Movement | None, pictures: Mapping[str, Any]) -> str:
+    """The page: one HTML file that asks the network for nothing."""
+    paper = paper_figures(load_reported(), params.setting, params.target)
+    run_here = {results.variant, *results.baselines}
+    options = {"autoescape": True, "undefined": jinja2.StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(HERE), **options)
+    environment.filters |= {"label": label, "duration": duration, "plus_minus": plus_minus, "knob": knob}
+    svg = {name: _inline(picture, name) for name, picture in pictures.items()}
+    return environment.get_template("report.html").render(
+        params=params,
+        target=TARGETS.get(params.target, params.target),
+        results=results,
+        metrics=results.metrics,
+        static=results.baselines.get("static_trunk"),
+        verdict=verdict,
+        headline=headline(results, paper),
+        paper=paper,
+        reported=paper.get(results.variant),
+        paper_only={method: row for method, row in paper.items() if method not in run_here},
+        splits=split_rows(results),
+        moved=moved,
+        scale=scale,
+        filters_shown=FILTERS_SHOWN,
+        colors=figures.series_colors([*results.methods]),
+        trained=results.curves["method"].unique(),
+        palette=figures.PALETTE,
+        svg=svg,
+        commit=git_commit(),
+    )
+
+
+def _inline(picture: Any, name: str) -> Any:
+    if isinstance(picture, list):
+        return [_inline(part, f"{name} {i + 1}") for i, part in enumerate(picture)]
+    return Markup(figures.to_svg(picture, name.replace("_", " ")))  # our own drawing: safe as it is
+
+
+def git_commit() -> str | None:
+    """The commit that is checked out, if this is a git repository."""
+    command = ["git", "rev-parse", "--short=10", "HEAD"]
+    try:
+        return subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def write(path: Path, content: bytes) -> None:
+    """Write a whole file or none of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_bytes(content)
+    temporary.replace(path)
+
+
+def report(params: Params, folder: Path = RESULTS) -> None:
+    """Write `report.html` and the files of DVC's plots from what the earlier stages left in `folder`."""
+    results = read_results(folder)
+    moved = movement(results.predicted)
+    bins = histogram(results.accuracies)
+    pictures = draw(results, moved, bins)
+    plots = folder / "plots"
+    tables = {"search": results.search, "loss_curves": results.curves, "accuracy_histogram": bins}
+    for name, table in tables.items():
+        write(plots / f"{name}.csv", table.to_csv(index=False).encode())
+    for name in ("filters", "filter_differences"):
+        if name in pictures:
+            write(plots / f"{name}.png", figures.to_png(pictures[name]))
+    write(folder / "report.html", render(params, results, moved, pictures).encode())
+
+
+def main() -> None:
+    """Entry point of the stage."""
+    run_stage(report)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""Stage `search`: Ray Tune over the grid, judged on validation groups; the best cell of each class split."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from typing import Any
+
+import pandas as pd
+import yaml
+
+from pipeline.callback import TrialProgress
+from pipeline.cluster import Finished, experiment_key, run_trials
+from pipeline.params import Params
+from pipeline.stage import RESULTS, STORE, group_folder, run_stage, wants_fresh, write_text
+from pipeline.tracking import open_tracking
+from pipeline.trial import TrialSpec
+
+
+def search(params: Params) -> None:
+    """Train every cell of the grid on every class split; write results/search.csv and results/best.yaml."""
+    fresh = wants_fresh()
+    specs = [_spec(params, cell, seed) for seed in params.split_seeds for cell in params.grid()]
+    key = experiment_key("search", specs, params.search.asha)
+    tracking = open_tracking(params)
+    parent = tracking.find_or_create(key, key)
+    tracking.log_params(parent, {f"space.{name}": values for name, values in params.search.space.items()})
+    print(f"search: {len(specs)} trials of {params.groups.search_groups} groups")
+    progress = TrialProgress(params, key, len(specs), parent)
+    finished = run_trials(specs, key, params, progress, params.search.asha, fresh)
+    rows = [_row(trial) for trial in finished]
+    best = {seed: _best(rows, seed) for seed in params.split_seeds}
+    write_text(RESULTS / "search.csv", pd.DataFrame(rows).to_csv(index=False, float_format="%.6g"))
+    write_text(RESULTS / "best.yaml", yaml.safe_dump({"splits": best}, sort_keys=False))
+    for seed, cell in best.items():
+        print(f"search: best of split {seed}: {cell}")
+    tracking.log_metrics(parent, {f"best_accuracy_split_{seed}": cell["accuracy"] for seed, cell in best.items()})
+    tracking.client.log_artifact(parent, str(RESULTS / "search.csv"))
+    tracking.finish(parent)
+
+
+def _spec(params: Params, cell: dict[str, Any], split_seed: int) -> TrialSpec:
+    model, train = params.configured(cell)
+    train = replace(train, report_every=params.search.report_every)
+    return TrialSpec(
+        name="-".join([f"split{split_seed}", *(f"{key}{value}" for key, value in cell.items())]),
+        kind="pudnet",
+        target=params.target,
+        split_seed=split_seed,
+        seed=params.seed,
+        store=str(STORE.resolve()),
+        groups=str(group_folder(split_seed).resolve()),
+        table="search_train",
+        validate=True,
+        model=asdict(model),
+        train=asdict(train),
+        cell=cell,
+    )
+
+
+def _row(trial: Finished) -> dict[str, Any]:
+    return {
+        "split_seed": trial.spec.split_seed,
+        **trial.spec.cell,
+        "groups": trial.metrics["groups"],
+        "accuracy": trial.metrics["validation_accuracy"],
+        "ci95": trial.metrics["validation_ci95"],
+        "loss": trial.metrics["loss"],
+    }
+
+
+def _best(rows: list[dict[str, Any]], split_seed: int) -> dict[str, Any]:
+    """The cell of highest validation accuracy; of equals, the first of the grid."""
+    best = max((row for row in rows if row["split_seed"] == split_seed), key=lambda row: row["accuracy"])
+    return {key: value for key, value in best.items() if key not in ("split_seed", "groups", "loss", "ci95")}
+
+
+if __name__ == "__main__":
+    run_stage(search)

@@ -1,0 +1,73 @@
+"""What every stage shares: how it starts, how it fails, where things lie, how files are written."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pipeline.params import Params, load_params
+from pudnet.errors import RunFailed, UserError
+
+STORE = Path("data/prepared/train")
+TEST_STORE = Path("data/prepared/test")  # inter-dataset settings only
+GROUPS = Path("data/groups")
+MODELS = Path("models")
+PUDNET = MODELS / "pudnet.safetensors"  # the first split's, for those who want one model
+RESULTS = Path("results")
+
+
+def root() -> Path:
+    """The repository that state and tracking belong to, also in a workspace of `dvc exp run --queue`."""
+    return Path(os.environ.get("DVC_ROOT", ".")).resolve()
+
+
+def run_stage(stage: Callable[[Params], None]) -> None:
+    """Run one stage as a command: exit code 2 for a mistake in params or input, 1 for a failed run."""
+    try:
+        stage(load_params())
+    except UserError as error:
+        sys.exit(_say(error, 2))
+    except RunFailed as error:
+        sys.exit(_say(error, 1))
+    except KeyboardInterrupt:
+        sys.exit(_say("interrupted; the same command continues", 130))
+
+
+def wants_fresh() -> bool:
+    """Whether the command line asks to forget an earlier, unfinished or finished, run of the stage."""
+    parser = argparse.ArgumentParser(description="Run the stage; without --fresh an earlier run is continued.")
+    parser.add_argument("--fresh", action="store_true", help="forget the earlier run's state and start over")
+    return parser.parse_args().fresh
+
+
+def _say(message: object, code: int) -> int:
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    return code
+
+
+def group_folder(split_seed: int) -> Path:
+    """Where the tables of one class split lie."""
+    return GROUPS / f"split-{split_seed}"
+
+
+def split_model(method: str, split_seed: int) -> Path:
+    """Where the final model of one class split lies."""
+    return MODELS / "splits" / method / f"split-{split_seed}.safetensors"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file, all or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write plain values as JSON, keys in the order given."""
+    write_text(path, json.dumps(values, indent=2) + "\n")

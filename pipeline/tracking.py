@@ -1,0 +1,127 @@
+"""MLflow, written by one process, the driver: each run is found again by a key when a stage is continued."""
+
+from __future__ import annotations
+
+import getpass
+import os
+import subprocess
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Param, RunTag
+
+from pipeline.params import Params
+from pipeline.stage import root
+
+KEY = "pudnet.key"
+
+
+class Tracking:
+    """One experiment of the tracking server: the runs of a setting and a target."""
+
+    def __init__(self, uri: str, experiment: str, artifacts: str | None, tags: Mapping[str, str]) -> None:
+        self.uri, self.tags = uri, dict(tags)
+        self.client = MlflowClient(uri)
+        found = self.client.get_experiment_by_name(experiment)
+        self.experiment = found.experiment_id if found else self.client.create_experiment(experiment, artifacts)
+
+    def find_or_create(self, key: str, name: str, parent: str | None = None) -> str:
+        """The run of this key, RUNNING again, or a new one. Returns its id."""
+        found = self.client.search_runs([self.experiment], f"tags.`{KEY}` = '{key}'", max_results=1)
+        if found:
+            run_id = found[0].info.run_id
+            self.client.update_run(run_id, status="RUNNING")
+            return run_id
+        tags = {**self.tags, KEY: key, **({"mlflow.parentRunId": parent} if parent else {})}
+        return self.client.create_run(self.experiment, run_name=name, tags=tags).info.run_id
+
+    def last_step(self, run_id: str, metric: str) -> int:
+        """The last step that a metric was logged at, -1 for none."""
+        return max((m.step for m in self.client.get_metric_history(run_id, metric)), default=-1)
+
+    def log_params(self, run_id: str, params: Mapping[str, Any]) -> None:
+        """Log parameters; those that stand already stay as they are."""
+        known = self.client.get_run(run_id).data.params
+        new = [Param(key, str(value)) for key, value in params.items() if key not in known]
+        self.client.log_batch(run_id, params=new)
+
+    def log_metrics(self, run_id: str, metrics: Mapping[str, float], step: int = 0) -> None:
+        """Log numbers at one step."""
+        now = int(1000 * time.time())
+        self.client.log_batch(run_id, metrics=[Metric(k, float(v), now, step) for k, v in metrics.items()])
+
+    def log_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
+        """Set tags on a run."""
+        self.client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+
+    def finish(self, run_id: str, status: str = "FINISHED") -> None:
+        """Close a run."""
+        self.client.set_terminated(run_id, status)
+
+    def register(self, run_id: str, name: str, artifact: str) -> str:
+        """Register an artifact of a run as the next version of a model (once a run). Returns the version."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            self.client.create_registered_model(name)
+        except MlflowException:
+            pass  # it is there
+        versions = self.client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
+        if versions:
+            return versions[0].version
+        source = f"{self.client.get_run(run_id).info.artifact_uri}/{artifact}"
+        return self.client.create_model_version(name, source, run_id).version
+
+
+def open_tracking(params: Params) -> Tracking:
+    """The experiment `pudnet-SETTING-TARGET`, in the project's sqlite database or where MLFLOW_TRACKING_URI says.
+
+    Opened before any fan-out: several processes that open a fresh database trip over each other.
+    """
+    uri = os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{root()}/mlflow.db")
+    name = f"pudnet-{params.setting}-{params.target}"
+    artifacts = None if uri.startswith("http") else str(root() / "mlartifacts" / name)
+    return Tracking(uri, name, artifacts, provenance(params))
+
+
+def provenance(params: Params) -> dict[str, str]:
+    """Tags that say what a run was made from."""
+    tags = {"mlflow.user": _user(), "mlflow.source.name": "dvc repro", "mlflow.source.type": "LOCAL"}
+    tags |= {"setting": params.setting, "target": params.target, "variant": params.variant}
+    commit = git_commit()
+    if commit:
+        tags["mlflow.source.git.commit"] = commit
+    if os.environ.get("DVC_EXP_NAME"):
+        tags["dvc.experiment"] = os.environ["DVC_EXP_NAME"]
+    return tags | {f"dvc.md5.{path}": md5 for path, md5 in _lock_md5s().items()}
+
+
+def git_commit() -> str:
+    """The commit that is checked out, with `-dirty` where files differ from it; empty outside git."""
+    command = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip()
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user without a name
+        return "unknown"
+
+
+def _lock_md5s() -> dict[str, str]:
+    """Checksums of the prepared data and group tables, as DVC locked them."""
+    lock = Path("dvc.lock")
+    if not lock.is_file():
+        return {}
+    stages = (yaml.safe_load(lock.read_text()) or {}).get("stages", {})
+    outs = [out for stage in ("prepare", "groups") for out in stages.get(stage, {}).get("outs", [])]
+    return {out["path"]: out["md5"] for out in outs if "md5" in out}

@@ -1,0 +1,47 @@
+"""Images on their way into a network: gathered by index, normalised on the device, no DataLoader."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pudnet.data.store import Store
+
+
+def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """uint8 (N, H, W, C) -> float (N, C, H, W), each channel of zero mean and unit variance over the store.
+
+    The result is channels_last in memory, as the images were stored: nothing is moved.
+    """
+    scaled = images.float().div_(255).sub_(mean).div_(std)
+    return scaled.permute(0, 3, 1, 2)
+
+
+class StoreImages:
+    """A store's images by index, on a device.
+
+    A GPU gets the whole uint8 array once; on a CPU it stays memory-mapped, so that all processes share it.
+    """
+
+    def __init__(self, store: Store, device: torch.device) -> None:
+        self.device = device
+        self.labels = np.asarray(store.labels)
+        self.mean = torch.tensor(store.mean, device=device)
+        self.std = torch.tensor(store.std, device=device)
+        on_device = device.type != "cpu"
+        self._resident = torch.from_numpy(np.array(store.images)).to(device) if on_device else None
+        self._mapped = store.images
+
+    def __call__(self, indices: np.ndarray) -> Tensor:
+        """Rows `indices` (N,) of the store -> normalised float images (N, C, H, W)."""
+        if self._resident is None:
+            raw = torch.from_numpy(self._mapped[indices])  # fancy indexing copies out of the read-only map
+        else:
+            raw = self._resident[torch.from_numpy(indices.astype(np.int64)).to(self.device)]
+        return normalize(raw, self.mean, self.std)
+
+    def block_classes(self, indices: np.ndarray) -> np.ndarray:
+        """Class ids (k,) of a group's blocks, in the order in which they stand in `indices`."""
+        labels = self.labels[indices]
+        return labels[np.sort(np.unique(labels, return_index=True)[1])]

@@ -1,0 +1,160 @@
+"""Accuracy on twin groups, its interval, and what a prediction costs. Every method is measured here alike."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy import stats
+from torch import Tensor, nn
+
+from pudnet.data.images import StoreImages
+from pudnet.predictor import Predictor
+
+FROM, ON = 0, 1  # a table's twins: weights are predicted from the one, accuracy is measured on the other
+
+
+def mean_interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
+    """Mean and the half-width of its 95% interval (Student's t), of one value a group."""
+    values = np.asarray(values, dtype=float)
+    if len(values) < 2:
+        return float(values.mean()), float("nan")
+    return float(values.mean()), float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
+
+
+def stratified_interval(strata: Sequence[np.ndarray]) -> tuple[float, float]:
+    """Mean over strata (class splits) of their means, and its 95% half-width with the strata held fixed."""
+    parts = [mean_interval(values) for values in strata]
+    return float(np.mean([m for m, _ in parts])), float(np.sqrt(sum(h**2 for _, h in parts)) / len(parts))
+
+
+def block_labels(images: StoreImages, indices: np.ndarray) -> tuple[Tensor, np.ndarray]:
+    """A group's labels (N,) as positions in its class ids (k,), and those ids."""
+    classes = images.block_classes(indices)
+    position = {class_id: i for i, class_id in enumerate(classes.tolist())}
+    return torch.tensor([position[c] for c in images.labels[indices].tolist()], device=images.device), classes
+
+
+@torch.no_grad()
+def twin_accuracies(
+    predictor: Predictor,
+    images: StoreImages,
+    table: np.ndarray,
+    bf16: bool,
+    sketches: Sequence[Tensor] | None = None,
+    progress: Callable[[int], None] = lambda done: None,
+) -> np.ndarray:
+    """Accuracy in percent (G,) of the network predicted from each group of a table (G, 2, N), on its twin.
+
+    Given `sketches`, one a group, weights come from those in place of the groups' own.
+    """
+    accuracies = np.zeros(len(table))
+    for g, (group, twin) in enumerate(table):
+        labels, classes = block_labels(images, group)
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
+            sketch = None if sketches is None else sketches[g]
+            network = predictor.adapt(images(group), labels, tuple(classes.tolist()), sketch)
+            logits = network.logits(images(twin))
+        truth, _ = block_labels(images, twin)
+        accuracies[g] = 100 * (logits.argmax(1) == truth).float().mean().item()
+        progress(g + 1)
+    return accuracies
+
+
+@torch.no_grad()
+def group_sketches(predictor: Predictor, images: StoreImages, groups: np.ndarray, bf16: bool) -> list[Tensor]:
+    """The sketch (l, m) of each group of a table (G, N)."""
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
+        return [predictor.model.sketch(images(group)) for group in groups]
+
+
+def shuffled(sketches: Sequence[Tensor], classes: Sequence[Sequence[int]]) -> list[Tensor]:
+    """For each group the sketch of the next one that has other classes (its own where there is none)."""
+    sets = [frozenset(c) for c in classes]
+    count = len(sketches)
+
+    def other(g: int) -> int:
+        return next((h % count for h in range(g + 1, g + count) if sets[h % count] != sets[g]), g)
+
+    return [sketches[other(g)] for g in range(count)]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What a prediction costs, in milliseconds: medians over groups, after warm-up, device synchronised."""
+
+    device: str
+    threads: int
+    images: int
+    sketch_ms: float
+    generation_ms: float
+    calibration_ms: float
+    centroids_ms: float
+    total_ms: float
+    epoch_ms: float  # one epoch of training the same network from scratch on the same images
+    epoch_ratio: float  # epoch_ms / total_ms
+
+
+def time_prediction(
+    predictor: Predictor, images: StoreImages, groups: np.ndarray, bf16: bool, warm_up: int = 2
+) -> Timing:
+    """Time predictions from the groups of a table (G, N) and, alternating, epochs from scratch on each."""
+    rows = []
+    for group in np.concatenate([groups[:warm_up], groups]):
+        batch, (labels, _) = images(group), block_labels(images, group)
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
+            rows.append([*_prediction_steps(predictor, batch, labels), _epoch(predictor, batch, labels)])
+    sketch, generation, calibration, centroid, epoch = np.median(np.array(rows[warm_up:]), axis=0).tolist()
+    total = float(np.median(np.array(rows[warm_up:])[:, :4].sum(1)))
+    return Timing(
+        device=str(torch.cuda.get_device_name() if images.device.type == "cuda" else images.device),
+        threads=torch.get_num_threads(),
+        images=groups.shape[1],
+        sketch_ms=sketch,
+        generation_ms=generation,
+        calibration_ms=calibration,
+        centroids_ms=centroid,
+        total_ms=total,
+        epoch_ms=epoch,
+        epoch_ratio=epoch / total,
+    )
+
+
+def _clock(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return 1000 * time.perf_counter()
+
+
+@torch.no_grad()
+def _prediction_steps(predictor: Predictor, images: Tensor, labels: Tensor) -> list[float]:
+    """Milliseconds of sketch, generation, calibration and centroids."""
+    marks = [_clock(images.device)]
+    sketch = predictor.model.sketch(images)
+    marks.append(_clock(images.device))
+    weights = predictor.model.generate(sketch)
+    marks.append(_clock(images.device))
+    body = predictor.calibrate(weights, images)
+    marks.append(_clock(images.device))
+    predictor.centroids(body, images, labels)
+    marks.append(_clock(images.device))
+    return np.diff(marks).tolist()
+
+
+def _epoch(predictor: Predictor, images: Tensor, labels: Tensor, batch: int = 50) -> float:
+    """Milliseconds of one epoch of Adam on the plain target with a linear head."""
+    body = copy.deepcopy(predictor.plain).train()
+    with torch.no_grad():
+        size = body(images[:2]).shape[1]
+    head = nn.Linear(size, int(labels.max()) + 1, device=images.device)
+    optimizer = torch.optim.Adam([*body.parameters(), *head.parameters()], lr=1e-3, fused=True)
+    start = _clock(images.device)
+    for rows in torch.randperm(len(images), device=images.device).split(batch):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(head(body(images[rows])), labels[rows]).backward()
+        optimizer.step()
+    return _clock(images.device) - start

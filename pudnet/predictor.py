@@ -1,0 +1,273 @@
+"""From labelled images to a network that classifies them: predict, calibrate, centroids; load and save."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from pudnet.config import ModelConfig, parse
+from pudnet.controls import StaticTrunk
+from pudnet.data.images import normalize
+from pudnet.errors import UserError
+from pudnet.hypernet import PudNet
+from pudnet.objective import centroids, metric_logits
+from pudnet.targets import Weights, build_target, calibrated_network
+
+METADATA = "pudnet"  # one key: safetensors orders several at random, and the file's hash would change
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a saved file says of itself, beside its tensors."""
+
+    kind: str  # "pudnet", "static_trunk": what predicts; "network": what was predicted
+    target: str
+    channels: int
+    image_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    temperature: float
+    support_per_class: int
+    model: dict | None = None  # ModelConfig, for kind "pudnet"
+    classes: tuple[str | int, ...] = ()  # for kind "network"
+    provenance: dict = dataclasses.field(default_factory=dict)  # setting, class split, seeds, commit, ...
+    format: int = FORMAT
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], card: Card) -> None:
+    """Write tensors and their card as .safetensors, all or nothing; the same content gives the same bytes.
+
+    Raises `UserError` when the path cannot be written.
+    """
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(plain, partial, metadata={METADATA: json.dumps(asdict(card), sort_keys=True)})
+        partial.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be written ({error})") from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], Card]:
+    """Read what `write_tensors` wrote. Raises `UserError`, in one line, for any other file."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        values = json.loads(metadata[METADATA])
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise UserError(f"{path}: not a PudNet file, or a damaged one ({error})") from None
+    if values.get("format") != FORMAT:
+        raise UserError(f"{path}: written in format {values.get('format')}, this version reads {FORMAT}")
+    lists = {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
+    try:
+        return tensors, Card(**{**values, **lists})
+    except TypeError as error:
+        raise UserError(f"{path}: its card cannot be read ({error})") from None
+
+
+class PredictedNetwork(nn.Module):
+    """A target network with predicted weights and class centroids, ready to classify, in eval mode."""
+
+    def __init__(self, body: nn.Module, class_centroids: Tensor, card: Card) -> None:
+        super().__init__()
+        self.body, self.card = body, card
+        self.register_buffer("centroids", class_centroids)  # (k, d)
+        self.register_buffer("mean", torch.tensor(card.mean), persistent=False)
+        self.register_buffer("std", torch.tensor(card.std), persistent=False)
+        self.eval()
+
+    @property
+    def classes(self) -> tuple[str | int, ...]:
+        """The labels that the columns of the logits stand for."""
+        return self.card.classes
+
+    def normalize(self, images: np.ndarray | Tensor) -> Tensor:
+        """What the target itself is fed: uint8 (N, H, W, C) or 0..1 float (N, C, H, W) -> float (N, C, H, W)."""
+        return normalize(as_pixels(images, self.card).to(self.mean.device), self.mean, self.std)
+
+    @torch.no_grad()
+    def features(self, images: np.ndarray | Tensor, batch: int = 500) -> Tensor:
+        """The target's output, (N, d), for images as `normalize` takes them."""
+        chunks = as_pixels(images, self.card).to(self.mean.device).split(batch)
+        return torch.cat([self.body(normalize(chunk, self.mean, self.std)) for chunk in chunks])
+
+    def forward(self, images: np.ndarray | Tensor) -> Tensor:
+        """Logits (N, k), tau times the cosine to each class's centroid (Eq. 6)."""
+        return metric_logits(self.features(images), self.centroids, self.card.temperature)
+
+    @torch.no_grad()
+    def logits(self, normalized: Tensor) -> Tensor:
+        """`forward` on images (N, C, H, W) that are normalised already."""
+        return metric_logits(self.body(normalized).float(), self.centroids, self.card.temperature)
+
+    def target_state_dict(self) -> dict[str, Tensor]:
+        """The state dict of the plain target network, running statistics included."""
+        return dict(self.body.state_dict())
+
+    def save(self, path: str | Path) -> None:
+        """Write the plain target's tensors, the centroids and the card as .safetensors."""
+        write_tensors(Path(path), {**self.target_state_dict(), "centroids": self.centroids}, self.card)
+
+    @classmethod
+    def load(cls, path: str | Path) -> PredictedNetwork:
+        """Read a network that `save` wrote; `UserError` for another file."""
+        tensors, card = read_tensors(Path(path))
+        if card.kind != "network":
+            raise UserError(f"{path}: holds a {card.kind} model, not a predicted network")
+        body = build_target(card.target, card.channels, card.image_size)
+        return cls(_loaded(body, tensors, path, extra=("centroids",)), tensors["centroids"], card)
+
+
+def as_pixels(images: np.ndarray | Tensor, card: Card) -> Tensor:
+    """Images as a tensor (N, H, W, C) of 0..255.
+
+    Takes uint8 (N, H, W, C), or (N, H, W) for grey, or float (N, C, H, W) in 0..1.
+
+    Raises:
+        UserError: for another type or size than the model's, or floats that are not in 0..1.
+    """
+    pixels = torch.as_tensor(images)
+    if pixels.is_floating_point():
+        if pixels.numel() and not bool(((pixels >= 0) & (pixels <= 1)).all()):
+            raise UserError("images: floats must lie in 0..1, these hold other values (or NaN)")
+        pixels = pixels.movedim(1, -1) * 255 if pixels.ndim == 4 else pixels
+    elif pixels.dtype != torch.uint8:
+        raise UserError(f"images: must be uint8 (N, H, W, C) or float (N, C, H, W), got {pixels.dtype}")
+    elif pixels.ndim == 3:
+        pixels = pixels.unsqueeze(-1)
+    expected = (card.image_size, card.image_size, card.channels)
+    if pixels.ndim != 4 or not len(pixels) or tuple(pixels.shape[1:]) != expected:
+        raise UserError(
+            f"images: the model takes {expected[0]}x{expected[1]} px of {expected[2]} channel(s), "
+            f"got shape {tuple(torch.as_tensor(images).shape)}"
+        )
+    return pixels
+
+
+def encode_labels(
+    labels: Sequence | np.ndarray | Tensor, images: int
+) -> tuple[Tensor, tuple[str | int, ...]]:
+    """Labels of integers or strings -> (N,) in 0..k-1 and the k classes, sorted.
+
+    Raises `UserError` when there are fewer than two classes or not one label an image.
+    """
+    values = labels.cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
+    if values.shape != (images,):
+        raise UserError(f"labels: {images} images need as many labels, got shape {values.shape}")
+    classes, encoded = np.unique(values, return_inverse=True)
+    if len(classes) < 2:
+        raise UserError(f"labels: need images of at least two classes, got {len(classes)}")
+    return torch.from_numpy(encoded), tuple(classes.tolist())
+
+
+def support_rows(labels: Tensor, per_class: int) -> Tensor:
+    """Rows of the first `per_class` images of each class, for labels (N,) in 0..k-1."""
+    ranks = nn.functional.one_hot(labels).cumsum(0).gather(1, labels.unsqueeze(1)).squeeze(1)
+    return torch.nonzero(ranks <= per_class).squeeze(1)
+
+
+class Predictor:
+    """A trained hypernetwork (or a control) and all it takes to use it on new images.
+
+    `predict` is the one call; its steps stand alone, on normalised images, for evaluation and timing.
+    """
+
+    def __init__(self, model: PudNet | StaticTrunk, card: Card) -> None:
+        self.model, self.card = model.eval(), card
+        self.plain = build_target(card.target, card.channels, card.image_size)
+        device = next(model.parameters()).device
+        self.plain.to(device, memory_format=torch.channels_last)
+        self.mean, self.std = (torch.tensor(v, device=device) for v in (card.mean, card.std))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Predictor:
+        """Read a trained model from a .safetensors file; `UserError` for anything else. Nothing is unpickled."""
+        tensors, card = read_tensors(Path(path))
+        if card.kind not in ("pudnet", "static_trunk"):
+            raise UserError(f"{path}: holds a {card.kind}, not a trained model")
+        return cls(_loaded(build_model(card), tensors, path), card)
+
+    @classmethod
+    def untrained(cls, target: str, channels: int, image_size: int, seed: int = 0) -> Predictor:
+        """A random hypernetwork, for benchmarks and tests."""
+        torch.manual_seed(seed)
+        half = (0.5,) * channels
+        card = Card("pudnet", target, channels, image_size, half, half, 10.0, 10, asdict(ModelConfig()))
+        return cls(build_model(card), card)
+
+    def save(self, path: str | Path) -> None:
+        """Write the model and its card as .safetensors."""
+        write_tensors(Path(path), self.model.state_dict(), self.card)
+
+    def predict(
+        self, images: np.ndarray | Tensor, labels: Sequence | np.ndarray | Tensor
+    ) -> PredictedNetwork:
+        """Predict a network for labelled images, in one forward pass of the hypernetwork.
+
+        Images are uint8 (N, H, W, C) or float (N, C, H, W) in 0..1; labels (N,) integers or strings. The first
+        `support_per_class` images of each class give its centroid. Raises `UserError` for unfit input.
+        """
+        pixels = as_pixels(images, self.card).to(self.mean.device)
+        encoded, classes = encode_labels(labels, len(pixels))
+        normalized = normalize(pixels, self.mean, self.std)
+        return self.adapt(normalized, encoded.to(self.mean.device), classes)
+
+    @torch.no_grad()
+    def adapt(
+        self, images: Tensor, labels: Tensor, classes: tuple, sketch: Tensor | None = None
+    ) -> PredictedNetwork:
+        """`predict` on normalised images (N, C, H, W) and labels (N,) in 0..k-1; a given sketch replaces theirs."""
+        weights = self.model.generate(self.model.sketch(images) if sketch is None else sketch)
+        body = self.calibrate(weights, images)
+        return PredictedNetwork(body, self.centroids(body, images, labels), self.network_card(classes))
+
+    def calibrate(self, weights: Weights, images: Tensor) -> nn.Module:
+        """Weights -> the plain target in eval mode, its BatchNorm calibrated on the normalised images."""
+        return calibrated_network(self.plain, self.model.shared, weights, images)
+
+    @torch.no_grad()
+    def centroids(self, body: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+        """Mean feature (k, d) of each class over its support images."""
+        rows = support_rows(labels, self.card.support_per_class)
+        return centroids(body(images[rows]).float(), labels[rows], int(labels.max()) + 1)
+
+    def network_card(self, classes: tuple) -> Card:
+        """The card of a network predicted by this model."""
+        return dataclasses.replace(self.card, kind="network", model=None, classes=classes)
+
+
+def build_model(card: Card) -> PudNet | StaticTrunk:
+    """The untrained model that a card describes. Raises `UserError` for a card that describes none."""
+    target = build_target(card.target, card.channels, card.image_size)
+    if card.kind == "static_trunk":
+        return StaticTrunk(target)
+    config = parse(ModelConfig, card.model or {}, "model")
+    return PudNet(config, target, card.channels, card.image_size)
+
+
+def _loaded(
+    module: nn.Module, tensors: dict[str, Tensor], path: str | Path, extra: tuple[str, ...] = ()
+) -> nn.Module:
+    try:
+        module.load_state_dict({name: t for name, t in tensors.items() if name not in extra})
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: its tensors do not fit its card ({reason})") from None
+    return module

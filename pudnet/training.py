@@ -1,0 +1,175 @@
+"""Meta-training (Algorithm 1): one update of Adam a task group, with exact resume and a guard against NaN."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pudnet.config import TrainConfig
+from pudnet.controls import StaticTrunk
+from pudnet.data.images import StoreImages
+from pudnet.errors import RunFailed
+from pudnet.hypernet import PudNet
+from pudnet.objective import Losses, Objective
+
+logger = logging.getLogger(__name__)
+
+MAX_ROLLBACKS = 3  # in a row
+
+
+def wants_bf16(precision: str, device: torch.device) -> bool:
+    """Resolve `auto`: bf16 where the processor has instructions for it, else fp32."""
+    if precision != "auto":
+        return precision == "bf16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()  # no public name in torch 2.15
+
+
+@dataclass(frozen=True)
+class Report:
+    """Means over the groups since the last report. Accuracy in percent."""
+
+    groups: int  # seen so far
+    loss: float
+    metric_loss: float
+    full_loss: float
+    kl_loss: float
+    train_accuracy: float
+    grad_norm: float
+    groups_per_second: float
+    rollbacks: int  # so far
+
+
+class Trainer:
+    """Trains a hypernetwork or the static trunk on a table of groups, each seen once, in the table's order.
+
+    `run` yields a report every `report_every` groups; between two of them `state_dict` is a checkpoint from
+    which `load_state_dict` continues to the same weights, bit for bit on one CPU.
+    """
+
+    def __init__(
+        self,
+        model: PudNet | StaticTrunk,
+        images: StoreImages,
+        table: np.ndarray,
+        train_classes: tuple[int, ...],
+        config: TrainConfig,
+    ) -> None:
+        self.config, self.images, self.table = config, images, table
+        self.device = images.device
+        self.columns = {class_id: column for column, class_id in enumerate(train_classes)}
+        self.model = model.to(self.device, memory_format=torch.channels_last)
+        self.objective = Objective(config, self._feature_size(), len(train_classes)).to(self.device)
+        self.parameters = [*model.parameters(), *self.objective.parameters()]
+        self.optimizer = torch.optim.Adam(self.parameters, lr=config.learning_rate, fused=True)
+        self.autocast = wants_bf16(config.precision, self.device)
+        self.groups, self.rollbacks = 0, 0
+
+    def run(self) -> Iterator[Report]:
+        """Train on the groups that are left. Raises `RunFailed` when the loss will not stay finite."""
+        good, failures = copy.deepcopy(self.state_dict()), 0
+        while self.groups < len(self.table):
+            report = self._interval()
+            if math.isfinite(report.loss) and math.isfinite(report.grad_norm):
+                good, failures = copy.deepcopy(self.state_dict()), 0
+                yield report
+                continue
+            failures += 1
+            if failures == MAX_ROLLBACKS:
+                raise RunFailed(
+                    f"training: the loss was not finite {failures} times in a row, last before group "
+                    f"{self.groups}; lower train.learning_rate or train.clip_norm"
+                )
+            self._roll_back(good)
+
+    def _roll_back(self, good: dict) -> None:
+        """Back to the last good weights, but not to the groups that broke them: those are passed over."""
+        reached, rollbacks = self.groups, self.rollbacks + 1
+        logger.warning(
+            "the loss was not finite before group %d; back to the weights of group %d, going on after the groups between",
+            reached,
+            good["groups"],
+        )
+        self.load_state_dict(good)
+        self.groups, self.rollbacks = reached, rollbacks
+
+    def _interval(self) -> Report:
+        """Train until the next report. The device is waited for once, at its end."""
+        start, begin = time.perf_counter(), self.groups
+        end = min(len(self.table), (begin // self.config.report_every + 1) * self.config.report_every)
+        rows = [self._step(self.table[index]) for index in range(begin, end)]
+        means = torch.stack(rows).mean(0).tolist()
+        self.groups = end
+        return Report(
+            groups=end,
+            loss=means[0],
+            metric_loss=means[1],
+            full_loss=means[2],
+            kl_loss=means[3],
+            train_accuracy=100 * means[4],
+            grad_norm=means[5],
+            groups_per_second=(end - begin) / (time.perf_counter() - start),
+            rollbacks=self.rollbacks,
+        )
+
+    def _step(self, indices: np.ndarray) -> Tensor:
+        """One group, one update; returns the losses, the accuracy and the gradient's norm (6,)."""
+        losses = self._losses(indices)
+        self.optimizer.zero_grad()
+        losses.total.backward()
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm)
+        self.optimizer.step()
+        self.groups += 1
+        self._schedule()
+        parts = (losses.total, losses.metric, losses.full, losses.kl, losses.accuracy, norm)
+        return torch.stack([part.detach().float() for part in parts])
+
+    def _losses(self, indices: np.ndarray) -> Losses:
+        images = self.images(indices)
+        columns = torch.tensor([self.columns[c] for c in self.images.block_classes(indices).tolist()])
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            weights = self.model.generate(self.model.sketch(images))
+            features = self.model.shared(images, weights)
+        return self.objective(features, columns.to(self.device))
+
+    def _schedule(self) -> None:
+        if self.config.schedule == "cosine":
+            done = min(1.0, self.groups / len(self.table))
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.config.learning_rate * (1 + math.cos(math.pi * done)) / 2
+
+    @torch.no_grad()
+    def _feature_size(self) -> int:
+        images = self.images(np.asarray(self.table[0][:2]))
+        return self.model.shared(images, self.model.generate(self.model.sketch(images))).shape[1]
+
+    def state_dict(self) -> dict:
+        """Everything that the rest of the run depends on: plain tensors and numbers."""
+        return {
+            "model": self.model.state_dict(),
+            "objective": self.objective.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "groups": self.groups,
+            "rollbacks": self.rollbacks,
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state_all(),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continue from a checkpoint."""
+        self.model.load_state_dict(state["model"])
+        self.objective.load_state_dict(state["objective"])
+        self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
+        self.groups, self.rollbacks = state["groups"], state["rollbacks"]
+        torch.set_rng_state(state["rng"])
+        if state["cuda_rng"] and torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(state["cuda_rng"])
