@@ -11,7 +11,7 @@ import torch
 from pipeline.bench import Bench, benches, summary
 from pipeline.final import read_best, train_all, write_curves
 from pipeline.params import Params
-from pipeline.stage import RESULTS, run_stage, split_model, wants_fresh, write_json, write_text
+from pipeline.stage import RESULTS, run_stage, split_model, wants_fresh, write, write_json
 from pipeline.tracking import open_tracking
 from pudnet.controls import StaticTrunk
 from pudnet.evaluation import FROM, group_sketches, shuffled
@@ -24,13 +24,11 @@ def baselines(params: Params) -> None:
     if "static_trunk" in params.baselines.methods:
         curves.append(train_all(params, "static_trunk", read_best(), wants_fresh()))
     pudnet = pd.read_csv(RESULTS / "pudnet.csv")
-    rows = [
-        METHODS[method](params, bench) for method in params.baselines.methods for bench in benches(params)
-    ]
+    rows = [METHODS[method](params, bench) for method in params.baselines.methods for bench in benches(params)]
     frame = pd.concat([pudnet, *rows], ignore_index=True)
     compared = {method: _compare(frame, pudnet, method) for method in params.baselines.methods}
-    write_text(RESULTS / "accuracies.csv", frame.to_csv(index=False, float_format="%.4f"))
-    write_text(RESULTS / "loss_curves.csv", write_curves(pd.concat(curves, ignore_index=True)))
+    write(RESULTS / "accuracies.csv", frame.to_csv(index=False, float_format="%.4f"))
+    write(RESULTS / "loss_curves.csv", write_curves(pd.concat(curves, ignore_index=True)))
     write_json(RESULTS / "baselines.json", {"methods": compared})
     _log(params, compared)
     for method, numbers in compared.items():

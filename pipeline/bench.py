@@ -66,15 +66,14 @@ class Bench:
 def benches(params: Params) -> list[Bench]:
     """The bench of every class split; the images are opened, and moved to a GPU, once."""
     device = pick_device()
-    torch.set_num_threads(max(1, torch.get_num_threads()))
     store = open_store(STORE, verify=False)
     test_store = open_store(TEST_STORE, verify=False) if params.prepare.test_source else store
     train_images = StoreImages(store, device)
     images = train_images if test_store is store else _as_trained(test_store, store, device)
     bf16 = wants_bf16(params.evaluate.precision, device)
+    names = (test_store.class_names, store.class_names)
     return [
-        Bench(seed, *open_groups(group_folder(seed)), train_images, images, test_store.class_names, store.class_names, bf16)
-        for seed in params.split_seeds
+        Bench(seed, *open_groups(group_folder(seed)), train_images, images, *names, bf16) for seed in params.split_seeds
     ]
 
 

@@ -65,7 +65,12 @@ def experiment_key(stage: str, specs: Sequence[TrialSpec], asha: bool) -> str:
 
 
 def run_trials(
-    specs: Sequence[TrialSpec], key: str, params: Params, progress: tune.Callback, asha: bool = False, fresh: bool = False
+    specs: Sequence[TrialSpec],
+    key: str,
+    params: Params,
+    progress: tune.Callback,
+    asha: bool = False,
+    fresh: bool = False,
 ) -> list[Finished]:
     """Run all trials, going on where an earlier run of the same key stopped. Returns them in the order of `specs`.
 

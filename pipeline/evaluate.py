@@ -12,7 +12,7 @@ import pandas as pd
 from pipeline.bench import Bench, benches, summary
 from pipeline.final import read_best
 from pipeline.params import Params
-from pipeline.stage import RESULTS, run_stage, split_model, write_json, write_text
+from pipeline.stage import RESULTS, run_stage, split_model, write, write_json
 from pipeline.tracking import Tracking, open_tracking
 from pudnet.data.store import whole_folder
 from pudnet.evaluation import FROM, block_labels, time_prediction
@@ -34,12 +34,14 @@ def evaluate(params: Params) -> None:
                 timing = asdict(time_prediction(predictor, bench.images, groups, bench.bf16))
     frame = pd.concat(rows, ignore_index=True)
     metrics = _metrics(params, frame)
-    write_text(RESULTS / "pudnet.csv", frame.to_csv(index=False, float_format="%.4f"))
+    write(RESULTS / "pudnet.csv", frame.to_csv(index=False, float_format="%.4f"))
     write_json(RESULTS / "timing.json", timing)
     write_json(RESULTS / "metrics.json", metrics)
     _log(open_tracking(params), params, metrics, timing)
     print(f"evaluate: {metrics['accuracy']:.2f} +/- {metrics['ci95']:.2f} % over {len(frame)} test groups")
-    print(f"evaluate: prediction {timing['total_ms']:.1f} ms, one epoch from scratch {timing['epoch_ratio']:.1f} x that")
+    print(
+        f"evaluate: prediction {timing['total_ms']:.1f} ms, one epoch from scratch {timing['epoch_ratio']:.1f} x that"
+    )
 
 
 def _keep_weights(bench: Bench, predictor: Predictor, count: int, folder: Path) -> None:

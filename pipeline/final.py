@@ -14,8 +14,8 @@ import yaml
 from pipeline.callback import TrialProgress
 from pipeline.cluster import Finished, experiment_key, run_trials
 from pipeline.params import Params
-from pipeline.stage import PUDNET, RESULTS, STORE, group_folder, split_model
-from pipeline.tracking import git_commit, open_tracking
+from pipeline.stage import PUDNET, RESULTS, STORE, git_commit, group_folder, split_model
+from pipeline.tracking import open_tracking
 from pipeline.trial import TrialSpec, card_of
 from pudnet.data.groups import open_groups
 from pudnet.data.store import open_store

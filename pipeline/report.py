@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ import yaml
 from markupsafe import Markup
 
 from pipeline import figures
-from pipeline.stage import RESULTS, run_stage
+from pipeline.stage import RESULTS, git_commit, run_stage, write
 from pudnet.errors import UserError
 from pudnet.predictor import PredictedNetwork
 from pudnet.targets import predicted_convs
@@ -377,23 +376,6 @@ def _inline(picture: Any, name: str) -> Any:
     if isinstance(picture, list):
         return [_inline(part, f"{name} {i + 1}") for i, part in enumerate(picture)]
     return Markup(figures.to_svg(picture, name.replace("_", " ")))  # our own drawing: safe as it is
-
-
-def git_commit() -> str | None:
-    """The commit that is checked out, if this is a git repository."""
-    command = ["git", "rev-parse", "--short=10", "HEAD"]
-    try:
-        return subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def write(path: Path, content: bytes) -> None:
-    """Write a whole file or none of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_bytes(content)
-    temporary.replace(path)
 
 
 def report(params: Params, folder: Path = RESULTS) -> None:

@@ -11,7 +11,7 @@ import yaml
 from pipeline.callback import TrialProgress
 from pipeline.cluster import Finished, experiment_key, run_trials
 from pipeline.params import Params
-from pipeline.stage import RESULTS, STORE, group_folder, run_stage, wants_fresh, write_text
+from pipeline.stage import RESULTS, STORE, group_folder, run_stage, wants_fresh, write
 from pipeline.tracking import open_tracking
 from pipeline.trial import TrialSpec
 
@@ -29,8 +29,8 @@ def search(params: Params) -> None:
     finished = run_trials(specs, key, params, progress, params.search.asha, fresh)
     rows = [_row(trial) for trial in finished]
     best = {seed: _best(rows, seed) for seed in params.split_seeds}
-    write_text(RESULTS / "search.csv", pd.DataFrame(rows).to_csv(index=False, float_format="%.6g"))
-    write_text(RESULTS / "best.yaml", yaml.safe_dump({"splits": best}, sort_keys=False))
+    write(RESULTS / "search.csv", pd.DataFrame(rows).to_csv(index=False, float_format="%.6g"))
+    write(RESULTS / "best.yaml", yaml.safe_dump({"splits": best}, sort_keys=False))
     for seed, cell in best.items():
         print(f"search: best of split {seed}: {cell}")
     tracking.log_metrics(parent, {f"best_accuracy_split_{seed}": cell["accuracy"] for seed, cell in best.items()})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -45,6 +46,13 @@ def wants_fresh() -> bool:
     return parser.parse_args().fresh
 
 
+def git_commit() -> str:
+    """The commit that is checked out, with `-dirty` where files differ from it; empty outside git."""
+    command = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip()
+
+
 def _say(message: object, code: int) -> int:
     print(f"error: {message}", file=sys.stderr, flush=True)
     return code
@@ -60,14 +68,14 @@ def split_model(method: str, split_seed: int) -> Path:
     return MODELS / "splits" / method / f"split-{split_seed}.safetensors"
 
 
-def write_text(path: Path, text: str) -> None:
+def write(path: Path, content: str | bytes) -> None:
     """Write a file, all or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
+    partial.write_bytes(content.encode() if isinstance(content, str) else content)
     partial.replace(path)
 
 
 def write_json(path: Path, values: Any) -> None:
     """Write plain values as JSON, keys in the order given."""
-    write_text(path, json.dumps(values, indent=2) + "\n")
+    write(path, json.dumps(values, indent=2) + "\n")

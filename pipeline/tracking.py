@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import getpass
 import os
-import subprocess
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,9 +16,10 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
 
 from pipeline.params import Params
-from pipeline.stage import root
+from pipeline.stage import git_commit, root
 
 KEY = "pudnet.key"
 
@@ -67,12 +68,8 @@ class Tracking:
 
     def register(self, run_id: str, name: str, artifact: str) -> str:
         """Register an artifact of a run as the next version of a model (once a run). Returns the version."""
-        from mlflow.exceptions import MlflowException
-
-        try:
+        with contextlib.suppress(MlflowException):  # it is there already
             self.client.create_registered_model(name)
-        except MlflowException:
-            pass  # it is there
         versions = self.client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
         if versions:
             return versions[0].version
@@ -101,13 +98,6 @@ def provenance(params: Params) -> dict[str, str]:
     if os.environ.get("DVC_EXP_NAME"):
         tags["dvc.experiment"] = os.environ["DVC_EXP_NAME"]
     return tags | {f"dvc.md5.{path}": md5 for path, md5 in _lock_md5s().items()}
-
-
-def git_commit() -> str:
-    """The commit that is checked out, with `-dirty` where files differ from it; empty outside git."""
-    command = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip()
 
 
 def _user() -> str:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pipeline.final import read_best, train_all, write_curves
 from pipeline.params import Params
-from pipeline.stage import RESULTS, run_stage, wants_fresh, write_text
+from pipeline.stage import RESULTS, run_stage, wants_fresh, write
 
 
 def train(params: Params) -> None:
     """Write models/pudnet*.safetensors and results/train_curves.csv."""
     curves = train_all(params, "pudnet", read_best(), wants_fresh())
-    write_text(RESULTS / "train_curves.csv", write_curves(curves))
+    write(RESULTS / "train_curves.csv", write_curves(curves))
 
 
 if __name__ == "__main__":

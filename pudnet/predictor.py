@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -161,9 +160,7 @@ def as_pixels(images: np.ndarray | Tensor, card: Card) -> Tensor:
     return pixels
 
 
-def encode_labels(
-    labels: Sequence | np.ndarray | Tensor, images: int
-) -> tuple[Tensor, tuple[str | int, ...]]:
+def encode_labels(labels: Sequence | np.ndarray | Tensor, images: int) -> tuple[Tensor, tuple[str | int, ...]]:
     """Labels of integers or strings -> (N,) in 0..k-1 and the k classes, sorted.
 
     Raises `UserError` when there are fewer than two classes or not one label an image.
@@ -216,9 +213,7 @@ class Predictor:
         """Write the model and its card as .safetensors."""
         write_tensors(Path(path), self.model.state_dict(), self.card)
 
-    def predict(
-        self, images: np.ndarray | Tensor, labels: Sequence | np.ndarray | Tensor
-    ) -> PredictedNetwork:
+    def predict(self, images: np.ndarray | Tensor, labels: Sequence | np.ndarray | Tensor) -> PredictedNetwork:
         """Predict a network for labelled images, in one forward pass of the hypernetwork.
 
         Images are uint8 (N, H, W, C) or float (N, C, H, W) in 0..1; labels (N,) integers or strings. The first
@@ -230,9 +225,7 @@ class Predictor:
         return self.adapt(normalized, encoded.to(self.mean.device), classes)
 
     @torch.no_grad()
-    def adapt(
-        self, images: Tensor, labels: Tensor, classes: tuple, sketch: Tensor | None = None
-    ) -> PredictedNetwork:
+    def adapt(self, images: Tensor, labels: Tensor, classes: tuple, sketch: Tensor | None = None) -> PredictedNetwork:
         """`predict` on normalised images (N, C, H, W) and labels (N,) in 0..k-1; a given sketch replaces theirs."""
         weights = self.model.generate(self.model.sketch(images) if sketch is None else sketch)
         body = self.calibrate(weights, images)
@@ -262,9 +255,7 @@ def build_model(card: Card) -> PudNet | StaticTrunk:
     return PudNet(config, target, card.channels, card.image_size)
 
 
-def _loaded(
-    module: nn.Module, tensors: dict[str, Tensor], path: str | Path, extra: tuple[str, ...] = ()
-) -> nn.Module:
+def _loaded(module: nn.Module, tensors: dict[str, Tensor], path: str | Path, extra: tuple[str, ...] = ()) -> nn.Module:
     try:
         module.load_state_dict({name: t for name, t in tensors.items() if name not in extra})
     except RuntimeError as error:

@@ -56,9 +56,7 @@ def build_target(name: str, channels: int, image_size: int) -> nn.Module:
     if name not in TARGETS:
         raise UserError(f"target: unknown name {name!r}; known: {', '.join(TARGETS)}")
     if image_size < SMALLEST_IMAGE[name]:
-        raise UserError(
-            f"target {name}: images of {image_size} px are too small, it needs {SMALLEST_IMAGE[name]}"
-        )
+        raise UserError(f"target {name}: images of {image_size} px are too small, it needs {SMALLEST_IMAGE[name]}")
     network = TARGETS[name](channels)
     for module in network.modules():
         if isinstance(module, nn.Conv2d):

@@ -95,7 +95,7 @@ class Trainer:
         """Back to the last good weights, but not to the groups that broke them: those are passed over."""
         reached, rollbacks = self.groups, self.rollbacks + 1
         logger.warning(
-            "the loss was not finite before group %d; back to the weights of group %d, going on after the groups between",
+            "the loss was not finite before group %d; went on with the weights of group %d, past the groups between",
             reached,
             good["groups"],
         )

@@ -233,9 +233,7 @@ def test_store_holds_the_source_and_its_statistics(tmp_path, digits):
     images = read_all(digits)
     assert (store.images == images).all() and (store.labels == digits.labels).all()
     assert (store.image_size, store.channels, store.class_names) == (8, 1, digits.class_names)
-    assert store.mean[0] == pytest.approx(images.mean() / 255) and store.std[0] == pytest.approx(
-        images.std() / 255
-    )
+    assert store.mean[0] == pytest.approx(images.mean() / 255) and store.std[0] == pytest.approx(images.std() / 255)
     assert not store.images.flags.writeable and not store.labels.flags.writeable
 
 
@@ -359,9 +357,7 @@ def test_halves_are_disjoint_and_hold_nearly_all_images():
     assert whole_class_images(labels, [0, 1]) == 3
 
 
-SIZES = GroupSizes(
-    2, 10, train_groups=30, search_groups=20, validation_groups=10, test_groups=10, test_whole=False
-)
+SIZES = GroupSizes(2, 10, train_groups=30, search_groups=20, validation_groups=10, test_groups=10, test_whole=False)
 
 
 def test_roles_use_the_classes_that_are_theirs():

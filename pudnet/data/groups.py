@@ -70,9 +70,7 @@ def split_classes(
     test = rest if test_store_classes is None else list(range(test_store_classes))
     validating = max(classes_per_group, round(train_classes / 5))
     if train_classes > classes:
-        raise UserError(
-            f"train_classes is {train_classes}, but the training set has {classes} classes; lower it"
-        )
+        raise UserError(f"train_classes is {train_classes}, but the training set has {classes} classes; lower it")
     if classes_per_group > len(test):
         raise UserError(
             f"a group has {classes_per_group} classes, but {len(test)} are left for test; "
@@ -105,9 +103,7 @@ def sample_groups(
     sides = 2 if twins else 1
     drawn = sides * images_per_class
     if classes_per_group > len(classes):
-        raise UserError(
-            f"a group has {classes_per_group} classes, but only {len(classes)} are there to draw from"
-        )
+        raise UserError(f"a group has {classes_per_group} classes, but only {len(classes)} are there to draw from")
     rows = [np.flatnonzero(labels == label).astype(_index_type(labels)) for label in classes]
     for label, members in zip(classes, rows, strict=True):
         if len(members) < drawn:
@@ -146,9 +142,7 @@ def _index_type(labels: np.ndarray) -> type[np.unsignedinteger]:
     return np.uint16 if len(labels) < 65_536 else np.uint32
 
 
-def build_groups(
-    split: Split, sizes: GroupSizes, train: Store, test: Store | None = None
-) -> dict[str, np.ndarray]:
+def build_groups(split: Split, sizes: GroupSizes, train: Store, test: Store | None = None) -> dict[str, np.ndarray]:
     """The tables `search_train`, `validation` (twins), `train` and `test` (twins), from the split's seed.
 
     Indices of `test` refer to the test store, which is the training store where `test` is None. Raises
@@ -160,15 +154,11 @@ def build_groups(
     def sample(role: str, store: Store, classes: Sequence[int], groups: int, twins: bool) -> np.ndarray:
         rng = np.random.default_rng([split.seed, ROLE_STREAMS[role]])
         k = sizes.classes_per_group
-        return sample_groups(
-            store.labels, classes, store.class_names, groups, k, images_per_class, twins, rng
-        )
+        return sample_groups(store.labels, classes, store.class_names, groups, k, images_per_class, twins, rng)
 
     tables = {
         "search_train": sample("search_train", train, split.search_classes, sizes.search_groups, twins=False),
-        "validation": sample(
-            "validation", train, split.validation_classes, sizes.validation_groups, twins=True
-        ),
+        "validation": sample("validation", train, split.validation_classes, sizes.validation_groups, twins=True),
         "train": sample("train", train, split.train_classes, sizes.train_groups, twins=False),
     }
     if sizes.test_whole:
@@ -184,9 +174,7 @@ def _images_per_class(split: Split, sizes: GroupSizes, train: Store, test: Store
     k, n = sizes.classes_per_group, sizes.images_per_group
     if n is not None:
         if n < k or n % k:
-            raise UserError(
-                f"images_per_group is {n}; it must be a positive multiple of classes_per_group ({k})"
-            )
+            raise UserError(f"images_per_group is {n}; it must be a positive multiple of classes_per_group ({k})")
         return n // k
     fitting = whole_class_images(train.labels, split.train_classes)
     if not sizes.test_whole:

@@ -57,9 +57,7 @@ def open_source(spec: str, raw: Path, image_size: int, channels: int) -> Source:
         return _open_folder(Path(rest).expanduser(), image_size, channels)
     if kind == "npz" and rest:
         return _open_npz(Path(rest).expanduser(), image_size, channels)
-    raise UserError(
-        f"source '{spec}' is not known; use sklearn:digits, torchvision:NAME, folder:PATH or npz:PATH"
-    )
+    raise UserError(f"source '{spec}' is not known; use sklearn:digits, torchvision:NAME, folder:PATH or npz:PATH")
 
 
 # One image, one batch
@@ -230,14 +228,11 @@ def _how_to_get(dataset_class: type, raw: Path, error: Exception) -> str:
 def _open_folder(folder: Path, image_size: int, channels: int) -> Source:
     """One subfolder a class, by sorted name; images are found at any depth and decoded batch by batch."""
     if not folder.is_dir():
-        raise UserError(
-            f"folder:{folder} does not exist or is no folder; it needs one subfolder of images a class"
-        )
+        raise UserError(f"folder:{folder} does not exist or is no folder; it needs one subfolder of images a class")
     classes = sorted(child for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
     if not classes:
         raise UserError(f"folder:{folder} has no subfolders; it needs one subfolder of images a class")
-    readable = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    files = [_image_files(child, readable) for child in classes]
+    files = [image_files(child) for child in classes]
     labels = np.repeat(np.arange(len(classes)), [len(paths) for paths in files])
     paths = [path for paths in files for path in paths]
 
@@ -251,15 +246,14 @@ def _open_folder(folder: Path, image_size: int, channels: int) -> Source:
     return Source(f"folder:{folder}", names, labels.astype(np.int64), batches)
 
 
-def _image_files(folder: Path, suffixes: set[str]) -> list[Path]:
-    """Sorted image files at any depth below a class folder; UserError where there are none."""
+def image_files(folder: Path) -> list[Path]:
+    """Sorted image files at any depth below a folder; UserError where there are none."""
+    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     paths = sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in suffixes and not path.name.startswith(".")
+        path for path in folder.rglob("*") if path.suffix.lower() in suffixes and not path.name.startswith(".")
     )
     if not paths:
-        raise UserError(f"class folder {folder} has no images; add some or remove the folder")
+        raise UserError(f"folder {folder} has no images; add some or remove the folder")
     return paths
 
 
@@ -280,9 +274,7 @@ def _open_npz(path: Path, image_size: int, channels: int) -> Source:
             "with C 1 or 3"
         )
     if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
-        raise UserError(
-            f"{path}: 'labels' is {labels.dtype} {labels.shape}; it must be {len(images)} integers"
-        )
+        raise UserError(f"{path}: 'labels' is {labels.dtype} {labels.shape}; it must be {len(images)} integers")
     names = _npz_class_names(path, labels, arrays.get("class_names"))
     return _array_source(f"npz:{path}", images, labels, names, image_size, channels)
 
@@ -295,9 +287,7 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
         with np.load(path, allow_pickle=False) as archive:
             return {key: archive[key] for key in archive.files}
     except Exception as error:  # zipfile, zlib and numpy raise many types for a damaged file
-        raise UserError(
-            f"{path} cannot be read as an .npz of plain arrays ({error}); write it again"
-        ) from error
+        raise UserError(f"{path} cannot be read as an .npz of plain arrays ({error}); write it again") from error
 
 
 def _npz_class_names(path: Path, labels: np.ndarray, names: np.ndarray | None) -> tuple[str, ...]:

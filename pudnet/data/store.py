@@ -126,9 +126,7 @@ def open_store(path: Path, verify: bool) -> Store:
     for name, checksum in checksums.items():
         if verify and (not (path / name).is_file() or _sha256(path / name) != checksum):
             raise _damaged(path / name, "does not match its checksum")
-    images, labels = (
-        _load(path / name, shape[:axes]) for name, axes in (("images.npy", 4), ("labels.npy", 1))
-    )
+    images, labels = (_load(path / name, shape[:axes]) for name, axes in (("images.npy", 4), ("labels.npy", 1)))
     return Store(images, labels, class_names, mean, std, source)
 
 

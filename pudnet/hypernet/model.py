@@ -28,9 +28,7 @@ class PudNet(nn.Module):
         self.constant = nn.Parameter(torch.randn(shape)) if config.sketch == "constant" else None
         self.register_buffer("random_state", torch.randn(shape) if config.initial_state == "random" else None)
         self.context = CONTEXTS[config.context](config, len(convs))
-        self.generators = nn.ModuleList(
-            WeightGenerator(conv, config.hidden, config.generator_hidden) for conv in convs
-        )
+        self.generators = nn.ModuleList(WeightGenerator(conv, config.hidden, config.generator_hidden) for conv in convs)
         self._set_scales(torch.randn(64, channels, image_size, image_size))
 
     def sketch(self, images: Tensor) -> Tensor:

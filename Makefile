@@ -1,0 +1,29 @@
+# Each target works alone on a new machine with Python >= 3.11 and make.
+PYTHON ?= python3
+VENV := .venv
+READY := $(VENV)/.ready
+IN_VENV := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
+
+.PHONY: repro test lint ui
+
+repro: $(READY)
+	$(IN_VENV) dvc repro
+
+test: $(READY)
+	$(IN_VENV) python -m pytest
+
+lint: $(READY)
+	$(IN_VENV) ruff check .
+	$(IN_VENV) ruff format --check .
+
+# The UI of this project's database, on this machine only. One worker, no job queue: up in seconds.
+ui: $(READY)
+	$(IN_VENV) MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false MLFLOW_DISABLE_TELEMETRY=true \
+		mlflow ui --host 127.0.0.1 --backend-store-uri sqlite:///$(CURDIR)/mlflow.db --workers 1
+
+$(READY): requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $(PYTHON) is older than Python 3.11; run make PYTHON=/path/to/python3.11"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $(READY)

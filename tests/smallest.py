@@ -1,0 +1,22 @@
+"""The default pipeline at its smallest: `python -m tests.smallest params.yaml` rewrites the file in place."""
+
+import sys
+from pathlib import Path
+
+import yaml
+
+
+def shrink(path: Path) -> None:
+    """Keep the setting and every stage; few groups, a search of two trials, one class split."""
+    params = yaml.safe_load(path.read_text())
+    params["splits"] = 1
+    params["groups"] |= {"train_groups": 20, "search_groups": 10, "validation_groups": 4, "test_groups": 6}
+    params["train"] |= {"report_every": 10}
+    params["search"] |= {"space": {"eta": [0.0, 0.2], "depth": [1]}, "report_every": 5}
+    params["evaluate"] |= {"keep_weights": 2, "timing_groups": 2}
+    params["baselines"] |= {"sketch_groups": 5}
+    path.write_text(yaml.safe_dump(params, sort_keys=False))
+
+
+if __name__ == "__main__":
+    shrink(Path(sys.argv[1]))
