@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,21 +96,12 @@ def summary(frame: pd.DataFrame, column: str = "accuracy") -> dict[str, object]:
     return {"accuracy": round(mean, 4), "ci95": round(half, 4), "test_groups": len(frame), "splits": splits}
 
 
-class progress:  # noqa: N801 - reads as a function: `with progress(...) as advance`
-    """A progress bar in a terminal; in a log, one line at the end."""
-
-    def __init__(self, title: str, total: int) -> None:
-        columns = (TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        console = Console(file=sys.stdout)
-        self.bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-        self.task = self.bar.add_task(title, total=total)
-        self.title, self.total = title, total
-
-    def __enter__(self) -> Callable[[int], None]:
-        self.bar.start()
-        return lambda done: self.bar.update(self.task, completed=done)
-
-    def __exit__(self, *error: object) -> None:
-        self.bar.stop()
-        if error == (None, None, None):
-            print(f"  {self.title}: {self.total} test groups done", flush=True)
+@contextlib.contextmanager
+def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar in a terminal; in a log, one line at the end. Yields what to call with the count done."""
+    columns = (TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(file=sys.stdout)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(title, total=total)
+        yield lambda done: bar.update(task, completed=done)
+    print(f"  {title}: {total} test groups done", flush=True)

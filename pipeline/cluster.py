@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -41,9 +42,9 @@ class Finished:
     history: list[dict[str, Any]]
     checkpoint: Path
 
-    def model_state(self) -> dict:
-        """The trained model's tensors."""
-        return load_state(self.checkpoint)["model"]
+    def state(self) -> dict:
+        """The trainer's state at the end: the model's tensors, the objective's, ..."""
+        return load_state(self.checkpoint)
 
 
 def experiment_key(stage: str, specs: Sequence[TrialSpec], asha: bool) -> str:
@@ -82,8 +83,7 @@ def run_trials(
     with _alone(folder), _ray():
         if fresh:
             shutil.rmtree(folder, ignore_errors=True)
-        tuner = _tuner(specs, folder, params, progress, asha)
-        results = tuner.fit()
+        results = _tuner(specs, folder, params, progress, asha).fit()
         trials = {t.config["spec"]["name"]: t for t in results._experiment_analysis.trials}  # statuses: no public way
         found = {r.config["spec"]["name"]: r for r in results if r.config}
         unfinished = [s.name for s in specs if trials[s.name].status != "TERMINATED" or not found[s.name].metrics]
@@ -110,6 +110,7 @@ def _last_line(error: Exception) -> str:
 def _tuner(specs: Sequence[TrialSpec], folder: Path, params: Params, progress: tune.Callback, asha: bool) -> tune.Tuner:
     trainable = tune.with_resources(run_trial, _resources(params))
     if tune.Tuner.can_restore(str(folder)):
+        print(f"  going on with {folder.relative_to(root())}: finished trials are not run again", flush=True)
         return tune.Tuner.restore(str(folder), trainable, resume_errored=True)
     space = {"spec": tune.grid_search([asdict(spec) for spec in specs]), "cpus": params.resources.cpus}
     every = {spec.train["report_every"] for spec in specs}
@@ -150,6 +151,7 @@ def _resources(params: Params) -> dict[str, float]:
 @contextlib.contextmanager
 def _ray() -> Iterator[None]:
     """A Ray of our own, or the cluster that RAY_ADDRESS names (with this project's code sent along)."""
+    logging.getLogger("ray").setLevel(logging.ERROR)  # its warnings are of its own workings; errors are kept
     if os.environ.get("RAY_ADDRESS"):
         excludes = ["data", "mlartifacts", ".pud", ".dvc", ".venv", "models"]
         ray.init(runtime_env={"working_dir": str(root()), "excludes": excludes}, log_to_driver=False)
@@ -158,7 +160,7 @@ def _ray() -> Iterator[None]:
             address="local",
             include_dashboard=False,
             object_store_memory=OBJECT_STORE_BYTES,
-            logging_level="warning",
+            logging_level=logging.ERROR,
             log_to_driver=False,  # the callback says what there is to say
         )
     try:

@@ -85,11 +85,14 @@ def _write_model(params: Params, trial: Finished) -> Path:
         "git_commit": git_commit(),
         **trial.spec.cell,
     }
+    state = trial.state()
     card = dataclasses.replace(card_of(trial.spec, store), provenance=provenance)
+    if trial.spec.train["learn_temperature"]:
+        card = dataclasses.replace(card, temperature=state["objective"]["temperature"].item())
     path = split_model(trial.spec.kind, trial.spec.split_seed)
-    write_tensors(path, trial.model_state(), card)
+    write_tensors(path, state["model"], card)
     if trial.spec.kind == "pudnet" and trial.spec.split_seed == params.seed:
-        write_tensors(PUDNET, trial.model_state(), card)
+        write_tensors(PUDNET, state["model"], card)
     return path
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pudnet.config import ModelConfig, TrainConfig
+from pudnet.config import TrainConfig
 from pudnet.data.groups import Split, open_groups
 from pudnet.data.images import StoreImages
 from pudnet.data.store import Store, open_store
@@ -104,8 +104,3 @@ def validate(trainer: Trainer, spec: TrialSpec, store: Store, table: np.ndarray)
     trainer.model.train()
     mean, half = mean_interval(accuracies)
     return {"validation_accuracy": mean, "validation_ci95": half}
-
-
-def model_config(spec: TrialSpec) -> ModelConfig:
-    """The hypernetwork's configuration of a trial."""
-    return ModelConfig(**spec.model)

@@ -1,0 +1,37 @@
+"""What several test files use."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+
+from pudnet.data.groups import GroupSizes, Split, build_groups, split_classes
+from pudnet.data.images import StoreImages
+from pudnet.data.sources import open_source
+from pudnet.data.store import Store, open_store, write_store
+
+torch.set_num_threads(1)  # tests are tiny: a second thread costs more than it does
+
+SIZES = GroupSizes(2, 40, train_groups=60, search_groups=2, validation_groups=2, test_groups=12, test_whole=False)
+
+
+@dataclass(frozen=True)
+class Digits:
+    """Real digits, prepared as the pipeline prepares them: small groups of 2 classes x 20 images."""
+
+    store: Store
+    split: Split
+    train: np.ndarray  # (60, 40)
+    test: np.ndarray  # (12, 2, 40)
+    images: StoreImages
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("digits")
+    write_store(open_source("sklearn:digits", folder, image_size=8, channels=1), folder / "store")
+    store = open_store(folder / "store", verify=False)
+    split = split_classes(10, train_classes=6, classes_per_group=2, seed=0)
+    tables = build_groups(split, SIZES, store)
+    return Digits(store, split, tables["train"], tables["test"], StoreImages(store, torch.device("cpu")))

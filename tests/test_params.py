@@ -1,0 +1,110 @@
+"""params.yaml: what is null comes from the setting, and a mistake is one line that names the key."""
+
+import ast
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline.params import load_params, resolve
+from pudnet.config import VARIANTS
+from pudnet.errors import UserError
+from pudnet.settings import SETTINGS
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def raw() -> dict:
+    return yaml.safe_load((ROOT / "params.yaml").read_text())
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_setting_brings_its_own_protocol(raw, name):
+    raw["setting"] = name
+    raw["groups"]["train_groups"] = None
+    params, setting = resolve(raw), SETTINGS[name]
+    assert (params.prepare.source, params.prepare.test_source) == (setting.source, setting.test_source)
+    assert params.groups.train_groups == setting.train_groups
+    assert params.model.eta == setting.eta["convnet3"]
+    assert params.model.depth == setting.depth["convnet3"]
+
+
+def test_a_given_value_wins_over_the_setting(raw):
+    raw["model"]["eta"] = 0.7
+    raw["prepare"]["source"] = "folder:photos"
+    params = resolve(raw)
+    assert params.model.eta == 0.7
+    assert params.prepare.source == "folder:photos"
+
+
+def test_the_grid_is_every_combination_and_each_cell_changes_the_model(raw):
+    raw["search"]["space"] = {"eta": [0.0, 0.3], "depth": [1, 4], "learning_rate": [0.01]}
+    params = resolve(raw)
+    assert len(params.grid()) == 4
+    model, train = params.configured(params.grid()[-1])
+    assert (model.eta, model.depth, train.learning_rate) == (0.3, 4, 0.01)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_variant_wins_over_the_grid(raw, variant):
+    raw["variant"] = variant
+    model, train = resolve(raw).configured({"eta": 0.3})
+    for key, value in VARIANTS[variant].items():
+        assert {**model.__dict__, **train.__dict__}[key] == value
+    assert (model.eta == 0.0) == (variant == "without_initial_residual")
+
+
+MISTAKES = {
+    "setting": ("setting", "mnist"),
+    "target": ("target", "resnet1"),
+    "variant": ("variant", "with_everything"),
+    "splits": ("splits", 0),
+    "seed": ("seed", "zero"),
+    "unknown": ("unknown", 1),
+    "model.eta": ("model.eta", 1.5),
+    "model.depth": ("model.depth", 0),
+    "model.pooling": ("model.pooling", "median"),
+    "model.extractor": ("model.extractor", "tenconv"),
+    "model.etaa": ("model.etaa", 0.5),
+    "train.learning_rate": ("train.learning_rate", float("nan")),
+    "train.learn_temperature": ("train.learn_temperature", "yes please"),
+    "groups.train_groups": ("groups.train_groups", 2.5),
+    "groups": ("groups", [1, 2]),
+    "search.space.etta": ("search.space.etta", [0.1]),
+    "search.space.eta": ("search.space.eta", []),
+    "search.space": ("search.space.eta", [0.1, 7]),
+    "prepare.channels": ("prepare.channels", 4),
+    "resources.gpus": ("resources.gpus", 0),
+}
+
+
+@pytest.mark.parametrize(("named", "mistake"), MISTAKES.items())
+def test_a_mistake_is_one_line_that_names_its_key(raw, named, mistake):
+    (*path, last), value = mistake[0].split("."), mistake[1]
+    block = raw
+    for key in path:
+        block = block[key]
+    block[last] = value
+    with pytest.raises(UserError) as error:
+        resolve(raw)
+    assert str(error.value).startswith(named)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["setting: [", "- a list", "", "setting: digits"])
+def test_a_file_that_is_no_params_file_is_one_line(tmp_path, text):
+    path = tmp_path / "params.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError) as error:
+        load_params(path)
+    assert "\n" not in str(error.value)
+
+
+def test_the_method_does_not_import_the_experiment():
+    forbidden = {"ray", "mlflow", "dvc", "pipeline", "pandas", "matplotlib"}
+    for path in (ROOT / "pudnet").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not forbidden & {name.split(".")[0] for name in names}, path

@@ -1,0 +1,172 @@
+"""The stages as their users run them: `dvc repro` in a clone, interruptions, mistakes."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+
+from pudnet import PredictedNetwork, Predictor
+from pudnet.targets import build_target
+from tests.smallest import shrink
+
+ROOT = Path(__file__).parent.parent
+CONTROLS = {"static_trunk", "constant_sketch", "shuffled_sketch", "random_weights"}
+
+
+def environment(project: Path) -> dict[str, str]:
+    """This interpreter's commands, importing the copy of the project; no server or cluster of the developer's."""
+    own = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(project)}
+    dropped = ("MLFLOW_TRACKING_URI", "RAY_ADDRESS", "DVC_ROOT", "DVC_EXP_NAME")
+    return {**{k: v for k, v in os.environ.items() if k not in dropped}, **own}
+
+
+def run(project: Path, *command: str) -> subprocess.CompletedProcess:
+    return subprocess.run(command, cwd=project, env=environment(project), capture_output=True, text=True, check=False)
+
+
+def copy_project(destination: Path) -> Path:
+    """What git tracks, and what it would, in a repository of its own."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    for name in listed.stdout.splitlines():
+        if not name.startswith(("results/", "dvc.lock")) and (ROOT / name).is_file():
+            (destination / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, destination / name)
+    for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "copy"]):
+        git = ["git", "-c", "user.name=test", "-c", "user.email=test@example.invalid", *command]
+        subprocess.run(git, cwd=destination, check=True)
+    return destination
+
+
+@pytest.fixture(scope="module")
+def repro(tmp_path_factory) -> Path:
+    """A clone in which `dvc repro` ran at its smallest."""
+    project = copy_project(tmp_path_factory.mktemp("clone"))
+    shrink(project / "params.yaml")
+    done = run(project, "dvc", "repro")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return project
+
+
+def test_repro_leaves_every_result_and_has_nothing_to_do_afterwards(repro):
+    metrics = json.loads((repro / "results/metrics.json").read_text())
+    assert 50 < metrics["accuracy"] <= 100
+    assert metrics["ci95"] > 0
+    frame = pd.read_csv(repro / "results/accuracies.csv")
+    assert set(frame.method) == CONTROLS | {"pudnet"}
+    assert (frame.groupby("method").size() == metrics["test_groups"]).all()
+    assert frame[frame.method == "pudnet"].accuracy.mean() == pytest.approx(metrics["accuracy"], abs=1e-3)
+    assert "PudNet" in (repro / "results/report.html").read_text()
+    again = run(repro, "dvc", "repro")
+    assert "Data and pipelines are up to date" in again.stdout
+
+
+def test_the_search_picks_its_best_row(repro):
+    rows = pd.read_csv(repro / "results/search.csv")
+    best = yaml.safe_load((repro / "results/best.yaml").read_text())["splits"][0]
+    assert len(rows) == 2
+    assert best["eta"] == rows.loc[rows.accuracy.idxmax(), "eta"]
+
+
+def test_predicted_weights_load_into_the_plain_target(repro):
+    Predictor.load(repro / "models/pudnet.safetensors")
+    files = sorted((repro / "results/weights/split-0").glob("*.safetensors"))
+    assert len(files) == 2
+    for file in files:
+        network = PredictedNetwork.load(file)
+        build_target("convnet3", 1, 8).load_state_dict(network.target_state_dict(), strict=True)
+        assert len(network.classes) == 2
+
+
+def test_mlflow_has_one_finished_run_a_search_trial_training_and_evaluation(repro):
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{repro}/mlflow.db")
+    experiment = client.get_experiment_by_name("pudnet-digits-convnet3")
+    runs = client.search_runs([experiment.experiment_id])
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    parents = [run for run in runs if run.info.run_name.startswith("search-")]
+    trials = [run for run in runs if "mlflow.parentRunId" in run.data.tags]
+    assert len(parents) == 1
+    assert {run.data.tags["mlflow.parentRunId"] for run in trials} == {parents[0].info.run_id}
+    names = {run.info.run_name for run in runs} - {parents[0].info.run_name}
+    finals = {"train-pudnet-split0", "train-static_trunk-split0", "evaluate-pudnet", "baselines-pudnet"}
+    assert names == finals | {"split0-eta0.0-depth1", "split0-eta0.2-depth1"}
+    for trial in trials:
+        steps = [m.step for m in client.get_metric_history(trial.info.run_id, "validation_accuracy")]
+        assert steps == [5, 10]
+        assert {"eta", "depth", "seed"} <= set(trial.data.params)
+    assert client.search_model_versions("name = 'pudnet-digits-convnet3'")
+    evaluation = next(run for run in runs if run.info.run_name == "evaluate-pudnet")
+    kept = client.list_artifacts(evaluation.info.run_id, "weights/split-0")
+    assert len(kept) == 2
+
+
+def test_a_search_killed_half_way_goes_on_and_ends_as_one_that_was_not(repro, tmp_path):
+    project = tmp_path / "killed"
+    shutil.copytree(repro, project, ignore=shutil.ignore_patterns("results", ".pud", "mlflow.db", "mlartifacts"))
+    command = (sys.executable, "-u", "-m", "pipeline.search")
+    first = subprocess.Popen(command, cwd=project, env=environment(project), stdout=subprocess.PIPE, text=True)
+    finished = next(line.split(":")[0].strip() for line in first.stdout if line.endswith(": finished\n"))
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    assert not (project / "results/search.csv").exists()
+    second = run(project, *command)
+    assert second.returncode == 0, second.stdout + second.stderr
+    assert "going on with" in second.stdout
+    assert f"{finished}: group" not in second.stdout  # it is done and is not run again
+    assert (project / "results/search.csv").read_bytes() == (repro / "results/search.csv").read_bytes()
+
+
+def test_a_changed_store_is_refused_by_name(repro, tmp_path):
+    project = tmp_path / "changed"
+    shutil.copytree(repro / "data", project / "data")
+    shutil.copy(repro / "params.yaml", project)
+    images = project / "data/prepared/train/images.npy"
+    content = bytearray(images.read_bytes())
+    content[-1] ^= 1
+    images.write_bytes(content)
+    done = run_stage_from(project, "pipeline.groups")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert "images.npy" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"groups": {"classes_per_group": 5}}, "5"),
+        ({"prepare": {"source": "folder:nowhere"}}, "nowhere"),
+        ({"model": {"eta": 1.5}}, "model.eta"),
+        ({"setting": "mnist"}, "setting"),
+    ],
+)
+def test_a_mistake_in_params_stops_the_stage_with_one_line(repro, tmp_path, change, named):
+    params = yaml.safe_load((repro / "params.yaml").read_text())
+    for key, value in change.items():
+        params[key] = {**params[key], **value} if isinstance(value, dict) else value
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
+    shutil.copytree(repro / "data/prepared", tmp_path / "data/prepared")
+    stage = "pipeline.groups" if "groups" in change else "pipeline.prepare"
+    before = sorted(tmp_path.rglob("*"))
+    done = run_stage_from(tmp_path, stage)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert done.stderr.startswith("error: ")
+    assert named in done.stderr
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def run_stage_from(folder: Path, stage: str) -> subprocess.CompletedProcess:
+    """Run a stage of this project in another folder."""
+    return subprocess.run(
+        [sys.executable, "-m", stage], cwd=folder, env=environment(ROOT), capture_output=True, text=True, check=False
+    )

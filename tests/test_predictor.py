@@ -1,0 +1,286 @@
+"""The public surface: predict a network for labelled images, use it, save and load it, refuse what is unfit."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
+
+from pudnet.errors import UserError
+from pudnet.predictor import METADATA, PredictedNetwork, Predictor, build_model, read_tensors, write_tensors
+from pudnet.targets import build_target
+
+COLOURS = {"red": (200, 40, 40), "green": (40, 200, 40), "blue": (40, 40, 200)}
+
+
+def coloured(names, seed=0):
+    """Noisy images (N, 16, 16, 3), each of the colour that its label names."""
+    rng = np.random.default_rng(seed)
+    noise = rng.integers(-40, 40, (len(names), 16, 16, 3))
+    return (noise + np.array([COLOURS[name] for name in names])[:, None, None]).astype(np.uint8)
+
+
+LABELS = ["red", "green", "blue"] * 12
+IMAGES, QUERIES = coloured(LABELS), coloured(LABELS, seed=1)
+
+
+def make_predictor(kind="pudnet", seed=0):
+    predictor = Predictor.untrained("convnet3", channels=3, image_size=16, seed=seed)
+    if kind == "pudnet":
+        return predictor
+    card = replace(predictor.card, kind=kind, model=None)
+    return Predictor(build_model(card), card)
+
+
+@pytest.fixture(scope="module")
+def predictor():
+    return make_predictor()
+
+
+@pytest.fixture(scope="module")
+def network(predictor):
+    return predictor.predict(IMAGES, LABELS)
+
+
+# Prediction
+
+
+def test_untrained_predictor_comes_from_its_seed(predictor):
+    again, other = make_predictor().model.state_dict(), make_predictor(seed=1).model.state_dict()
+    for name, tensor in predictor.model.state_dict().items():
+        assert torch.equal(tensor, again[name])
+    assert not torch.equal(again["extractor.linear.weight"], other["extractor.linear.weight"])
+
+
+def test_predicted_network_names_the_classes_of_unseen_images(network):
+    logits = network(QUERIES)
+    assert network.classes == ("blue", "green", "red") and logits.shape == (36, 3)
+    assert [network.classes[column] for column in logits.argmax(1)] == LABELS
+    assert network.features(QUERIES).shape == (36, 256) and not network.training
+    assert logits.abs().max() <= 10 + 1e-4  # tau times a cosine
+
+
+def test_weights_depend_on_the_images(predictor, network):
+    other = predictor.predict(255 - IMAGES, LABELS).target_state_dict()
+    for name, tensor in network.target_state_dict().items():
+        assert not name.endswith("conv.weight") or not torch.allclose(tensor, other[name], rtol=1e-3)
+
+
+def test_bytes_and_floats_are_the_same_images(predictor, network):
+    floats = torch.tensor(IMAGES).permute(0, 3, 1, 2) / 255
+    kept = floats.clone()
+    again = predictor.predict(floats, LABELS)
+    assert_close(again(QUERIES), network(QUERIES), rtol=0, atol=1e-5)
+    assert_close(network(floats), network(IMAGES), rtol=0, atol=1e-5)
+    assert torch.equal(floats, kept)
+
+
+def test_grey_bytes_need_no_channel_axis():
+    grey = Predictor.untrained("convnet3", channels=1, image_size=16)
+    first, second = (grey.predict(images, LABELS)(QUERIES[..., :1]) for images in (IMAGES[..., :1], IMAGES[..., 0]))
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("kind", [list, np.array, torch.tensor])
+def test_integers_do_for_labels(kind, predictor, network):
+    ids = kind([{"blue": -3, "green": 7, "red": 40}[name] for name in LABELS])
+    found = predictor.predict(IMAGES, ids)
+    assert found.classes == (-3, 7, 40) and all(type(c) is int for c in found.classes)
+    assert torch.equal(found(QUERIES), network(QUERIES))
+
+
+@pytest.mark.parametrize("classes", [2, 5, 20])
+def test_any_number_of_classes(classes, predictor):
+    labels = np.arange(40) % classes
+    images = np.random.default_rng(0).integers(0, 256, (40, 16, 16, 3), dtype=np.uint8)
+    assert predictor.predict(images, labels)(QUERIES).shape == (36, classes)
+
+
+def test_one_image_a_class_is_its_own_centroid(predictor):
+    found = predictor.predict(IMAGES[:3], LABELS[:3])
+    logits = found(IMAGES[:3])  # of red, green, blue, in columns blue, green, red
+    assert_close(logits.flip(1).diagonal(), torch.full((3,), 10.0))
+    assert logits.argmax(1).tolist() == [2, 1, 0]
+
+
+def test_centroids_are_of_the_first_images_of_each_class(network):
+    features = network.features(IMAGES)
+    for column, name in enumerate(network.classes):
+        rows = [row for row, label in enumerate(LABELS) if label == name][:10]
+        assert len(rows) == 10
+        assert_close(network.centroids[column], features[rows].mean(0), rtol=1e-4, atol=1e-5)
+
+
+def test_normalize_is_what_the_plain_target_is_fed(predictor, network):
+    card = replace(predictor.card, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+    found = Predictor(predictor.model, card).predict(IMAGES, LABELS).normalize(QUERIES)
+    for channel, (mean, std) in enumerate(zip(card.mean, card.std, strict=True)):
+        expected = (QUERIES[..., channel] / 255 - mean) / std
+        assert_close(found[:, channel].double(), torch.tensor(expected), rtol=0, atol=1e-5)
+    plain = build_target("convnet3", 3, 16)
+    plain.load_state_dict(network.target_state_dict(), strict=True)
+    assert_close(plain.eval()(network.normalize(QUERIES)), network.features(QUERIES), rtol=1e-4, atol=1e-4)
+
+
+# Files
+
+
+@pytest.mark.parametrize("kind", ["pudnet", "static_trunk"])
+def test_saved_predictor_predicts_the_same(kind, tmp_path):
+    first = make_predictor(kind)
+    for name in ("a", "b"):
+        first.save(tmp_path / "new" / name)
+    assert (tmp_path / "new" / "a").read_bytes() == (tmp_path / "new" / "b").read_bytes()
+    loaded = Predictor.load(str(tmp_path / "new" / "a"))
+    assert loaded.card == first.card
+    assert torch.equal(loaded.predict(IMAGES, LABELS)(QUERIES), first.predict(IMAGES, LABELS)(QUERIES))
+
+
+@pytest.mark.parametrize("labels", [LABELS, [len(name) for name in LABELS]])
+def test_saved_network_classifies_the_same(labels, predictor, tmp_path):
+    network = predictor.predict(IMAGES, labels)
+    for name in ("a", "b"):
+        network.save(tmp_path / name)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    loaded = PredictedNetwork.load(tmp_path / "a")
+    assert loaded.card == network.card and loaded.classes == tuple(sorted(set(labels)))
+    assert torch.equal(loaded(QUERIES), network(QUERIES))
+    assert set(load_file(tmp_path / "a")) == {*network.target_state_dict(), "centroids"}
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "b"}
+
+
+def test_card_says_what_the_file_is_for(predictor, network, tmp_path):
+    card = replace(network.card, provenance={"setting": "digits", "seed": 3})
+    PredictedNetwork(network.body, network.centroids, card).save(tmp_path / "a")
+    _, found = read_tensors(tmp_path / "a")
+    assert found == card and found.kind == "network" and predictor.card.kind == "pudnet"
+
+
+def foreign(path, predictor, network):
+    save_file({"weight": torch.zeros(2)}, path)
+
+
+def truncated(path, predictor, network):
+    predictor.save(path)
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def text(path, predictor, network):
+    path.write_text("no tensors at all, but long enough to have a header")
+
+
+def later_format(path, predictor, network):
+    write_tensors(path, predictor.model.state_dict(), replace(predictor.card, format=2))
+
+
+def other_size(path, predictor, network):
+    write_tensors(path, predictor.model.state_dict(), replace(predictor.card, image_size=32))
+
+
+def unknown_key(path, predictor, network):
+    write_tensors(path, predictor.model.state_dict(), replace(predictor.card, model={"etta": 0.1}))
+
+
+def odd_card(path, predictor, network):
+    save_file({"weight": torch.zeros(2)}, path, metadata={METADATA: json.dumps([1, 2])})
+
+
+def no_centroids(path, predictor, network):
+    write_tensors(path, network.target_state_dict(), network.card)
+
+
+def a_network(path, predictor, network):
+    network.save(path)
+
+
+def a_predictor(path, predictor, network):
+    predictor.save(path)
+
+
+def nothing(path, predictor, network):
+    pass
+
+
+UNCHECKED = pytest.mark.xfail(strict=True, reason="not turned into a UserError: see the report of its author")
+
+
+@pytest.mark.parametrize(
+    ("kind", "write", "message"),
+    [
+        (Predictor, nothing, "x.safetensors: no such file"),
+        (Predictor, text, "x.safetensors: not a PudNet file"),
+        (Predictor, truncated, "x.safetensors: not a PudNet file"),
+        (Predictor, foreign, "x.safetensors: not a PudNet file"),
+        (Predictor, a_network, "x.safetensors: holds a network"),
+        (PredictedNetwork, a_predictor, "x.safetensors: holds a pudnet"),
+        (Predictor, later_format, "x.safetensors: written in format 2"),
+        (Predictor, other_size, "x.safetensors: its tensors do not fit its card .*extractor.linear.weight"),
+        (Predictor, unknown_key, "model.etta: unknown key"),
+        pytest.param(Predictor, odd_card, "x.safetensors", marks=UNCHECKED),
+        pytest.param(PredictedNetwork, no_centroids, "x.safetensors.*centroids", marks=UNCHECKED),
+    ],
+)
+def test_bad_file_is_named(kind, write, message, predictor, network, tmp_path):
+    path = tmp_path / "x.safetensors"
+    write(path, predictor, network)
+    with pytest.raises(UserError, match=message) as caught:
+        kind.load(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("place", ["taken", pytest.param("file/below.safetensors", marks=UNCHECKED)])
+def test_path_that_cannot_be_written_is_named(place, predictor, network, tmp_path):
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "file").write_text("in the way")
+    for what in (predictor, network):
+        with pytest.raises(UserError, match=f"{place}: cannot be written"):
+            what.save(tmp_path / place)
+    assert {path.name for path in tmp_path.iterdir()} == {"taken", "file"}
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (LABELS[:-1], r"labels: 36 images need as many labels, got shape \(35,\)"),
+        ([LABELS], r"labels: 36 images .* got shape \(1, 36\)"),
+        (["red"] * 36, "labels: .*two classes, got 1"),
+    ],
+)
+def test_unfit_labels_are_refused(labels, message, predictor):
+    with pytest.raises(UserError, match=message):
+        predictor.predict(IMAGES, labels)
+
+
+def floats(value):
+    images = np.full((36, 3, 16, 16), 0.5)
+    images[7, 1, 2, 3] = value
+    return images
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (floats(float("nan")), "images: floats must lie in 0..1"),
+        (floats(1.5), "images: floats must lie in 0..1"),
+        (floats(-0.1), "images: floats must lie in 0..1"),
+        (IMAGES.astype(np.int64), "images: must be uint8 .* got torch.int64"),
+        (IMAGES[:, :8], r"images: the model takes 16x16 px of 3 channel\(s\), got shape \(36, 8, 16, 3\)"),
+        (IMAGES[..., :1], r"images: .* got shape \(36, 16, 16, 1\)"),
+        (IMAGES[..., 0], r"images: .* got shape \(36, 16, 16\)"),
+        (floats(0.5)[:, :2], r"images: .* got shape \(36, 2, 16, 16\)"),
+        (floats(0.5)[:, 0], r"images: .* got shape \(36, 16, 16\)"),
+        (IMAGES[:0], r"images: .* got shape \(0, 16, 16, 3\)"),
+    ],
+)
+def test_unfit_images_are_refused_by_predictor_and_network(images, message, predictor, network):
+    with pytest.raises(UserError, match=message):
+        predictor.predict(images, LABELS)
+    for use in (network, network.features, network.normalize):
+        with pytest.raises(UserError, match=message):
+            use(images)
