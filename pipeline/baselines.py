@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,7 @@ from pipeline.stage import RESULTS, run_stage, split_model, wants_fresh, write, 
 from pipeline.tracking import open_tracking
 from pudnet.controls import StaticTrunk
 from pudnet.evaluation import FROM, group_sketches, shuffled
-from pudnet.predictor import Card, Predictor, build_model
+from pudnet.predictor import Predictor, build_model
 
 
 def baselines(params: Params) -> None:
@@ -65,7 +66,7 @@ def random_weights(params: Params, bench: Bench) -> pd.DataFrame:
     """The target as He initialisation leaves it, calibrated on the group like every other."""
     card = bench.load(split_model("pudnet", bench.seed)).card
     torch.manual_seed(bench.seed)
-    plain = Card(**{**card.__dict__, "kind": "static_trunk", "model": None, "provenance": {}})
+    plain = dataclasses.replace(card, kind="static_trunk", model=None, provenance={})
     return bench.accuracies("random_weights", Predictor(_on(build_model(plain), bench), plain))
 
 

@@ -30,7 +30,18 @@ from ray import tune
 
 OBJECT_STORE_BYTES = 200_000_000  # trials memory-map their arrays; little goes through the object store
 ATTEMPTS_AFTER_A_FAULT = 2
-METHOD_CODE = ("config", "settings", "targets", "controls", "objective", "training", "hypernet", "data", "evaluation")
+METHOD_CODE = (
+    "config",
+    "settings",
+    "targets",
+    "controls",
+    "objective",
+    "training",
+    "hypernet",
+    "data",
+    "evaluation",
+    "predictor",
+)
 
 
 @dataclass(frozen=True)

@@ -104,6 +104,7 @@ def time_prediction(
 ) -> Timing:
     """Time predictions from the groups of a table (G, N) and, alternating, epochs from scratch on each."""
     rows = []
+    warm_up = min(warm_up, len(groups))
     for group in np.concatenate([groups[:warm_up], groups]):
         batch, (labels, _) = images(group), block_labels(images, group)
         with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):

@@ -12,14 +12,19 @@ from pudnet.config import TrainConfig
 
 
 def centroids(features: Tensor, labels: Tensor, classes: int) -> Tensor:
-    """Mean feature of each class, u_k of Eq. 6: features (N, d), labels (N,) in 0..k-1 -> (k, d)."""
-    one_hot = F.one_hot(labels, classes).to(features.dtype)  # (N, k)
-    return one_hot.T @ features / one_hot.sum(0).unsqueeze(1)
+    """Mean feature of each class, u_k of Eq. 6: features (N, d), labels (N,) in 0..k-1 -> (k, d), in fp32."""
+    sums = torch.zeros(classes, features.shape[1], device=features.device).index_add(0, labels, features.float())
+    return sums / labels.bincount(minlength=classes).unsqueeze(1)
 
 
 def metric_logits(features: Tensor, class_centroids: Tensor, temperature: Tensor | float) -> Tensor:
-    """Eq. 6 before its softmax: tau times the cosine of features (N, d) and centroids (k, d) -> (N, k)."""
-    return temperature * F.normalize(features, dim=-1) @ F.normalize(class_centroids, dim=-1).T
+    """Eq. 6 before its softmax: tau times the cosine of features (N, d) and centroids (k, d) -> (N, k).
+
+    In fp32 whatever the autocast: in bf16 the best two cosines of one image in a hundred are equal.
+    """
+    with torch.autocast(features.device.type, enabled=False):
+        cosines = F.normalize(features.float(), dim=-1) @ F.normalize(class_centroids.float(), dim=-1).T
+        return temperature * cosines
 
 
 def consistency(full: Tensor, metric: Tensor, columns: Tensor) -> Tensor:

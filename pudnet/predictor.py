@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -26,7 +29,7 @@ METADATA = "pudnet"  # one key: safetensors orders several at random, and the fi
 FORMAT = 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class Card:
     """What a saved file says of itself, beside its tensors."""
 
@@ -58,7 +61,8 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], card: Card) -> None:
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be written ({error})") from None
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], Card]:
@@ -72,13 +76,10 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], Card]:
         values = json.loads(metadata[METADATA])
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise UserError(f"{path}: not a PudNet file, or a damaged one ({error})") from None
-    if values.get("format") != FORMAT:
-        raise UserError(f"{path}: written in format {values.get('format')}, this version reads {FORMAT}")
-    lists = {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
-    try:
-        return tensors, Card(**{**values, **lists})
-    except TypeError as error:
-        raise UserError(f"{path}: its card cannot be read ({error})") from None
+    if not isinstance(values, dict) or values.get("format") != FORMAT:
+        found = values.get("format") if isinstance(values, dict) else None
+        raise UserError(f"{path}: written in format {found}, this version reads {FORMAT}")
+    return tensors, parse(Card, values, f"{path}: card")
 
 
 class PredictedNetwork(nn.Module):
@@ -114,7 +115,7 @@ class PredictedNetwork(nn.Module):
     @torch.no_grad()
     def logits(self, normalized: Tensor) -> Tensor:
         """`forward` on images (N, C, H, W) that are normalised already."""
-        return metric_logits(self.body(normalized).float(), self.centroids, self.card.temperature)
+        return metric_logits(self.body(normalized), self.centroids, self.card.temperature)
 
     def target_state_dict(self) -> dict[str, Tensor]:
         """The state dict of the plain target network, running statistics included."""
@@ -131,7 +132,10 @@ class PredictedNetwork(nn.Module):
         if card.kind != "network":
             raise UserError(f"{path}: holds a {card.kind} model, not a predicted network")
         body = build_target(card.target, card.channels, card.image_size)
-        return cls(_loaded(body, tensors, path, extra=("centroids",)), tensors["centroids"], card)
+        centroids = tensors.pop("centroids", torch.empty(0))
+        if centroids.ndim != 2 or len(centroids) != len(card.classes):
+            raise UserError(f"{path}: its centroids do not fit its {len(card.classes)} classes")
+        return cls(_loaded(body, tensors, path), centroids, card)
 
 
 def as_pixels(images: np.ndarray | Tensor, card: Card) -> Tensor:
@@ -239,7 +243,7 @@ class Predictor:
     def centroids(self, body: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
         """Mean feature (k, d) of each class over its support images."""
         rows = support_rows(labels, self.card.support_per_class)
-        return centroids(body(images[rows]).float(), labels[rows], int(labels.max()) + 1)
+        return centroids(body(images[rows]), labels[rows], int(labels.max()) + 1)
 
     def network_card(self, classes: tuple) -> Card:
         """The card of a network predicted by this model."""
@@ -255,9 +259,9 @@ def build_model(card: Card) -> PudNet | StaticTrunk:
     return PudNet(config, target, card.channels, card.image_size)
 
 
-def _loaded(module: nn.Module, tensors: dict[str, Tensor], path: str | Path, extra: tuple[str, ...] = ()) -> nn.Module:
+def _loaded(module: nn.Module, tensors: dict[str, Tensor], path: str | Path) -> nn.Module:
     try:
-        module.load_state_dict({name: t for name, t in tensors.items() if name not in extra})
+        module.load_state_dict(tensors)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path}: its tensors do not fit its card ({reason})") from None

@@ -115,8 +115,9 @@ def calibrated_network(
 ) -> nn.Module:
     """The plain target with predicted weights, in eval mode, its BatchNorm calibrated on `images`.
 
-    Running statistics are the average over batches of the images that the weights were predicted from
-    (N, C, H, W); images classified later never change them.
+    Running statistics are the average over batches of the images (N, C, H, W) that the weights were predicted
+    from, each batch a comb over all of them, since they often come sorted by class; images classified later
+    never change them.
     """
     network = copy.deepcopy(plain)
     network.load_state_dict({**shared.body.state_dict(), **weights}, strict=False)
@@ -125,6 +126,7 @@ def calibrated_network(
         norm.reset_running_stats()
         norm.momentum = None  # a cumulative average
     network.train()
-    for chunk in images.split(batch):
-        network(chunk)
+    combs = math.ceil(len(images) / batch)
+    for first in range(combs):
+        network(images[first::combs])
     return network.eval()

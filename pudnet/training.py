@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -76,20 +76,23 @@ class Trainer:
 
     def run(self) -> Iterator[Report]:
         """Train on the groups that are left. Raises `RunFailed` when the loss will not stay finite."""
-        good, failures = copy.deepcopy(self.state_dict()), 0
+        good, last, failures = copy.deepcopy(self.state_dict()), None, 0
         while self.groups < len(self.table):
             report = self._interval()
             if math.isfinite(report.loss) and math.isfinite(report.grad_norm):
-                good, failures = copy.deepcopy(self.state_dict()), 0
+                good, last, failures = copy.deepcopy(self.state_dict()), report, 0
                 yield report
                 continue
             failures += 1
-            if failures == MAX_ROLLBACKS:
+            at_end = self.groups == len(self.table)
+            if failures == MAX_ROLLBACKS or (at_end and last is None):
                 raise RunFailed(
                     f"training: the loss was not finite {failures} times in a row, last before group "
                     f"{self.groups}; lower train.learning_rate or train.clip_norm"
                 )
             self._roll_back(good)
+            if at_end:  # the run is over, with the last good weights
+                yield replace(last, groups=self.groups, rollbacks=self.rollbacks)
 
     def _roll_back(self, good: dict) -> None:
         """Back to the last good weights, but not to the groups that broke them: those are passed over."""

@@ -108,15 +108,12 @@ def test_calibrated_network_is_a_plain_target_with_the_predicted_weights():
     assert all(torch.equal(fresh.state_dict()[name], weights[name]) for name in CONVS)
 
 
-BATCHES_BUG = "calibration takes consecutive batches and averages them alike: see the report of its author"
-
-
 @pytest.mark.parametrize(
     "batch",
     [
         80,
-        pytest.param(40, marks=pytest.mark.xfail(strict=True, reason=BATCHES_BUG)),  # a class each
-        pytest.param(79, marks=pytest.mark.xfail(strict=True, reason=BATCHES_BUG)),  # the last one of one image
+        40,  # consecutive batches would hold a class each
+        79,  # and the last of them one image
     ],
 )
 def test_calibration_in_several_batches_is_close_to_that_in_one(batch):
