@@ -10,7 +10,9 @@ from ray.tune.experiment import Trial
 from pipeline.params import Params
 from pipeline.tracking import Tracking, open_tracking
 
-METRICS = (
+METRICS = (  # the compare page opens on the first
+    "validation_accuracy",
+    "validation_ci95",
     "loss",
     "metric_loss",
     "full_loss",
@@ -19,8 +21,6 @@ METRICS = (
     "grad_norm",
     "groups_per_second",
     "rollbacks",
-    "validation_accuracy",
-    "validation_ci95",
 )
 
 

@@ -22,6 +22,11 @@ from pipeline.params import Params
 from pipeline.stage import git_commit, root
 
 KEY = "pudnet.key"
+EXPERIMENT_TAGS = {
+    "mlflow.experimentKind": "custom_model_development",  # else the UI opens on its pages for language models
+    "mlflow.note.content": "A search is one parent run with a child a trial; mark the children and press Compare. "
+    "A final training, an evaluation and the controls are a run each.",
+}
 
 
 class Tracking:
@@ -31,7 +36,9 @@ class Tracking:
         self.uri, self.tags = uri, dict(tags)
         self.client = MlflowClient(uri)
         found = self.client.get_experiment_by_name(experiment)
-        self.experiment = found.experiment_id if found else self.client.create_experiment(experiment, artifacts)
+        self.experiment = (
+            found.experiment_id if found else self.client.create_experiment(experiment, artifacts, tags=EXPERIMENT_TAGS)
+        )
 
     def find_or_create(self, key: str, name: str, parent: str | None = None) -> str:
         """The run of this key, RUNNING again, or a new one. Returns its id."""

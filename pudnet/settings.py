@@ -65,7 +65,7 @@ SETTINGS: dict[str, Setting] = {
         train_classes=6,
         classes_per_group=2,
         images_per_group=None,
-        train_groups=600,
+        train_groups=400,
         test_groups=100,
     ),
     "fashion": Setting(

@@ -43,7 +43,7 @@ def divergence(full, metric, columns):
 
 
 def test_centroids_are_the_means_of_the_classes():
-    values, labels = features(), torch.tensor([2, 0, 1] * N)
+    values, labels = features(), torch.tensor([2, 0, 1, 1, 0, 1, 1] * 3)
     found = centroids(values, labels, 3)
     for label in range(3):
         rows = [v for v, y in zip(values.numpy(), labels.tolist(), strict=True) if y == label]

@@ -153,10 +153,14 @@ def test_saved_network_classifies_the_same(labels, predictor, tmp_path):
 
 
 def test_card_says_what_the_file_is_for(predictor, network, tmp_path):
-    card = replace(network.card, provenance={"setting": "digits", "seed": 3})
+    provenance = {"setting": "digits", "seed": 3}
+    card = replace(network.card, provenance=provenance)
     PredictedNetwork(network.body, network.centroids, card).save(tmp_path / "a")
     _, found = read_tensors(tmp_path / "a")
     assert found == card and found.kind == "network" and predictor.card.kind == "pudnet"
+    turned = replace(card, provenance=dict(reversed(provenance.items())))
+    PredictedNetwork(network.body, network.centroids, turned).save(tmp_path / "b")
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
 def foreign(path, predictor, network):

@@ -54,6 +54,20 @@ def test_losses_go_down(kind, digits):
     assert last.loss == pytest.approx(last.metric_loss + last.full_loss + last.kl_loss, rel=1e-5)
 
 
+def test_full_head_has_a_column_for_each_training_class(digits):
+    group = digits.train[0]
+    trainer = make_trainer(digits, group[None])
+    truth = [digits.split.train_classes.index(label) for label in digits.store.labels[group]]
+    with torch.no_grad():
+        images = digits.images(group)
+        full = trainer.objective.head(
+            trainer.model.shared(images, trainer.model.generate(trainer.model.sketch(images)))
+        )
+    (report,) = trainer.run()
+    expected = torch.nn.functional.cross_entropy(full, torch.tensor(truth)).item()
+    assert full.shape == (40, 6) and report.full_loss == pytest.approx(expected, rel=1e-4)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_variant_learns_all_that_it_has(variant, digits):
     model, config = apply_variant(variant, ModelConfig(hidden=16), TrainConfig())
