@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from pipeline.cluster import Finished, experiment_key, run_trials
 from pipeline.params import Params
 from pipeline.stage import PUDNET, RESULTS, STORE, git_commit, group_folder, split_model
 from pipeline.tracking import open_tracking
-from pipeline.trial import TrialSpec, card_of
+from pipeline.trial import card_of, make_spec
 from pudnet.data.groups import open_groups
 from pudnet.data.store import open_store
 from pudnet.errors import UserError
@@ -36,7 +35,10 @@ def read_best() -> dict[int, dict[str, Any]]:
 
 def train_all(params: Params, kind: str, cells: Mapping[int, Mapping[str, Any]], fresh: bool) -> pd.DataFrame:
     """Train one model of a kind a split, write models/splits/KIND/*.safetensors; returns the loss curves."""
-    specs = [_spec(params, kind, seed, dict(cells[seed])) for seed in params.split_seeds]
+    specs = [
+        make_spec(params, f"train-{kind}-split{seed}", kind, seed, dict(cells[seed]), table="train", validate=False)
+        for seed in params.split_seeds
+    ]
     key = experiment_key(kind, specs, asha=False)
     tracking = open_tracking(params)  # before the fan-out: it makes the database
     print(f"{kind}: {len(specs)} final training(s) on {params.groups.train_groups:,} groups")
@@ -50,24 +52,6 @@ def train_all(params: Params, kind: str, cells: Mapping[int, Mapping[str, Any]],
             tracking.log_tags(run_id, {"registered_version": str(version)})
         tracking.finish(run_id)
     return pd.concat([_curve(trial) for trial in finished], ignore_index=True)
-
-
-def _spec(params: Params, kind: str, split_seed: int, cell: dict[str, Any]) -> TrialSpec:
-    model, train = params.configured(cell)
-    return TrialSpec(
-        name=f"train-{kind}-split{split_seed}",
-        kind=kind,
-        target=params.target,
-        split_seed=split_seed,
-        seed=params.seed,
-        store=str(STORE.resolve()),
-        groups=str(group_folder(split_seed).resolve()),
-        table="train",
-        validate=False,
-        model=asdict(model),
-        train=asdict(train),
-        cell=cell,
-    )
 
 
 def _write_model(params: Params, trial: Finished) -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
@@ -11,9 +11,9 @@ import yaml
 from pipeline.callback import TrialProgress
 from pipeline.cluster import Finished, experiment_key, run_trials
 from pipeline.params import Params
-from pipeline.stage import RESULTS, STORE, group_folder, run_stage, wants_fresh, write
+from pipeline.stage import RESULTS, run_stage, wants_fresh, write
 from pipeline.tracking import open_tracking
-from pipeline.trial import TrialSpec
+from pipeline.trial import TrialSpec, make_spec
 
 
 def search(params: Params) -> None:
@@ -39,22 +39,9 @@ def search(params: Params) -> None:
 
 
 def _spec(params: Params, cell: dict[str, Any], split_seed: int) -> TrialSpec:
-    model, train = params.configured(cell)
-    train = replace(train, report_every=params.search.report_every)
-    return TrialSpec(
-        name="-".join([f"split{split_seed}", *(f"{key}{value}" for key, value in cell.items())]),
-        kind="pudnet",
-        target=params.target,
-        split_seed=split_seed,
-        seed=params.seed,
-        store=str(STORE.resolve()),
-        groups=str(group_folder(split_seed).resolve()),
-        table="search_train",
-        validate=True,
-        model=asdict(model),
-        train=asdict(train),
-        cell=cell,
-    )
+    name = "-".join([f"split{split_seed}", *(f"{key}{value}" for key, value in cell.items())])
+    spec = make_spec(params, name, "pudnet", split_seed, cell, table="search_train", validate=True)
+    return replace(spec, train={**spec.train, "report_every": params.search.report_every})
 
 
 def _row(trial: Finished) -> dict[str, Any]:

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from pipeline.params import Params
+from pipeline.stage import STORE, group_folder
 from pudnet.config import TrainConfig
 from pudnet.data.groups import Split, open_groups
 from pudnet.data.images import StoreImages
@@ -40,6 +42,27 @@ class TrialSpec:
     model: dict[str, Any]
     train: dict[str, Any]
     cell: dict[str, Any]  # what the search varies, for tables and plots
+
+
+def make_spec(
+    params: Params, name: str, kind: str, split_seed: int, cell: dict[str, Any], table: str, validate: bool
+) -> TrialSpec:
+    """The trial that `params`, with one cell of the grid applied, ask for."""
+    model, train = params.configured(cell)
+    return TrialSpec(
+        name=name,
+        kind=kind,
+        target=params.target,
+        split_seed=split_seed,
+        seed=params.seed,
+        store=str(STORE.resolve()),
+        groups=str(group_folder(split_seed).resolve()),
+        table=table,
+        validate=validate,
+        model=asdict(model),
+        train=asdict(train),
+        cell=cell,
+    )
 
 
 def card_of(spec: TrialSpec, store: Store) -> Card:

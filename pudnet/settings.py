@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from pudnet.errors import UserError
 
@@ -24,38 +24,34 @@ class Setting:
     depth: dict[str, int] = field(default_factory=lambda: {"convnet3": 2, "resnet18": 2, "resnet34": 2})
 
 
-def _cifar100(test_source: str | None = None, classes_per_group: int = 5) -> Setting:
-    return Setting(
-        source="torchvision:CIFAR100",
-        image_size=32,
-        channels=3,
-        train_classes=80,
-        classes_per_group=classes_per_group,
-        images_per_group=500,
-        train_groups=100_000,
-        test_groups=500 if test_source is None else 1,
-        test_source=test_source,
-        eta={"convnet3": 0.1, "resnet18": 0.5, "resnet34": 0.5},
-    )
+CIFAR100 = Setting(
+    source="torchvision:CIFAR100",
+    image_size=32,
+    channels=3,
+    train_classes=80,
+    classes_per_group=5,
+    images_per_group=500,
+    train_groups=100_000,
+    test_groups=500,
+    eta={"convnet3": 0.1, "resnet18": 0.5, "resnet34": 0.5},
+)
+IMAGENET = replace(
+    CIFAR100,
+    source="folder:data/raw/mini-imagenet",
+    image_size=84,
+    train_groups=50_000,
+    eta={"convnet3": 0.3, "resnet18": 0.5, "resnet34": 0.5},
+    depth={"convnet3": 2, "resnet18": 4, "resnet34": 4},
+)
 
 
-def _imagenet(test_source: str | None = None, classes_per_group: int = 5) -> Setting:
-    return Setting(
-        source="folder:data/raw/mini-imagenet",
-        image_size=84,
-        channels=3,
-        train_classes=80,
-        classes_per_group=classes_per_group,
-        images_per_group=500,
-        train_groups=50_000,
-        test_groups=500 if test_source is None else 1,
-        test_source=test_source,
-        eta={"convnet3": 0.3, "resnet18": 0.5, "resnet34": 0.5},
-        depth={"convnet3": 2, "resnet18": 4, "resnet34": 4},
-    )
+def _tested_on(setting: Setting, test_source: str) -> Setting:
+    """Inter-dataset: the same training, ten classes a group, one test group of the whole other set."""
+    return replace(setting, test_source=test_source, classes_per_group=10, test_groups=1)
 
 
 ANIMALS10 = "folder:data/raw/animals10"
+CIFAR10 = "torchvision:CIFAR10"
 
 SETTINGS: dict[str, Setting] = {
     "digits": Setting(
@@ -78,12 +74,12 @@ SETTINGS: dict[str, Setting] = {
         train_groups=2_000,
         test_groups=500,
     ),
-    "cifar100": _cifar100(),
-    "imagenet": _imagenet(),
-    "cifar100-animals10": _cifar100(ANIMALS10, classes_per_group=10),
-    "cifar100-cifar10": _cifar100("torchvision:CIFAR10", classes_per_group=10),
-    "imagenet-animals10": _imagenet(ANIMALS10, classes_per_group=10),
-    "imagenet-cifar10": _imagenet("torchvision:CIFAR10", classes_per_group=10),
+    "cifar100": CIFAR100,
+    "imagenet": IMAGENET,
+    "cifar100-animals10": _tested_on(CIFAR100, ANIMALS10),
+    "cifar100-cifar10": _tested_on(CIFAR100, CIFAR10),
+    "imagenet-animals10": _tested_on(IMAGENET, ANIMALS10),
+    "imagenet-cifar10": _tested_on(IMAGENET, CIFAR10),
 }
 
 
