@@ -16,7 +16,7 @@ from typing import Any
 
 from pipeline.params import Params
 from pipeline.stage import root
-from pipeline.trial import TrialSpec, load_state, run_trial
+from pipeline.trial import TrialSpec, load_state, open_trial, run_trial
 from pudnet.errors import RunFailed, UserError
 
 # A snapshot of the experiment every 5 s bounds what a kill -9 of the driver costs.
@@ -26,6 +26,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # its boxes say less than the callback
 
 import ray
+import torch
 from ray import tune
 
 OBJECT_STORE_BYTES = 200_000_000  # trials memory-map their arrays; little goes through the object store
@@ -88,8 +89,10 @@ def run_trials(
 
     Raises:
         RunFailed: when a trial is unfinished at the end: interrupted, or failed for good.
-        UserError: when another process runs the same trials.
+        UserError: when another process runs the same trials, or a trial cannot start; then none is.
     """
+    for spec in specs:
+        open_trial(spec, torch.device("cpu"))
     folder = root() / ".pud" / "ray" / key
     with _alone(folder), _ray():
         if fresh:
@@ -109,13 +112,12 @@ def _finished(spec: TrialSpec, result: tune.Result) -> Finished:
 
 
 def _why(unfinished: Sequence[str], found: dict[str, tune.Result], total: int) -> str:
-    errors = [f"{n} failed: {_last_line(found[n].error)}" for n in unfinished if n in found and found[n].error]
+    failed = [found[name] for name in unfinished if name in found and found[name].error]
     state = f"{total - len(unfinished)} of {total} trials are done"
-    return f"{state}; {errors[0] if errors else 'the others were interrupted'}; the same command continues"
-
-
-def _last_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[-1]
+    if not failed:
+        return f"{state}, the others were interrupted; the same command continues"
+    reason = str(failed[0].error).strip().splitlines()[-1].removeprefix("pudnet.errors.RunFailed: ")
+    return f"{state}; {reason} (all of it in {failed[0].path}/error.txt); the same command continues"
 
 
 def _tuner(specs: Sequence[TrialSpec], folder: Path, params: Params, progress: tune.Callback, asha: bool) -> tune.Tuner:
@@ -162,7 +164,7 @@ def _resources(params: Params) -> dict[str, float]:
 @contextlib.contextmanager
 def _ray() -> Iterator[None]:
     """A Ray of our own, or the cluster that RAY_ADDRESS names (with this project's code sent along)."""
-    logging.getLogger("ray").setLevel(logging.ERROR)  # its warnings are of its own workings; errors are kept
+    logging.getLogger("ray").setLevel(logging.CRITICAL)  # a failed trial's traceback is in its error.txt
     if os.environ.get("RAY_ADDRESS"):
         excludes = ["data", "mlartifacts", ".pud", ".dvc", ".venv", "models"]
         ray.init(runtime_env={"working_dir": str(root()), "excludes": excludes}, log_to_driver=False)
@@ -171,7 +173,7 @@ def _ray() -> Iterator[None]:
             address="local",
             include_dashboard=False,
             object_store_memory=OBJECT_STORE_BYTES,
-            logging_level=logging.ERROR,
+            logging_level=logging.CRITICAL,
             log_to_driver=False,  # the callback says what there is to say
         )
     try:

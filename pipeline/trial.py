@@ -13,12 +13,12 @@ import torch
 from pipeline.params import Params
 from pipeline.stage import STORE, group_folder
 from pudnet.config import TrainConfig
-from pudnet.data.groups import Split, open_groups
+from pudnet.data.groups import open_groups
 from pudnet.data.images import StoreImages
 from pudnet.data.store import Store, open_store
 from pudnet.evaluation import mean_interval, twin_accuracies
 from pudnet.predictor import Card, Predictor, build_model
-from pudnet.training import Trainer, wants_bf16
+from pudnet.training import Trainer
 
 STATE = "state.pt"
 
@@ -85,12 +85,24 @@ def pick_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def make_trainer(spec: TrialSpec, store: Store, split: Split, table: np.ndarray, device: torch.device) -> Trainer:
-    """Model, data and objective of a trial, at its start."""
+@dataclass(frozen=True)
+class OpenTrial:
+    """A trial at its start: the trainer and the data it needs."""
+
+    trainer: Trainer
+    store: Store
+    validation: np.ndarray  # table (G, 2, N)
+
+
+def open_trial(spec: TrialSpec, device: torch.device) -> OpenTrial:
+    """Build model, data and objective. Raises `UserError` when they do not fit together."""
     torch.manual_seed(spec.seed)
+    store = open_store(Path(spec.store), verify=False)
+    split, tables = open_groups(Path(spec.groups))
     model = build_model(card_of(spec, store))
     classes = split.search_classes if spec.table == "search_train" else split.train_classes
-    return Trainer(model, StoreImages(store, device), table, classes, TrainConfig(**spec.train))
+    trainer = Trainer(model, StoreImages(store, device), tables[spec.table], classes, TrainConfig(**spec.train))
+    return OpenTrial(trainer, store, tables["validation"])
 
 
 def run_trial(config: dict[str, Any]) -> None:
@@ -99,18 +111,14 @@ def run_trial(config: dict[str, Any]) -> None:
 
     spec = TrialSpec(**config["spec"])
     torch.set_num_threads(config["cpus"])
-    store = open_store(Path(spec.store), verify=False)
-    split, tables = open_groups(Path(spec.groups))
-    trainer = make_trainer(spec, store, split, tables[spec.table], pick_device())
+    opened = open_trial(spec, pick_device())
     if checkpoint := tune.get_checkpoint():
         with checkpoint.as_directory() as folder:
-            trainer.load_state_dict(load_state(Path(folder)))
-    for report in trainer.run():
-        metrics = asdict(report)
-        if spec.validate:
-            metrics |= validate(trainer, spec, store, tables["validation"])
+            opened.trainer.load_state_dict(load_state(Path(folder)))
+    for report in opened.trainer.run():
+        metrics = asdict(report) | (validate(opened, spec) if spec.validate else {})
         with tempfile.TemporaryDirectory() as folder:
-            torch.save(trainer.state_dict(), Path(folder) / STATE)
+            torch.save(opened.trainer.state_dict(), Path(folder) / STATE)
             tune.report(metrics, checkpoint=tune.Checkpoint.from_directory(folder))
 
 
@@ -119,11 +127,11 @@ def load_state(folder: Path) -> dict:
     return torch.load(folder / STATE, map_location="cpu", weights_only=True)
 
 
-def validate(trainer: Trainer, spec: TrialSpec, store: Store, table: np.ndarray) -> dict[str, float]:
+def validate(opened: OpenTrial, spec: TrialSpec) -> dict[str, float]:
     """Accuracy and its interval, in percent, on validation groups: classes that the trial does not train on."""
-    bf16 = wants_bf16(trainer.config.precision, trainer.device)
-    trainer.model.eval()
-    accuracies = twin_accuracies(Predictor(trainer.model, card_of(spec, store)), trainer.images, table, bf16)
+    trainer = opened.trainer
+    predictor = Predictor(trainer.model, card_of(spec, opened.store))
+    accuracies = twin_accuracies(predictor, trainer.images, opened.validation, trainer.autocast)
     trainer.model.train()
     mean, half = mean_interval(accuracies)
     return {"validation_accuracy": mean, "validation_ci95": half}

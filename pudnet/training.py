@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pudnet.config import TrainConfig
 from pudnet.controls import StaticTrunk
 from pudnet.data.images import StoreImages
-from pudnet.errors import RunFailed
+from pudnet.errors import RunFailed, UserError
 from pudnet.hypernet import PudNet
 from pudnet.objective import Losses, Objective
 
@@ -53,7 +53,8 @@ class Trainer:
     """Trains a hypernetwork or the static trunk on a table of groups, each seen once, in the table's order.
 
     `run` yields a report every `report_every` groups; between two of them `state_dict` is a checkpoint from
-    which `load_state_dict` continues to the same weights, bit for bit on one CPU.
+    which `load_state_dict` continues to the same weights, bit for bit on one CPU. Raises `UserError` when the
+    support set takes all images of a group.
     """
 
     def __init__(
@@ -65,6 +66,12 @@ class Trainer:
         config: TrainConfig,
     ) -> None:
         self.config, self.images, self.table = config, images, table
+        per_class = table.shape[1] // len(images.block_classes(table[0]))
+        if per_class <= config.support_per_class:
+            raise UserError(
+                f"train.support_per_class: {config.support_per_class} of the {per_class} images a class that a group "
+                "has leave none to train on; lower it or raise groups.images_per_group"
+            )
         self.device = images.device
         self.columns = {class_id: column for column, class_id in enumerate(train_classes)}
         self.model = model.to(self.device, memory_format=torch.channels_last)
