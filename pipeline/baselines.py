@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import pandas as pd
 import torch
 
-from pipeline.bench import Bench, benches, summary
+from pipeline.bench import Bench, benches, identity, summary
 from pipeline.final import read_best, train_all, write_curves
 from pipeline.params import Params
 from pipeline.stage import RESULTS, run_stage, split_model, wants_fresh, write, write_json
 from pipeline.tracking import open_tracking
-from pudnet.controls import StaticTrunk
 from pudnet.evaluation import FROM, group_sketches, shuffled
 from pudnet.predictor import Predictor, build_model
 
 
 def baselines(params: Params) -> None:
     """Write results/accuracies.csv (all methods, PudNet's rows first), baselines.json and loss_curves.csv."""
-    curves = [pd.read_csv(RESULTS / "train_curves.csv")]
+    fresh, curves = wants_fresh(), [pd.read_csv(RESULTS / "train_curves.csv")]
     if "static_trunk" in params.baselines.methods:
-        curves.append(train_all(params, "static_trunk", read_best(), wants_fresh()))
+        curves.append(train_all(params, "static_trunk", read_best(), fresh))
     pudnet = pd.read_csv(RESULTS / "pudnet.csv")
     rows = [METHODS[method](params, bench) for method in params.baselines.methods for bench in benches(params)]
     frame = pd.concat([pudnet, *rows], ignore_index=True)
@@ -67,11 +67,7 @@ def random_weights(params: Params, bench: Bench) -> pd.DataFrame:
     card = bench.load(split_model("pudnet", bench.seed)).card
     torch.manual_seed(bench.seed)
     plain = dataclasses.replace(card, kind="static_trunk", model=None, provenance={})
-    return bench.accuracies("random_weights", Predictor(_on(build_model(plain), bench), plain))
-
-
-def _on(model: StaticTrunk, bench: Bench) -> StaticTrunk:
-    return model.to(bench.images.device)
+    return bench.accuracies("random_weights", Predictor(build_model(plain).to(bench.images.device), plain))
 
 
 METHODS: dict[str, Callable[[Params, Bench], pd.DataFrame]] = {
@@ -91,8 +87,8 @@ def _compare(frame: pd.DataFrame, pudnet: pd.DataFrame, method: str) -> dict[str
 def _log(params: Params, compared: dict[str, Any]) -> None:
     """An MLflow run with every method's figures and the table behind them."""
     tracking = open_tracking(params)
-    key = f"baselines/{params.variant}/{tracking.tags.get('mlflow.source.git.commit', '')}"
-    run_id = tracking.find_or_create(key, f"baselines-{params.variant}")
+    run_id = tracking.find_or_create(f"baselines/{identity(params)}", f"baselines-{params.variant}")
+    tracking.log_params(run_id, {"splits": params.splits, "seed": params.seed, **asdict(params.groups)})
     for method, numbers in compared.items():
         metrics = {f"{method}_{name}": numbers[name] for name in ("accuracy", "ci95", "difference", "difference_ci95")}
         tracking.log_metrics(run_id, metrics)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from pipeline.params import Params
-from pipeline.stage import STORE, TEST_STORE, group_folder
+from pipeline.stage import STORE, TEST_STORE, group_folder, split_model
 from pipeline.trial import pick_device
 from pudnet.data.groups import Split, open_groups
 from pudnet.data.images import StoreImages
@@ -60,8 +62,7 @@ class Bench:
 
     def load(self, path: Path) -> Predictor:
         """A model file, on this bench's device."""
-        predictor = Predictor.load(path)
-        return Predictor(predictor.model.to(self.images.device), predictor.card)
+        return Predictor.load(path, self.images.device)
 
 
 def benches(params: Params) -> list[Bench]:
@@ -76,6 +77,15 @@ def benches(params: Params) -> list[Bench]:
     return [
         Bench(seed, *open_groups(group_folder(seed)), train_images, images, *names, bf16) for seed in params.split_seeds
     ]
+
+
+def identity(params: Params) -> str:
+    """A hash of params, models and test groups: evaluating the same again is the same MLflow run."""
+    digest = hashlib.sha256(json.dumps(asdict(params), sort_keys=True).encode())
+    for seed in params.split_seeds:
+        digest.update(split_model("pudnet", seed).read_bytes())
+        digest.update((group_folder(seed) / "test.npy").read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def _as_trained(test_store: Store, store: Store, device: torch.device) -> StoreImages:

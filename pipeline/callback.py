@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from ray.tune import Callback
@@ -32,14 +33,13 @@ class TrialProgress(Callback):
 
     def __init__(self, params: Params, key: str, trials: int, parent: str | None) -> None:
         self.params, self.key, self.trials, self.parent = params, key, trials, parent
-        self.done: set[str] = set()
         self.runs: dict[str, str] = {}
         self.logged: dict[str, int] = {}
         self.rollbacks: dict[str, int] = {}
         self._tracking: Tracking | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_tracking": None, "runs": {}, "logged": {}, "done": set()}
+        return {**self.__dict__, "_tracking": None, "runs": {}, "logged": {}}
 
     @property
     def tracking(self) -> Tracking:
@@ -53,9 +53,8 @@ class TrialProgress(Callback):
         run_id = self.tracking.find_or_create(f"{self.key}/{spec['name']}", spec["name"], self.parent)
         self.runs[trial.trial_id] = run_id
         self.logged[trial.trial_id] = self.tracking.last_step(run_id, "loss")
-        of_model = spec["model"] if spec["kind"] == "pudnet" else {}
         seeds = {"method": spec["kind"], "split_seed": spec["split_seed"], "seed": spec["seed"]}
-        self.tracking.log_params(run_id, {**spec["train"], **of_model, **seeds})
+        self.tracking.log_params(run_id, {**spec["train"], **spec["model"], **asdict(self.params.groups), **seeds})
 
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any

@@ -9,8 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from pipeline.bench import Bench, benches, summary
-from pipeline.final import read_best
+from pipeline.bench import Bench, benches, identity, summary
 from pipeline.params import Params
 from pipeline.stage import RESULTS, run_stage, split_model, write, write_json
 from pipeline.tracking import Tracking, open_tracking
@@ -58,10 +57,11 @@ def _metrics(params: Params, frame: pd.DataFrame) -> dict[str, Any]:
     """The headline, and for each split what it was trained and tested on. No times: they are never the same."""
     metrics = {"setting": params.setting, "target": params.target, "variant": params.variant, **summary(frame)}
     metrics["train_groups"] = params.groups.train_groups
-    best = read_best()
     for bench in benches(params):
+        model = bench.load(split_model("pudnet", bench.seed)).card.model
         metrics["splits"][str(bench.seed)] |= {
-            **best[bench.seed],
+            "eta": model["eta"],
+            "depth": model["depth"],
             "test_groups": len(bench.tables["test"]),
             "test_classes": [bench.class_names[c] for c in bench.split.test_classes],
             "train_classes": [bench.train_class_names[c] for c in bench.split.train_classes],
@@ -70,8 +70,7 @@ def _metrics(params: Params, frame: pd.DataFrame) -> dict[str, Any]:
 
 
 def _log(tracking: Tracking, params: Params, metrics: dict[str, Any], timing: dict[str, Any]) -> None:
-    commit = tracking.tags.get("mlflow.source.git.commit", "")
-    run_id = tracking.find_or_create(f"evaluate/{_identity(params)}/{commit}", f"evaluate-{params.variant}")
+    run_id = tracking.find_or_create(f"evaluate/{identity(params)}", f"evaluate-{params.variant}")
     tracking.log_params(run_id, {"splits": params.splits, "seed": params.seed, **asdict(params.groups)})
     numbers = {"test_accuracy": metrics["accuracy"], "test_ci95": metrics["ci95"]}
     numbers |= {f"test_accuracy_split_{seed}": part["accuracy"] for seed, part in metrics["splits"].items()}
@@ -82,16 +81,6 @@ def _log(tracking: Tracking, params: Params, metrics: dict[str, Any], timing: di
     if Path("dvc.lock").is_file():
         tracking.client.log_artifact(run_id, "dvc.lock")
     tracking.finish(run_id)
-
-
-def _identity(params: Params) -> str:
-    """The checksum of the models that are evaluated: the same models are the same run."""
-    import hashlib
-
-    digest = hashlib.sha256()
-    for seed in params.split_seeds:
-        digest.update(split_model("pudnet", seed).read_bytes())
-    return digest.hexdigest()[:12]
 
 
 if __name__ == "__main__":

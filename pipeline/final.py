@@ -10,10 +10,10 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from pipeline.callback import TrialProgress
-from pipeline.cluster import Finished, experiment_key, run_trials
+from pipeline import cluster
+from pipeline.experiment import Experiment, Finished, run_trials
 from pipeline.params import Params
-from pipeline.stage import PUDNET, RESULTS, STORE, git_commit, group_folder, split_model
+from pipeline.stage import PUDNET, RESULTS, STORE, group_folder, split_model
 from pipeline.tracking import open_tracking
 from pipeline.trial import card_of, make_spec
 from pudnet.data.groups import open_groups
@@ -39,13 +39,13 @@ def train_all(params: Params, kind: str, cells: Mapping[int, Mapping[str, Any]],
         make_spec(params, f"train-{kind}-split{seed}", kind, seed, dict(cells[seed]), table="train", validate=False)
         for seed in params.split_seeds
     ]
-    key = experiment_key(kind, specs, asha=False)
-    tracking = open_tracking(params)  # before the fan-out: it makes the database
+    experiment, tracking = Experiment(kind, specs), open_tracking(params)
     print(f"{kind}: {len(specs)} final training(s) on {params.groups.train_groups:,} groups")
-    finished = run_trials(specs, key, params, TrialProgress(params, key, len(specs), None), fresh=fresh)
+    with cluster.session():
+        finished = run_trials(experiment, params, tracking, fresh=fresh)
     for trial in finished:
         path = _write_model(params, trial)
-        run_id = tracking.find_or_create(f"{key}/{trial.spec.name}", trial.spec.name)
+        run_id = tracking.find_or_create(f"{experiment.key}/{trial.spec.name}", trial.spec.name)
         tracking.client.log_artifact(run_id, str(path), "model")
         if kind == "pudnet":
             version = tracking.register(run_id, f"pudnet-{params.setting}-{params.target}", "model")
@@ -66,7 +66,6 @@ def _write_model(params: Params, trial: Finished) -> Path:
         "seed": params.seed,
         "train_classes": [store.class_names[c] for c in split.train_classes],
         "train_groups": len(tables["train"]),
-        "git_commit": git_commit(),
         **trial.spec.cell,
     }
     state = trial.state()

@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from pipeline.params import Params
-from pipeline.stage import STORE, TEST_STORE, group_folder, run_stage
+from pipeline.stage import GROUPS, STORE, TEST_STORE, group_folder, run_stage
 from pudnet.data.groups import build_groups, split_classes, write_groups
-from pudnet.data.store import open_store
+from pudnet.data.store import Store, open_store, whole_folder
 
 
 def build(params: Params) -> None:
     """Write one folder of tables a class split."""
     store = open_store(STORE, verify=True)
     other = open_store(TEST_STORE, verify=True) if params.prepare.test_source else None
-    test_store = other or store
-    for seed in params.split_seeds:
-        split = split_classes(
-            len(store.class_names),
-            params.groups.train_classes,
-            params.groups.classes_per_group,
-            seed,
-            len(other.class_names) if other else None,
-        )
-        tables = build_groups(split, params.sizes, store, other)
-        write_groups(group_folder(seed), split, tables, store.class_names, test_store.class_names)
-        names = ", ".join(test_store.class_names[c] for c in split.test_classes[:8])
-        sizes = ", ".join(f"{len(table):,} {name}" for name, table in tables.items())
-        print(f"groups: split {seed}: {sizes}; test classes: {names}{', ...' if len(split.test_classes) > 8 else ''}")
+    with whole_folder(GROUPS) as folder:
+        for seed in params.split_seeds:
+            _build_split(params, store, other, seed, folder / group_folder(seed).name)
+
+
+def _build_split(params: Params, store: Store, other: Store | None, seed: int, folder: Path) -> None:
+    split = split_classes(
+        len(store.class_names),
+        params.groups.train_classes,
+        params.groups.classes_per_group,
+        seed,
+        len(other.class_names) if other else None,
+    )
+    tables = build_groups(split, params.sizes, store, other)
+    test_names = (other or store).class_names
+    write_groups(folder, split, tables, store.class_names, test_names)
+    names = ", ".join(test_names[c] for c in split.test_classes[:8])
+    sizes = ", ".join(f"{len(table):,} {name}" for name, table in tables.items())
+    print(f"groups: split {seed}: {sizes}; test classes: {names}{', ...' if len(split.test_classes) > 8 else ''}")
 
 
 if __name__ == "__main__":

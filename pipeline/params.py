@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -27,7 +28,6 @@ from pudnet.settings import Setting, get_setting
 from pudnet.targets import TARGETS
 
 PARAMS = Path("params.yaml")
-CONTROLS = ("static_trunk", "constant_sketch", "shuffled_sketch", "random_weights")
 Seed = Annotated[int, Field(ge=0)]
 
 
@@ -119,7 +119,7 @@ class Params:
 
     def grid(self) -> list[dict[str, Any]]:
         """Every combination of the search space, as changes to `model` and `train`."""
-        names = list(self.search.space)
+        names = [name for name in self.search.space if name not in VARIANTS[self.variant]]  # a variant fixes its own
         return [dict(zip(names, values, strict=True)) for values in itertools.product(*self.search.space.values())]
 
     def configured(self, changes: Mapping[str, Any]) -> tuple[ModelConfig, TrainConfig]:
@@ -144,10 +144,18 @@ BLOCKS = {
 SCALARS = {"setting": str, "target": str, "variant": str, "seed": int, "splits": int}
 
 
+class Yaml12Floats(yaml.SafeLoader):
+    """`safe_load` that reads 1e-5 as a number, as `dvc exp run -S` writes it, not as a string."""
+
+
+FLOAT = re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$")
+Yaml12Floats.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+0123456789"))
+
+
 def load_params(path: Path = PARAMS) -> Params:
     """Read and check params.yaml. Raises `UserError` with one line for whatever is wrong in it."""
     try:
-        raw = yaml.safe_load(path.read_text())
+        raw = yaml.load(path.read_text(), Loader=Yaml12Floats)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; run from the project's root") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -172,6 +180,10 @@ def resolve(raw: Mapping[str, Any]) -> Params:
         values[name] = parse(kind, {**own.get(name, {}), **given}, name)
     params = parse(Params, values, "")
     _check_space(params)
+    if params.prepare.test_source == params.prepare.source:
+        raise UserError(f"prepare.test_source: {params.prepare.source} is the training source too; leave it null")
+    if len(set(params.baselines.methods)) < len(params.baselines.methods):
+        raise UserError(f"baselines.methods: a method stands twice in {params.baselines.methods!r}")
     return params
 
 

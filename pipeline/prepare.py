@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from pipeline.params import Params
-from pipeline.stage import STORE, TEST_STORE, run_stage
+from pipeline.stage import PREPARED, STORE, TEST_STORE, root, run_stage
 from pudnet.data.sources import open_source
-from pudnet.data.store import open_store, write_store
-
-RAW = Path("data/raw")
+from pudnet.data.store import whole_folder, write_store
 
 
 def prepare(params: Params) -> None:
     """Write data/prepared/train, and data/prepared/test where the setting tests on another set."""
-    pairs = [(params.prepare.source, STORE), (params.prepare.test_source, TEST_STORE)]
-    for spec, destination in pairs:
-        if spec is None:
-            continue
-        source = open_source(spec, RAW, params.prepare.image_size, params.prepare.channels)
-        write_store(source, destination)
-        store = open_store(destination, verify=False)
-        print(
-            f"prepare: {spec}: {len(store.labels):,} images of {len(store.class_names)} classes, "
-            f"{store.image_size}x{store.image_size} px, {store.channels} channel(s) -> {destination}"
-        )
+    sources = {STORE.name: params.prepare.source, TEST_STORE.name: params.prepare.test_source}
+    raw = root() / "data" / "raw"
+    with whole_folder(PREPARED) as folder:
+        for name, spec in sources.items():
+            if spec is None:
+                continue
+            source = open_source(spec, raw, params.prepare.image_size, params.prepare.channels)
+            write_store(source, folder / name)
+            print(
+                f"prepare: {spec}: {len(source.labels):,} images of {len(source.class_names)} classes, "
+                f"{params.prepare.image_size} px, {params.prepare.channels} channel(s) -> {PREPARED / name}"
+            )
 
 
 if __name__ == "__main__":

@@ -8,34 +8,42 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from pipeline.callback import TrialProgress
-from pipeline.cluster import Finished, experiment_key, run_trials
+from pipeline import cluster
+from pipeline.experiment import Experiment, Finished, run_trials
 from pipeline.params import Params
 from pipeline.stage import RESULTS, run_stage, wants_fresh, write
-from pipeline.tracking import open_tracking
+from pipeline.tracking import Tracking, open_tracking
 from pipeline.trial import TrialSpec, make_spec
 
 
 def search(params: Params) -> None:
     """Train every cell of the grid on every class split; write results/search.csv and results/best.yaml."""
-    fresh = wants_fresh()
-    specs = [_spec(params, cell, seed) for seed in params.split_seeds for cell in params.grid()]
-    key = experiment_key("search", specs, params.search.asha)
-    tracking = open_tracking(params)
-    parent = tracking.find_or_create(key, key)
-    tracking.log_params(parent, {f"space.{name}": values for name, values in params.search.space.items()})
-    print(f"search: {len(specs)} trials of {params.groups.search_groups} groups")
-    progress = TrialProgress(params, key, len(specs), parent)
-    finished = run_trials(specs, key, params, progress, params.search.asha, fresh)
-    rows = [_row(trial) for trial in finished]
+    fresh, tracking = wants_fresh(), open_tracking(params)
+    cells = params.grid()
+    print(
+        f"search: {len(cells)} trials of {params.groups.search_groups} groups on each of {params.splits} class splits"
+    )
+    rows: list[dict[str, Any]] = []
+    with cluster.session():
+        for seed in params.split_seeds:
+            specs = [_spec(params, cell, seed) for cell in cells]
+            experiment = Experiment(f"search-split{seed}", specs, params.search.asha, keep_going=True)
+            finished = run_trials(experiment, params, tracking, f"search-split{seed}", fresh)
+            rows += [_row(trial) for trial in finished]
+            _close(tracking, experiment, params, _best(rows, seed))
     best = {seed: _best(rows, seed) for seed in params.split_seeds}
     write(RESULTS / "search.csv", pd.DataFrame(rows).to_csv(index=False, float_format="%.6g"))
     write(RESULTS / "best.yaml", yaml.safe_dump({"splits": best}, sort_keys=False))
     for seed, cell in best.items():
         print(f"search: best of split {seed}: {cell}")
-    tracking.log_metrics(parent, {f"best_accuracy_split_{seed}": cell["accuracy"] for seed, cell in best.items()})
-    tracking.client.log_artifact(parent, str(RESULTS / "search.csv"))
-    tracking.finish(parent)
+
+
+def _close(tracking: Tracking, experiment: Experiment, params: Params, best: dict[str, Any]) -> None:
+    """Close the parent run of a split's search."""
+    run_id = tracking.find_or_create(experiment.key, experiment.stage)
+    tracking.log_params(run_id, {f"space.{name}": values for name, values in params.search.space.items()})
+    tracking.log_metrics(run_id, {"best_validation_accuracy": best["accuracy"]})
+    tracking.finish(run_id)
 
 
 def _spec(params: Params, cell: dict[str, Any], split_seed: int) -> TrialSpec:
@@ -56,7 +64,7 @@ def _row(trial: Finished) -> dict[str, Any]:
 
 
 def _best(rows: list[dict[str, Any]], split_seed: int) -> dict[str, Any]:
-    """The cell of highest validation accuracy; of equals, the first of the grid."""
+    """The cell of highest validation accuracy, with that accuracy; of equals, the first of the grid."""
     best = max((row for row in rows if row["split_seed"] == split_seed), key=lambda row: row["accuracy"])
     return {key: value for key, value in best.items() if key not in ("split_seed", "groups", "loss", "ci95")}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -14,8 +15,9 @@ from typing import Any
 from pipeline.params import Params, load_params
 from pudnet.errors import RunFailed, UserError
 
-STORE = Path("data/prepared/train")
-TEST_STORE = Path("data/prepared/test")  # inter-dataset settings only
+PREPARED = Path("data/prepared")
+STORE = PREPARED / "train"
+TEST_STORE = PREPARED / "test"  # inter-dataset settings only
 GROUPS = Path("data/groups")
 MODELS = Path("models")
 PUDNET = MODELS / "pudnet.safetensors"  # the first split's, for those who want one model
@@ -77,5 +79,11 @@ def write(path: Path, content: str | bytes) -> None:
 
 
 def write_json(path: Path, values: Any) -> None:
-    """Write plain values as JSON, keys in the order given."""
-    write(path, json.dumps(values, indent=2) + "\n")
+    """Write plain values as JSON, keys in the order given; what is not a number (NaN) as null."""
+    write(path, json.dumps(_without_nan(values), indent=2, allow_nan=False) + "\n")
+
+
+def _without_nan(values: Any) -> Any:
+    if isinstance(values, dict):
+        return {key: _without_nan(value) for key, value in values.items()}
+    return None if isinstance(values, float) and math.isnan(values) else values

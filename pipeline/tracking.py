@@ -20,6 +20,7 @@ from mlflow.exceptions import MlflowException
 
 from pipeline.params import Params
 from pipeline.stage import git_commit, root
+from pudnet.errors import RunFailed
 
 KEY = "pudnet.key"
 EXPERIMENT_TAGS = {
@@ -49,6 +50,12 @@ class Tracking:
             return run_id
         tags = {**self.tags, KEY: key, **({"mlflow.parentRunId": parent} if parent else {})}
         return self.client.create_run(self.experiment, run_name=name, tags=tags).info.run_id
+
+    def supersede(self, key: str) -> None:
+        """Leave the runs of this key, and those below it, to the past: a new run of the key starts anew."""
+        for found in self.client.search_runs([self.experiment], f"tags.`{KEY}` LIKE '{key}%'"):
+            old = found.data.tags[KEY]
+            self.client.set_tag(found.info.run_id, KEY, f"superseded/{int(time.time())}/{old}")
 
     def last_step(self, run_id: str, metric: str) -> int:
         """The last step that a metric was logged at, -1 for none."""
@@ -92,7 +99,10 @@ def open_tracking(params: Params) -> Tracking:
     uri = os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{root()}/mlflow.db")
     name = f"pudnet-{params.setting}-{params.target}"
     artifacts = None if uri.startswith("http") else str(root() / "mlartifacts" / name)
-    return Tracking(uri, name, artifacts, provenance(params))
+    try:
+        return Tracking(uri, name, artifacts, provenance(params))
+    except MlflowException as error:
+        raise RunFailed(f"MLflow at {uri} does not answer ({str(error).splitlines()[0]})") from None
 
 
 def provenance(params: Params) -> dict[str, str]:

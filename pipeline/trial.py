@@ -49,6 +49,7 @@ def make_spec(
 ) -> TrialSpec:
     """The trial that `params`, with one cell of the grid applied, ask for."""
     model, train = params.configured(cell)
+    hypernetwork = kind == "pudnet"
     return TrialSpec(
         name=name,
         kind=kind,
@@ -59,9 +60,9 @@ def make_spec(
         groups=str(group_folder(split_seed).resolve()),
         table=table,
         validate=validate,
-        model=asdict(model),
+        model=asdict(model) if hypernetwork else {},
         train=asdict(train),
-        cell=cell,
+        cell=cell if hypernetwork else {},
     )
 
 
@@ -76,7 +77,7 @@ def card_of(spec: TrialSpec, store: Store) -> Card:
         std=store.std,
         temperature=spec.train["temperature"],
         support_per_class=spec.train["support_per_class"],
-        model=spec.model if spec.kind == "pudnet" else None,
+        model=spec.model or None,
     )
 
 
@@ -111,7 +112,10 @@ def run_trial(config: dict[str, Any]) -> None:
 
     spec = TrialSpec(**config["spec"])
     torch.set_num_threads(config["cpus"])
-    opened = open_trial(spec, pick_device())
+    device = pick_device()
+    if device.type == "cuda" and config["gpus"] < 1:
+        torch.cuda.set_per_process_memory_fraction(config["gpus"])  # Ray shares a card's time, not its memory
+    opened = open_trial(spec, device)
     if checkpoint := tune.get_checkpoint():
         with checkpoint.as_directory() as folder:
             opened.trainer.load_state_dict(load_state(Path(folder)))

@@ -77,7 +77,7 @@ def _classify(options: argparse.Namespace) -> None:
         images = np.stack([read_image(file, card.image_size, card.channels) for file in chunk])
         columns = network(images).argmax(1).tolist()
         rows += [
-            (str(file), card.classes[column], _truth(file, card.classes))
+            (str(file), card.classes[column], _truth(file.relative_to(options.data), card.classes))
             for file, column in zip(chunk, columns, strict=True)
         ]
     if options.out:
@@ -89,8 +89,8 @@ def _classify(options: argparse.Namespace) -> None:
 
 
 def _truth(file: Path, classes: tuple) -> str:
-    """The label that an image's folder gives it, empty where the folder is none of the classes."""
-    return file.parent.name if file.parent.name in classes else ""
+    """The label that an image's top folder gives it, empty where the folder is none of the classes."""
+    return file.parts[0] if len(file.parts) > 1 and file.parts[0] in classes else ""
 
 
 def _write_csv(path: Path, rows: list[tuple[str, str, str]]) -> None:

@@ -73,12 +73,12 @@ def group_sketches(predictor: Predictor, images: StoreImages, groups: np.ndarray
 
 
 def shuffled(sketches: Sequence[Tensor], classes: Sequence[Sequence[int]]) -> list[Tensor]:
-    """For each group the sketch of the next one that has other classes (its own where there is none)."""
+    """For each group the sketch of the next one that has other classes (of the next one where all have the same)."""
     sets = [frozenset(c) for c in classes]
     count = len(sketches)
 
     def other(g: int) -> int:
-        return next((h % count for h in range(g + 1, g + count) if sets[h % count] != sets[g]), g)
+        return next((h for h in range(g + 1, g + count) if sets[h % count] != sets[g]), g + 1) % count
 
     return [sketches[other(g)] for g in range(count)]
 
@@ -108,7 +108,8 @@ def time_prediction(
     for group in np.concatenate([groups[:warm_up], groups]):
         batch, (labels, _) = images(group), block_labels(images, group)
         with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
-            rows.append([*_prediction_steps(predictor, batch, labels), _epoch(predictor, batch, labels)])
+            steps = _prediction_steps(predictor, batch, labels)
+        rows.append([*steps, _epoch(predictor, batch, labels, bf16)])
     sketch, generation, calibration, centroid, epoch = np.median(np.array(rows[warm_up:]), axis=0).tolist()
     total = float(np.median(np.array(rows[warm_up:])[:, :4].sum(1)))
     return Timing(
@@ -146,8 +147,11 @@ def _prediction_steps(predictor: Predictor, images: Tensor, labels: Tensor) -> l
     return np.diff(marks).tolist()
 
 
-def _epoch(predictor: Predictor, images: Tensor, labels: Tensor, batch: int = 50) -> float:
-    """Milliseconds of one epoch of Adam on the plain target with a linear head."""
+def _epoch(predictor: Predictor, images: Tensor, labels: Tensor, bf16: bool, batch: int = 50) -> float:
+    """Milliseconds of one epoch of Adam on the plain target with a linear head.
+
+    Autocast is entered anew for each step: it keeps the weights that it has cast until it is left.
+    """
     body = copy.deepcopy(predictor.plain).train()
     with torch.no_grad():
         size = body(images[:2]).shape[1]
@@ -156,6 +160,8 @@ def _epoch(predictor: Predictor, images: Tensor, labels: Tensor, batch: int = 50
     start = _clock(images.device)
     for rows in torch.randperm(len(images), device=images.device).split(batch):
         optimizer.zero_grad()
-        nn.functional.cross_entropy(head(body(images[rows])), labels[rows]).backward()
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
+            loss = nn.functional.cross_entropy(head(body(images[rows])), labels[rows])
+        loss.backward()
         optimizer.step()
     return _clock(images.device) - start

@@ -13,8 +13,9 @@ from pudnet.config import TrainConfig
 
 def centroids(features: Tensor, labels: Tensor, classes: int) -> Tensor:
     """Mean feature of each class, u_k of Eq. 6: features (N, d), labels (N,) in 0..k-1 -> (k, d), in fp32."""
-    sums = torch.zeros(classes, features.shape[1], device=features.device).index_add(0, labels, features.float())
-    return sums / labels.bincount(minlength=classes).unsqueeze(1)
+    one_hot = F.one_hot(labels, classes).float()  # (N, k); a product, since index_add is not reproducible on a GPU
+    with torch.autocast(features.device.type, enabled=False):
+        return one_hot.T @ features.float() / one_hot.sum(0).unsqueeze(1)
 
 
 def metric_logits(features: Tensor, class_centroids: Tensor, temperature: Tensor | float) -> Tensor:
@@ -52,7 +53,8 @@ class Objective(nn.Module):
     """L_total = L1 + L2 + L3 (Eq. 10) of one group's features, with the full head Q of Eq. 8.
 
     The first `support_per_class` images of each class are the support set that gives the centroids; the
-    others are the queries that L1 and L3 are of. L2, which needs no support, is of all images.
+    others are the queries that L1 and L3 are of (Eq. 7 and 9 sum over all images; a support image would be
+    compared with a centroid that it is part of). L2, which needs no support, is of all images.
     """
 
     def __init__(self, config: TrainConfig, feature_size: int, train_classes: int) -> None:

@@ -89,8 +89,9 @@ class PredictedNetwork(nn.Module):
         super().__init__()
         self.body, self.card = body, card
         self.register_buffer("centroids", class_centroids)  # (k, d)
-        self.register_buffer("mean", torch.tensor(card.mean), persistent=False)
-        self.register_buffer("std", torch.tensor(card.std), persistent=False)
+        mean, std = (torch.tensor(values, device=class_centroids.device) for values in (card.mean, card.std))
+        self.register_buffer("mean", mean, persistent=False)
+        self.register_buffer("std", std, persistent=False)
         self.eval()
 
     @property
@@ -113,9 +114,10 @@ class PredictedNetwork(nn.Module):
         return metric_logits(self.features(images), self.centroids, self.card.temperature)
 
     @torch.no_grad()
-    def logits(self, normalized: Tensor) -> Tensor:
+    def logits(self, normalized: Tensor, batch: int = 1000) -> Tensor:
         """`forward` on images (N, C, H, W) that are normalised already."""
-        return metric_logits(self.body(normalized), self.centroids, self.card.temperature)
+        features = torch.cat([self.body(chunk) for chunk in normalized.split(batch)])
+        return metric_logits(features, self.centroids, self.card.temperature)
 
     def target_state_dict(self) -> dict[str, Tensor]:
         """The state dict of the plain target network, running statistics included."""
@@ -146,6 +148,10 @@ def as_pixels(images: np.ndarray | Tensor, card: Card) -> Tensor:
     Raises:
         UserError: for another type or size than the model's, or floats that are not in 0..1.
     """
+    if isinstance(images, np.ndarray):
+        if images.dtype.kind not in "uif":
+            raise UserError(f"images: must be an array of numbers, got {images.dtype}")
+        images = np.ascontiguousarray(images)  # torch takes no negative strides, as of `bgr[..., ::-1]`
     pixels = torch.as_tensor(images)
     if pixels.is_floating_point():
         if pixels.numel() and not bool(((pixels >= 0) & (pixels <= 1)).all()):
@@ -169,7 +175,13 @@ def encode_labels(labels: Sequence | np.ndarray | Tensor, images: int) -> tuple[
 
     Raises `UserError` when there are fewer than two classes or not one label an image.
     """
-    values = labels.cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
+    try:
+        values = labels.cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
+    except ValueError:  # a ragged list
+        raise UserError("labels: must be one integer or string an image") from None
+    mixed = values.dtype.kind == "U" and not all(isinstance(label, str) for label in labels)
+    if values.dtype.kind not in "iuU" or mixed:
+        raise UserError(f"labels: must be integers or strings, got {values.dtype.name} values")
     if values.shape != (images,):
         raise UserError(f"labels: {images} images need as many labels, got shape {values.shape}")
     classes, encoded = np.unique(values, return_inverse=True)
@@ -198,20 +210,21 @@ class Predictor:
         self.mean, self.std = (torch.tensor(v, device=device) for v in (card.mean, card.std))
 
     @classmethod
-    def load(cls, path: str | Path) -> Predictor:
+    def load(cls, path: str | Path, device: str | torch.device = "cpu") -> Predictor:
         """Read a trained model from a .safetensors file; `UserError` for anything else. Nothing is unpickled."""
         tensors, card = read_tensors(Path(path))
         if card.kind not in ("pudnet", "static_trunk"):
             raise UserError(f"{path}: holds a {card.kind}, not a trained model")
-        return cls(_loaded(build_model(card), tensors, path), card)
+        return cls(_loaded(build_model(card), tensors, path).to(device), card)
 
     @classmethod
     def untrained(cls, target: str, channels: int, image_size: int, seed: int = 0) -> Predictor:
         """A random hypernetwork, for benchmarks and tests."""
-        torch.manual_seed(seed)
         half = (0.5,) * channels
         card = Card("pudnet", target, channels, image_size, half, half, 10.0, 10, asdict(ModelConfig()))
-        return cls(build_model(card), card)
+        with torch.random.fork_rng():  # the caller's random numbers are the caller's
+            torch.manual_seed(seed)
+            return cls(build_model(card), card)
 
     def save(self, path: str | Path) -> None:
         """Write the model and its card as .safetensors."""

@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
@@ -80,26 +80,28 @@ class Trainer:
         self.optimizer = torch.optim.Adam(self.parameters, lr=config.learning_rate, fused=True)
         self.autocast = wants_bf16(config.precision, self.device)
         self.groups, self.rollbacks = 0, 0
+        self.last: Report | None = None  # the last report of finite losses
 
     def run(self) -> Iterator[Report]:
         """Train on the groups that are left. Raises `RunFailed` when the loss will not stay finite."""
-        good, last, failures = copy.deepcopy(self.state_dict()), None, 0
+        good, failures = copy.deepcopy(self.state_dict()), 0
         while self.groups < len(self.table):
             report = self._interval()
             if math.isfinite(report.loss) and math.isfinite(report.grad_norm):
-                good, last, failures = copy.deepcopy(self.state_dict()), report, 0
+                self.last = report
+                good, failures = copy.deepcopy(self.state_dict()), 0
                 yield report
                 continue
             failures += 1
             at_end = self.groups == len(self.table)
-            if failures == MAX_ROLLBACKS or (at_end and last is None):
+            if failures == MAX_ROLLBACKS or (at_end and self.last is None):
                 raise RunFailed(
-                    f"training: the loss was not finite {failures} times in a row, last before group "
+                    f"training: the loss was not finite in the last {failures} interval(s) before group "
                     f"{self.groups}; lower train.learning_rate or train.clip_norm"
                 )
             self._roll_back(good)
             if at_end:  # the run is over, with the last good weights
-                yield replace(last, groups=self.groups, rollbacks=self.rollbacks)
+                yield replace(self.last, groups=self.groups, rollbacks=self.rollbacks)
 
     def _roll_back(self, good: dict) -> None:
         """Back to the last good weights, but not to the groups that broke them: those are passed over."""
@@ -170,6 +172,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "groups": self.groups,
             "rollbacks": self.rollbacks,
+            "last": asdict(self.last) if self.last else None,
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state_all(),
         }
@@ -180,6 +183,7 @@ class Trainer:
         self.objective.load_state_dict(state["objective"])
         self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         self.groups, self.rollbacks = state["groups"], state["rollbacks"]
+        self.last = Report(**state["last"]) if state["last"] else None
         torch.set_rng_state(state["rng"])
         if state["cuda_rng"] and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(state["cuda_rng"])
+            torch.cuda.set_rng_state_all(state["cuda_rng"][: torch.cuda.device_count()])

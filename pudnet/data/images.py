@@ -14,7 +14,7 @@ def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
     The result is channels_last in memory, as the images were stored: nothing is moved.
     """
-    scaled = images.float().div_(255).sub_(mean).div_(std)
+    scaled = images.div(255).sub_(mean).div_(std)
     return scaled.permute(0, 3, 1, 2)
 
 

@@ -18,7 +18,8 @@ def _normalization(name: str, channels: int) -> nn.Module:
     """`batch` is the paper's; `group` and `layer` see one image at a time.
 
     BatchNorm fixes every channel's mean over the group, which is most of what a mean sketch can say, and
-    its running statistics are not those that it was trained with; the other two have neither trouble.
+    its running statistics are not those that it was trained with; the other two have neither trouble, as long
+    as more than one value is normalised together (more than 8 channels, or more than one position left).
     """
     if name == "batch":
         return nn.BatchNorm2d(channels)

@@ -1,0 +1,183 @@
+"""Ray Tune: many meta-trainings side by side, each resumable, under a key that says what they depend on."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline import cluster  # first: it sets Ray's environment
+
+# isort: split
+import torch
+from ray import tune
+
+from pipeline.callback import TrialProgress
+from pipeline.params import Params
+from pipeline.stage import root
+from pipeline.tracking import Tracking
+from pipeline.trial import TrialSpec, load_state, open_trial, run_trial
+from pudnet.errors import RunFailed, UserError
+
+ATTEMPTS_AFTER_A_FAULT = 2
+CODE = Path(__file__).resolve().parent.parent
+TRAINING_CODE = ("config", "targets", "controls", "objective", "training", "hypernet", "data/images")
+VALIDATION_CODE = ("evaluation", "predictor")
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A finished trial: what it was, its last report, all of them, and its last checkpoint."""
+
+    spec: TrialSpec
+    metrics: dict[str, Any]
+    history: list[dict[str, Any]]
+    checkpoint: Path
+
+    def state(self) -> dict:
+        """The trainer's state at the end: the model's tensors, the objective's, ..."""
+        return load_state(self.checkpoint)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Trials that run, stop and go on together.
+
+    `keep_going`: trials that fail are left out of the result, as long as one finishes.
+    """
+
+    stage: str
+    specs: Sequence[TrialSpec]
+    asha: bool = False
+    keep_going: bool = False
+
+    @property
+    def key(self) -> str:
+        """A hash of all that the trials depend on: their specs, the data, and the method's own code.
+
+        Ray would restore an experiment under changed settings without a word; under another name it cannot.
+        """
+        digest = hashlib.sha256(json.dumps([self.stage, self.asha, *map(asdict, self.specs)], sort_keys=True).encode())
+        for path in sorted({path for spec in self.specs for path in _files(spec)}):
+            digest.update(path.read_bytes())
+        return f"{self.stage}-{digest.hexdigest()[:12]}"
+
+    @property
+    def folder(self) -> Path:
+        """Where Ray keeps the experiment's state."""
+        return root() / ".pud" / "ray" / self.key
+
+
+def _files(spec: TrialSpec) -> list[Path]:
+    """What a trial reads: data (a store's checksums stand for it) and code."""
+    tables = [spec.table, *(["validation"] if spec.validate else [])]
+    names = TRAINING_CODE + (VALIDATION_CODE if spec.validate else ())
+    code = [CODE / "pipeline" / "trial.py"]
+    for name in names:
+        path = CODE / "pudnet" / name
+        code += sorted(path.glob("*.py")) if path.is_dir() else [path.with_suffix(".py")]
+    groups = Path(spec.groups)
+    return [Path(spec.store) / "meta.json", groups / "split.json", *(groups / f"{t}.npy" for t in tables), *code]
+
+
+def run_trials(
+    experiment: Experiment, params: Params, tracking: Tracking, parent: str | None = None, fresh: bool = False
+) -> list[Finished]:
+    """Run all trials in an open Ray session, going on where an earlier run stopped. Returns those that finished.
+
+    `parent` names the MLflow run that the trials' runs are children of.
+
+    Raises:
+        RunFailed: when a trial is unfinished at the end: interrupted, or failed for good.
+        UserError: when another process runs the same trials, or a trial cannot start; then none is.
+    """
+    for spec in experiment.specs:
+        open_trial(spec, torch.device("cpu"))
+    with _alone(experiment.folder):
+        if fresh:
+            shutil.rmtree(experiment.folder, ignore_errors=True)
+        if not tune.Tuner.can_restore(str(experiment.folder)):
+            tracking.supersede(experiment.key)  # runs of an experiment whose state is gone
+        parent_id = tracking.find_or_create(experiment.key, parent) if parent else None
+        progress = TrialProgress(params, experiment.key, len(experiment.specs), parent_id)
+        return _collect(experiment, _tuner(experiment, params, progress).fit())
+
+
+def _collect(experiment: Experiment, results: tune.ResultGrid) -> list[Finished]:
+    statuses = {t.config["spec"]["name"]: t.status for t in results._experiment_analysis.trials}  # no public way
+    found = {r.config["spec"]["name"]: r for r in results if r.config}
+    done = [s for s in experiment.specs if statuses.get(s.name) == "TERMINATED" and found[s.name].metrics]
+    failed = [found[s.name] for s in experiment.specs if s.name in found and found[s.name].error]
+    if len(done) < len(experiment.specs) and not (experiment.keep_going and done and _all(experiment, done, failed)):
+        raise RunFailed(_why(len(done), len(experiment.specs), failed))
+    return [_finished(spec, found[spec.name]) for spec in done]
+
+
+def _all(experiment: Experiment, done: Sequence[TrialSpec], failed: Sequence[tune.Result]) -> bool:
+    return len(done) + len(failed) == len(experiment.specs)
+
+
+def _finished(spec: TrialSpec, result: tune.Result) -> Finished:
+    history = result.metrics_dataframe.to_dict("records")
+    return Finished(spec, result.metrics, history, Path(result.checkpoint.path))
+
+
+def _why(done: int, total: int, failed: Sequence[tune.Result]) -> str:
+    state = f"{done} of {total} trials are done"
+    if not failed:
+        return f"{state}, the others were interrupted; the same command continues"
+    reason = str(failed[0].error).strip().splitlines()[-1].removeprefix("pudnet.errors.RunFailed: ")
+    return f"{state}; {reason} (all of it in {failed[0].path}/error.txt); the same command continues"
+
+
+def _tuner(experiment: Experiment, params: Params, progress: TrialProgress) -> tune.Tuner:
+    trainable = tune.with_resources(run_trial, cluster.share(params))
+    if tune.Tuner.can_restore(str(experiment.folder)):
+        print(f"  going on with {experiment.key}: finished trials are not run again", flush=True)
+        return tune.Tuner.restore(str(experiment.folder), trainable, resume_errored=True)
+    specs = [asdict(spec) for spec in experiment.specs]
+    space = {"spec": tune.grid_search(specs), **asdict(params.resources)}
+    return tune.Tuner(
+        trainable,
+        param_space=space,
+        tune_config=tune.TuneConfig(
+            reuse_actors=True,
+            scheduler=_asha(experiment, params) if experiment.asha else None,
+            trial_dirname_creator=lambda trial: trial.config["spec"]["name"],
+        ),
+        run_config=tune.RunConfig(
+            name=experiment.folder.name,
+            storage_path=str(experiment.folder.parent),
+            callbacks=[progress],
+            verbose=0,
+            failure_config=tune.FailureConfig(max_failures=ATTEMPTS_AFTER_A_FAULT),
+            checkpoint_config=tune.CheckpointConfig(num_to_keep=2),
+        ),
+    )
+
+
+def _asha(experiment: Experiment, params: Params) -> tune.schedulers.ASHAScheduler:
+    """Stop the weaker trials at their first report, and again at each fourfold number of groups."""
+    groups = params.groups.search_groups
+    first = min(groups, max(spec.train["report_every"] for spec in experiment.specs))
+    return tune.schedulers.ASHAScheduler(
+        time_attr="groups", metric="validation_accuracy", mode="max", max_t=groups, grace_period=first
+    )
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold the experiment's lock: a second search on one experiment would mix with the first."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_suffix(".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{folder.name}: another process runs these trials; wait for it or stop it") from None
+        yield

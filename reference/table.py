@@ -1,0 +1,74 @@
+"""Write reference/README.md from the committed results beside it: `python reference/table.py`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+HERE = Path(__file__).parent
+REPORTED = HERE.parent / "pipeline" / "reported.yaml"
+TABLES = {"convnet3": "table1", "resnet18": "table2", "resnet34": "table8"}
+
+HEAD = """# Measured results
+
+Each folder holds what one run of the pipeline left: its `params.yaml`, the search, metrics, times and report.
+Made by `python reference/table.py` from those files; the runs by `dvc repro` with the `params.yaml` of the folder,
+on 2 CPU cores (bf16, AMX), no GPU. Accuracy in percent, ± its 95% interval over test groups with the class splits
+held fixed; differences to PudNet are paired over the same test groups.
+"""
+
+
+def section(folder: Path) -> str:
+    """One run: the table of methods, each split by itself, the times."""
+    read = {name: json.loads((folder / f"{name}.json").read_text()) for name in ("metrics", "baselines", "timing")}
+    metrics, methods, timing = read["metrics"], read["baselines"]["methods"], read["timing"]
+    paper = yaml.safe_load(REPORTED.read_text())[TABLES[metrics["target"]]].get(metrics["setting"], {})
+    own = {"pudnet": metrics, **methods}
+    seeds = list(metrics["splits"])
+    lines = [
+        f"## {metrics['setting']}, {metrics['target']}",
+        "",
+        f"{metrics['train_groups']:,} training groups, one update each; {metrics['test_groups']:,} test groups of "
+        f"{len(seeds)} class split(s). The paper's PudNet: {_paper(paper.get('pudnet'))}.",
+        "",
+        f"| method | accuracy | difference to PudNet | {' | '.join(f'split {seed}' for seed in seeds)} |",
+        f"|---|---|---|{'---|' * len(seeds)}",
+        *(_row(name, numbers, seeds) for name, numbers in own.items()),
+        "",
+        "| split | training classes | test classes | eta | depth |",
+        "|---|---|---|---|---|",
+        *(_split(seed, part) for seed, part in metrics["splits"].items()),
+        "",
+        f"Prediction: {timing['total_ms']:.1f} ms (sketch {timing['sketch_ms']:.1f}, generation "
+        f"{timing['generation_ms']:.1f}, calibration {timing['calibration_ms']:.1f}, centroids "
+        f"{timing['centroids_ms']:.1f}) from {timing['images']} images on {timing['device']}, {timing['threads']} "
+        f"threads; one epoch from scratch takes {timing['epoch_ratio']:.1f} times as long.",
+    ]
+    return "\n".join(lines)
+
+
+def _paper(figure: dict[str, Any] | None) -> str:
+    return f"{figure['acc']} ± {figure['ci']}" if figure else "no figure"
+
+
+def _row(name: str, numbers: dict[str, Any], seeds: list[str]) -> str:
+    difference = f"{numbers['difference']:+.2f} ± {numbers['difference_ci95']:.2f}" if "difference" in numbers else ""
+    splits = [f"{numbers['splits'][s]['accuracy']:.2f} ± {numbers['splits'][s]['ci95']:.2f}" for s in seeds]
+    return f"| {name} | {numbers['accuracy']:.2f} ± {numbers['ci95']:.2f} | {difference} | {' | '.join(splits)} |"
+
+
+def _split(seed: str, part: dict[str, Any]) -> str:
+    train, test = (_names(part[f"{role}_classes"]) for role in ("train", "test"))
+    return f"| {seed} | {train} | {test} | {part['eta']} | {part['depth']} |"
+
+
+def _names(classes: list[str]) -> str:
+    return ", ".join(classes) if len(classes) <= 20 else f"the other {len(classes)}"
+
+
+if __name__ == "__main__":
+    folders = sorted(path.parent for path in HERE.glob("*/metrics.json"))
+    (HERE / "README.md").write_text("\n\n".join([HEAD.rstrip(), *map(section, folders)]) + "\n")
