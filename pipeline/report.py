@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from pipeline import figures
 from pipeline.stage import RESULTS, git_commit, run_stage, write
 from pudnet.errors import UserError
 from pudnet.predictor import PredictedNetwork
+from pudnet.settings import get_setting
 from pudnet.targets import predicted_convs
 
 if TYPE_CHECKING:
@@ -265,8 +266,10 @@ def duration(milliseconds: float) -> str:
 
 def verdict(difference: float, ci95: float | None) -> str:
     """One control against PudNet, in words; `difference` is the control minus PudNet."""
+    if ci95 is None:
+        return f"{plus_minus(difference, sign=True)} points to PudNet, on too few groups for an interval"
     distance = plus_minus(abs(difference), ci95)
-    if ci95 is not None and abs(difference) <= ci95:
+    if abs(difference) <= ci95:
         return f"not measurably different from PudNet ({plus_minus(difference, ci95, sign=True)} points)"
     return f"{distance} points {'below' if difference < 0 else 'above'} PudNet"
 
@@ -369,6 +372,7 @@ def render(params: Params, results: Results, moved: Movement | None, pictures: M
         palette=figures.PALETTE,
         svg=svg,
         commit=git_commit(),
+        paper_groups=get_setting(params.setting).train_groups,
     )
 
 
@@ -385,18 +389,46 @@ def report(params: Params, folder: Path = RESULTS) -> None:
     bins = histogram(results.accuracies)
     pictures = draw(results, moved, bins)
     plots = folder / "plots"
-    tables = {"search": results.search, "loss_curves": results.curves, "accuracy_histogram": bins}
+    tables = {
+        "search": with_series(results.search, ["split_seed", *(k for k in results.knobs if k != "eta")]),
+        "loss_curves": with_series(results.curves, ["method", "split_seed"]),
+        "accuracy_histogram": with_series(bins, ["method"]),
+    }
     for name, table in tables.items():
-        write(plots / f"{name}.csv", table.to_csv(index=False).encode())
+        write(plots / f"{name}.csv", table.to_csv(index=False))
     for name in ("filters", "filter_differences"):
         if name in pictures:
             write(plots / f"{name}.png", figures.to_png(pictures[name]))
-    write(folder / "report.html", render(params, results, moved, pictures).encode())
+    write(folder / "report.html", render(params, results, moved, pictures))
+
+
+def with_series(table: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
+    """The table with what tells its lines apart as one column, which the template of DVC's plots colours by."""
+    named = [table[column].map(lambda value, column=column: f"{column} {value}") for column in columns]
+    return table.assign(series=[", ".join(parts) for parts in zip(*named, strict=True)])
+
+
+def log_report(params: Params) -> None:
+    """Add the page and its plots to the MLflow run of the evaluation that they show."""
+    from pipeline.bench import identity
+    from pipeline.tracking import open_tracking
+
+    tracking = open_tracking(params)
+    run_id = tracking.find_or_create(f"evaluate/{identity(params)}", f"evaluate-{params.variant}")
+    tracking.client.log_artifact(run_id, str(RESULTS / "report.html"))
+    tracking.client.log_artifacts(run_id, str(RESULTS / "plots"), "plots")
+    tracking.finish(run_id)
+
+
+def stage(params: Params) -> None:
+    """Write the report, and log it."""
+    report(params)
+    log_report(params)
 
 
 def main() -> None:
     """Entry point of the stage."""
-    run_stage(report)
+    run_stage(stage)
 
 
 if __name__ == "__main__":

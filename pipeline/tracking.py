@@ -88,7 +88,9 @@ class Tracking:
         if versions:
             return versions[0].version
         source = f"{self.client.get_run(run_id).info.artifact_uri}/{artifact}"
-        return self.client.create_model_version(name, source, run_id).version
+        version = self.client.create_model_version(name, source, run_id).version
+        self.client.set_registered_model_alias(name, "latest", version)
+        return version
 
 
 def open_tracking(params: Params) -> Tracking:

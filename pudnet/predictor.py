@@ -179,11 +179,11 @@ def encode_labels(labels: Sequence | np.ndarray | Tensor, images: int) -> tuple[
         values = labels.cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
     except ValueError:  # a ragged list
         raise UserError("labels: must be one integer or string an image") from None
+    if values.shape != (images,):
+        raise UserError(f"labels: {images} images need as many labels, got shape {values.shape}")
     mixed = values.dtype.kind == "U" and not all(isinstance(label, str) for label in labels)
     if values.dtype.kind not in "iuU" or mixed:
         raise UserError(f"labels: must be integers or strings, got {values.dtype.name} values")
-    if values.shape != (images,):
-        raise UserError(f"labels: {images} images need as many labels, got shape {values.shape}")
     classes, encoded = np.unique(values, return_inverse=True)
     if len(classes) < 2:
         raise UserError(f"labels: need images of at least two classes, got {len(classes)}")

@@ -49,10 +49,20 @@ def test_the_grid_is_every_combination_and_each_cell_changes_the_model(raw):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_variant_wins_over_the_grid(raw, variant):
     raw["variant"] = variant
-    model, train = resolve(raw).configured({"eta": 0.3})
-    for key, value in VARIANTS[variant].items():
-        assert {**model.__dict__, **train.__dict__}[key] == value
-    assert (model.eta == 0.0) == (variant == "without_initial_residual")
+    raw["search"]["space"] = {"eta": [0.1, 0.3], "depth": [1, 2]}
+    params = resolve(raw)
+    for cell in params.grid():
+        model, train = params.configured(cell)
+        for key, value in VARIANTS[variant].items():
+            assert {**model.__dict__, **train.__dict__}[key] == value
+            assert key not in cell  # it is not searched
+    assert len(params.grid()) == (2 if "eta" in VARIANTS[variant] else 4)
+
+
+def test_numbers_are_read_as_dvc_writes_them(tmp_path):
+    path = tmp_path / "params.yaml"
+    path.write_text((ROOT / "params.yaml").read_text().replace("learning_rate: 0.001", "learning_rate: 1e-05"))
+    assert load_params(path).train.learning_rate == 1e-5
 
 
 MISTAKES = {
@@ -76,6 +86,8 @@ MISTAKES = {
     "search.space": ("search.space.eta", [0.1, 7]),
     "prepare.channels": ("prepare.channels", 4),
     "resources.gpus": ("resources.gpus", 0),
+    "prepare.test_source": ("prepare.test_source", "sklearn:digits"),
+    "baselines.methods": ("baselines.methods", ["static_trunk", "static_trunk"]),
 }
 
 

@@ -126,7 +126,6 @@ def test_nan_in_the_last_groups_leaves_the_last_good_weights(digits):
     assert same(weights(trainer), weights(good)) and trainer.rollbacks == 1
 
 
-@pytest.mark.xfail(strict=True, raises=RunFailed, reason="a resumed run does not know of its earlier reports")
 def test_nan_in_the_last_groups_ends_a_resumed_run_as_it_ends_a_whole_one(digits):
     table = digits.train[:6]
     whole, resumed = (make_trainer(digits, table, images=PoisonedImages(digits.store, table[4:])) for _ in range(2))

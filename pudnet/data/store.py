@@ -20,7 +20,8 @@ ONE_GREY_LEVEL = 1 / 255
 class Store:
     """A source on disk, memory-mapped and read-only.
 
-    Images are uint8 (N, S, S, C), labels int64 (N,); mean and std (C) are those of pixels in 0..1.
+    Images are uint8 (N, S, S, C), labels int64 (N,); mean and std (C) are those of pixels in 0..1, over all
+    classes: the only thing that training knows of test classes.
     """
 
     images: np.ndarray
