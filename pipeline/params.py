@@ -119,8 +119,9 @@ class Params:
 
     def grid(self) -> list[dict[str, Any]]:
         """Every combination of the search space, as changes to `model` and `train`."""
-        names = [name for name in self.search.space if name not in VARIANTS[self.variant]]  # a variant fixes its own
-        return [dict(zip(names, values, strict=True)) for values in itertools.product(*self.search.space.values())]
+        fixed = VARIANTS[self.variant]  # a variant sets its own keys, so they are not searched
+        space = {name: values for name, values in self.search.space.items() if name not in fixed}
+        return [dict(zip(space, values, strict=True)) for values in itertools.product(*space.values())]
 
     def configured(self, changes: Mapping[str, Any]) -> tuple[ModelConfig, TrainConfig]:
         """Model and training configuration with a cell of the grid, then the variant, applied."""
