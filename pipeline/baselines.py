@@ -25,9 +25,11 @@ def baselines(params: Params) -> None:
     if "static_trunk" in params.baselines.methods:
         curves.append(train_all(params, "static_trunk", read_best(), fresh))
     pudnet = pd.read_csv(RESULTS / "pudnet.csv")
-    rows = [METHODS[method](params, bench) for method in params.baselines.methods for bench in benches(params)]
+    opened = benches(params)
+    methods = _possible(params, opened)
+    rows = [METHODS[method](bench, params) for method in methods for bench in opened]
     frame = pd.concat([pudnet, *rows], ignore_index=True)
-    compared = {method: _compare(frame, pudnet, method) for method in params.baselines.methods}
+    compared = {method: _compare(frame, pudnet, method) for method in methods}
     write(RESULTS / "accuracies.csv", frame.to_csv(index=False, float_format="%.4f"))
     write(RESULTS / "loss_curves.csv", write_curves(pd.concat(curves, ignore_index=True)))
     write_json(RESULTS / "baselines.json", {"methods": compared})
@@ -39,13 +41,21 @@ def baselines(params: Params) -> None:
         )
 
 
-def static_trunk(params: Params, bench: Bench) -> pd.DataFrame:
+def _possible(params: Params, opened: list[Bench]) -> list[str]:
+    """The methods asked for, less the shuffled sketch where there is no other group to take it from."""
+    if len(opened[0].tables["test"]) > 1:
+        return list(params.baselines.methods)
+    print("baselines: shuffled_sketch is left out: there is one test group")
+    return [method for method in params.baselines.methods if method != "shuffled_sketch"]
+
+
+def static_trunk(bench: Bench, params: Params) -> pd.DataFrame:
     """One trunk for all groups, trained with the same losses on the same groups."""
     predictor = bench.load(split_model("static_trunk", bench.seed))
     return bench.accuracies("static_trunk", predictor)
 
 
-def constant_sketch(params: Params, bench: Bench) -> pd.DataFrame:
+def constant_sketch(bench: Bench, params: Params) -> pd.DataFrame:
     """The trained PudNet, given the mean sketch of training groups in place of the group's own."""
     predictor = bench.load(split_model("pudnet", bench.seed))
     groups = bench.tables["train"][: params.baselines.sketch_groups]
@@ -53,7 +63,7 @@ def constant_sketch(params: Params, bench: Bench) -> pd.DataFrame:
     return bench.accuracies("constant_sketch", predictor, [constant] * len(bench.tables["test"]))
 
 
-def shuffled_sketch(params: Params, bench: Bench) -> pd.DataFrame:
+def shuffled_sketch(bench: Bench, params: Params) -> pd.DataFrame:
     """The trained PudNet, given the sketch of another test group, of other classes."""
     predictor = bench.load(split_model("pudnet", bench.seed))
     groups = bench.tables["test"][:, FROM]
@@ -62,7 +72,7 @@ def shuffled_sketch(params: Params, bench: Bench) -> pd.DataFrame:
     return bench.accuracies("shuffled_sketch", predictor, others)
 
 
-def random_weights(params: Params, bench: Bench) -> pd.DataFrame:
+def random_weights(bench: Bench, params: Params) -> pd.DataFrame:
     """The target as He initialisation leaves it, calibrated on the group like every other."""
     card = bench.load(split_model("pudnet", bench.seed)).card
     torch.manual_seed(bench.seed)
@@ -70,7 +80,7 @@ def random_weights(params: Params, bench: Bench) -> pd.DataFrame:
     return bench.accuracies("random_weights", Predictor(build_model(plain).to(bench.images.device), plain))
 
 
-METHODS: dict[str, Callable[[Params, Bench], pd.DataFrame]] = {
+METHODS: dict[str, Callable[[Bench, Params], pd.DataFrame]] = {
     method.__name__: method for method in (static_trunk, constant_sketch, shuffled_sketch, random_weights)
 }
 

@@ -22,17 +22,16 @@ WEIGHTS = RESULTS / "weights"
 
 def evaluate(params: Params) -> None:
     """Write results/metrics.json, timing.json, pudnet.csv and the kept weights; log them as one MLflow run."""
-    rows, timing = [], None
+    opened = benches(params)
+    predictors = [bench.load(split_model("pudnet", bench.seed)) for bench in opened]
+    pairs = list(zip(opened, predictors, strict=True))
+    frame = pd.concat([bench.accuracies("pudnet", predictor) for bench, predictor in pairs], ignore_index=True)
     with whole_folder(WEIGHTS) as folder:
-        for bench in benches(params):
-            predictor = bench.load(split_model("pudnet", bench.seed))
-            rows.append(bench.accuracies("pudnet", predictor))
+        for bench, predictor in pairs:
             _keep_weights(bench, predictor, params.evaluate.keep_weights, folder)
-            if timing is None:
-                groups = bench.tables["test"][: params.evaluate.timing_groups, FROM]
-                timing = asdict(time_prediction(predictor, bench.images, groups, bench.bf16))
-    frame = pd.concat(rows, ignore_index=True)
-    metrics = _metrics(params, frame)
+    groups = opened[0].tables["test"][: params.evaluate.timing_groups, FROM]
+    timing = asdict(time_prediction(predictors[0], opened[0].images, groups, opened[0].bf16))
+    metrics = _metrics(params, frame, pairs)
     write(RESULTS / "pudnet.csv", frame.to_csv(index=False, float_format="%.4f"))
     write_json(RESULTS / "timing.json", timing)
     write_json(RESULTS / "metrics.json", metrics)
@@ -53,15 +52,14 @@ def _keep_weights(bench: Bench, predictor: Predictor, count: int, folder: Path) 
         network.save(folder / f"split-{bench.seed}" / f"group-{g:03}.safetensors")
 
 
-def _metrics(params: Params, frame: pd.DataFrame) -> dict[str, Any]:
+def _metrics(params: Params, frame: pd.DataFrame, pairs: list[tuple[Bench, Predictor]]) -> dict[str, Any]:
     """The headline, and for each split what it was trained and tested on. No times: they are never the same."""
     metrics = {"setting": params.setting, "target": params.target, "variant": params.variant, **summary(frame)}
     metrics["train_groups"] = params.groups.train_groups
-    for bench in benches(params):
-        model = bench.load(split_model("pudnet", bench.seed)).card.model
+    for bench, predictor in pairs:
         metrics["splits"][str(bench.seed)] |= {
-            "eta": model["eta"],
-            "depth": model["depth"],
+            "eta": predictor.card.model["eta"],
+            "depth": predictor.card.model["depth"],
             "test_groups": len(bench.tables["test"]),
             "test_classes": [bench.class_names[c] for c in bench.split.test_classes],
             "train_classes": [bench.train_class_names[c] for c in bench.split.train_classes],
