@@ -54,6 +54,7 @@ class TrainConfig:
     learn_temperature: bool = False
     full_weight: Weight = 1.0  # of L2, Eq. 8
     kl_weight: Weight = 1.0  # of L3, Eq. 9
+    kl_teaches: Literal["full", "metric", "both"] = "full"  # which classifier L3's gradient reaches
     support_per_class: Positive = 10
     report_every: Positive = 100  # groups between two reports, checkpoints and NaN checks
 

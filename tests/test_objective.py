@@ -112,3 +112,14 @@ def test_temperature_learns_only_when_told_to():
     learning(features(), torch.tensor(COLUMNS)).total.backward()
     assert learning.temperature.grad.abs() > 0
     assert "temperature" in learning.state_dict() and "temperature" not in fixed.state_dict()
+
+
+@pytest.mark.parametrize("teaches", ["full", "metric", "both"])
+def test_the_consistency_loss_reaches_the_classifier_that_it_teaches(teaches):
+    objective = make_objective(full_weight=0.0, kl_weight=1.0, learn_temperature=True, kl_teaches=teaches)
+    objective(features(), torch.tensor(COLUMNS)).total.backward()
+    alone = make_objective(full_weight=0.0, kl_weight=0.0, learn_temperature=True)
+    alone(features(), torch.tensor(COLUMNS)).total.backward()
+    gradient = objective.head.weight.grad
+    assert (gradient is not None and bool(gradient.abs().sum() > 0)) == (teaches != "metric")
+    assert torch.isclose(objective.temperature.grad, alone.temperature.grad) == (teaches == "full")
