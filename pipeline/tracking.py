@@ -89,7 +89,7 @@ class Tracking:
             return versions[0].version
         source = f"{self.client.get_run(run_id).info.artifact_uri}/{artifact}"
         version = self.client.create_model_version(name, source, run_id).version
-        self.client.set_registered_model_alias(name, "latest", version)
+        self.client.set_registered_model_alias(name, "newest", version)
         return version
 
 
