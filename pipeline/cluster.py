@@ -32,7 +32,7 @@ def session() -> Iterator[None]:
     try:
         if address:
             environment = {"working_dir": str(root()), "excludes": NOT_SENT}
-            ray.init(runtime_env=environment, log_to_driver=False)
+            ray.init(runtime_env=environment, log_to_driver=False, logging_level=logging.CRITICAL)
         else:
             ray.init(
                 address="local",
