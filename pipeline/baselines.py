@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
 
-from pipeline.bench import Bench, benches, identity, summary
+from pipeline import cluster
+from pipeline.bench import Bench, identity, open_bench, summary
 from pipeline.final import read_best, train_all, write_curves
 from pipeline.params import Params
 from pipeline.stage import RESULTS, run_stage, split_model, wants_fresh, write, write_json
@@ -18,17 +21,19 @@ from pipeline.tracking import open_tracking
 from pudnet.evaluation import FROM, group_sketches, shuffled
 from pudnet.predictor import Predictor, build_model
 
+# isort: split
+import ray  # after cluster, which sets its environment
+
 
 def baselines(params: Params) -> None:
     """Write results/accuracies.csv (all methods, PudNet's rows first), baselines.json and loss_curves.csv."""
     fresh, curves = wants_fresh(), [pd.read_csv(RESULTS / "train_curves.csv")]
-    if "static_trunk" in params.baselines.methods:
-        curves.append(train_all(params, "static_trunk", read_best(), fresh))
     pudnet = pd.read_csv(RESULTS / "pudnet.csv")
-    opened = benches(params)
-    methods = _possible(params, opened)
-    rows = [METHODS[method](bench, params) for method in methods for bench in opened]
-    frame = pd.concat([pudnet, *rows], ignore_index=True)
+    methods = _possible(params)
+    with cluster.session():
+        if "static_trunk" in methods:
+            curves.append(train_all(params, "static_trunk", read_best(), fresh))
+        frame = pd.concat([pudnet, *_measure_all(params, methods)], ignore_index=True)
     compared = {method: _compare(frame, pudnet, method) for method in methods}
     write(RESULTS / "accuracies.csv", frame.to_csv(index=False, float_format="%.4f"))
     write(RESULTS / "loss_curves.csv", write_curves(pd.concat(curves, ignore_index=True)))
@@ -41,9 +46,28 @@ def baselines(params: Params) -> None:
         )
 
 
-def _possible(params: Params, opened: list[Bench]) -> list[str]:
+def _measure_all(params: Params, methods: list[str]) -> list[pd.DataFrame]:
+    """Every method on every class split, side by side as Ray tasks."""
+    folder, resources = str(Path.cwd()), cluster.share(params)
+    measure = ray.remote(num_cpus=resources["cpu"], num_gpus=resources["gpu"])(_measure)
+    jobs = [measure.remote(folder, params, method, seed) for method in methods for seed in params.split_seeds]
+    waiting = list(jobs)
+    while waiting:
+        (job,), waiting = ray.wait(waiting)
+        done: pd.DataFrame = ray.get(job)
+        print(f"  {done.method[0]}, split {done.split_seed[0]}: {len(done)} test groups done", flush=True)
+    return ray.get(jobs)
+
+
+def _measure(folder: str, params: Params, method: str, seed: int) -> pd.DataFrame:
+    os.chdir(folder)  # a worker starts elsewhere
+    torch.set_num_threads(params.resources.cpus)
+    return METHODS[method](open_bench(params, seed, params.baselines.test_groups), params)
+
+
+def _possible(params: Params) -> list[str]:
     """The methods asked for, less the shuffled sketch where there is no other group to take it from."""
-    if len(opened[0].tables["test"]) > 1:
+    if params.groups.test_groups > 1 and params.baselines.test_groups != 1:
         return list(params.baselines.methods)
     print("baselines: shuffled_sketch is left out: there is one test group")
     return [method for method in params.baselines.methods if method != "shuffled_sketch"]

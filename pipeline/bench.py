@@ -65,18 +65,24 @@ class Bench:
         return Predictor.load(path, self.images.device)
 
 
-def benches(params: Params) -> list[Bench]:
-    """The bench of every class split; the images are opened, and moved to a GPU, once."""
+def open_bench(params: Params, seed: int, test_groups: int | None = None) -> Bench:
+    """The bench of one class split, with the first `test_groups` of its test groups (None: all)."""
     device = pick_device()
     store = open_store(STORE, verify=False)
     test_store = open_store(TEST_STORE, verify=False) if params.prepare.test_source else store
     train_images = StoreImages(store, device)
     images = train_images if test_store is store else _as_trained(test_store, store, device)
-    bf16 = wants_bf16(params.evaluate.precision, device)
-    names = (test_store.class_names, store.class_names)
-    return [
-        Bench(seed, *open_groups(group_folder(seed)), train_images, images, *names, bf16) for seed in params.split_seeds
-    ]
+    split, tables = open_groups(group_folder(seed))
+    return Bench(
+        seed=seed,
+        split=split,
+        tables={**tables, "test": tables["test"][:test_groups]},
+        train_images=train_images,
+        images=images,
+        class_names=test_store.class_names,
+        train_class_names=store.class_names,
+        bf16=wants_bf16(params.evaluate.precision, device),
+    )
 
 
 def identity(params: Params) -> str:

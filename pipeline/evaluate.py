@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from pipeline.bench import Bench, benches, identity, summary
+from pipeline.bench import Bench, identity, open_bench, summary
 from pipeline.params import Params
 from pipeline.stage import RESULTS, run_stage, split_model, write, write_json
 from pipeline.tracking import Tracking, open_tracking
@@ -22,7 +22,7 @@ WEIGHTS = RESULTS / "weights"
 
 def evaluate(params: Params) -> None:
     """Write results/metrics.json, timing.json, pudnet.csv and the kept weights; log them as one MLflow run."""
-    opened = benches(params)
+    opened = [open_bench(params, seed) for seed in params.split_seeds]
     predictors = [bench.load(split_model("pudnet", bench.seed)) for bench in opened]
     pairs = list(zip(opened, predictors, strict=True))
     frame = pd.concat([bench.accuracies("pudnet", predictor) for bench, predictor in pairs], ignore_index=True)

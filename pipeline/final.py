@@ -10,7 +10,6 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from pipeline import cluster
 from pipeline.experiment import Experiment, Finished, run_trials
 from pipeline.params import Params
 from pipeline.stage import PUDNET, RESULTS, STORE, group_folder, split_model
@@ -34,15 +33,17 @@ def read_best() -> dict[int, dict[str, Any]]:
 
 
 def train_all(params: Params, kind: str, cells: Mapping[int, Mapping[str, Any]], fresh: bool) -> pd.DataFrame:
-    """Train one model of a kind a split, write models/splits/KIND/*.safetensors; returns the loss curves."""
+    """Train one model of a kind a split in an open Ray session, write models/splits/KIND/*.safetensors.
+
+    Returns the loss curves.
+    """
     specs = [
         make_spec(params, f"train-{kind}-split{seed}", kind, seed, dict(cells[seed]), table="train", validate=False)
         for seed in params.split_seeds
     ]
     experiment, tracking = Experiment(kind, specs), open_tracking(params)
     print(f"{kind}: {len(specs)} final training(s) on {params.groups.train_groups:,} groups")
-    with cluster.session():
-        finished = run_trials(experiment, params, tracking, fresh=fresh)
+    finished = run_trials(experiment, params, tracking, fresh=fresh)
     for trial in finished:
         path = _write_model(params, trial)
         run_id = tracking.find_or_create(f"{experiment.key}/{trial.spec.name}", trial.spec.name)

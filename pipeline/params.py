@@ -78,6 +78,7 @@ class BaselinesParams:
 
     methods: list[Literal["static_trunk", "constant_sketch", "shuffled_sketch", "random_weights"]]
     sketch_groups: Positive
+    test_groups: Positive | None = None  # of each split; None: all
 
 
 @dataclass(frozen=True, config=STRICT)

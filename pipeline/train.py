@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pipeline import cluster
 from pipeline.final import read_best, train_all, write_curves
 from pipeline.params import Params
 from pipeline.stage import RESULTS, run_stage, wants_fresh, write
@@ -9,7 +10,9 @@ from pipeline.stage import RESULTS, run_stage, wants_fresh, write
 
 def train(params: Params) -> None:
     """Write models/pudnet*.safetensors and results/train_curves.csv."""
-    curves = train_all(params, "pudnet", read_best(), wants_fresh())
+    fresh = wants_fresh()
+    with cluster.session():
+        curves = train_all(params, "pudnet", read_best(), fresh)
     write(RESULTS / "train_curves.csv", write_curves(curves))
 
 
