@@ -284,6 +284,7 @@ def headline(results: Results, paper: Mapping[str, Reported]) -> list[dict[str, 
             "about": METHODS.get(name, ("", ""))[1],
             "accuracy": plus_minus(row["accuracy"], row["ci95"]),
             "difference": _difference(row),
+            "groups": row["test_groups"],
             "paper": plus_minus(paper[name].accuracy, paper[name].ci95) if name in paper else None,
             "time": _adapt_time(method, row, results.timing),
         }

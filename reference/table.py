@@ -34,8 +34,8 @@ def section(folder: Path) -> str:
         f"{metrics['train_groups']:,} training groups, one update each; {metrics['test_groups']:,} test groups of "
         f"{len(seeds)} class split(s). The paper's PudNet: {_paper(paper.get('pudnet'))}.",
         "",
-        f"| method | accuracy | difference to PudNet | {' | '.join(f'split {seed}' for seed in seeds)} |",
-        f"|---|---|---|{'---|' * len(seeds)}",
+        f"| method | test groups | accuracy | difference to PudNet | {' | '.join(f'split {seed}' for seed in seeds)} |",
+        f"|---|---|---|---|{'---|' * len(seeds)}",
         *(_row(name, numbers, seeds) for name, numbers in own.items()),
         "",
         "| split | training classes | test classes | eta | depth |",
@@ -57,7 +57,8 @@ def _paper(figure: dict[str, Any] | None) -> str:
 def _row(name: str, numbers: dict[str, Any], seeds: list[str]) -> str:
     difference = f"{numbers['difference']:+.2f} ± {numbers['difference_ci95']:.2f}" if "difference" in numbers else ""
     splits = [f"{numbers['splits'][s]['accuracy']:.2f} ± {numbers['splits'][s]['ci95']:.2f}" for s in seeds]
-    return f"| {name} | {numbers['accuracy']:.2f} ± {numbers['ci95']:.2f} | {difference} | {' | '.join(splits)} |"
+    accuracy = f"{numbers['accuracy']:.2f} ± {numbers['ci95']:.2f}"
+    return f"| {name} | {numbers['test_groups']} | {accuracy} | {difference} | {' | '.join(splits)} |"
 
 
 def _split(seed: str, part: dict[str, Any]) -> str:
