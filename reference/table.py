@@ -25,14 +25,17 @@ def section(folder: Path) -> str:
     """One run: the table of methods, each split by itself, the times."""
     read = {name: json.loads((folder / f"{name}.json").read_text()) for name in ("metrics", "baselines", "timing")}
     metrics, methods, timing = read["metrics"], read["baselines"]["methods"], read["timing"]
-    paper = yaml.safe_load(REPORTED.read_text())[TABLES[metrics["target"]]].get(metrics["setting"], {})
+    reported = yaml.safe_load(REPORTED.read_text())
+    paper = reported[TABLES[metrics["target"]]].get(metrics["setting"], {})
     own = {"pudnet": metrics, **methods}
     seeds = list(metrics["splits"])
     lines = [
         f"## {metrics['setting']}, {metrics['target']}",
         "",
         f"{metrics['train_groups']:,} training groups, one update each; {metrics['test_groups']:,} test groups of "
-        f"{len(seeds)} class split(s). The paper's PudNet: {_paper(paper.get('pudnet'))}.",
+        f"{len(seeds)} class split(s). The paper's PudNet: {_paper(paper.get('pudnet'))}"
+        f"{_by_groups(metrics, reported['table10'])}.",
+        *_remarks(folder),
         "",
         f"| method | test groups | accuracy | difference to PudNet | {' | '.join(f'split {seed}' for seed in seeds)} |",
         f"|---|---|---|---|{'---|' * len(seeds)}",
@@ -48,6 +51,20 @@ def section(folder: Path) -> str:
         f"threads; one epoch from scratch takes {timing['epoch_ratio']:.1f} times as long.",
     ]
     return "\n".join(lines)
+
+
+def _by_groups(metrics: dict[str, Any], table: dict[str, Any]) -> str:
+    """The paper's accuracy after other numbers of training groups, where its table 10 has them."""
+    if (metrics["setting"], metrics["target"]) != ("cifar100", "convnet3"):
+        return ""
+    pairs = zip(table["groups"], table["train_c80"]["acc"], strict=True)
+    return " after 100,000 groups; by groups (table 10): " + ", ".join(f"{a} at {n:,}" for n, a in pairs)
+
+
+def _remarks(folder: Path) -> list[str]:
+    """What has to be known of a run beside its params, from its remarks.md."""
+    path = folder / "remarks.md"
+    return ["", path.read_text().strip()] if path.exists() else []
 
 
 def _paper(figure: dict[str, Any] | None) -> str:
