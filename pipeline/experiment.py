@@ -7,7 +7,7 @@ import fcntl
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -97,8 +97,7 @@ def run_trials(
         RunFailed: when a trial is unfinished at the end: interrupted, or failed for good.
         UserError: when another process runs the same trials, or a trial cannot start; then none is.
     """
-    for spec in experiment.specs:
-        open_trial(spec, torch.device("cpu"))
+    groups = {spec.name: len(open_trial(spec, torch.device("cpu")).trainer.table) for spec in experiment.specs}
     with _alone(experiment.folder):
         if fresh:
             shutil.rmtree(experiment.folder, ignore_errors=True)
@@ -106,14 +105,20 @@ def run_trials(
             tracking.supersede(experiment.key)  # runs of an experiment whose state is gone
         parent_id = tracking.find_or_create(experiment.key, parent) if parent else None
         progress = TrialProgress(params, experiment.key, len(experiment.specs), parent_id)
-        return _collect(experiment, _tuner(experiment, params, progress).fit())
+        return _collect(experiment, groups, _tuner(experiment, params, progress).fit())
 
 
-def _collect(experiment: Experiment, results: tune.ResultGrid) -> list[Finished]:
+def _collect(experiment: Experiment, groups: Mapping[str, int], results: tune.ResultGrid) -> list[Finished]:
+    """The trials that saw all their `groups` (fewer where ASHA stopped them), in the order of the specs."""
     statuses = {t.config["spec"]["name"]: t.status for t in results._experiment_analysis.trials}  # no public way
-    found = {r.config["spec"]["name"]: r for r in results if r.config}
-    done = [s for s in experiment.specs if statuses.get(s.name) == "TERMINATED" and found[s.name].metrics]
-    failed = [found[s.name] for s in experiment.specs if s.name in found and found[s.name].error]
+    found = {r.config["spec"]["name"]: r for r in results if r.config and r.metrics}
+
+    def is_done(name: str) -> bool:
+        ended = name in found and statuses.get(name) == "TERMINATED"
+        return ended and (experiment.asha or found[name].metrics["groups"] == groups[name])
+
+    done = [spec for spec in experiment.specs if is_done(spec.name)]
+    failed = [result for result in results if result.error]
     if len(done) < len(experiment.specs) and not (experiment.keep_going and done and _all(experiment, done, failed)):
         raise RunFailed(_why(len(done), len(experiment.specs), failed))
     return [_finished(spec, found[spec.name]) for spec in done]
