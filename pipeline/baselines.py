@@ -19,7 +19,7 @@ from pipeline.params import Params
 from pipeline.stage import RESULTS, run_stage, split_model, wants_fresh, write, write_json
 from pipeline.tracking import open_tracking
 from pudnet.evaluation import FROM, group_sketches, shuffled
-from pudnet.predictor import Predictor, build_model
+from pudnet.predictor import Predictor
 
 # isort: split
 import ray  # after cluster, which sets its environment
@@ -101,7 +101,7 @@ def random_weights(bench: Bench, params: Params) -> pd.DataFrame:
     card = bench.load(split_model("pudnet", bench.seed)).card
     torch.manual_seed(bench.seed)
     plain = dataclasses.replace(card, kind="static_trunk", model=None, provenance={})
-    return bench.accuracies("random_weights", Predictor(build_model(plain).to(bench.images.device), plain))
+    return bench.accuracies("random_weights", Predictor.from_card(plain, bench.target, bench.images.device))
 
 
 METHODS: dict[str, Callable[[Bench, Params], pd.DataFrame]] = {

@@ -40,6 +40,7 @@ class Bench:
     class_names: tuple[str, ...]  # of the test groups
     train_class_names: tuple[str, ...]
     bf16: bool
+    target: str
 
     def accuracies(self, method: str, predictor: Predictor, sketches: Sequence[Tensor] | None = None) -> pd.DataFrame:
         """One row a test group: method, split_seed, group, classes, accuracy in percent."""
@@ -62,7 +63,7 @@ class Bench:
 
     def load(self, path: Path) -> Predictor:
         """A model file, on this bench's device."""
-        return Predictor.load(path, self.images.device)
+        return Predictor.load(path, self.images.device, self.target)
 
 
 def open_bench(params: Params, seed: int, test_groups: int | None = None) -> Bench:
@@ -82,6 +83,7 @@ def open_bench(params: Params, seed: int, test_groups: int | None = None) -> Ben
         class_names=test_store.class_names,
         train_class_names=store.class_names,
         bf16=wants_bf16(params.evaluate.precision, device),
+        target=params.target,
     )
 
 

@@ -20,12 +20,13 @@ from pudnet.config import (
     Positive,
     TrainConfig,
     apply_variant,
+    default_extractor,
     parse,
 )
 from pudnet.data.groups import GroupSizes
 from pudnet.errors import UserError
 from pudnet.settings import Setting, get_setting
-from pudnet.targets import TARGETS
+from pudnet.targets import TARGETS, is_import_path
 
 PARAMS = Path("params.yaml")
 Seed = Annotated[int, Field(ge=0)]
@@ -171,8 +172,9 @@ def resolve(raw: Mapping[str, Any]) -> Params:
     """Check plain values and fill what is null from the setting."""
     _check_keys(raw)
     setting = get_setting(raw["setting"])
-    if raw["target"] not in TARGETS:
-        raise UserError(f"target: unknown name {raw['target']!r}; known: {', '.join(TARGETS)}")
+    if raw["target"] not in TARGETS and not is_import_path(raw["target"]):
+        own = "or your own as package.module:Name"
+        raise UserError(f"target: unknown name {raw['target']!r}; known: {', '.join(TARGETS)}, {own}")
     if raw["variant"] not in VARIANTS:
         raise UserError(f"variant: unknown name {raw['variant']!r}; known: {', '.join(VARIANTS)}")
     own = _of_setting(setting, raw["target"])
@@ -220,7 +222,11 @@ def _of_setting(setting: Setting, target: str) -> dict[str, dict[str, Any]]:
             "train_groups": setting.train_groups,
             "test_groups": setting.test_groups,
         },
-        "model": {"eta": setting.eta[target], "depth": setting.depth[target]},
+        "model": {
+            "extractor": default_extractor(target),
+            "eta": setting.eta.get(target, setting.eta["resnet18"]),
+            "depth": setting.depth.get(target, setting.depth["resnet18"]),
+        },
     }
 
 

@@ -18,9 +18,8 @@ from markupsafe import Markup
 from pipeline import figures
 from pipeline.stage import RESULTS, git_commit, run_stage, write
 from pudnet.errors import UserError
-from pudnet.predictor import PredictedNetwork
+from pudnet.predictor import read_tensors
 from pudnet.settings import get_setting
-from pudnet.targets import predicted_convs
 
 if TYPE_CHECKING:
     from pipeline.params import Params
@@ -177,11 +176,10 @@ def read_results(folder: Path) -> Results:
 
 
 def _read_predicted(path: Path) -> Predicted:
-    network = PredictedNetwork.load(path)
-    tensors = network.target_state_dict()
-    weights = {conv.name: tensors[conv.name].numpy() for conv in predicted_convs(network.body)}
+    tensors, card = read_tensors(path)
+    weights = {name: tensor.numpy() for name, tensor in tensors.items() if tensor.ndim == 4}
     split_seed = int(path.parent.name.removeprefix("split-"))
-    return Predicted(split_seed, [*map(str, network.classes)], weights)
+    return Predicted(split_seed, [*map(str, card.classes)], weights)
 
 
 def histogram(accuracies: pd.DataFrame) -> pd.DataFrame:

@@ -18,6 +18,7 @@ from pudnet.data.images import StoreImages
 from pudnet.data.store import Store, open_store
 from pudnet.evaluation import mean_interval, twin_accuracies
 from pudnet.predictor import Card, Predictor, build_model
+from pudnet.targets import Target
 from pudnet.training import Trainer
 
 STATE = "state.pt"
@@ -91,6 +92,7 @@ class OpenTrial:
     """A trial at its start: the trainer and the data it needs."""
 
     trainer: Trainer
+    target: Target
     store: Store
     validation: np.ndarray  # table (G, 2, N)
 
@@ -100,10 +102,10 @@ def open_trial(spec: TrialSpec, device: torch.device) -> OpenTrial:
     torch.manual_seed(spec.seed)
     store = open_store(Path(spec.store), verify=False)
     split, tables = open_groups(Path(spec.groups))
-    model = build_model(card_of(spec, store))
+    model, target = build_model(card_of(spec, store), spec.target)
     classes = split.search_classes if spec.table == "search_train" else split.train_classes
     trainer = Trainer(model, StoreImages(store, device), tables[spec.table], classes, TrainConfig(**spec.train))
-    return OpenTrial(trainer, store, tables["validation"])
+    return OpenTrial(trainer, target, store, tables["validation"])
 
 
 def run_trial(config: dict[str, Any]) -> None:
@@ -134,7 +136,7 @@ def load_state(folder: Path) -> dict:
 def validate(opened: OpenTrial, spec: TrialSpec) -> dict[str, float]:
     """Accuracy and its interval, in percent, on validation groups: classes that the trial does not train on."""
     trainer = opened.trainer
-    predictor = Predictor(trainer.model, card_of(spec, opened.store))
+    predictor = Predictor(trainer.model, card_of(spec, opened.store), opened.target)
     accuracies = twin_accuracies(predictor, trainer.images, opened.validation, trainer.autocast)
     trainer.model.train()
     mean, half = mean_interval(accuracies)

@@ -31,16 +31,22 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--model", type=Path, required=True, help="a trained model, as models/pudnet.safetensors")
     predict.add_argument("--data", type=Path, required=True, help="a folder with a subfolder of images a class")
     predict.add_argument("--out", type=Path, required=True, help="the .safetensors file to write")
+    _add_target(predict)
     predict.set_defaults(run=_predict)
     classify = commands.add_parser("classify", help="weights and images -> a class for each image")
     classify.add_argument("--weights", type=Path, required=True, help="a file that `predict` wrote")
     classify.add_argument("--data", type=Path, required=True, help="a folder of images, or with a subfolder a class")
     classify.add_argument("--out", type=Path, help="write file, class and, where known, the true label as CSV")
+    _add_target(classify)
     classify.set_defaults(run=_classify)
     info = commands.add_parser("info", help="what a model or weights file says of itself")
     info.add_argument("file", type=Path)
     info.set_defaults(run=_info)
     return parser
+
+
+def _add_target(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--target", help="for a file of a network of your own: that network, as package.module:Name")
 
 
 def _say(message: object, code: int) -> int:
@@ -52,7 +58,7 @@ def _predict(options: argparse.Namespace) -> None:
     from pudnet.data.sources import open_source
     from pudnet.predictor import Predictor
 
-    predictor = Predictor.load(options.model)
+    predictor = Predictor.load(options.model, target=options.target)
     card = predictor.card
     source = open_source(f"folder:{options.data}", Path("data/raw"), card.image_size, card.channels)
     images = np.concatenate(list(source.batches()))
@@ -68,7 +74,7 @@ def _classify(options: argparse.Namespace) -> None:
     from pudnet.data.sources import image_files, read_image
     from pudnet.predictor import PredictedNetwork
 
-    network = PredictedNetwork.load(options.weights)
+    network = PredictedNetwork.load(options.weights, options.target)
     card = network.card
     files = image_files(options.data)
     rows = []

@@ -44,8 +44,9 @@ class ModelConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class TrainConfig:
-    """Meta-training (section 3.5, appendix A.2): one update of Adam a task group."""
+    """Meta-training (section 3.5, appendix A.2): one update of Adam a step."""
 
+    groups_per_step: Positive = 1  # Algorithm 1 has one; several share the hypernetwork's cost
     learning_rate: PositiveFloat = 1e-3
     schedule: Literal["constant", "cosine"] = "constant"
     clip_norm: PositiveFloat = 10.0
@@ -69,6 +70,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "without_kl": {"kl_weight": 0.0},
     "constant_sketch": {"sketch": "constant"},
 }
+
+
+def default_extractor(target: str) -> str:
+    """Section 4.1: one block and a linear layer for ConvNet-3, five blocks for ResNets (and other networks)."""
+    return "1conv-1linear" if target == "convnet3" else "5conv"
 
 
 def apply_variant(name: str, model: ModelConfig, train: TrainConfig) -> tuple[ModelConfig, TrainConfig]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pudnet.targets import SharedTarget, Weights
+from pudnet.targets import SharedTarget, Target, Weights
 
 
 class StaticTrunk(nn.Module):
@@ -20,16 +20,20 @@ class StaticTrunk(nn.Module):
     `random_weights`.
     """
 
-    def __init__(self, target: nn.Module) -> None:
+    def __init__(self, target: Target) -> None:
         super().__init__()
         self.shared = SharedTarget(target)
-        plain = target.state_dict()
-        self.kernels = nn.ParameterList(plain[conv.name].clone() for conv in self.shared.convs)
+        plain = target.network.state_dict()
+        self.kernels = nn.ParameterList(plain[conv.name].clone() for conv in target.convs)
 
     def sketch(self, images: Tensor) -> Tensor:
-        """Look at nothing: an empty tensor."""
-        return torch.empty(0, device=images.device)
+        """Look at nothing: images (..., N, C, H, W) -> an empty tensor (..., 0)."""
+        return torch.empty(*images.shape[:-4], 0, device=images.device)
 
     def generate(self, sketch: Tensor) -> Weights:
-        """Return the one set of weights."""
-        return {conv.name: kernel for conv, kernel in zip(self.shared.convs, self.kernels, strict=True)}
+        """Return the one set of weights, for as many groups as the sketch (..., 0) is of."""
+        groups = sketch.shape[:-1]
+        return {
+            conv.name: kernel.expand(*groups, *kernel.shape)
+            for conv, kernel in zip(self.shared.convs, self.kernels, strict=True)
+        }

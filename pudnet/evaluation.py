@@ -39,6 +39,13 @@ def block_labels(images: StoreImages, indices: np.ndarray) -> tuple[Tensor, np.n
     return torch.tensor([position[c] for c in images.labels[indices].tolist()], device=images.device), classes
 
 
+def predictor_input(predictor: Predictor, images: StoreImages, indices: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Normalised images (n, C, H, W) and labels (n,) of those of a group that a prediction looks at."""
+    labels, _ = block_labels(images, indices)
+    rows = predictor.rows(labels)
+    return images(indices[rows.cpu().numpy()]), labels[rows]
+
+
 @torch.no_grad()
 def twin_accuracies(
     predictor: Predictor,
@@ -54,10 +61,10 @@ def twin_accuracies(
     """
     accuracies = np.zeros(len(table))
     for g, (group, twin) in enumerate(table):
-        labels, classes = block_labels(images, group)
+        classes = tuple(images.block_classes(group).tolist())
         with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
             sketch = None if sketches is None else sketches[g]
-            network = predictor.adapt(images(group), labels, tuple(classes.tolist()), sketch)
+            network = predictor.adapt(*predictor_input(predictor, images, group), classes, sketch)
             logits = network.logits(images(twin))
         truth, _ = block_labels(images, twin)
         accuracies[g] = 100 * (logits.argmax(1) == truth).float().mean().item()
@@ -69,7 +76,7 @@ def twin_accuracies(
 def group_sketches(predictor: Predictor, images: StoreImages, groups: np.ndarray, bf16: bool) -> list[Tensor]:
     """The sketch (l, m) of each group of a table (G, N)."""
     with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
-        return [predictor.model.sketch(images(group)) for group in groups]
+        return [predictor.sketch(*predictor_input(predictor, images, group)) for group in groups]
 
 
 def shuffled(sketches: Sequence[Tensor], classes: Sequence[Sequence[int]]) -> list[Tensor]:
@@ -89,11 +96,12 @@ class Timing:
 
     device: str
     threads: int
-    images: int
-    sketch_ms: float
+    images: int  # in memory
+    sketch_images: int  # of them used
+    calibration_images: int
+    sketch_ms: float  # with normalising the images
     generation_ms: float
-    calibration_ms: float
-    centroids_ms: float
+    calibration_ms: float  # with the centroids, which come from the same pass
     total_ms: float
     epoch_ms: float  # one epoch of training the same network from scratch on the same images
     epoch_ratio: float  # epoch_ms / total_ms
@@ -106,20 +114,21 @@ def time_prediction(
     rows = []
     warm_up = min(warm_up, len(groups))
     for group in np.concatenate([groups[:warm_up], groups]):
-        batch, (labels, _) = images(group), block_labels(images, group)
         with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
-            steps = _prediction_steps(predictor, batch, labels)
-        rows.append([*steps, _epoch(predictor, batch, labels, bf16)])
-    sketch, generation, calibration, centroid, epoch = np.median(np.array(rows[warm_up:]), axis=0).tolist()
-    total = float(np.median(np.array(rows[warm_up:])[:, :4].sum(1)))
+            steps = _prediction_steps(predictor, images, group)
+        labels, _ = block_labels(images, group)
+        rows.append([*steps, _epoch(predictor, images(group), labels, bf16)])
+    sketch, generation, calibration, epoch = np.median(np.array(rows[warm_up:]), axis=0).tolist()
+    total = float(np.median(np.array(rows[warm_up:])[:, :3].sum(1)))
     return Timing(
         device=str(torch.cuda.get_device_name() if images.device.type == "cuda" else images.device),
         threads=torch.get_num_threads(),
         images=groups.shape[1],
+        sketch_images=predictor.sketch_images,
+        calibration_images=predictor.calibration_images,
         sketch_ms=sketch,
         generation_ms=generation,
         calibration_ms=calibration,
-        centroids_ms=centroid,
         total_ms=total,
         epoch_ms=epoch,
         epoch_ratio=epoch / total,
@@ -133,16 +142,16 @@ def _clock(device: torch.device) -> float:
 
 
 @torch.no_grad()
-def _prediction_steps(predictor: Predictor, images: Tensor, labels: Tensor) -> list[float]:
-    """Milliseconds of sketch, generation, calibration and centroids."""
+def _prediction_steps(predictor: Predictor, images: StoreImages, group: np.ndarray) -> list[float]:
+    """Milliseconds of sketch, generation and calibration."""
+    classes = tuple(images.block_classes(group).tolist())
     marks = [_clock(images.device)]
-    sketch = predictor.model.sketch(images)
+    batch, labels = predictor_input(predictor, images, group)
+    sketch = predictor.sketch(batch, labels)
     marks.append(_clock(images.device))
     weights = predictor.model.generate(sketch)
     marks.append(_clock(images.device))
-    body = predictor.calibrate(weights, images)
-    marks.append(_clock(images.device))
-    predictor.centroids(body, images, labels)
+    predictor.network(weights, batch, labels, classes)
     marks.append(_clock(images.device))
     return np.diff(marks).tolist()
 
@@ -152,7 +161,7 @@ def _epoch(predictor: Predictor, images: Tensor, labels: Tensor, bf16: bool, bat
 
     Autocast is entered anew for each step: it keeps the weights that it has cast until it is left.
     """
-    body = copy.deepcopy(predictor.plain).train()
+    body = nn.Sequential(copy.deepcopy(predictor.target.network), nn.Flatten()).train()
     with torch.no_grad():
         size = body(images[:2]).shape[1]
     head = nn.Linear(size, int(labels.max()) + 1, device=images.device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,16 +18,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pudnet.config import ModelConfig, parse
+from pudnet.config import ModelConfig, default_extractor, parse
 from pudnet.controls import StaticTrunk
 from pudnet.data.images import normalize
 from pudnet.errors import UserError
 from pudnet.hypernet import PudNet
 from pudnet.objective import centroids, metric_logits
-from pudnet.targets import Weights, build_target, calibrated_network
+from pudnet.targets import Calibrator, Target, Weights, build_target, is_import_path, target_name
 
 METADATA = "pudnet"  # one key: safetensors orders several at random, and the file's hash would change
-FORMAT = 1
+FORMAT = 2
+SKETCH_IMAGES = 100  # how few are enough: benchmarks/README.md
+CALIBRATION_IMAGES = 100
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -107,7 +110,7 @@ class PredictedNetwork(nn.Module):
     def features(self, images: np.ndarray | Tensor, batch: int = 500) -> Tensor:
         """The target's output, (N, d), for images as `normalize` takes them."""
         chunks = as_pixels(images, self.card).to(self.mean.device).split(batch)
-        return torch.cat([self.body(normalize(chunk, self.mean, self.std)) for chunk in chunks])
+        return torch.cat([self.body(normalize(chunk, self.mean, self.std)).flatten(1) for chunk in chunks])
 
     def forward(self, images: np.ndarray | Tensor) -> Tensor:
         """Logits (N, k), tau times the cosine to each class's centroid (Eq. 6)."""
@@ -116,7 +119,7 @@ class PredictedNetwork(nn.Module):
     @torch.no_grad()
     def logits(self, normalized: Tensor, batch: int = 1000) -> Tensor:
         """`forward` on images (N, C, H, W) that are normalised already."""
-        features = torch.cat([self.body(chunk) for chunk in normalized.split(batch)])
+        features = torch.cat([self.body(chunk).flatten(1) for chunk in normalized.split(batch)])
         return metric_logits(features, self.centroids, self.card.temperature)
 
     def target_state_dict(self) -> dict[str, Tensor]:
@@ -128,12 +131,12 @@ class PredictedNetwork(nn.Module):
         write_tensors(Path(path), {**self.target_state_dict(), "centroids": self.centroids}, self.card)
 
     @classmethod
-    def load(cls, path: str | Path) -> PredictedNetwork:
-        """Read a network that `save` wrote; `UserError` for another file."""
+    def load(cls, path: str | Path, target: str | nn.Module | None = None) -> PredictedNetwork:
+        """Read a network that `save` wrote; `UserError` for another file. `target`: as for `Predictor.load`."""
         tensors, card = read_tensors(Path(path))
         if card.kind != "network":
             raise UserError(f"{path}: holds a {card.kind} model, not a predicted network")
-        body = build_target(card.target, card.channels, card.image_size)
+        body = _build_target(card, target).network
         centroids = tensors.pop("centroids", torch.empty(0))
         if centroids.ndim != 2 or len(centroids) != len(card.classes):
             raise UserError(f"{path}: its centroids do not fit its {len(card.classes)} classes")
@@ -190,41 +193,71 @@ def encode_labels(labels: Sequence | np.ndarray | Tensor, images: int) -> tuple[
     return torch.from_numpy(encoded), tuple(classes.tolist())
 
 
-def support_rows(labels: Tensor, per_class: int) -> Tensor:
-    """Rows of the first `per_class` images of each class, for labels (N,) in 0..k-1."""
-    ranks = nn.functional.one_hot(labels).cumsum(0).gather(1, labels.unsqueeze(1)).squeeze(1)
-    return torch.nonzero(ranks <= per_class).squeeze(1)
+def first_rows(labels: Tensor, per_class: int) -> Tensor:
+    """Rows of the first `per_class` images of each class, in order, for labels (N,) in 0..k-1."""
+    order = labels.argsort(stable=True)
+    counts = labels.bincount()
+    starts = (counts.cumsum(0) - counts).repeat_interleave(counts)  # of each image's class, in `order`
+    ranks = torch.empty_like(order)
+    ranks[order] = torch.arange(len(labels), device=labels.device) - starts
+    return torch.nonzero(ranks < per_class).squeeze(1)
 
 
 class Predictor:
     """A trained hypernetwork (or a control) and all it takes to use it on new images.
 
-    `predict` is the one call; its steps stand alone, on normalised images, for evaluation and timing.
+    `predict` is the one call; its steps stand alone, on normalised images, for evaluation and timing. The sketch
+    and BatchNorm's statistics are averages, and a part of a group's images is enough for them: `sketch_images`
+    and `calibration_images` are how many, spread evenly over its classes (the first of each; at least one).
     """
 
-    def __init__(self, model: PudNet | StaticTrunk, card: Card) -> None:
-        self.model, self.card = model.eval(), card
-        self.plain = build_target(card.target, card.channels, card.image_size)
-        device = next(model.parameters()).device
-        self.plain.to(device, memory_format=torch.channels_last)
-        self.mean, self.std = (torch.tensor(v, device=device) for v in (card.mean, card.std))
+    def __init__(
+        self,
+        model: PudNet | StaticTrunk,
+        card: Card,
+        target: Target,
+        sketch_images: int = SKETCH_IMAGES,
+        calibration_images: int = CALIBRATION_IMAGES,
+    ) -> None:
+        self.model, self.card, self.target = model.eval(), card, target
+        self.sketch_images, self.calibration_images = sketch_images, calibration_images
+        self.device = next(model.parameters()).device
+        target.network.to(self.device, memory_format=torch.channels_last)
+        self.calibrate = Calibrator(target, model.shared)
+        self.mean, self.std = (torch.tensor(v, device=self.device) for v in (card.mean, card.std))
 
     @classmethod
-    def load(cls, path: str | Path, device: str | torch.device = "cpu") -> Predictor:
-        """Read a trained model from a .safetensors file; `UserError` for anything else. Nothing is unpickled."""
+    def load(
+        cls, path: str | Path, device: str | torch.device = "cpu", target: str | nn.Module | None = None
+    ) -> Predictor:
+        """Read a trained model from a .safetensors file; `UserError` for anything else. Nothing is unpickled.
+
+        A model of a network of your own needs that network again, as `target`: no file says what to import.
+        """
         tensors, card = read_tensors(Path(path))
         if card.kind not in ("pudnet", "static_trunk"):
             raise UserError(f"{path}: holds a {card.kind}, not a trained model")
-        return cls(_loaded(build_model(card), tensors, path).to(device), card)
+        predictor = cls.from_card(card, target, device)
+        _loaded(predictor.model, tensors, path)
+        return predictor
 
     @classmethod
-    def untrained(cls, target: str, channels: int, image_size: int, seed: int = 0) -> Predictor:
+    def untrained(cls, target: str | nn.Module, channels: int, image_size: int, seed: int = 0) -> Predictor:
         """A random hypernetwork, for benchmarks and tests."""
-        half = (0.5,) * channels
-        card = Card("pudnet", target, channels, image_size, half, half, 10.0, 10, asdict(ModelConfig()))
+        half, name = (0.5,) * channels, target_name(target)
+        config = asdict(ModelConfig(extractor=default_extractor(name)))
+        card = Card("pudnet", name, channels, image_size, half, half, 10.0, 10, config)
         with torch.random.fork_rng():  # the caller's random numbers are the caller's
             torch.manual_seed(seed)
-            return cls(build_model(card), card)
+            return cls.from_card(card, target)
+
+    @classmethod
+    def from_card(
+        cls, card: Card, target: str | nn.Module | None = None, device: str | torch.device = "cpu"
+    ) -> Predictor:
+        """The untrained model that a card describes. Raises `UserError` for a card that describes none."""
+        model, built = build_model(card, target)
+        return cls(model.to(device), card, built)
 
     def save(self, path: str | Path) -> None:
         """Write the model and its card as .safetensors."""
@@ -236,40 +269,84 @@ class Predictor:
         Images are uint8 (N, H, W, C) or float (N, C, H, W) in 0..1; labels (N,) integers or strings. The first
         `support_per_class` images of each class give its centroid. Raises `UserError` for unfit input.
         """
-        pixels = as_pixels(images, self.card).to(self.mean.device)
+        return self.predict_many([(images, labels)])[0]
+
+    def predict_many(
+        self, groups: Sequence[tuple[np.ndarray | Tensor, Sequence | np.ndarray | Tensor]], batch: int = 16
+    ) -> list[PredictedNetwork]:
+        """`predict` for each of several groups; the hypernetwork runs once for every `batch` of them."""
+        networks = []
+        for first in range(0, len(groups), batch):
+            prepared = [self._prepare(images, labels) for images, labels in groups[first : first + batch]]
+            with torch.no_grad():
+                sketches = torch.stack([self.sketch(images, labels) for images, labels, _ in prepared])
+                weights = self.model.generate(sketches)
+            for g, (images, labels, classes) in enumerate(prepared):
+                networks.append(self.network({n: w[g] for n, w in weights.items()}, images, labels, classes))
+        return networks
+
+    def _prepare(self, images: np.ndarray | Tensor, labels: Sequence | np.ndarray | Tensor) -> tuple:
+        """What a prediction looks at: normalised images (N, C, H, W), labels (N,) and the k classes."""
+        pixels = as_pixels(images, self.card)
         encoded, classes = encode_labels(labels, len(pixels))
-        normalized = normalize(pixels, self.mean, self.std)
-        return self.adapt(normalized, encoded.to(self.mean.device), classes)
+        rows = self.rows(encoded)
+        normalized = normalize(pixels[rows].to(self.device), self.mean, self.std)
+        return normalized, encoded[rows].to(self.device), classes
+
+    def rows(self, labels: Tensor) -> Tensor:
+        """Rows of the images that a prediction looks at, for labels (N,) in 0..k-1."""
+        classes = int(labels.max()) + 1
+        shares = [math.ceil(count / classes) for count in (self.sketch_images, self.calibration_images)]
+        return first_rows(labels, max(*shares, self.card.support_per_class))
 
     @torch.no_grad()
     def adapt(self, images: Tensor, labels: Tensor, classes: tuple, sketch: Tensor | None = None) -> PredictedNetwork:
         """`predict` on normalised images (N, C, H, W) and labels (N,) in 0..k-1; a given sketch replaces theirs."""
-        weights = self.model.generate(self.model.sketch(images) if sketch is None else sketch)
-        body = self.calibrate(weights, images)
-        return PredictedNetwork(body, self.centroids(body, images, labels), self.network_card(classes))
-
-    def calibrate(self, weights: Weights, images: Tensor) -> nn.Module:
-        """Weights -> the plain target in eval mode, its BatchNorm calibrated on the normalised images."""
-        return calibrated_network(self.plain, self.model.shared, weights, images)
+        weights = self.model.generate(self.sketch(images, labels) if sketch is None else sketch)
+        return self.network(weights, images, labels, classes)
 
     @torch.no_grad()
-    def centroids(self, body: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-        """Mean feature (k, d) of each class over its support images."""
-        rows = support_rows(labels, self.card.support_per_class)
-        return centroids(body(images[rows]), labels[rows], int(labels.max()) + 1)
+    def sketch(self, images: Tensor, labels: Tensor) -> Tensor:
+        """The sketch (l, m) of a group, from `sketch_images` of its normalised images (N, C, H, W)."""
+        share = math.ceil(self.sketch_images / (int(labels.max()) + 1))
+        return self.model.sketch(images[first_rows(labels, share)])
+
+    @torch.no_grad()
+    def network(self, weights: Weights, images: Tensor, labels: Tensor, classes: tuple) -> PredictedNetwork:
+        """Weights -> a network in eval mode: BatchNorm calibrated, class centroids of the support images."""
+        support, share = self.card.support_per_class, math.ceil(self.calibration_images / len(classes))
+        chosen = first_rows(labels, share)
+        body, features = self.calibrate(weights, images[chosen])
+        if share < support:
+            chosen = first_rows(labels, support)
+            features = torch.cat([body(chunk).flatten(1) for chunk in images[chosen].split(CALIBRATION_IMAGES)])
+        rows = first_rows(labels[chosen], support)
+        found = centroids(features[rows], labels[chosen][rows], len(classes))
+        return PredictedNetwork(body, found, self.network_card(classes))
 
     def network_card(self, classes: tuple) -> Card:
         """The card of a network predicted by this model."""
         return dataclasses.replace(self.card, kind="network", model=None, classes=classes)
 
 
-def build_model(card: Card) -> PudNet | StaticTrunk:
-    """The untrained model that a card describes. Raises `UserError` for a card that describes none."""
-    target = build_target(card.target, card.channels, card.image_size)
+def build_model(card: Card, target: str | nn.Module | None = None) -> tuple[PudNet | StaticTrunk, Target]:
+    """The untrained model that a card describes, and its target.
+
+    Raises `UserError` for a card that describes none, or whose target it takes a `target` to know.
+    """
+    built = _build_target(card, target)
     if card.kind == "static_trunk":
-        return StaticTrunk(target)
-    config = parse(ModelConfig, card.model or {}, "model")
-    return PudNet(config, target, card.channels, card.image_size)
+        return StaticTrunk(built), built
+    return PudNet(parse(ModelConfig, card.model or {}, "model"), built), built
+
+
+def _build_target(card: Card, target: str | nn.Module | None) -> Target:
+    """The card's target. A file does not decide what is imported: a network of the user's own has to be given."""
+    if target is None and is_import_path(card.target):
+        raise UserError(f"target: this file is for {card.target}; give that network as `target` (--target)")
+    if target is not None and target_name(target) != card.target:
+        raise UserError(f"target: this file is for {card.target}, not for {target_name(target)}")
+    return build_target(card.target if target is None else target, card.channels, card.image_size)
 
 
 def _loaded(module: nn.Module, tensors: dict[str, Tensor], path: str | Path) -> nn.Module:

@@ -1,24 +1,43 @@
 """Target networks: the networks whose convolution weights are predicted.
 
-A target is an ordinary `nn.Module` that maps images to feature vectors. Its convolution weights are
-predicted; everything else (BatchNorm's affine parameters) is shared by all groups and learned.
+A target is an ordinary `nn.Module` that maps images to feature vectors: ConvNet-3, ResNet-18, ResNet-34, or
+any module of your own. Its convolution weights are predicted; everything else (BatchNorm's affine parameters,
+biases, linear layers) is shared by all groups and learned.
 """
 
 from __future__ import annotations
 
 import copy
+import importlib
+import inspect
 import math
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
+from torch.func import functional_call, vmap
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import parametrize
+from torchvision.models import ResNet, resnet18, resnet34
 
 from pudnet.errors import UserError
 
-Weights = Mapping[str, Tensor]  # one group's predicted weights: parameter name -> (d_out, d_in, f, f)
+Weights = Mapping[str, Tensor]  # predicted weights: parameter name -> (..., d_out, d_in, f, f), leading: groups
+
+
+class Block(nn.Sequential):
+    """Convolution, BatchNorm, ReLU and 2x2 max-pooling; pooling stands first: the same values, on fewer pixels."""
+
+    def __init__(self, d_in: int, d_out: int) -> None:
+        layers = OrderedDict(
+            conv=nn.Conv2d(d_in, d_out, 3, padding=1, bias=False),
+            norm=nn.BatchNorm2d(d_out),
+            pool=nn.MaxPool2d(2),
+            relu=nn.ReLU(),
+        )
+        super().__init__(layers)
 
 
 class ConvNet3(nn.Sequential):
@@ -29,44 +48,30 @@ class ConvNet3(nn.Sequential):
     """
 
     def __init__(self, channels: int, width: int = 64) -> None:
-        blocks = [self._block(d_in, width) for d_in in (channels, width, width)]
+        blocks = [Block(d_in, width) for d_in in (channels, width, width)]
         super().__init__(OrderedDict(block1=blocks[0], block2=blocks[1], block3=blocks[2], flat=nn.Flatten()))
 
-    @staticmethod
-    def _block(d_in: int, d_out: int) -> nn.Sequential:
-        layers = OrderedDict(
-            conv=nn.Conv2d(d_in, d_out, 3, padding=1, bias=False),
-            norm=nn.BatchNorm2d(d_out),
-            pool=nn.MaxPool2d(2),  # before the ReLU: the same values, on a quarter of the pixels
-            relu=nn.ReLU(),
-        )
-        return nn.Sequential(layers)
 
-
-TARGETS = {"convnet3": ConvNet3}
-SMALLEST_IMAGE = {"convnet3": 8}
-
-
-def build_target(name: str, channels: int, image_size: int) -> nn.Module:
-    """Build the plain target network, He-initialised.
-
-    Raises:
-        UserError: for an unknown name, or images too small for the network's pooling.
-    """
-    if name not in TARGETS:
-        raise UserError(f"target: unknown name {name!r}; known: {', '.join(TARGETS)}")
-    if image_size < SMALLEST_IMAGE[name]:
-        raise UserError(f"target {name}: images of {image_size} px are too small, it needs {SMALLEST_IMAGE[name]}")
-    network = TARGETS[name](channels)
-    for module in network.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+def _resnet(build: Callable[[], ResNet], channels: int) -> nn.Module:
+    """torchvision's class, stem included, with its `fc` left aside: images -> features (N, 512)."""
+    network = build()
+    network.fc = nn.Identity()
+    if channels != network.conv1.in_channels:
+        network.conv1 = nn.Conv2d(channels, 64, 7, stride=2, padding=3, bias=False)
     return network
+
+
+TARGETS: dict[str, Callable[[int], nn.Module]] = {
+    "convnet3": ConvNet3,
+    "resnet18": lambda channels: _resnet(resnet18, channels),
+    "resnet34": lambda channels: _resnet(resnet34, channels),
+}
+SMALLEST_IMAGE = 8  # px; ConvNet-3 halves it three times
 
 
 @dataclass(frozen=True)
 class ConvShape:
-    """One predicted tensor: its name in the target's state dict and its shape (d_out, d_in, f, f)."""
+    """One predicted tensor: its name in the target's state dict and its shape (d_out, d_in / groups, f, f)."""
 
     name: str
     shape: tuple[int, int, int, int]
@@ -77,56 +82,212 @@ class ConvShape:
         return math.sqrt(2 / math.prod(self.shape[1:]))
 
 
-def predicted_convs(target: nn.Module) -> list[ConvShape]:
-    """The target's convolution weights, in the order in which an image passes them."""
-    return [
-        ConvShape(f"{name}.weight", tuple(module.weight.shape))
-        for name, module in target.named_modules()
-        if isinstance(module, nn.Conv2d)
-    ]
+@dataclass(frozen=True)
+class Target:
+    """A plain target network, He-initialised, and what of it is predicted, in the order of its forward pass."""
+
+    network: nn.Module
+    convs: tuple[ConvShape, ...]
+    channels: int
+    image_size: int
+
+    @property
+    def predicted(self) -> int:
+        """How many weights are predicted."""
+        return sum(math.prod(conv.shape) for conv in self.convs)
+
+
+def is_import_path(name: str) -> bool:
+    """Whether a target's name is that of a class or function of the user's own, `package.module:Name`."""
+    return ":" in name
+
+
+def target_name(target: str | nn.Module) -> str:
+    """The name by which a card knows a target: a module given as an object goes by its class."""
+    return target if isinstance(target, str) else f"{type(target).__module__}:{type(target).__qualname__}"
+
+
+def build_target(target: str | nn.Module, channels: int, image_size: int) -> Target:
+    """Build a target by name, by import path (`package.module:Name`), or from a module, which is copied.
+
+    What an import path names is called with the number of image channels where it has a parameter `channels`,
+    else with nothing.
+
+    Raises:
+        UserError: for an unknown name, images that the network cannot take, or a network that cannot be
+            predicted; the message names the layer.
+    """
+    name = target_name(target)
+    if image_size < SMALLEST_IMAGE:
+        raise UserError(f"target {name}: images of {image_size} px are too small, it needs {SMALLEST_IMAGE}")
+    network = copy.deepcopy(target) if isinstance(target, nn.Module) else _construct(target, channels)
+    _refuse_unfit_layers(network, name)
+    convs = _forward_order(network, name, torch.zeros(2, channels, image_size, image_size))
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+    return Target(network, convs, channels, image_size)
+
+
+def _construct(name: str, channels: int) -> nn.Module:
+    if not is_import_path(name):
+        if name not in TARGETS:
+            own = "or your own as package.module:Name"
+            raise UserError(f"target: unknown name {name!r}; known: {', '.join(TARGETS)}, {own}")
+        return TARGETS[name](channels)
+    module, _, attribute = name.partition(":")
+    try:
+        build = getattr(importlib.import_module(module), attribute)
+        takes_channels = "channels" in inspect.signature(build).parameters
+        network = build(channels=channels) if takes_channels else build()
+    except Exception as error:  # whatever the user's own code may raise
+        raise UserError(f"target {name}: cannot be built ({type(error).__name__}: {error})") from None
+    if not isinstance(network, nn.Module):
+        raise UserError(f"target {name}: gives a {type(network).__name__}, not a torch.nn.Module")
+    return network
+
+
+UNFIT = (
+    nn.Conv1d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+    nn.LazyConv2d,
+    nn.SyncBatchNorm,
+)
+
+
+def _refuse_unfit_layers(network: nn.Module, name: str) -> None:
+    """Refuse, by name, layers that would be left unpredicted, or that carry one group's state to the next."""
+    owners: dict[int, str] = {}
+    for path, module in network.named_modules():
+        kind = type(module).__name__
+        if isinstance(module, UNFIT):
+            raise UserError(f"target {name}: layer {path} is a {kind}; only Conv2d can be predicted")
+        if isinstance(module, nn.modules.instancenorm._InstanceNorm) and module.track_running_stats:
+            raise UserError(f"target {name}: layer {path} ({kind}) keeps running statistics; only BatchNorm may")
+        if isinstance(module, _BatchNorm) and not module.track_running_stats:
+            raise UserError(f"target {name}: layer {path} ({kind}) keeps no running statistics to classify with")
+        if not isinstance(module, nn.Conv2d):
+            continue
+        if parametrize.is_parametrized(module) or not isinstance(module.weight, nn.Parameter):
+            raise UserError(f"target {name}: the weight of layer {path} is parametrized; it has to be a parameter")
+        if id(module.weight) in owners:
+            raise UserError(f"target {name}: layers {owners[id(module.weight)]} and {path} share one weight")
+        owners[id(module.weight)] = path
+    if not owners:
+        raise UserError(f"target {name}: has no Conv2d, so there is nothing to predict")
+
+
+@torch.no_grad()
+def _forward_order(network: nn.Module, name: str, images: Tensor) -> tuple[ConvShape, ...]:
+    """The convolutions in the order in which `images` pass them, each at its first use."""
+    paths = {module: path for path, module in network.named_modules() if isinstance(module, nn.Conv2d)}
+    order: dict[str, nn.Conv2d] = {}
+
+    def note(module: nn.Conv2d, inputs: tuple[Tensor], output: Tensor) -> None:
+        order.setdefault(paths[module], module)
+
+    hooks = [module.register_forward_hook(note) for module in paths]
+    training = network.training
+    try:
+        features = network.eval()(images)
+    except Exception as error:  # whatever the user's own code may raise
+        what = f"{images.shape[2]} px with {images.shape[1]} channel(s)"
+        raise UserError(f"target {name}: cannot take images of {what} ({' '.join(str(error).split())})") from None
+    finally:
+        for hook in hooks:
+            hook.remove()
+        network.train(training)
+    if not isinstance(features, Tensor) or features.ndim < 2 or len(features) != len(images):
+        raise UserError(f"target {name}: must give one feature tensor an image, (N, d)")
+    unused = [path for path in paths.values() if path not in order]
+    if unused:
+        raise UserError(f"target {name}: layer {unused[0]} takes no part in the forward pass; remove it")
+    return tuple(ConvShape(f"{path}.weight", tuple(conv.weight.shape)) for path, conv in order.items())
+
+
+def norms(network: nn.Module) -> list[_BatchNorm]:
+    """The network's BatchNorm layers."""
+    return [module for module in network.modules() if isinstance(module, _BatchNorm)]
 
 
 class SharedTarget(nn.Module):
-    """What all groups share of a target: its structure and BatchNorm's affine parameters.
+    """What all groups share of a target: its structure, BatchNorm's affine parameters, biases.
 
     The convolutions hold no weights of their own, and BatchNorm uses the statistics of the images it is
     given: in training that is the group, and nothing of one group leaks into the next.
     """
 
-    def __init__(self, plain: nn.Module) -> None:
+    def __init__(self, target: Target) -> None:
         super().__init__()
-        self.convs = predicted_convs(plain)
-        self.body = copy.deepcopy(plain)
+        self.convs = target.convs
+        self.body = copy.deepcopy(target.network)
         for module in self.body.modules():
             if isinstance(module, nn.Conv2d):
                 module.weight = None
-            if isinstance(module, nn.BatchNorm2d):
-                module.track_running_stats = False
-                module.running_mean = module.running_var = module.num_batches_tracked = None
+        for norm in norms(self.body):
+            norm.track_running_stats = False
+            norm.running_mean = norm.running_var = norm.num_batches_tracked = None
 
     def forward(self, images: Tensor, weights: Weights) -> Tensor:
-        """Features (N, d) of images (N, C, H, W) under one group's weights and the images' own statistics."""
-        return functional_call(self.body, dict(weights), (images,))
+        """Features (..., N, d) of images (..., N, C, H, W) under weights (..., d_out, d_in, f, f).
+
+        Leading dimensions are groups, each under its own weights and its own images' statistics: one after the
+        other on a CPU, which one group keeps busy, in one call on a GPU, which it does not.
+        """
+        if images.ndim == 4:
+            return self._one(images, weights)
+        if images.device.type != "cpu" and len(images) > 1:
+            return self.together(images, weights)
+        each = zip(
+            images, *(one.unbind() if len(one) > 1 else [one.squeeze(0)] for one in weights.values()), strict=True
+        )
+        return torch.stack([self._one(group, dict(zip(weights, own, strict=True))) for group, *own in each])
+
+    def together(self, images: Tensor, weights: Weights) -> Tensor:
+        """`forward` of several groups (G, N, C, H, W) as one vectorised call."""
+        return vmap(self._one, randomness="different")(images, dict(weights))
+
+    def _one(self, images: Tensor, weights: Weights) -> Tensor:
+        return functional_call(self.body, dict(weights), (images,)).flatten(1)
 
 
-@torch.no_grad()
-def calibrated_network(
-    plain: nn.Module, shared: SharedTarget, weights: Weights, images: Tensor, batch: int = 1000
-) -> nn.Module:
-    """The plain target with predicted weights, in eval mode, its BatchNorm calibrated on `images`.
+class Calibrator:
+    """Turns predicted weights into plain target networks in eval mode.
 
-    Running statistics are the average over batches of the images (N, C, H, W) that the weights were predicted
-    from, each batch a comb over all of them, since they often come sorted by class; images classified later
-    never change them.
+    BatchNorm's running statistics become those of the images that the weights were predicted from, all in one
+    batch; images classified later never change them. Its variance is the batch's own (biased), as in training,
+    so that what the calibrating pass gives is what the network gives for those images afterwards.
     """
-    network = copy.deepcopy(plain)
-    network.load_state_dict({**shared.body.state_dict(), **weights}, strict=False)
-    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # a cumulative average
-    network.train()
-    combs = math.ceil(len(images) / batch)
-    for first in range(combs):
-        network(images[first::combs])
-    return network.eval()
+
+    def __init__(self, target: Target, shared: SharedTarget) -> None:
+        self.empty = copy.deepcopy(target.network).eval()  # all but the convolutions' weights
+        for module in self.empty.modules():
+            if isinstance(module, nn.Conv2d):
+                module.weight = None
+        self.empty.load_state_dict(shared.body.state_dict(), strict=False)
+
+    @torch.no_grad()
+    def __call__(self, weights: Weights, images: Tensor) -> tuple[nn.Module, Tensor]:
+        """One group's weights and images (N, C, H, W) -> its network, and the images' features (N, d)."""
+        network = copy.deepcopy(self.empty)
+        for name, weight in weights.items():
+            path, _, attribute = name.rpartition(".")
+            setattr(network.get_submodule(path), attribute, nn.Parameter(weight, requires_grad=False))
+        calibrated = [(norm, norm.momentum, norm.register_forward_hook(_make_biased)) for norm in norms(network)]
+        for norm, _, _ in calibrated:
+            norm.train()
+            norm.momentum = 1.0  # the statistics of this batch alone
+        features = network(images).flatten(1)
+        for norm, momentum, hook in calibrated:
+            hook.remove()
+            norm.eval()
+            norm.momentum = momentum
+        return network, features
+
+
+def _make_biased(norm: _BatchNorm, inputs: tuple[Tensor], output: Tensor) -> None:
+    count = inputs[0].numel() / norm.num_features
+    norm.running_var.mul_((count - 1) / count)

@@ -1,4 +1,4 @@
-"""Meta-training (Algorithm 1): one update of Adam a task group, with exact resume and a guard against NaN."""
+"""Meta-training (Algorithm 1): updates of Adam on task groups, with exact resume and a guard against NaN."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pudnet.config import TrainConfig
 from pudnet.controls import StaticTrunk
+from pudnet.cpu import accelerate, compiling_pays, keep_freed_memory
 from pudnet.data.images import StoreImages
 from pudnet.errors import RunFailed, UserError
 from pudnet.hypernet import PudNet
@@ -75,6 +76,9 @@ class Trainer:
         self.device = images.device
         self.columns = {class_id: column for column, class_id in enumerate(train_classes)}
         self.model = model.to(self.device, memory_format=torch.channels_last)
+        if self.device.type == "cpu":
+            keep_freed_memory()
+            accelerate(self.model, compiling_pays(*table.shape, images.image_size))
         self.objective = Objective(config, self._feature_size(), len(train_classes)).to(self.device)
         self.parameters = [*model.parameters(), *self.objective.parameters()]
         self.optimizer = torch.optim.Adam(self.parameters, lr=config.learning_rate, fused=True)
@@ -118,8 +122,9 @@ class Trainer:
         """Train until the next report. The device is waited for once, at its end."""
         start, begin = time.perf_counter(), self.groups
         end = min(len(self.table), (begin // self.config.report_every + 1) * self.config.report_every)
-        rows = [self._step(self.table[index]) for index in range(begin, end)]
-        means = torch.stack(rows).mean(0).tolist()
+        starts = range(begin, end, self.config.groups_per_step)
+        rows = [self._step(self.table[first : min(first + self.config.groups_per_step, end)]) for first in starts]
+        means = torch.cat(rows).mean(0).tolist()
         self.groups = end
         return Report(
             groups=end,
@@ -133,25 +138,26 @@ class Trainer:
             rollbacks=self.rollbacks,
         )
 
-    def _step(self, indices: np.ndarray) -> Tensor:
-        """One group, one update; returns the losses, the accuracy and the gradient's norm (6,)."""
-        losses = self._losses(indices)
+    def _step(self, groups: np.ndarray) -> Tensor:
+        """One update on groups (B, N); returns each one's losses and accuracy, and the gradient's norm (B, 6)."""
+        losses = self._losses(groups)
         self.optimizer.zero_grad()
-        losses.total.backward()
+        torch.stack([one.total for one in losses]).mean().backward()
         norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm)
         self.optimizer.step()
-        self.groups += 1
+        self.groups += len(groups)
         self._schedule()
-        parts = (losses.total, losses.metric, losses.full, losses.kl, losses.accuracy, norm)
-        return torch.stack([part.detach().float() for part in parts])
+        rows = [(one.total, one.metric, one.full, one.kl, one.accuracy, norm) for one in losses]
+        return torch.stack([torch.stack([part.detach().float() for part in row]) for row in rows])
 
-    def _losses(self, indices: np.ndarray) -> Losses:
-        images = self.images(indices)
-        columns = torch.tensor([self.columns[c] for c in self.images.block_classes(indices).tolist()])
+    def _losses(self, groups: np.ndarray) -> list[Losses]:
+        images = self.images(groups)
+        classes = [self.images.block_classes(group).tolist() for group in groups]
+        columns = torch.tensor([[self.columns[c] for c in group] for group in classes]).to(self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             weights = self.model.generate(self.model.sketch(images))
             features = self.model.shared(images, weights)
-        return self.objective(features, columns.to(self.device))
+        return [self.objective(*group) for group in zip(features, columns, strict=True)]
 
     def _schedule(self) -> None:
         if self.config.schedule == "cosine":
@@ -161,7 +167,7 @@ class Trainer:
 
     @torch.no_grad()
     def _feature_size(self) -> int:
-        images = self.images(np.asarray(self.table[0][:2]))
+        images = self.images(self.table[0][:2])
         return self.model.shared(images, self.model.generate(self.model.sketch(images))).shape[1]
 
     def state_dict(self) -> dict:

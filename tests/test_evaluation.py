@@ -17,14 +17,15 @@ from pudnet.evaluation import (
     time_prediction,
     twin_accuracies,
 )
-from pudnet.predictor import Card, Predictor, build_model
+from pudnet.predictor import Card, Predictor
 
 
 @pytest.fixture(scope="module")
 def predictor(digits):
     """Random, but with the statistics of the store, as a trained one has them."""
     untrained = Predictor.untrained("convnet3", channels=1, image_size=8)
-    return Predictor(untrained.model, replace(untrained.card, mean=digits.store.mean, std=digits.store.std))
+    card = replace(untrained.card, mean=digits.store.mean, std=digits.store.std)
+    return Predictor(untrained.model, card, untrained.target)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +92,7 @@ def test_given_sketches_take_the_place_of_the_groups_own(digits, predictor):
 def test_one_sketch_for_all_groups_is_the_constant_control(digits, predictor):
     constant = torch.randn(2, 128, generator=torch.Generator().manual_seed(0))
     card = replace(predictor.card, model={**predictor.card.model, "sketch": "constant"})
-    control = Predictor(build_model(card), card)
+    control = Predictor.from_card(card)
     shared = {name: t for name, t in predictor.model.state_dict().items() if not name.startswith("extractor")}
     control.model.load_state_dict({**shared, "constant": constant})
     expected = twin_accuracies(control, digits.images, digits.test, bf16=False)
@@ -102,7 +103,7 @@ def test_one_sketch_for_all_groups_is_the_constant_control(digits, predictor):
 @pytest.mark.parametrize("kind", ["pudnet", "static_trunk"])
 def test_bf16_changes_accuracy_little(kind, digits, predictor):
     card = Card(**{**asdict(predictor.card), "kind": kind})
-    measured = Predictor(build_model(card), card)
+    measured = Predictor.from_card(card)
     full, half = (twin_accuracies(measured, digits.images, digits.test, bf16) for bf16 in (False, True))
     assert abs(full.mean() - half.mean()) < 2 and np.abs(full - half).max() < 10
 
@@ -122,7 +123,7 @@ def test_cosines_are_fp32_whatever_the_features_are(digits, predictor):
 @pytest.mark.parametrize("warm_up", [1, 2])
 def test_time_of_a_prediction_is_that_of_its_parts(warm_up, digits, predictor):
     timing = time_prediction(predictor, digits.images, digits.test[:1, 0], bf16=False, warm_up=warm_up)
-    parts = [timing.sketch_ms, timing.generation_ms, timing.calibration_ms, timing.centroids_ms]
+    parts = [timing.sketch_ms, timing.generation_ms, timing.calibration_ms]
     assert all(math.isfinite(part) and part > 0 for part in [*parts, timing.epoch_ms])
     assert timing.total_ms == pytest.approx(sum(parts))  # one group: medians add up
     assert timing.epoch_ratio == pytest.approx(timing.epoch_ms / timing.total_ms)

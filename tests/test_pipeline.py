@@ -82,7 +82,7 @@ def test_predicted_weights_load_into_the_plain_target(repro):
     assert len(files) == 2
     for file in files:
         network = PredictedNetwork.load(file)
-        build_target("convnet3", 1, 8).load_state_dict(network.target_state_dict(), strict=True)
+        build_target("convnet3", 1, 8).network.load_state_dict(network.target_state_dict(), strict=True)
         assert len(network.classes) == 2
 
 

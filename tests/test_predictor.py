@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from pudnet.errors import UserError
-from pudnet.predictor import METADATA, PredictedNetwork, Predictor, build_model, read_tensors, write_tensors
+from pudnet.predictor import FORMAT, METADATA, PredictedNetwork, Predictor, read_tensors, write_tensors
 from pudnet.targets import build_target
 
 COLOURS = {"red": (200, 40, 40), "green": (40, 200, 40), "blue": (40, 40, 200)}
@@ -32,7 +32,7 @@ def make_predictor(kind="pudnet", seed=0):
     if kind == "pudnet":
         return predictor
     card = replace(predictor.card, kind=kind, model=None)
-    return Predictor(build_model(card), card)
+    return Predictor.from_card(card)
 
 
 @pytest.fixture(scope="module")
@@ -121,11 +121,11 @@ def test_centroids_are_of_the_first_images_of_each_class(network):
 
 def test_normalize_is_what_the_plain_target_is_fed(predictor, network):
     card = replace(predictor.card, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
-    found = Predictor(predictor.model, card).predict(IMAGES, LABELS).normalize(QUERIES)
+    found = Predictor(predictor.model, card, predictor.target).predict(IMAGES, LABELS).normalize(QUERIES)
     for channel, (mean, std) in enumerate(zip(card.mean, card.std, strict=True)):
         expected = (QUERIES[..., channel] / 255 - mean) / std
         assert_close(found[:, channel].double(), torch.tensor(expected), rtol=0, atol=1e-5)
-    plain = build_target("convnet3", 3, 16)
+    plain = build_target("convnet3", 3, 16).network
     plain.load_state_dict(network.target_state_dict(), strict=True)
     assert_close(plain.eval()(network.normalize(QUERIES)), network.features(QUERIES), rtol=1e-4, atol=1e-4)
 
@@ -182,7 +182,7 @@ def text(path, predictor, network):
 
 
 def later_format(path, predictor, network):
-    write_tensors(path, predictor.model.state_dict(), replace(predictor.card, format=2))
+    write_tensors(path, predictor.model.state_dict(), replace(predictor.card, format=FORMAT + 1))
 
 
 def other_size(path, predictor, network):
@@ -226,7 +226,7 @@ def nothing(path, predictor, network):
         (Predictor, foreign, "x.safetensors: not a PudNet file"),
         (Predictor, a_network, "x.safetensors: holds a network"),
         (PredictedNetwork, a_predictor, "x.safetensors: holds a pudnet"),
-        (Predictor, later_format, "x.safetensors: written in format 2"),
+        (Predictor, later_format, "x.safetensors: written in format 3"),
         (Predictor, other_size, "x.safetensors: its tensors do not fit its card .*extractor.linear.weight"),
         (Predictor, unknown_key, "model.etta: unknown key"),
         (Predictor, odd_card, "x.safetensors"),

@@ -5,38 +5,36 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.testing import assert_close
+from torchvision.models import resnet18
 
 from pudnet.errors import UserError
-from pudnet.targets import ConvNet3, SharedTarget, build_target, calibrated_network, predicted_convs
+from pudnet.targets import Calibrator, ConvNet3, SharedTarget, build_target, norms
+from tests.nets import REFUSED, features_of
 
-CONVS = ["block1.conv.weight", "block2.conv.weight", "block3.conv.weight"]
-NORMS = {f"body.block{i}.norm.{part}" for i in (1, 2, 3) for part in ("weight", "bias")}
+NAMES = ["convnet3", "resnet18", "tests.nets:Depthwise"]
+SIZE = 16
 
 
-def make_plain(channels=3, seed=0):
-    """A ConvNet-3 whose affine parameters are not at their start, so that it shows where they go."""
+def make_target(name="convnet3", channels=3, seed=0):
+    """A target whose shared parameters are not at their start, so that it shows where they go."""
     torch.manual_seed(seed)
-    network = build_target("convnet3", channels, 16)
-    for name, parameter in network.named_parameters():
-        if "norm" in name:
-            torch.nn.init.normal_(parameter, mean=1, std=0.3)
-    return network
+    target = build_target(name, channels, SIZE)
+    for norm in norms(target.network):
+        nn.init.normal_(norm.weight, mean=1, std=0.3)
+        nn.init.normal_(norm.bias, std=0.3)
+    return target
 
 
 def make_images(count=40, channels=3, seed=0):
-    return torch.randn(count, channels, 16, 16, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(count, channels, SIZE, SIZE, generator=torch.Generator().manual_seed(seed))
 
 
-def sorted_images(count=80):
-    """Images whose first half is of a dark, flat class and whose second half is of a bright, lively one."""
-    images = make_images(count)
-    images[: count // 2] = 0.3 * images[: count // 2] - 2
-    return images
-
-
-def other_weights(seed=1):
-    return {name: w for name, w in make_plain(seed=seed).state_dict().items() if name in CONVS}
+def other_weights(name="convnet3", seed=1):
+    target = make_target(name, seed=seed)
+    tensors = target.network.state_dict()
+    return {conv.name: tensors[conv.name].clone() for conv in target.convs}
 
 
 @pytest.mark.parametrize("size", [8, 28, 32, 84])
@@ -52,82 +50,126 @@ def test_convnet3_is_three_blocks_of_convolution_norm_relu_pooling(size):
     assert_close(network(images), maps.flatten(1), rtol=1e-4, atol=1e-5)
 
 
-def test_predicted_convolutions_stand_in_the_order_of_the_forward_pass():
-    assert [conv.name for conv in predicted_convs(make_plain())] == CONVS
-    assert [conv.shape for conv in predicted_convs(make_plain())] == [(64, 3, 3, 3), (64, 64, 3, 3), (64, 64, 3, 3)]
+@pytest.mark.parametrize(
+    ("name", "convolutions", "weights"), [("resnet18", 20, 11_166_912), ("resnet34", 36, 21_267_648)]
+)
+def test_resnets_are_torchvisions_with_every_convolution_predicted(name, convolutions, weights):
+    target = build_target(name, 3, 32)
+    assert (len(target.convs), target.predicted) == (convolutions, weights)
+    assert {conv.shape[2:] for conv in target.convs} == {(7, 7), (3, 3), (1, 1)}
+    assert features_of(target.network, torch.zeros(2, 3, 32, 32)).shape == (2, 512)
+    assert build_target(name, 1, 32).convs[0].shape == (64, 1, 7, 7)
+
+
+def test_convolutions_stand_in_the_order_of_the_forward_pass():
+    target = make_target("tests.nets:Depthwise")
+    assert [conv.name for conv in target.convs] == ["stem.weight", "depth.weight", "point.weight", "grouped.weight"]
+    assert [conv.shape for conv in target.convs] == [(8, 3, 3, 5), (8, 1, 3, 3), (24, 8, 1, 1), (24, 6, 3, 3)]
 
 
 def test_plain_target_starts_with_he_initialisation():
-    plain = make_plain()
-    for conv in predicted_convs(plain):
-        assert plain.state_dict()[conv.name].std().item() == pytest.approx(conv.he_std, rel=0.1)
-        assert conv.he_std == pytest.approx((2 / (conv.shape[1] * 9)) ** 0.5)
+    target = make_target("resnet18")
+    for conv in target.convs:
+        assert target.network.state_dict()[conv.name].std().item() == pytest.approx(conv.he_std, rel=0.1)
+    assert target.convs[0].he_std == pytest.approx((2 / (3 * 49)) ** 0.5)
 
 
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("mode", [True, False])
-def test_shared_target_with_weights_is_the_plain_network_in_train_mode(mode):
-    plain, images, weights = make_plain(), make_images(), other_weights()
-    shared = SharedTarget(plain).train(mode)
+def test_shared_target_with_weights_is_the_plain_network_in_train_mode(name, mode):
+    target, images, weights = make_target(name), make_images(), other_weights(name)
+    shared = SharedTarget(target).train(mode)
     shared(make_images(seed=5), weights)  # nothing of another group is left behind
-    plain.load_state_dict(weights, strict=False)
-    assert_close(shared(images, weights), plain.train()(images), rtol=1e-5, atol=1e-5)
+    target.network.load_state_dict(weights, strict=False)
+    assert_close(shared(images, weights), features_of(target.network.train(), images), rtol=1e-5, atol=1e-5)
 
 
-def test_shared_target_holds_batch_norms_affine_parameters_and_nothing_else():
-    assert set(SharedTarget(make_plain()).state_dict()) == NORMS
-
-
-def test_calibrated_network_gives_the_groups_own_features_in_eval_mode():
-    plain, images, weights = make_plain(), make_images(), other_weights()
-    shared = SharedTarget(plain)
+@pytest.mark.parametrize("name", NAMES)
+def test_several_groups_at_once_are_the_same_as_one_by_one(name):
+    shared = SharedTarget(make_target(name))
+    weights = [other_weights(name, seed) for seed in range(3)]
+    images = torch.stack([make_images(seed=seed) for seed in range(3)])
+    stacked = {key: torch.stack([one[key] for one in weights]) for key in weights[0]}
     with torch.no_grad():
-        torch.nn.init.normal_(shared.body.block2.norm.weight)  # learned since `plain` was built
+        expected = torch.stack([shared(group, own) for group, own in zip(images, weights, strict=True)])
+        for found in (shared(images, stacked), shared.together(images, stacked)):
+            assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_shared_target_holds_what_is_not_predicted_and_nothing_else():
+    shared = SharedTarget(make_target("tests.nets:Depthwise")).state_dict()
+    own = {f"body.norms.{i}.{part}" for i in range(3) for part in ("weight", "bias")}
+    assert set(shared) == own | {"body.point.bias", "body.head.weight", "body.head.bias"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_calibrated_network_gives_the_groups_own_features_in_eval_mode(name):
+    target, images, weights = make_target(name), make_images(), other_weights(name)
+    shared = SharedTarget(target)
+    with torch.no_grad():
+        nn.init.normal_(norms(shared.body)[0].weight)  # learned since the target was built
         expected = shared(images, weights)
-    before = copy.deepcopy(plain.state_dict())
-    network = calibrated_network(plain, shared, weights, images)
-    assert not network.training
-    # Running variances are unbiased, those of a batch are not: of 40 x 4 x 4 values, 0.2 % apart.
-    assert_close(network(images), expected, rtol=0.01, atol=0.01)
-    assert all(torch.equal(before[name], tensor) for name, tensor in plain.state_dict().items())
+    before = copy.deepcopy(target.network.state_dict())
+    network, features = Calibrator(target, shared)(weights, images)
+    assert not any(module.training for module in network.modules())
+    assert_close(features, expected, rtol=1e-4, atol=1e-4)
+    assert_close(features_of(network, images), expected, rtol=1e-4, atol=1e-4)
+    assert all(torch.equal(before[key], tensor) for key, tensor in target.network.state_dict().items())
 
 
 def test_calibrated_network_judges_each_image_alone():
-    network = calibrated_network(make_plain(), SharedTarget(make_plain()), other_weights(), make_images())
+    target = make_target()
+    network, _ = Calibrator(target, SharedTarget(target))(other_weights(), make_images())
     queries = make_images(seed=9)
-    together = network(queries)
-    assert_close(network(queries.flip(0)).flip(0), together, rtol=1e-4, atol=1e-5)
-    assert_close(torch.cat([network(query[None]) for query in queries]), together, rtol=1e-4, atol=1e-5)
+    together = features_of(network, queries)
+    assert_close(features_of(network, queries.flip(0)).flip(0), together, rtol=1e-4, atol=1e-5)
+    assert_close(torch.cat([features_of(network, query[None]) for query in queries]), together, rtol=1e-4, atol=1e-5)
 
 
-def test_calibrated_network_is_a_plain_target_with_the_predicted_weights():
-    weights, images = other_weights(), make_images()
-    network = calibrated_network(make_plain(), SharedTarget(make_plain()), weights, images)
-    fresh = build_target("convnet3", 3, 16)
+@pytest.mark.parametrize("name", NAMES)
+def test_calibrated_network_is_a_plain_target_with_the_predicted_weights(name):
+    target, weights, images = make_target(name), other_weights(name), make_images()
+    network, _ = Calibrator(target, SharedTarget(target))(weights, images)
+    fresh = build_target(name, 3, SIZE).network
     fresh.load_state_dict(network.state_dict(), strict=True)
-    assert_close(fresh.eval()(images), network(images))
-    assert all(torch.equal(fresh.state_dict()[name], weights[name]) for name in CONVS)
+    assert_close(features_of(fresh.eval(), images), features_of(network, images))
+    assert all(torch.equal(fresh.state_dict()[key], weights[key]) for key in weights)
+
+
+def test_predicted_resnet_loads_into_torchvisions_class_less_fc():
+    target, images = make_target("resnet18"), make_images()
+    network, _ = Calibrator(target, SharedTarget(target))(other_weights("resnet18"), images)
+    plain = resnet18()
+    plain.fc = nn.Identity()
+    plain.load_state_dict(network.state_dict(), strict=True)
+    assert_close(features_of(plain.eval(), images), features_of(network, images), rtol=1e-4, atol=1e-4)
+
+
+def test_module_of_the_users_own_is_copied_and_left_as_it_is():
+    own = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1))
+    before = copy.deepcopy(own.state_dict())
+    target = build_target(own, 3, SIZE)
+    assert [conv.shape for conv in target.convs] == [(4, 3, 3, 3)]
+    assert target.network is not own and all(torch.equal(before[k], v) for k, v in own.state_dict().items())
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_what_cannot_be_predicted_is_refused_by_name(reason):
+    with pytest.raises(UserError, match=reason):
+        build_target(REFUSED[reason], 3, SIZE)
 
 
 @pytest.mark.parametrize(
-    "batch",
+    ("name", "size", "message"),
     [
-        80,
-        40,  # consecutive batches would hold a class each
-        79,  # and the last of them one image
+        ("convnet3", 7, "7 px.* needs 8"),
+        ("vgg", 32, "'vgg'.*convnet3"),
+        ("tests.nets:Missing", 32, "tests.nets:Missing: cannot be built .*Missing"),
+        ("no_such_package:Net", 32, "cannot be built .*no_such_package"),
+        ("tests.nets:broken", 32, "cannot be built .*no such luck"),
+        ("tests.nets:number", 32, "gives a int"),
+        (":", 32, "cannot be built"),
     ],
-)
-def test_calibration_in_several_batches_is_close_to_that_in_one(batch):
-    plain, images, weights = make_plain(), sorted_images(), other_weights()
-    with torch.no_grad():
-        expected = SharedTarget(plain)(images, weights)
-        network = calibrated_network(plain, SharedTarget(plain), weights, images, batch)
-        found = network(images)
-    assert network.block1.norm.num_batches_tracked == (1 if batch == 80 else 2)
-    assert (found - expected).norm() / expected.norm() < 0.05
-
-
-@pytest.mark.parametrize(
-    ("name", "size", "message"), [("convnet3", 7, "7 px.* needs 8"), ("vgg", 32, "'vgg'.*convnet3")]
 )
 def test_impossible_target_is_refused(name, size, message):
     with pytest.raises(UserError, match=message):

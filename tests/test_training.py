@@ -24,14 +24,14 @@ class PoisonedImages(StoreImages):
         self.bad = {tuple(group) for group in bad.tolist()}
 
     def __call__(self, indices):
-        images = super().__call__(indices)
-        return images * float("nan") if tuple(indices.tolist()) in self.bad else images
+        poison = [float("nan") if tuple(group) in self.bad else 1.0 for group in np.atleast_2d(indices).tolist()]
+        return super().__call__(indices) * torch.tensor(poison).view(-1, *[1] * (indices.ndim + 2))
 
 
 def make_trainer(digits, table, kind="pudnet", seed=0, images=None, model=None, **changes):
     torch.manual_seed(seed)
     target = build_target("convnet3", 1, 8)
-    network = StaticTrunk(target) if kind == "static_trunk" else PudNet(model or ModelConfig(), target, 1, 8)
+    network = StaticTrunk(target) if kind == "static_trunk" else PudNet(model or ModelConfig(), target)
     config = TrainConfig(**{"precision": "fp32", "report_every": 4, **changes})
     return Trainer(network, images or digits.images, table, digits.split.train_classes, config)
 

@@ -10,7 +10,7 @@ from pudnet.targets import ConvShape
 
 
 class WeightGenerator(nn.Module):
-    r"""One linear layer and two 1x1 convolutions, for one target layer.
+    r"""One linear layer and two 1x1 convolutions (as linear maps over channels), for one target layer.
 
     :math:`F = GELU(C_1\, GELU(L \hat a))` with L to (hid, f, f) and C_1 to (2 hid, f, f); then
     :math:`w = \sqrt{2 / fan\_in}\; C_2 F` with C_2 to (d_out d_in, f, f). So the kernels of a layer are
@@ -22,21 +22,21 @@ class WeightGenerator(nn.Module):
         super().__init__()
         d_out, d_in, f, _ = conv.shape
         self.conv = conv
-        self.maps = (width, *conv.shape[2:])
-        self.linear = nn.Linear(hidden, width * f * conv.shape[3])
-        self.mix = nn.Conv2d(width, 2 * width, 1)
-        self.expand = nn.Conv2d(2 * width, d_out * d_in, 1)
-        nn.init.normal_(self.expand.weight)
-        nn.init.zeros_(self.expand.bias)
+        self.positions = f * conv.shape[3]
+        self.linear = nn.Linear(hidden, width * self.positions)
+        self.mix = nn.Linear(width, 2 * width)
+        self.expand = nn.Parameter(torch.randn(d_out * d_in, 2 * width))
+        self.bias = nn.Parameter(torch.zeros(d_out * d_in, 1))
 
     def forward(self, context: Tensor) -> Tensor:
         """Context (..., m) -> weights (..., d_out, d_in, f, f)."""
         groups = context.shape[:-1]
-        maps = F.gelu(self.linear(context)).view(-1, *self.maps)  # (B, hid, f, f)
-        kernels = self.expand(F.gelu(self.mix(maps)))  # (B, d_out * d_in, f, f)
-        return self.conv.he_std * kernels.view(*groups, *self.conv.shape)
+        maps = F.gelu(self.linear(context)).view(*groups, -1, self.positions)  # (..., hid, f * f)
+        mixed = F.gelu(self.mix(maps.mT))  # (..., f * f, 2 hid)
+        kernels = self.expand @ (self.conv.he_std * mixed).mT + self.conv.he_std * self.bias
+        return kernels.view(*groups, *self.conv.shape)
 
     @torch.no_grad()
     def set_scale(self, context: Tensor) -> None:
         """Rescale the last layer so that `context` (m,) gives weights of He's standard deviation."""
-        self.expand.weight.mul_(self.conv.he_std / self(context).std())
+        self.expand.mul_(self.conv.he_std / self(context).std())

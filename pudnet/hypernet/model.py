@@ -9,7 +9,7 @@ from pudnet.config import ModelConfig
 from pudnet.hypernet.context import CONTEXTS
 from pudnet.hypernet.generator import WeightGenerator
 from pudnet.hypernet.sketch import Sketch
-from pudnet.targets import SharedTarget, Weights
+from pudnet.targets import SharedTarget, Target, Weights
 
 
 class PudNet(nn.Module):
@@ -18,22 +18,26 @@ class PudNet(nn.Module):
     Besides what predicts, it holds `shared`, what all groups share of the target.
     """
 
-    def __init__(self, config: ModelConfig, target: nn.Module, channels: int, image_size: int) -> None:
+    def __init__(self, config: ModelConfig, target: Target) -> None:
         super().__init__()
         self.config = config
         self.shared = SharedTarget(target)
-        convs = self.shared.convs
-        self.extractor = Sketch(config, channels, image_size) if config.sketch == "images" else None
+        size = (target.channels, target.image_size)
+        self.extractor = Sketch(config, *size) if config.sketch == "images" else None
         shape = (config.depth, config.hidden)
         self.constant = nn.Parameter(torch.randn(shape)) if config.sketch == "constant" else None
         self.register_buffer("random_state", torch.randn(shape) if config.initial_state == "random" else None)
-        self.context = CONTEXTS[config.context](config, len(convs))
-        self.generators = nn.ModuleList(WeightGenerator(conv, config.hidden, config.generator_hidden) for conv in convs)
-        self._set_scales(torch.randn(64, channels, image_size, image_size))
+        self.context = CONTEXTS[config.context](config, len(target.convs))
+        self.generators = nn.ModuleList(
+            WeightGenerator(conv, config.hidden, config.generator_hidden) for conv in target.convs
+        )
+        self._set_scales(torch.randn(64, target.channels, target.image_size, target.image_size))
 
     def sketch(self, images: Tensor) -> Tensor:
-        """Compress normalised images (N, C, H, W) to a sketch (l, m); the control returns its constant."""
-        return self.constant if self.extractor is None else self.extractor(images)
+        """Compress normalised images (..., N, C, H, W) to a sketch (..., l, m); the control returns its constant."""
+        if self.extractor is not None:
+            return self.extractor(images)
+        return self.constant.expand(*images.shape[:-4], *self.constant.shape)
 
     def generate(self, sketch: Tensor) -> Weights:
         """Predict all convolution weights from a sketch (..., l, m), in fp32 whatever the autocast."""

@@ -14,30 +14,34 @@ STRIDE = 2
 GROUPS = 8
 
 
-def _normalization(name: str, channels: int) -> nn.Module:
-    """`batch` is the paper's; `group` and `layer` see one image at a time.
+class Normalize(nn.Sequential):
+    """LeakyReLU and a normalisation: `batch` is the paper's; `group` and `layer` see one image at a time.
 
     BatchNorm fixes every channel's mean over the group, which is most of what a mean sketch can say, and
     its running statistics are not those that it was trained with; the other two have neither trouble, as long
     as more than one value is normalised together (more than 8 channels, or more than one position left).
     """
-    if name == "batch":
-        return nn.BatchNorm2d(channels)
-    return nn.GroupNorm(1 if name == "layer" else math.gcd(GROUPS, channels), channels)
+
+    def __init__(self, name: str, channels: int) -> None:
+        if name == "batch":
+            norm = nn.BatchNorm2d(channels)
+        else:
+            norm = nn.GroupNorm(1 if name == "layer" else math.gcd(GROUPS, channels), channels)
+        super().__init__(nn.LeakyReLU(), norm)
 
 
 def pool(features: Tensor, how: str) -> Tensor:
-    """Pool image features (N, d) over the group to (d,), or (2d,) for `mean_var` (table 9).
+    """Pool image features (..., N, d) over the group to (..., d), or (..., 2d) for `mean_var` (table 9).
 
     The geometric mean is of the softplus of the features, since it is defined for positive values only.
     """
     if how == "mean":
-        return features.mean(0)
+        return features.mean(-2)
     if how == "sum":
-        return features.sum(0)
+        return features.sum(-2)
     if how == "geometric_mean":
-        return F.softplus(features).clamp_min(1e-6).log().mean(0).exp()
-    return torch.cat([features.mean(0), features.var(0, unbiased=False)])
+        return F.softplus(features).clamp_min(1e-6).log().mean(-2).exp()
+    return torch.cat([features.mean(-2), features.var(-2, unbiased=False)], -1)
 
 
 class Sketch(nn.Module):
@@ -50,6 +54,7 @@ class Sketch(nn.Module):
     def __init__(self, config: ModelConfig, channels: int, image_size: int) -> None:
         super().__init__()
         self.pooling = config.pooling
+        self.alone = config.normalization != "batch"  # whether each image is normalised by itself
         self.shape = (config.depth, config.hidden)
         size = config.depth * config.hidden
         out = math.ceil(size / 2) if config.pooling == "mean_var" else size
@@ -61,14 +66,16 @@ class Sketch(nn.Module):
         side = image_size
         for d_in, d_out in zip(widths[:-1], widths[1:], strict=True):
             self.blocks.append(nn.Conv2d(d_in, d_out, 5, stride=STRIDE, padding=2))
-            self.blocks.append(nn.LeakyReLU())
-            self.blocks.append(_normalization(config.normalization, d_out))
+            self.blocks.append(Normalize(config.normalization, d_out))
             side = math.ceil(side / STRIDE)
         self.linear = nn.Linear(widths[-1] * side * side, out) if linear else None
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (N, C, H, W) -> sketch (l, m), in fp32."""
-        maps = self.blocks(images)  # (N, c, h, w)
-        features = maps.mean((2, 3)) if self.linear is None else self.linear(maps.flatten(1))  # (N, d)
-        pooled = pool(features.float(), self.pooling)
-        return pooled[: math.prod(self.shape)].view(self.shape)
+        """Images (..., N, C, H, W) -> sketch (..., l, m), in fp32. Leading dimensions are groups."""
+        if images.ndim > 4 and not self.alone:  # BatchNorm takes one group's statistics at a time
+            return torch.stack([self(group) for group in images])
+        groups = images.shape[:-3]
+        maps = self.blocks(images.flatten(0, -4))  # (B, c, h, w)
+        features = maps.mean((2, 3)) if self.linear is None else self.linear(maps.flatten(1))  # (B, d)
+        pooled = pool(features.float().view(*groups, -1), self.pooling)
+        return pooled[..., : math.prod(self.shape)].unflatten(-1, self.shape)

@@ -1,0 +1,236 @@
+"""What makes training fast on a CPU: the same arithmetic, arranged for groups of a few hundred small images.
+
+A step is bound by memory traffic and by three operators that torch's CPU back end does slowly at these sizes:
+BatchNorm and max-pooling of large maps, the weight gradient of convolutions on small maps, and convolutions
+whose kernel mostly meets padding. `accelerate` swaps them in place; parameters and their names stay.
+`benchmarks/training.py` has what each is worth.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from pudnet.hypernet.sketch import Normalize
+from pudnet.targets import Block
+
+SMALL_MAP = 16  # output positions up to which a weight gradient is faster as one matrix product
+COMPILE_SECONDS = 12.0  # all that is compiled, in a process that finds nothing in torch's cache
+SECONDS_SAVED = 2e-9  # by compiled kernels, an activation of the first layer and step
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep freed memory for the next step; without it every large tensor is paged in anew.
+
+    It costs nothing at a peak, but the process stays at its peak. Other C libraries are left as they are.
+    """
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return
+    m_trim_threshold, m_mmap_max = -1, -4  # malloc.h
+    mallopt(m_mmap_max, 0)
+    mallopt(m_trim_threshold, 2**31 - 1)
+
+
+def compiling_pays(groups: int, images: int, image_size: int) -> bool:
+    """Whether a run is long enough for torch.compile, and a C++ compiler is at hand."""
+    saved = groups * images * image_size**2 * 64 * SECONDS_SAVED
+    return saved > 2 * COMPILE_SECONDS and shutil.which(os.environ.get("CXX", "g++")) is not None
+
+
+def accelerate(model: nn.Module, compiled: bool) -> None:
+    """Swap the model's slow layers for those of this file, in place. `compiled`: those that need a compiler too."""
+    for module in model.modules():
+        if type(module) is nn.Conv2d:
+            module.__class__ = Conv2d
+        if compiled and type(module) is Block:
+            module.__class__ = FusedBlock
+        if compiled and type(module) is Normalize and isinstance(module[1], nn.GroupNorm):
+            module.__class__ = FusedNormalize
+
+
+class Conv2d(nn.Conv2d):
+    """`nn.Conv2d` without the taps that only meet padding, and with the weight gradient of small maps as a product.
+
+    Of a 3x3 kernel on the 1x1 maps that ResNets make of 32 px images, one tap in nine sees anything.
+    """
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (N, d_in, H, W) -> (N, d_out, H', W')."""
+        plain = self.groups == 1 and self.dilation == (1, 1) and self.padding_mode == "zeros"
+        if not plain or isinstance(self.padding, str):
+            return super().forward(images)
+        if torch.is_autocast_enabled("cpu"):
+            dtype = torch.get_autocast_dtype("cpu")
+            images, weight = images.to(dtype), self.weight.to(dtype)
+        else:
+            weight = self.weight
+        sizes = zip(images.shape[2:], self.kernel_size, self.stride, self.padding, strict=True)
+        rows, columns = (useful_taps(*size) for size in sizes)
+        weight = weight[:, :, rows, columns]
+        padding = (self.padding[0] - rows.start, self.padding[1] - columns.start)
+        output = _Convolution.apply(images, weight, self.stride, padding)
+        return output if self.bias is None else output + self.bias.to(output.dtype)[:, None, None]
+
+
+def useful_taps(size: int, kernel: int, stride: int, padding: int) -> slice:
+    """The taps of a kernel that meet more than padding, along one axis of `size` pixels.
+
+    All of them, unless the padding left over is the same on both sides.
+    """
+    outputs = (size + 2 * padding - kernel) // stride + 1
+    seen = [t for t in range(kernel) if any(0 <= o * stride - padding + t < size for o in range(outputs))]
+    first, last = seen[0], seen[-1] + 1
+    rest = padding - first
+    same = rest >= 0 and (size + 2 * rest - (last - first)) // stride + 1 == outputs
+    return slice(first, last) if same else slice(0, kernel)
+
+
+def patches(images: Tensor, kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int]) -> Tensor:
+    """Images (N, d, H, W), channels_last -> the patches a convolution sees (N * H' * W', kh * kw * d)."""
+    vertical, horizontal = padding
+    padded = F.pad(images.permute(0, 2, 3, 1), (0, 0, horizontal, horizontal, vertical, vertical))
+    windows = padded.unfold(1, kernel[0], stride[0]).unfold(2, kernel[1], stride[1])  # (N, H', W', d, kh, kw)
+    return windows.permute(0, 1, 2, 4, 5, 3).flatten(3).flatten(0, 2)
+
+
+class _Convolution(torch.autograd.Function):
+    """A convolution whose weight gradient on small maps is one product, of patches with the output's gradient."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, images: Tensor, weight: Tensor, stride: tuple, padding: tuple) -> Tensor:
+        ctx.save_for_backward(images, weight)
+        ctx.stride, ctx.padding = stride, padding
+        return F.conv2d(images, weight, None, stride, padding)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
+        images, weight = ctx.saved_tensors
+        small = gradient.shape[2] * gradient.shape[3] <= SMALL_MAP
+        needed = [ctx.needs_input_grad[0], ctx.needs_input_grad[1] and not small, False]
+        of_images = of_weight = None
+        if any(needed):
+            of_images, of_weight, _ = torch.ops.aten.convolution_backward(
+                gradient, images, weight, None, ctx.stride, ctx.padding, (1, 1), False, (0, 0), 1, needed
+            )
+        if small:
+            seen = patches(images, weight.shape[2:], ctx.stride, ctx.padding)
+            flat = gradient.permute(0, 2, 3, 1).flatten(0, 2)  # (N * H' * W', d_out)
+            of_weight = (flat.T @ seen).view(len(weight), *weight.shape[2:], -1).permute(0, 3, 1, 2)
+        return of_images, of_weight, None, None
+
+
+class FusedBlock(Block):
+    """ConvNet-3's block with BatchNorm, pooling and ReLU as compiled kernels, on the images' own statistics."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (N, d_in, H, W) -> (N, d_out, H // 2, W // 2)."""
+        maps = self.conv(images)
+        if maps.shape[2] % 2 or maps.shape[3] % 2:  # the kernels take whole windows; odd maps are small
+            return self.relu(self.pool(self.norm(maps)))
+        rows = maps.permute(0, 2, 3, 1).contiguous()
+        return _NormPoolReLU.apply(rows, self.norm.weight, self.norm.bias, self.norm.eps).permute(0, 3, 1, 2)
+
+
+class _NormPoolReLU(torch.autograd.Function):
+    r"""BatchNorm on the batch's statistics, 2x2 max-pooling and ReLU, forward and backward in two passes each.
+
+    :math:`y = a x + b` with :math:`a = \gamma / \sigma`, :math:`b = \beta - a \mu`; of every window the
+    largest y, if positive, passes, and `winner` says which (4: none). Backward, with g the gradient at winners
+    and 0 elsewhere, and P values a channel: :math:`dx = a (g - (\sum g + \hat x \sum g \hat x) / P)`.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        mean, deviation = _kernel(_statistics)(x, eps)
+        a = weight / deviation
+        pooled, winner = _kernel(_pool)(_windows(x), a, bias - a * mean)
+        ctx.save_for_backward(x, winner, a, mean, deviation)
+        return pooled
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        x, winner, a, mean, deviation = ctx.saved_tensors
+        gradient, windows = gradient.contiguous(), _windows(x)
+        total, product = _kernel(_sums)(windows, gradient, winner, mean)
+        product = product / deviation
+        count = x.numel() / x.shape[-1]
+        slope = -a * product / deviation / count
+        dx = _kernel(_spread)(windows, gradient, winner, a, -a * total / count - slope * mean, slope)
+        return dx.view(x.shape), product, total, None
+
+
+class FusedNormalize(Normalize):
+    """The sketch's LeakyReLU and GroupNorm as one compiled kernel, where there is a gradient to compute."""
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """Maps (N, C, H, W) -> maps of the same shape."""
+        if not torch.is_grad_enabled():
+            return super().forward(maps)
+        return _kernel(_leaky_group_norm)(maps, self[1].num_groups, self[1].weight, self[1].bias)
+
+
+def _leaky_group_norm(maps: Tensor, groups: int, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.group_norm(F.leaky_relu(maps), groups, weight, bias)
+
+
+def _windows(x: Tensor) -> Tensor:
+    """Maps (N, H, W, C) as windows (N, H / 2, 2, W / 2, 2, C); nothing is moved."""
+    n, height, width, channels = x.shape
+    return x.view(n, height // 2, 2, width // 2, 2, channels)
+
+
+def _corners(windows: Tensor) -> list[Tensor]:
+    return [windows[:, :, i, :, j].float() for i in (0, 1) for j in (0, 1)]
+
+
+def _statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Mean and deviation (C,) of maps (N, H, W, C). Shifted by one pixel, so that a large mean costs no digits."""
+    shift = x[0, 0, 0].float()
+    values = x.flatten(0, 2).float() - shift
+    mean = values.sum(0) / len(values)
+    variance = (values * values).sum(0) / len(values) - mean * mean
+    return mean + shift, (variance.clamp_min(0) + eps).sqrt()
+
+
+def _pool(windows: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest value of each window (N, h, w, C) if positive, and where it stood, 0..3, or 4 for none."""
+    c = [corner * a + b for corner in _corners(windows)]
+    top, bottom = torch.maximum(c[0], c[1]), torch.maximum(c[2], c[3])
+    largest = torch.maximum(top, bottom)
+    winner = torch.where(top >= bottom, torch.where(c[0] >= c[1], 0.0, 1.0), torch.where(c[2] >= c[3], 2.0, 3.0))
+    return largest.relu().to(windows.dtype), torch.where(largest > 0, winner, 4.0).to(torch.uint8)
+
+
+def _sums(windows: Tensor, gradient: Tensor, winner: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums (C,) over winners of the gradient, and of the gradient times the winner's distance to the mean."""
+    place, g = winner.float(), gradient.float()
+    chosen = sum(torch.where(place == i, corner, 0.0) for i, corner in enumerate(_corners(windows)))
+    g = torch.where(place < 4, g, 0.0)
+    return g.flatten(0, 2).sum(0), (g * (chosen - mean)).flatten(0, 2).sum(0)
+
+
+def _spread(windows: Tensor, gradient: Tensor, winner: Tensor, a: Tensor, level: Tensor, slope: Tensor) -> Tensor:
+    """The gradient (N, h, 2, w, 2, C) of the maps: `level + slope * x`, and `a * g` where the winner stood."""
+    corner = torch.arange(4, dtype=torch.float32).view(2, 1, 2, 1)
+    here = winner[:, :, None, :, None].float() == corner
+    g = torch.where(here, gradient[:, :, None, :, None].float() * a, 0.0)
+    return (g + level + slope * windows.float()).to(windows.dtype)
+
+
+@cache
+def _kernel(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of this file, compiled once a process and size of maps: slower code comes of one for all sizes."""
+    return torch.compile(function, dynamic=False)

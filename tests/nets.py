@@ -1,0 +1,85 @@
+"""Networks that are not ours: what a user may name as a target, and what must be refused."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
+
+
+class Depthwise(nn.Module):
+    """Grouped and depthwise convolutions, a bias, a linear layer; defined in another order than used."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.head = nn.Linear(24, 10)
+        self.point = nn.Conv2d(8, 24, 1)
+        self.depth = nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False)
+        self.stem = nn.Conv2d(channels, 8, (3, 5), stride=2, padding=(1, 2), bias=False)
+        self.grouped = nn.Conv2d(24, 24, 3, padding=1, groups=4, bias=False)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(d) for d in (8, 8, 24))
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps = self.norms[0](self.stem(images)).relu()
+        maps = self.norms[1](self.depth(maps)).relu()
+        maps = self.norms[2](self.grouped(self.point(maps))).relu()
+        return self.head(maps.mean((2, 3)))
+
+
+class Wrapped(nn.Module):
+    """One layer that a test chooses, and a convolution."""
+
+    def __init__(self, layer: nn.Module, use: bool = True):
+        super().__init__()
+        self.stem, self.layer, self.use = nn.Conv2d(3, 4, 3), layer, use
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps = self.stem(images)
+        return self.layer(maps) if self.use else maps
+
+
+def tied() -> nn.Module:
+    """Two layers with one weight."""
+    network = nn.Sequential(nn.Conv2d(3, 3, 3), nn.Conv2d(3, 3, 3))
+    network[1].weight = network[0].weight
+    return network
+
+
+class Pair(nn.Module):
+    """Gives more than features."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        return images, self.conv(images)
+
+
+def broken() -> nn.Module:
+    """Cannot be built."""
+    raise ValueError("no such luck")
+
+
+def number() -> int:
+    """Not a network."""
+    return 3
+
+
+REFUSED = {
+    "layer .*ConvTranspose2d": Wrapped(nn.ConvTranspose2d(4, 4, 3)),
+    "layer layer is a Conv1d": Wrapped(nn.Conv1d(4, 4, 3), use=False),
+    "layer layer is a LazyConv2d": Wrapped(nn.LazyConv2d(4, 3)),
+    "layer layer .*InstanceNorm2d.* running statistics": Wrapped(nn.InstanceNorm2d(4, track_running_stats=True)),
+    "layer layer .*BatchNorm2d.* no running statistics": Wrapped(nn.BatchNorm2d(4, track_running_stats=False)),
+    "weight of layer layer is parametrized": Wrapped(weight_norm(nn.Conv2d(4, 4, 3))),
+    "layer layer takes no part": Wrapped(nn.Conv2d(4, 4, 3), use=False),
+    "layers 0 and 1 share one weight": tied(),
+    "no Conv2d": nn.Sequential(nn.Flatten(), nn.Linear(3, 3)),
+    "one feature tensor": Pair(),
+    "cannot take images of 16 px with 3 channel": nn.Sequential(nn.Conv2d(5, 4, 3)),
+}
+
+
+def features_of(network: nn.Module, images: Tensor) -> Tensor:
+    """A plain network's features, flat."""
+    with torch.no_grad():
+        return network(images).flatten(1)
