@@ -241,10 +241,11 @@ class SharedTarget(nn.Module):
             return self._one(images, weights)
         if images.device.type != "cpu" and len(images) > 1:
             return self.together(images, weights)
-        each = zip(
-            images, *(one.unbind() if len(one) > 1 else [one.squeeze(0)] for one in weights.values()), strict=True
-        )
-        return torch.stack([self._one(group, dict(zip(weights, own, strict=True))) for group, *own in each])
+        features = []
+        for g, group in enumerate(images):
+            own = {name: each.squeeze(0) if len(images) == 1 else each[g] for name, each in weights.items()}
+            features.append(self._one(group, own))
+        return torch.stack(features)
 
     def together(self, images: Tensor, weights: Weights) -> Tensor:
         """`forward` of several groups (G, N, C, H, W) as one vectorised call."""
