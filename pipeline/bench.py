@@ -23,9 +23,9 @@ from pipeline.trial import pick_device
 from pudnet.data.groups import Split, open_groups
 from pudnet.data.images import StoreImages
 from pudnet.data.store import Store, open_store
+from pudnet.device import wants_bf16
 from pudnet.evaluation import FROM, stratified_interval, twin_accuracies
 from pudnet.predictor import Predictor
-from pudnet.training import wants_bf16
 
 
 @dataclass(frozen=True)

@@ -48,11 +48,13 @@ def compiling_pays(groups: int, images: int, image_size: int) -> bool:
     return saved > 2 * COMPILE_SECONDS and shutil.which(os.environ.get("CXX", "g++")) is not None
 
 
-def accelerate(model: nn.Module, compiled: bool) -> None:
+def accelerate(model: nn.Module, compiled: bool = False) -> None:
     """Swap the model's slow layers for those of this file, in place. `compiled`: those that need a compiler too."""
     for module in model.modules():
         if type(module) is nn.Conv2d:
             module.__class__ = Conv2d
+        if type(module) is nn.MaxPool2d and module.kernel_size == module.stride == 2:
+            module.__class__ = MaxPool2x2
         if compiled and type(module) is Block:
             module.__class__ = FusedBlock
         if compiled and type(module) is Normalize and isinstance(module[1], nn.GroupNorm):
@@ -79,7 +81,10 @@ class Conv2d(nn.Conv2d):
         rows, columns = (useful_taps(*size) for size in sizes)
         weight = weight[:, :, rows, columns]
         padding = (self.padding[0] - rows.start, self.padding[1] - columns.start)
-        output = _Convolution.apply(images, weight, self.stride, padding)
+        if torch.is_grad_enabled():
+            output = _Convolution.apply(images, weight, self.stride, padding)
+        else:
+            output = F.conv2d(images, weight, None, self.stride, padding)
         return output if self.bias is None else output + self.bias.to(output.dtype)[:, None, None]
 
 
@@ -129,6 +134,17 @@ class _Convolution(torch.autograd.Function):
             flat = gradient.permute(0, 2, 3, 1).flatten(0, 2)  # (N * H' * W', d_out)
             of_weight = (flat.T @ seen).view(len(weight), *weight.shape[2:], -1).permute(0, 3, 1, 2)
         return of_images, of_weight, None, None
+
+
+class MaxPool2x2(nn.MaxPool2d):
+    """2x2 max-pooling as three elementwise maxima, where there is no gradient to compute."""
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """Maps (N, C, H, W) -> (N, C, H // 2, W // 2)."""
+        if torch.is_grad_enabled() or maps.shape[2] % 2 or maps.shape[3] % 2 or self.padding or self.ceil_mode:
+            return super().forward(maps)
+        rows = torch.maximum(maps[:, :, ::2], maps[:, :, 1::2])
+        return torch.maximum(rows[..., ::2], rows[..., 1::2])
 
 
 class FusedBlock(Block):

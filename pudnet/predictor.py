@@ -20,7 +20,9 @@ from torch import Tensor, nn
 
 from pudnet.config import ModelConfig, default_extractor, parse
 from pudnet.controls import StaticTrunk
+from pudnet.cpu import accelerate, keep_freed_memory
 from pudnet.data.images import normalize
+from pudnet.device import wants_bf16
 from pudnet.errors import UserError
 from pudnet.hypernet import PudNet
 from pudnet.objective import centroids, metric_logits
@@ -28,8 +30,9 @@ from pudnet.targets import Calibrator, Target, Weights, build_target, is_import_
 
 METADATA = "pudnet"  # one key: safetensors orders several at random, and the file's hash would change
 FORMAT = 2
-SKETCH_IMAGES = 100  # how few are enough: benchmarks/README.md
-CALIBRATION_IMAGES = 100
+SKETCH_IMAGES = 50  # how few are enough: benchmarks/README.md
+CALIBRATION_IMAGES = 50
+CHUNK = 500  # images at a time where they do not depend on each other
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -107,7 +110,7 @@ class PredictedNetwork(nn.Module):
         return normalize(as_pixels(images, self.card).to(self.mean.device), self.mean, self.std)
 
     @torch.no_grad()
-    def features(self, images: np.ndarray | Tensor, batch: int = 500) -> Tensor:
+    def features(self, images: np.ndarray | Tensor, batch: int = CHUNK) -> Tensor:
         """The target's output, (N, d), for images as `normalize` takes them."""
         chunks = as_pixels(images, self.card).to(self.mean.device).split(batch)
         return torch.cat([self.body(normalize(chunk, self.mean, self.std)).flatten(1) for chunk in chunks])
@@ -117,7 +120,7 @@ class PredictedNetwork(nn.Module):
         return metric_logits(self.features(images), self.centroids, self.card.temperature)
 
     @torch.no_grad()
-    def logits(self, normalized: Tensor, batch: int = 1000) -> Tensor:
+    def logits(self, normalized: Tensor, batch: int = CHUNK) -> Tensor:
         """`forward` on images (N, C, H, W) that are normalised already."""
         features = torch.cat([self.body(chunk).flatten(1) for chunk in normalized.split(batch)])
         return metric_logits(features, self.centroids, self.card.temperature)
@@ -209,6 +212,8 @@ class Predictor:
     `predict` is the one call; its steps stand alone, on normalised images, for evaluation and timing. The sketch
     and BatchNorm's statistics are averages, and a part of a group's images is enough for them: `sketch_images`
     and `calibration_images` are how many, spread evenly over its classes (the first of each; at least one).
+    Statistics are taken in bf16 where the device has it; the network itself is fp32, as it is exported. On a
+    CPU the process keeps the memory that it frees (`keep_freed_memory`).
     """
 
     def __init__(
@@ -222,8 +227,12 @@ class Predictor:
         self.model, self.card, self.target = model.eval(), card, target
         self.sketch_images, self.calibration_images = sketch_images, calibration_images
         self.device = next(model.parameters()).device
+        self.bf16 = wants_bf16("auto", self.device)
         target.network.to(self.device, memory_format=torch.channels_last)
         self.calibrate = Calibrator(target, model.shared)
+        if self.device.type == "cpu":
+            keep_freed_memory()
+            accelerate(self.calibrate.empty)
         self.mean, self.std = (torch.tensor(v, device=self.device) for v in (card.mean, card.std))
 
     @classmethod
@@ -278,11 +287,12 @@ class Predictor:
         networks = []
         for first in range(0, len(groups), batch):
             prepared = [self._prepare(images, labels) for images, labels in groups[first : first + batch]]
+            sketches = torch.stack([self.sketch(images, labels) for images, labels, _ in prepared])
             with torch.no_grad():
-                sketches = torch.stack([self.sketch(images, labels) for images, labels, _ in prepared])
                 weights = self.model.generate(sketches)
-            for g, (images, labels, classes) in enumerate(prepared):
-                networks.append(self.network({n: w[g] for n, w in weights.items()}, images, labels, classes))
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+                for g, (images, labels, classes) in enumerate(prepared):
+                    networks.append(self.network({n: w[g] for n, w in weights.items()}, images, labels, classes))
         return networks
 
     def _prepare(self, images: np.ndarray | Tensor, labels: Sequence | np.ndarray | Tensor) -> tuple:
@@ -307,9 +317,13 @@ class Predictor:
 
     @torch.no_grad()
     def sketch(self, images: Tensor, labels: Tensor) -> Tensor:
-        """The sketch (l, m) of a group, from `sketch_images` of its normalised images (N, C, H, W)."""
+        """The sketch (l, m) of a group, from `sketch_images` of its normalised images (N, C, H, W).
+
+        In fp32: to cast the extractor's weights would cost more than so few images save.
+        """
         share = math.ceil(self.sketch_images / (int(labels.max()) + 1))
-        return self.model.sketch(images[first_rows(labels, share)])
+        with torch.autocast(self.device.type, enabled=False):
+            return self.model.sketch(images[first_rows(labels, share)])
 
     @torch.no_grad()
     def network(self, weights: Weights, images: Tensor, labels: Tensor, classes: tuple) -> PredictedNetwork:
@@ -319,7 +333,7 @@ class Predictor:
         body, features = self.calibrate(weights, images[chosen])
         if share < support:
             chosen = first_rows(labels, support)
-            features = torch.cat([body(chunk).flatten(1) for chunk in images[chosen].split(CALIBRATION_IMAGES)])
+            features = torch.cat([body(chunk).flatten(1) for chunk in images[chosen].split(CHUNK)])
         rows = first_rows(labels[chosen], support)
         found = centroids(features[rows], labels[chosen][rows], len(classes))
         return PredictedNetwork(body, found, self.network_card(classes))

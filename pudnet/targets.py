@@ -268,15 +268,15 @@ class Calibrator:
         for module in self.empty.modules():
             if isinstance(module, nn.Conv2d):
                 module.weight = None
-        self.empty.load_state_dict(shared.body.state_dict(), strict=False)
+        for name, parameter in shared.body.named_parameters():
+            _put(self.empty, name, parameter)  # the very same, so that they stay as the model has them
 
     @torch.no_grad()
     def __call__(self, weights: Weights, images: Tensor) -> tuple[nn.Module, Tensor]:
         """One group's weights and images (N, C, H, W) -> its network, and the images' features (N, d)."""
         network = copy.deepcopy(self.empty)
         for name, weight in weights.items():
-            path, _, attribute = name.rpartition(".")
-            setattr(network.get_submodule(path), attribute, nn.Parameter(weight, requires_grad=False))
+            _put(network, name, nn.Parameter(weight, requires_grad=False))
         calibrated = [(norm, norm.momentum, norm.register_forward_hook(_make_biased)) for norm in norms(network)]
         for norm, _, _ in calibrated:
             norm.train()
@@ -287,6 +287,11 @@ class Calibrator:
             norm.eval()
             norm.momentum = momentum
         return network, features
+
+
+def _put(network: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    path, _, attribute = name.rpartition(".")
+    setattr(network.get_submodule(path), attribute, parameter)
 
 
 def _make_biased(norm: _BatchNorm, inputs: tuple[Tensor], output: Tensor) -> None:

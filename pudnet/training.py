@@ -17,6 +17,7 @@ from pudnet.config import TrainConfig
 from pudnet.controls import StaticTrunk
 from pudnet.cpu import accelerate, compiling_pays, keep_freed_memory
 from pudnet.data.images import StoreImages
+from pudnet.device import wants_bf16
 from pudnet.errors import RunFailed, UserError
 from pudnet.hypernet import PudNet
 from pudnet.objective import Losses, Objective
@@ -24,15 +25,6 @@ from pudnet.objective import Losses, Objective
 logger = logging.getLogger(__name__)
 
 MAX_ROLLBACKS = 3  # in a row
-
-
-def wants_bf16(precision: str, device: torch.device) -> bool:
-    """Resolve `auto`: bf16 where the processor has instructions for it, else fp32."""
-    if precision != "auto":
-        return precision == "bf16"
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()  # no public name in torch 2.15
 
 
 @dataclass(frozen=True)

@@ -199,17 +199,17 @@ def test_batch_norm_on_one_position_makes_all_sketches_the_same(normalization, s
 def test_generator_is_a_linear_layer_and_two_1x1_convolutions(f):
     torch.manual_seed(0)
     generator = WeightGenerator(ConvShape("conv", (5, 2, f, f)), hidden=16, width=4)
-    torch.nn.init.normal_(generator.bias)
+    torch.nn.init.normal_(generator.expand[:, -1:])
     context = noise(3, 16)
     gelu = np.vectorize(lambda x: x * (1 + math.erf(x / math.sqrt(2))) / 2)
     (w_l, b_l), (w_1, b_1) = (arrays(m) for m in (generator.linear, generator.mix))
-    w_2, b_2 = (p.detach().double().numpy() for p in (generator.expand, generator.bias[:, 0]))
+    w_2, b_2 = np.split(generator.expand.detach().double().numpy(), [8], 1)
     for found, a in zip(generator(context), context.double().numpy(), strict=True):
         maps = gelu(w_l @ a + b_l).reshape(4, f, f)
         kernels = np.empty((10, f, f))
         for y in range(f):
             for x in range(f):
-                kernels[:, y, x] = w_2 @ gelu(w_1 @ maps[:, y, x] + b_1) + b_2
+                kernels[:, y, x] = w_2 @ gelu(w_1 @ maps[:, y, x] + b_1) + b_2[:, 0]
         expected = math.sqrt(2 / (2 * f * f)) * kernels.reshape(5, 2, f, f)
         assert_close(found.double(), torch.tensor(expected), rtol=1e-4, atol=1e-5)
 
@@ -218,7 +218,7 @@ def test_generator_is_a_linear_layer_and_two_1x1_convolutions(f):
 def test_weights_of_a_layer_span_few_dimensions_whatever_its_size(bias):
     torch.manual_seed(0)
     generator = WeightGenerator(ConvShape("conv", (16, 16, 3, 3)), hidden=64, width=4).double()
-    torch.nn.init.constant_(generator.bias, bias)
+    torch.nn.init.constant_(generator.expand[:, -1:], bias)
     with torch.no_grad():
         weights = generator(3 * noise(400, 64).double()).flatten(1)  # (400, 2304)
     assert torch.linalg.matrix_rank(weights) == 2 * 4 * 9 + bias

@@ -117,6 +117,16 @@ def test_calibrated_network_gives_the_groups_own_features_in_eval_mode(name):
     assert all(torch.equal(before[key], tensor) for key, tensor in target.network.state_dict().items())
 
 
+def test_calibrated_network_has_what_is_shared_as_it_is_now():
+    target, images = make_target(), make_images()
+    shared = SharedTarget(target)
+    calibrate = Calibrator(target, shared)
+    with torch.no_grad():
+        norms(shared.body)[2].bias.fill_(7)  # learned, or loaded, since
+    network, _ = calibrate(other_weights(), images)
+    assert (norms(network)[2].bias == 7).all() and norms(network)[2].bias is not norms(shared.body)[2].bias
+
+
 def test_calibrated_network_judges_each_image_alone():
     target = make_target()
     network, _ = Calibrator(target, SharedTarget(target))(other_weights(), make_images())

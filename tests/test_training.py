@@ -7,10 +7,11 @@ import torch
 from pudnet.config import VARIANTS, ModelConfig, TrainConfig, apply_variant
 from pudnet.controls import StaticTrunk
 from pudnet.data.images import StoreImages
+from pudnet.device import wants_bf16
 from pudnet.errors import RunFailed, UserError
 from pudnet.hypernet import PudNet
 from pudnet.targets import build_target
-from pudnet.training import Trainer, wants_bf16
+from pudnet.training import Trainer
 
 KINDS = ["pudnet", "static_trunk"]
 CPU = torch.device("cpu")

@@ -25,16 +25,17 @@ class WeightGenerator(nn.Module):
         self.positions = f * conv.shape[3]
         self.linear = nn.Linear(hidden, width * self.positions)
         self.mix = nn.Linear(width, 2 * width)
-        self.expand = nn.Parameter(torch.randn(d_out * d_in, 2 * width))
-        self.bias = nn.Parameter(torch.zeros(d_out * d_in, 1))
+        bias = torch.zeros(d_out * d_in, 1)  # the last column: one product does all, and does it once
+        self.expand = nn.Parameter(torch.cat([torch.randn(d_out * d_in, 2 * width), bias], 1))
 
     def forward(self, context: Tensor) -> Tensor:
         """Context (..., m) -> weights (..., d_out, d_in, f, f)."""
         groups = context.shape[:-1]
         maps = F.gelu(self.linear(context)).view(*groups, -1, self.positions)  # (..., hid, f * f)
-        mixed = F.gelu(self.mix(maps.mT))  # (..., f * f, 2 hid)
-        kernels = self.expand @ (self.conv.he_std * mixed).mT + self.conv.he_std * self.bias
-        return kernels.view(*groups, *self.conv.shape)
+        mixed = F.pad(F.gelu(self.mix(maps.mT)), (0, 1), value=1.0)  # (..., f * f, 2 hid + 1)
+        columns = self.conv.he_std * mixed.flatten(0, -2)  # (B * f * f, 2 hid + 1)
+        kernels = (self.expand @ columns.T).view(len(self.expand), *groups, -1)  # (d_out * d_in, ..., f * f)
+        return kernels.movedim(0, -2).reshape(*groups, *self.conv.shape)
 
     @torch.no_grad()
     def set_scale(self, context: Tensor) -> None:
