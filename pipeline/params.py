@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -25,10 +26,12 @@ from pudnet.config import (
 )
 from pudnet.data.groups import GroupSizes
 from pudnet.errors import UserError
+from pudnet.hypernet import PudNet
 from pudnet.settings import Setting, get_setting
-from pudnet.targets import TARGETS, is_import_path
+from pudnet.targets import TARGETS, build_target, is_import_path
 
 PARAMS = Path("params.yaml")
+MUCH_LARGER = 8.0  # generator parameters a weight; 3x3 layers have 4 at generator_hidden 16, 1x1 layers 33
 Seed = Annotated[int, Field(ge=0)]
 
 
@@ -242,11 +245,28 @@ def _check_space(params: Params) -> None:
         params.configured(cell)
 
 
+def check(params: Params) -> None:
+    """Build the hypernetwork once, so that a target which cannot be predicted stops here, and say how large it is."""
+    target = build_target(params.target, params.prepare.channels, params.prepare.image_size)
+    model = PudNet(params.model, target)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    print(
+        f"check: {params.setting}, {params.target}, {params.variant}: params.yaml is sound; a hypernetwork of "
+        f"{parameters:,} parameters writes the {target.predicted:,} weights of {len(target.convs)} convolutions"
+    )
+    if model.generator_ratio > MUCH_LARGER:
+        print(
+            f"warning: the weight generators have {model.generator_ratio:.0f} parameters for each weight that they "
+            f"write; model.generator_hidden, now {params.model.generator_hidden}, is what to lower",
+            file=sys.stderr,
+        )
+
+
 def main() -> None:
     """Stage `check`: read params.yaml as every stage does, and say what is in force."""
     from pipeline.stage import run_stage
 
-    run_stage(lambda params: print(f"check: {params.setting}, {params.target}, {params.variant}: params.yaml is sound"))
+    run_stage(check)
 
 
 if __name__ == "__main__":

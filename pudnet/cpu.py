@@ -163,28 +163,28 @@ class _NormPoolReLU(torch.autograd.Function):
     r"""BatchNorm on the batch's statistics, 2x2 max-pooling and ReLU, forward and backward in two passes each.
 
     :math:`y = a x + b` with :math:`a = \gamma / \sigma`, :math:`b = \beta - a \mu`; of every window the
-    largest y, if positive, passes, and `winner` says which (4: none). Backward, with g the gradient at winners
+    largest y, if positive, passes, and `place` says which (4: none). Backward, with g the gradient at winners
     and 0 elsewhere, and P values a channel: :math:`dx = a (g - (\sum g + \hat x \sum g \hat x) / P)`.
     """
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-        mean, deviation = _kernel(_statistics)(x, eps)
+        mean, deviation = _statistics(x, eps)
         a = weight / deviation
-        pooled, winner = _kernel(_pool)(_windows(x), a, bias - a * mean)
-        ctx.save_for_backward(x, winner, a, mean, deviation)
+        pooled, winner, place = _kernel(_pool)(_windows(x), a, bias - a * mean)
+        ctx.save_for_backward(x, winner, place, a, mean, deviation)
         return pooled
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        x, winner, a, mean, deviation = ctx.saved_tensors
-        gradient, windows = gradient.contiguous(), _windows(x)
-        total, product = _kernel(_sums)(windows, gradient, winner, mean)
+        x, winner, place, a, mean, deviation = ctx.saved_tensors
+        gradient = gradient.contiguous()
+        total, product = (each.sum(0) for each in _kernel(_sums)(gradient, winner, place, mean))
         product = product / deviation
         count = x.numel() / x.shape[-1]
         slope = -a * product / deviation / count
-        dx = _kernel(_spread)(windows, gradient, winner, a, -a * total / count - slope * mean, slope)
+        dx = _kernel(_spread)(_windows(x), gradient, place, a, -a * total / count - slope * mean, slope)
         return dx.view(x.shape), product, total, None
 
 
@@ -208,40 +208,42 @@ def _windows(x: Tensor) -> Tensor:
     return x.view(n, height // 2, 2, width // 2, 2, channels)
 
 
-def _corners(windows: Tensor) -> list[Tensor]:
-    return [windows[:, :, i, :, j].float() for i in (0, 1) for j in (0, 1)]
-
-
 def _statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Mean and deviation (C,) of maps (N, H, W, C). Shifted by one pixel, so that a large mean costs no digits."""
-    shift = x[0, 0, 0].float()
-    values = x.flatten(0, 2).float() - shift
-    mean = values.sum(0) / len(values)
-    variance = (values * values).sum(0) / len(values) - mean * mean
-    return mean + shift, (variance.clamp_min(0) + eps).sqrt()
+    shift, count = x[0, 0, 0].float(), x.numel() / x.shape[-1]
+    total, squares = (each.sum(0) / count for each in _kernel(_moments)(x, shift))
+    return total + shift, ((squares - total * total).clamp_min(0) + eps).sqrt()
 
 
-def _pool(windows: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest value of each window (N, h, w, C) if positive, and where it stood, 0..3, or 4 for none."""
-    c = [corner * a + b for corner in _corners(windows)]
-    top, bottom = torch.maximum(c[0], c[1]), torch.maximum(c[2], c[3])
-    largest = torch.maximum(top, bottom)
-    winner = torch.where(top >= bottom, torch.where(c[0] >= c[1], 0.0, 1.0), torch.where(c[2] >= c[3], 2.0, 3.0))
-    return largest.relu().to(windows.dtype), torch.where(largest > 0, winner, 4.0).to(torch.uint8)
+def _moments(x: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums (N, C) over each image of its maps (N, H, W, C) less `shift`, and of their squares."""
+    values = x.flatten(1, 2).float() - shift
+    return values.sum(1), (values * values).sum(1)
 
 
-def _sums(windows: Tensor, gradient: Tensor, winner: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums (C,) over winners of the gradient, and of the gradient times the winner's distance to the mean."""
-    place, g = winner.float(), gradient.float()
-    chosen = sum(torch.where(place == i, corner, 0.0) for i, corner in enumerate(_corners(windows)))
-    g = torch.where(place < 4, g, 0.0)
-    return g.flatten(0, 2).sum(0), (g * (chosen - mean)).flatten(0, 2).sum(0)
+def _pool(windows: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each window (N, h, w, C): `a * x + b` where it is largest, or 0; that x; its place, 0..3, 4 for none."""
+    x = [windows[:, :, i, :, j].float() for i in (0, 1) for j in (0, 1)]
+    y = [corner * a + b for corner in x]
+    top, bottom = torch.maximum(y[0], y[1]), torch.maximum(y[2], y[3])
+    left, right = y[0] >= y[1], y[2] >= y[3]
+    upper, largest = top >= bottom, torch.maximum(top, bottom)
+    winner = torch.where(upper, torch.where(left, x[0], x[1]), torch.where(right, x[2], x[3]))
+    place = torch.where(upper, torch.where(left, 0.0, 1.0), torch.where(right, 2.0, 3.0))
+    place = torch.where(largest > 0, place, 4.0)
+    return largest.relu().to(windows.dtype), winner.to(windows.dtype), place.to(torch.uint8)
 
 
-def _spread(windows: Tensor, gradient: Tensor, winner: Tensor, a: Tensor, level: Tensor, slope: Tensor) -> Tensor:
+def _sums(gradient: Tensor, winner: Tensor, place: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums (N, C) over each image of the winners' gradients, and of those times the winner's distance to the mean."""
+    g = torch.where(place.float() < 4, gradient.float(), 0.0)
+    return g.flatten(1, 2).sum(1), (g * (winner.float() - mean)).flatten(1, 2).sum(1)
+
+
+def _spread(windows: Tensor, gradient: Tensor, place: Tensor, a: Tensor, level: Tensor, slope: Tensor) -> Tensor:
     """The gradient (N, h, 2, w, 2, C) of the maps: `level + slope * x`, and `a * g` where the winner stood."""
     corner = torch.arange(4, dtype=torch.float32).view(2, 1, 2, 1)
-    here = winner[:, :, None, :, None].float() == corner
+    here = place[:, :, None, :, None].float() == corner
     g = torch.where(here, gradient[:, :, None, :, None].float() * a, 0.0)
     return (g + level + slope * windows.float()).to(windows.dtype)
 

@@ -35,8 +35,9 @@ def stratified_interval(strata: Sequence[np.ndarray]) -> tuple[float, float]:
 def block_labels(images: StoreImages, indices: np.ndarray) -> tuple[Tensor, np.ndarray]:
     """A group's labels (N,) as positions in its class ids (k,), and those ids."""
     classes = images.block_classes(indices)
-    position = {class_id: i for i, class_id in enumerate(classes.tolist())}
-    return torch.tensor([position[c] for c in images.labels[indices].tolist()], device=images.device), classes
+    position = np.empty(classes.max() + 1, dtype=np.int64)
+    position[classes] = np.arange(len(classes))
+    return torch.from_numpy(position[images.labels[indices]]).to(images.device), classes
 
 
 def predictor_input(predictor: Predictor, images: StoreImages, indices: np.ndarray) -> tuple[Tensor, Tensor]:

@@ -204,6 +204,9 @@ def test_generator_is_a_linear_layer_and_two_1x1_convolutions(f):
     gelu = np.vectorize(lambda x: x * (1 + math.erf(x / math.sqrt(2))) / 2)
     (w_l, b_l), (w_1, b_1) = (arrays(m) for m in (generator.linear, generator.mix))
     w_2, b_2 = np.split(generator.expand.detach().double().numpy(), [8], 1)
+    with torch.no_grad():
+        without_gradient = generator(context)
+    assert_close(without_gradient, generator(context).detach())
     for found, a in zip(generator(context), context.double().numpy(), strict=True):
         maps = gelu(w_l @ a + b_l).reshape(4, f, f)
         kernels = np.empty((10, f, f))
@@ -247,6 +250,29 @@ def test_gradient_of_every_predicted_layer_reaches_the_extractors_first_convolut
     (weight * noise(*weight.shape, seed=1)).sum().backward()
     gradient = model.extractor.blocks[0].weight.grad
     assert gradient.isfinite().all() and gradient.abs().max() > 1e-8
+
+
+def test_gradient_of_every_layer_of_a_resnet_reaches_the_sketch_extractor():
+    torch.manual_seed(0)
+    model = PudNet(ModelConfig(extractor="5conv", eta=0.5, generator_hidden=2), build_target("resnet18", 3, 32))
+    predicted = model.generate(model.sketch(noise(4, 3, 32, 32)))
+    assert len(predicted) == 20
+    for name, weight in predicted.items():
+        (weight * noise(*weight.shape, seed=1)).sum().backward(retain_graph=True)
+        gradient = model.extractor.blocks[0].weight.grad
+        assert gradient.isfinite().all() and gradient.abs().max() > 1e-8, name
+        gradient.zero_()
+
+
+def test_several_groups_have_the_sketches_and_weights_that_each_has_alone():
+    for normalization in ("batch", "group"):
+        model = make_model(normalization=normalization)
+        images = torch.stack([noise(5, 1, 8, 8, seed=seed) for seed in range(3)])
+        sketches = model.sketch(images)
+        assert_close(sketches, torch.stack([model.sketch(group) for group in images]), rtol=1e-4, atol=1e-5)
+        for name, found in model.generate(sketches).items():
+            each = torch.stack([model.generate(sketch)[name] for sketch in sketches])
+            assert_close(found, each, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("context", ["gru", "ahru"])

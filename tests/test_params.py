@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.params import load_params, resolve
+from pipeline.params import check, load_params, resolve
 from pudnet.config import VARIANTS
 from pudnet.errors import UserError
 from pudnet.settings import SETTINGS
@@ -28,6 +28,27 @@ def test_a_setting_brings_its_own_protocol(raw, name):
     assert params.groups.train_groups == setting.train_groups
     assert params.model.eta == setting.eta["convnet3"]
     assert params.model.depth == setting.depth["convnet3"]
+
+
+def test_a_target_brings_its_extractor_eta_and_depth(raw):
+    expected = {"convnet3": ("1conv-1linear", 0.3, 2), "resnet18": ("5conv", 0.5, 4), "my.nets:Net": ("5conv", 0.5, 4)}
+    raw["setting"] = "imagenet"
+    for raw["target"], own in expected.items():
+        model = resolve(raw).model
+        assert (model.extractor, model.eta, model.depth) == own
+
+
+def test_the_check_says_how_large_the_hypernetwork_is_and_warns_of_one_too_large(raw, capsys):
+    raw["target"] = "tests.nets:Depthwise"
+    check(resolve(raw))
+    assert "writes the 1,680 weights of 4 convolutions" in capsys.readouterr().out
+    raw["model"]["generator_hidden"] = 64
+    check(resolve(raw))
+    assert "model.generator_hidden, now 64, is what to lower" in capsys.readouterr().err
+    raw["target"], raw["model"]["generator_hidden"] = "resnet18", 16
+    check(resolve(raw))
+    captured = capsys.readouterr()
+    assert "20 convolutions" in captured.out and not captured.err
 
 
 def test_a_given_value_wins_over_the_setting(raw):

@@ -1,5 +1,7 @@
 """Meta-training on real digits: it learns, resumes bit for bit, and outlives NaN."""
 
+from dataclasses import asdict
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,9 @@ from pudnet.controls import StaticTrunk
 from pudnet.data.images import StoreImages
 from pudnet.device import wants_bf16
 from pudnet.errors import RunFailed, UserError
+from pudnet.evaluation import mean_interval, twin_accuracies
 from pudnet.hypernet import PudNet
+from pudnet.predictor import Card, Predictor
 from pudnet.targets import build_target
 from pudnet.training import Trainer
 
@@ -35,6 +39,11 @@ def make_trainer(digits, table, kind="pudnet", seed=0, images=None, model=None, 
     network = StaticTrunk(target) if kind == "static_trunk" else PudNet(model or ModelConfig(), target)
     config = TrainConfig(**{"precision": "fp32", "report_every": 4, **changes})
     return Trainer(network, images or digits.images, table, digits.split.train_classes, config)
+
+
+def make_card(digits):
+    store = digits.store
+    return Card("pudnet", "convnet3", 1, 8, store.mean, store.std, 10.0, 10, asdict(ModelConfig()))
 
 
 def weights(trainer):
@@ -96,6 +105,22 @@ def test_resumed_run_ends_with_the_same_weights_bit_for_bit(kind, schedule, digi
     assert [report.groups for report in found] == [8, 10]
     assert [report.loss for report in found] == [report.loss for report in expected[1:]]
     assert same(weights(resumed), weights(whole)) and not same(weights(resumed), weights(stopped))
+
+
+def test_several_groups_a_step_are_one_update_on_their_mean_loss(digits):
+    together = make_trainer(digits, digits.train[:3], groups_per_step=3)
+    single = make_trainer(digits, digits.train[:3])
+    losses = [single._losses(digits.train[g : g + 1])[0].total for g in range(3)]
+    torch.stack(losses).mean().backward()
+    expected = [parameter.grad for parameter in single.parameters]
+    (report,) = together.run()
+    assert report.groups == 3 and report.loss == pytest.approx(torch.stack(losses).mean().item(), rel=1e-5)
+    torch.testing.assert_close([p.grad for p in together.parameters], expected, rtol=1e-3, atol=1e-5)
+
+
+def test_reports_come_at_their_groups_whatever_the_groups_a_step(digits):
+    trainer = make_trainer(digits, digits.train[:10], groups_per_step=3)
+    assert [report.groups for report in trainer.run()] == [4, 8, 10]
 
 
 @pytest.mark.parametrize("poison", ["images", "weights"])
@@ -177,6 +202,18 @@ def test_learning_rate_follows_its_schedule(schedule, rates, digits):
 
 def test_precision_is_what_was_asked_for():
     assert wants_bf16("bf16", CPU) and not wants_bf16("fp32", CPU)
+
+
+@pytest.mark.skipif(not wants_bf16("auto", CPU), reason="this processor has no bf16 instructions")
+def test_bf16_and_fp32_runs_end_within_their_intervals(digits):
+    intervals = []
+    for precision in ("fp32", "bf16"):
+        trainer = make_trainer(digits, digits.train, precision=precision)
+        list(trainer.run())
+        predictor = Predictor(trainer.model, make_card(digits), build_target("convnet3", 1, 8))
+        intervals.append(mean_interval(twin_accuracies(predictor, digits.images, digits.test, precision == "bf16")))
+    (full, full_half), (half, half_half) = intervals
+    assert abs(full - half) < full_half + half_half and full > 80
 
 
 @pytest.mark.skipif(not wants_bf16("auto", CPU), reason="this processor has no bf16 instructions")

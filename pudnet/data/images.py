@@ -38,11 +38,13 @@ class StoreImages:
 
     def __call__(self, indices: np.ndarray) -> Tensor:
         """Rows `indices` (..., N) of the store -> normalised float images (..., N, C, H, W)."""
+        return normalize(self.raw(indices), self.mean, self.std)
+
+    def raw(self, indices: np.ndarray) -> Tensor:
+        """Rows `indices` (..., N) of the store, uint8 (..., N, H, W, C)."""
         if self._resident is None:
-            raw = torch.from_numpy(self._mapped[indices])  # fancy indexing copies out of the read-only map
-        else:
-            raw = self._resident[torch.from_numpy(indices.astype(np.int64)).to(self.device)]
-        return normalize(raw, self.mean, self.std)
+            return torch.from_numpy(self._mapped[indices])  # fancy indexing copies out of the read-only map
+        return self._resident[torch.from_numpy(indices.astype(np.int64)).to(self.device)]
 
     def block_classes(self, indices: np.ndarray) -> np.ndarray:
         """Class ids (k,) of a group's blocks, in the order in which they stand in `indices`."""

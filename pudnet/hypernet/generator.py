@@ -33,9 +33,13 @@ class WeightGenerator(nn.Module):
         groups = context.shape[:-1]
         maps = F.gelu(self.linear(context)).view(*groups, -1, self.positions)  # (..., hid, f * f)
         mixed = F.pad(F.gelu(self.mix(maps.mT)), (0, 1), value=1.0)  # (..., f * f, 2 hid + 1)
-        columns = self.conv.he_std * mixed.flatten(0, -2)  # (B * f * f, 2 hid + 1)
-        kernels = (self.expand @ columns.T).view(len(self.expand), *groups, -1)  # (d_out * d_in, ..., f * f)
-        return kernels.movedim(0, -2).reshape(*groups, *self.conv.shape)
+        columns = self.conv.he_std * mixed
+        if torch.is_grad_enabled():  # all groups in one product, so that there is one gradient of `expand`
+            kernels = (self.expand @ columns.flatten(0, -2).T).view(len(self.expand), *groups, self.positions)
+            kernels = kernels.movedim(0, -2)
+        else:  # a product a group, each written where it belongs
+            kernels = self.expand @ columns.mT
+        return kernels.reshape(*groups, *self.conv.shape)
 
     @torch.no_grad()
     def set_scale(self, context: Tensor) -> None:

@@ -1,0 +1,222 @@
+"""How fast a training step is, against the floor and against the straightforward way: `python -m benchmarks.training`.
+
+Compared versions take turns in one process, so that their ratio holds on a noisy machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import dataclasses
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import torch
+from rich.console import Console
+from rich.table import Column, Table
+from torch import nn
+
+from benchmarks.data import CHANNELS, CLASSES, SIZE, make_groups, make_images
+from benchmarks.floors import Counter, Floor, Machine, measure_machine, synchronize
+from pudnet import cpu
+from pudnet.config import ModelConfig, TrainConfig, default_extractor
+from pudnet.data.images import StoreImages
+from pudnet.device import wants_bf16
+from pudnet.hypernet import PudNet
+from pudnet.objective import Objective
+from pudnet.targets import build_target
+from pudnet.training import Trainer
+
+TARGETS = ("convnet3", "resnet18")
+L1_ALONE = {"full_weight": 0.0, "kl_weight": 0.0}
+LONG_RUN = 10_000  # groups: long enough for torch.compile, where it is ever used
+
+
+def make_model(target: str) -> PudNet:
+    """An untrained PudNet for a target, the same at every call."""
+    torch.manual_seed(0)
+    config = ModelConfig(extractor=default_extractor(target))
+    return PudNet(config, build_target(target, CHANNELS, SIZE))
+
+
+def as_trained(target: str, images: StoreImages, groups_per_step: int = 1) -> Callable[[], None]:
+    """A step as the pipeline makes it: `Trainer`'s own."""
+    config = TrainConfig(groups_per_step=groups_per_step, **L1_ALONE)
+    table, classes = make_groups(LONG_RUN), tuple(range(CLASSES))
+    trainer = Trainer(make_model(target), images, table, classes, config)
+
+    def step() -> None:
+        trainer._step(table[trainer.groups : trainer.groups + groups_per_step])
+
+    return step
+
+
+def straightforward(target: str, images: StoreImages) -> Callable[[], None]:
+    """The same step without any care: one group, fp32, contiguous, torch's own layers and defaults."""
+    model = make_model(target).to(images.device)
+    table, turn = make_groups(LONG_RUN), iter(range(LONG_RUN))
+    with torch.no_grad():
+        few = images(table[0, :2]).contiguous()
+        size = model.shared(few, model.generate(model.sketch(few))).shape[1]
+    objective = Objective(TrainConfig(**L1_ALONE), size, CLASSES).to(images.device)
+    parameters = [*model.parameters(), *objective.parameters()]
+    optimizer = torch.optim.Adam(parameters, lr=1e-3)
+
+    def step() -> None:
+        group = table[next(turn)]
+        batch = images(group).contiguous()
+        features = model.shared(batch, model.generate(model.sketch(batch)))
+        columns = torch.from_numpy(images.block_classes(group)).to(images.device)
+        optimizer.zero_grad()
+        objective(features, columns).total.backward()
+        nn.utils.clip_grad_norm_(parameters, 10.0)
+        optimizer.step()
+
+    return step
+
+
+def give_back_freed_memory() -> None:
+    """Undo `keep_freed_memory`: glibc's defaults, for the straightforward version."""
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-4, 65536)
+        libc.mallopt(-1, 128 * 1024)
+        libc.malloc_trim(0)
+    except (OSError, AttributeError):
+        return
+
+
+def take_turns(
+    versions: dict[str, Callable[[], None]], device: torch.device, budget_s: float
+) -> dict[str, list[float]]:
+    """Seconds of each version's steps, in turns of two steps after warm-up, until the budget is spent."""
+    times: dict[str, list[float]] = {name: [] for name in versions}
+    begin = time.perf_counter()
+    while time.perf_counter() - begin < budget_s or min(map(len, times.values())) < 3:
+        for name, step in versions.items():
+            (give_back_freed_memory if name == "straightforward" else cpu.keep_freed_memory)()
+            step()  # warms caches (and the allocator) up again after the other's turn
+            for _ in range(2):
+                start = time.perf_counter()
+                step()
+                synchronize(device)
+                times[name].append(time.perf_counter() - start)
+    return times
+
+
+def step_floor(target: str, images: StoreImages, machine: Machine) -> Floor:
+    """What one step on one group has to do: extractor, target, generators, optimizer."""
+    model = make_model(target).to(images.device)
+    counter = Counter(machine)
+    handles = [*counter.watch(model.extractor), *counter.watch(model.shared)]
+    batch = images(make_groups(1)[0])
+    model.shared(batch, model.generate(model.sketch(batch)))
+    for handle in handles:
+        handle.remove()
+    for generator in model.generators:
+        rows, columns = generator.expand.shape
+        counter.product(3 * 2 * rows * columns * generator.positions, 3 * rows * generator.positions)
+    return counter.floor(sum(parameter.numel() for parameter in model.parameters()))
+
+
+def peak_memory(target: str, groups: int = 3) -> float:
+    """Peak resident memory (MB) of a process of its own that trains on a few groups."""
+    command = [sys.executable, "-m", "benchmarks.training", "--memory", target, "--groups", str(groups)]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def _measure_memory(target: str, groups: int) -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    step = as_trained(target, make_images(device))
+    for _ in range(groups):
+        step()
+    on_gpu = device.type == "cuda"
+    print(torch.cuda.max_memory_allocated() / 2**20 if on_gpu else peak_rss())
+
+
+def peak_rss() -> float:
+    """Peak resident memory of this process so far, MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # Linux: kB
+
+
+def measure(target: str, images: StoreImages, machine: Machine, batch: int, budget_s: float) -> dict[str, object]:
+    """One target's row."""
+    torch.compiler.reset()  # kernels are compiled for each size: another target, other sizes
+    versions = {
+        "straightforward": straightforward(target, images),
+        "as trained": as_trained(target, images),
+        f"{batch} groups a step": as_trained(target, images, batch),
+    }
+    times = take_turns(versions, images.device, budget_s)
+    milliseconds = {name: 1000 * median(values) for name, values in times.items()}
+    milliseconds[f"{batch} groups a step"] /= batch
+    floor = step_floor(target, images, machine)
+    return {
+        "target": target,
+        "parameters": sum(p.numel() for p in make_model(target).parameters()),
+        "milliseconds_a_group": milliseconds,
+        "floor": dataclasses.asdict(floor),
+        "ratio_to_floor": milliseconds["as trained"] / floor.floor_ms,
+        "speedup": milliseconds["straightforward"] / milliseconds["as trained"],
+        "peak_memory_mb": peak_memory(target),
+    }
+
+
+def show(machine: Machine, rows: list[dict]) -> None:
+    """Print the table, a column a target."""
+    about = machine.as_row()
+    print(
+        f"{about['device']}, {about['threads']} threads, {about['dtype']}: peak {about['tflops']:.2f} TFLOP/s, "
+        f"{about['gigabytes_per_second']:.0f} GB/s\nOne training step on a CIFAR-shaped group of 500 images"
+    )
+    table = Table("", *(Column(row["target"], justify="right") for row in rows))
+    for name in rows[0]["milliseconds_a_group"]:
+        milliseconds = [row["milliseconds_a_group"][name] for row in rows]
+        table.add_row(f"{name}, ms a group", *(f"{ms:.0f}" for ms in milliseconds))
+        table.add_row("  groups a second", *(f"{1000 / ms:.2f}" for ms in milliseconds))
+    lines = {
+        "floor: operations, ms": [f"{row['floor']['operations_ms']:.0f}" for row in rows],
+        "floor: bytes, ms": [f"{row['floor']['bytes_ms']:.0f}" for row in rows],
+        "floor: the longer, layer by layer, ms": [f"{row['floor']['floor_ms']:.0f}" for row in rows],
+        "as trained / floor": [f"{row['ratio_to_floor']:.1f} x" for row in rows],
+        "straightforward / as trained": [f"{row['speedup']:.1f} x" for row in rows],
+        "hypernetwork parameters": [f"{row['parameters']:,}" for row in rows],
+        "peak memory of a process, MB": [f"{row['peak_memory_mb']:,.0f}" for row in rows],
+    }
+    for name, cells in lines.items():
+        table.add_row(name, *cells)
+    Console().print(table)
+
+
+def main() -> None:
+    """Measure, print, write JSON."""
+    parser = argparse.ArgumentParser("python -m benchmarks.training", description=__doc__)
+    parser.add_argument("--targets", nargs="+", default=TARGETS, choices=TARGETS + ("resnet34",))
+    parser.add_argument("--batch", type=int, default=4, help="groups a step in the batched version")
+    parser.add_argument("--seconds", type=float, default=30, help="of measuring, a target")
+    parser.add_argument("--out", type=Path, default=Path("results/benchmarks/training.json"))
+    parser.add_argument("--memory", help=argparse.SUPPRESS)
+    parser.add_argument("--groups", type=int, default=3, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.memory:
+        _measure_memory(options.memory, options.groups)
+        return
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    cpu.keep_freed_memory()
+    machine = measure_machine(device, torch.bfloat16 if wants_bf16("auto", device) else torch.float32)
+    images = make_images(device)
+    rows = [measure(target, images, machine, options.batch, options.seconds) for target in options.targets]
+    show(machine, rows)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps({"machine": machine.as_row(), "rows": rows}, indent=2) + "\n")
+    print(f"written: {options.out}")
+
+
+if __name__ == "__main__":
+    main()
