@@ -7,7 +7,6 @@ training from scratch to the same accuracy, and how accuracy depends on how many
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import subprocess
 import sys
@@ -21,7 +20,6 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Column, Table
-from torch import nn
 
 from benchmarks.data import CHANNELS, SIZE, make_groups, make_images
 from benchmarks.floors import synchronize
@@ -30,7 +28,16 @@ from pudnet.data.groups import open_groups
 from pudnet.data.images import StoreImages
 from pudnet.data.store import open_store
 from pudnet.device import wants_bf16
-from pudnet.evaluation import FROM, ON, block_labels, mean_interval, time_prediction, twin_accuracies
+from pudnet.evaluation import (
+    FROM,
+    ON,
+    block_labels,
+    mean_interval,
+    scratch_network,
+    time_prediction,
+    train_epoch,
+    twin_accuracies,
+)
 from pudnet.predictor import Predictor
 
 TARGETS = ("convnet3", "resnet18", "resnet34")
@@ -124,22 +131,18 @@ def _accuracy_by_images(predictor: Predictor, images: StoreImages, table: np.nda
     return rows
 
 
-def _to_same_accuracy(
-    predictor: Predictor, images: StoreImages, pair: np.ndarray, epochs: int
-) -> dict[str, float | None]:
+def _to_same_accuracy(predictor: Predictor, images: StoreImages, pair: np.ndarray, epochs: int) -> dict[str, object]:
     """Seconds that Adam takes from scratch to a predicted network's accuracy on the twin; None: not in `epochs`."""
-    wanted = twin_accuracies(predictor, images, pair[None], wants_bf16("auto", images.device))[0]
-    labels, _ = block_labels(images, pair[FROM])
-    truth, _ = block_labels(images, pair[ON])
+    bf16 = wants_bf16("auto", images.device)
+    wanted = twin_accuracies(predictor, images, pair[None], bf16)[0]
+    (labels, _), (truth, _) = (block_labels(images, indices) for indices in pair)
     inputs, queries = images(pair[FROM]), images(pair[ON])
-    body = nn.Sequential(copy.deepcopy(predictor.target.network), nn.Flatten())
-    with torch.no_grad():
-        network = nn.Sequential(body, nn.Linear(body(inputs[:2]).shape[1], int(labels.max()) + 1, device=images.device))
+    network = scratch_network(predictor, inputs, int(labels.max()) + 1)
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-3, fused=True)
     elapsed = 0.0
     for epoch in range(1, epochs + 1):
         start = time.perf_counter()
-        _one_epoch(network.train(), optimizer, inputs, labels)
+        train_epoch(network, optimizer, inputs, labels, bf16)
         synchronize(images.device)
         elapsed += time.perf_counter() - start  # the check itself is free
         with torch.no_grad():
@@ -149,17 +152,6 @@ def _to_same_accuracy(
     return {"accuracy": wanted, "epochs": None, "seconds": None}
 
 
-def _one_epoch(
-    network: nn.Module, optimizer: torch.optim.Optimizer, images: torch.Tensor, labels: torch.Tensor
-) -> None:
-    for rows in torch.randperm(len(images), device=images.device).split(50):
-        optimizer.zero_grad()
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=wants_bf16("auto", images.device)):
-            loss = nn.functional.cross_entropy(network(images[rows]), labels[rows])
-        loss.backward()
-        optimizer.step()
-
-
 # What is shown
 
 
@@ -167,7 +159,7 @@ def show(rows: list[dict], trained: dict | None) -> None:
     """Print the tables."""
     first = rows[0]["parts"]
     print(
-        f"{first['device']}, {first['threads']} threads. A prediction from {first['images']} images in memory, of which "
+        f"{first['device']}, {first['threads']} threads. A prediction from {first['images']} images in memory: "
         f"{first['sketch_images']} for the sketch and {first['calibration_images']} for calibration"
     )
     table = Table("milliseconds", *(Column(row["target"], justify="right") for row in rows))

@@ -157,21 +157,34 @@ def _prediction_steps(predictor: Predictor, images: StoreImages, group: np.ndarr
     return np.diff(marks).tolist()
 
 
-def _epoch(predictor: Predictor, images: Tensor, labels: Tensor, bf16: bool, batch: int = 50) -> float:
-    """Milliseconds of one epoch of Adam on the plain target with a linear head.
+def _epoch(predictor: Predictor, images: Tensor, labels: Tensor, bf16: bool) -> float:
+    """Milliseconds of one epoch of Adam on the plain target with a linear head."""
+    network = scratch_network(predictor, images, int(labels.max()) + 1)
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-3, fused=True)
+    start = _clock(images.device)
+    train_epoch(network, optimizer, images, labels, bf16)
+    return _clock(images.device) - start
+
+
+def scratch_network(predictor: Predictor, images: Tensor, classes: int) -> nn.Sequential:
+    """The plain target, He-initialised, with a linear head, for images (N, C, H, W)."""
+    body = nn.Sequential(copy.deepcopy(predictor.target.network), nn.Flatten())
+    with torch.no_grad():
+        size = body(images[:2]).shape[1]
+    return nn.Sequential(body, nn.Linear(size, classes, device=images.device))
+
+
+def train_epoch(
+    network: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor, bf16: bool, batch: int = 50
+) -> None:
+    """One epoch of cross-entropy over shuffled batches.
 
     Autocast is entered anew for each step: it keeps the weights that it has cast until it is left.
     """
-    body = nn.Sequential(copy.deepcopy(predictor.target.network), nn.Flatten()).train()
-    with torch.no_grad():
-        size = body(images[:2]).shape[1]
-    head = nn.Linear(size, int(labels.max()) + 1, device=images.device)
-    optimizer = torch.optim.Adam([*body.parameters(), *head.parameters()], lr=1e-3, fused=True)
-    start = _clock(images.device)
+    network.train()
     for rows in torch.randperm(len(images), device=images.device).split(batch):
         optimizer.zero_grad()
         with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
-            loss = nn.functional.cross_entropy(head(body(images[rows])), labels[rows])
+            loss = nn.functional.cross_entropy(network(images[rows]), labels[rows])
         loss.backward()
         optimizer.step()
-    return _clock(images.device) - start

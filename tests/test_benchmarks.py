@@ -1,0 +1,58 @@
+"""The floors that speed is compared with are counted right, and the benchmarks run."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import prediction
+from benchmarks.floors import Counter, Machine
+
+MACHINE = Machine("cpu", 1, "float32", flops=1000.0, bandwidth=100.0, itemsize=4)
+
+
+def count(network, images):
+    counter = Counter(MACHINE)
+    counter.watch(network)
+    network(images)
+    return counter
+
+
+def test_operations_are_those_that_torch_counts_forward_and_backward():
+    network = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 5, stride=2), nn.Flatten(), nn.Linear(200, 7)
+    )
+    images = torch.randn(4, 3, 16, 16)
+    with FlopCounterMode(display=False) as torchs:
+        network(images).sum().backward()
+    operations = sum(seconds for seconds, _ in count(network, images).layers) * MACHINE.flops
+    assert operations == torchs.get_total_flops()
+
+
+def test_taps_that_meet_only_padding_are_not_counted():
+    padded, centre = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1)
+    images = torch.randn(2, 4, 1, 1)
+    assert count(padded, images).layers == count(centre, images).layers
+
+
+def test_floor_is_the_longer_time_of_each_layer_and_the_parameters_traffic():
+    images = torch.randn(1, 2, 4, 4, requires_grad=True)  # 32 numbers
+    counter = count(nn.Sequential(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2)), images)
+    floor = counter.floor(parameters=5)
+    operations, moved = 3 * 2 * 32 * 2 / 1000, 5 * 32 * 4 / 100  # of each layer
+    assert floor.operations_ms == pytest.approx(1000 * operations)
+    assert floor.bytes_ms == pytest.approx(1000 * (2 * moved + 5 * 40 / 100))
+    assert floor.floor_ms == pytest.approx(1000 * (2 * max(moved, operations) + 2))
+
+
+def test_the_prediction_benchmark_prints_a_table_and_writes_json(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "new" / "prediction.json"
+    options = ["--targets", "convnet3", "--repeats", "1", "--model", "missing", "--out", str(out)]
+    monkeypatch.setattr("sys.argv", ["prediction", *options])
+    prediction.main()
+    printed = capsys.readouterr().out
+    assert "calibration" in printed and "no trained model at missing" in printed
+    (row,) = json.loads(out.read_text())["rows"]
+    assert row["weights"] == 75_456 and 0 < row["parts"]["generation_ms"] < row["parts"]["total_ms"]
