@@ -8,12 +8,12 @@ import torch
 from pudnet.data.images import StoreImages
 from pudnet.data.store import Store
 
-CLASSES, PER_CLASS, SIZE, CHANNELS = 20, 100, 32, 3
+CLASSES, PER_CLASS, SIZE, CHANNELS = 80, 100, 32, 3
 CLASSES_PER_GROUP, IMAGES = 5, 500
 
 
 def make_images(device: torch.device) -> StoreImages:
-    """2,000 colour images of 32 px, of 20 classes, on a device."""
+    """8,000 colour images of 32 px, of 80 classes, on a device."""
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (CLASSES * PER_CLASS, SIZE, SIZE, CHANNELS), dtype=np.uint8)
     labels = np.repeat(np.arange(CLASSES), PER_CLASS)

@@ -1,7 +1,6 @@
 """What a prediction costs, from 500 images in memory to a network in eval mode: `python -m benchmarks.prediction`.
 
-With a trained model (`models/pudnet.safetensors` and its data, as `dvc repro` leaves them) also what it saves:
-training from scratch to the same accuracy, and how accuracy depends on how many images are looked at.
+In a folder where `dvc repro` has run, also what its model saves: training from scratch to the same accuracy, and how accuracy depends on how many images are looked at.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 
@@ -24,10 +23,12 @@ from rich.table import Column, Table
 from benchmarks.data import CHANNELS, SIZE, make_groups, make_images
 from benchmarks.floors import synchronize
 from benchmarks.training import peak_rss
-from pudnet.data.groups import open_groups
+from pipeline.bench import Bench, open_bench
+from pipeline.params import load_params
+from pipeline.stage import PUDNET, STORE
 from pudnet.data.images import StoreImages
-from pudnet.data.store import open_store
 from pudnet.device import wants_bf16
+from pudnet.errors import UserError
 from pudnet.evaluation import (
     FROM,
     ON,
@@ -101,18 +102,32 @@ def _measure_memory(target: str) -> None:
 # With a trained model
 
 
-def measure_trained(model: Path, data: Path, groups: int, epochs: int) -> dict[str, object]:
+@dataclass(frozen=True)
+class Trained:
+    """The run of the folder that the benchmark is called in: its hypernetwork and the bench to measure it on."""
+
+    predictor: Predictor
+    bench: Bench
+
+
+def open_trained(groups: int) -> Trained | None:
+    """What `dvc repro` left here, with the first test groups, or None. Raises `UserError` when it is damaged."""
+    if not (PUDNET.is_file() and (STORE / "meta.json").is_file()):
+        return None
+    params = load_params()
+    bench = open_bench(params, params.seed, groups)
+    return Trained(bench.load(PUDNET), bench)
+
+
+def measure_trained(trained: Trained, epochs: int) -> dict[str, object]:
     """What a trained model's predictions save, and how few images they need."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    predictor = Predictor.load(model, device)
-    images = StoreImages(open_store(data / "prepared" / "train", verify=False), device)
-    split_seed = predictor.card.provenance["split_seed"]
-    table = open_groups(data / "groups" / f"split-{split_seed}")[1]["test"]
+    predictor, images, table = trained.predictor, trained.bench.images, trained.bench.tables["test"]
+    provenance = predictor.card.provenance
     return {
-        "model": {k: predictor.card.provenance.get(k) for k in ("setting", "train_groups", "split_seed")},
+        "model": {key: provenance.get(key) for key in ("setting", "train_groups", "split_seed")},
         "target": predictor.card.target,
-        "scratch": [_to_same_accuracy(predictor, images, pair, epochs) for pair in table[: max(3, groups // 10)]],
-        "images": _accuracy_by_images(predictor, images, table[:groups]),
+        "scratch": [_to_same_accuracy(predictor, images, pair, epochs) for pair in table[: max(3, len(table) // 10)]],
+        "images": _accuracy_by_images(predictor, images, table),
     }
 
 
@@ -193,33 +208,35 @@ def _show_trained(trained: dict) -> None:
     Console().print(table)
 
 
-def main() -> None:
-    """Measure, print, write JSON."""
+def main() -> int:
+    """Measure, print, write JSON. Exit code 2 for a run that cannot be read, said in one line."""
     parser = argparse.ArgumentParser("python -m benchmarks.prediction", description=__doc__)
     parser.add_argument("--targets", nargs="+", default=TARGETS, choices=TARGETS)
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--model", type=Path, default=Path("models/pudnet.safetensors"), help="a trained model")
-    parser.add_argument("--data", type=Path, default=Path("data"), help="the data that it was trained on")
-    parser.add_argument("--groups", type=int, default=30, help="test groups for a trained model's tables")
+    parser.add_argument("--groups", type=int, default=20, help="test groups for a trained model's tables")
     parser.add_argument("--epochs", type=int, default=20, help="from scratch, at most")
     parser.add_argument("--out", type=Path, default=Path("results/benchmarks/prediction.json"))
     parser.add_argument("--memory", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.memory:
         _measure_memory(options.memory)
-        return
+        return 0
+    try:
+        trained = open_trained(options.groups)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     images = make_images(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     rows = [measure(target, images, options.repeats) for target in options.targets]
-    trained = None
-    if options.model.is_file() and (options.data / "prepared" / "train" / "meta.json").is_file():
-        trained = measure_trained(options.model, options.data, options.groups, options.epochs)
-    show(rows, trained)
+    saved = measure_trained(trained, options.epochs) if trained else None
+    show(rows, saved)
     if trained is None:
-        print(f"no trained model at {options.model}: what it saves was not measured; `dvc repro` makes one")
+        print(f"no trained model at {PUDNET}: what it saves was not measured; `dvc repro` makes one")
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps({"rows": rows, "trained": trained}, indent=2) + "\n")
+    options.out.write_text(json.dumps({"rows": rows, "trained": saved}, indent=2) + "\n")
     print(f"written: {options.out}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -34,7 +34,6 @@ from pudnet.targets import build_target
 from pudnet.training import Trainer
 
 TARGETS = ("convnet3", "resnet18")
-L1_ALONE = {"full_weight": 0.0, "kl_weight": 0.0}
 LONG_RUN = 10_000  # groups: long enough for torch.compile, where it is ever used
 
 
@@ -47,7 +46,7 @@ def make_model(target: str) -> PudNet:
 
 def as_trained(target: str, images: StoreImages, groups_per_step: int = 1) -> Callable[[], None]:
     """A step as the pipeline makes it: `Trainer`'s own."""
-    config = TrainConfig(groups_per_step=groups_per_step, **L1_ALONE)
+    config = TrainConfig(groups_per_step=groups_per_step)
     table, classes = make_groups(LONG_RUN), tuple(range(CLASSES))
     trainer = Trainer(make_model(target), images, table, classes, config)
 
@@ -64,7 +63,7 @@ def straightforward(target: str, images: StoreImages) -> Callable[[], None]:
     with torch.no_grad():
         few = images(table[0, :2]).contiguous()
         size = model.shared(few, model.generate(model.sketch(few))).shape[1]
-    objective = Objective(TrainConfig(**L1_ALONE), size, CLASSES).to(images.device)
+    objective = Objective(TrainConfig(), size, CLASSES).to(images.device)
     parameters = [*model.parameters(), *objective.parameters()]
     optimizer = torch.optim.Adam(parameters, lr=1e-3)
 
@@ -198,7 +197,14 @@ def main() -> None:
     """Measure, print, write JSON."""
     parser = argparse.ArgumentParser("python -m benchmarks.training", description=__doc__)
     parser.add_argument("--targets", nargs="+", default=TARGETS, choices=TARGETS + ("resnet34",))
-    parser.add_argument("--batch", type=int, default=4, help="groups a step in the batched version")
+    parser.add_argument(
+        "--batch",
+        type=int,
+        default=4,
+        choices=range(1, 65),
+        metavar="1..64",
+        help="groups a step in the batched version",
+    )
     parser.add_argument("--seconds", type=float, default=30, help="of measuring, a target")
     parser.add_argument("--out", type=Path, default=Path("results/benchmarks/training.json"))
     parser.add_argument("--memory", help=argparse.SUPPRESS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import importlib.util
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,10 +25,11 @@ from pipeline.stage import root
 from pipeline.tracking import Tracking
 from pipeline.trial import TrialSpec, load_state, open_trial, run_trial
 from pudnet.errors import RunFailed, UserError
+from pudnet.targets import is_import_path
 
 ATTEMPTS_AFTER_A_FAULT = 2
 CODE = Path(__file__).resolve().parent.parent
-TRAINING_CODE = ("config", "targets", "controls", "objective", "training", "hypernet", "data/images")
+TRAINING_CODE = ("config", "cpu", "device", "targets", "controls", "objective", "training", "hypernet", "data/images")
 VALIDATION_CODE = ("evaluation", "predictor")
 
 
@@ -82,6 +84,9 @@ def _files(spec: TrialSpec) -> list[Path]:
     for name in names:
         path = CODE / "pudnet" / name
         code += sorted(path.glob("*.py")) if path.is_dir() else [path.with_suffix(".py")]
+    if is_import_path(spec.target):
+        module = importlib.util.find_spec(spec.target.partition(":")[0])
+        code.append(Path(module.origin))  # of the user's own network
     groups = Path(spec.groups)
     return [Path(spec.store) / "meta.json", groups / "split.json", *(groups / f"{t}.npy" for t in tables), *code]
 

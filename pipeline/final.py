@@ -49,7 +49,8 @@ def train_all(params: Params, kind: str, cells: Mapping[int, Mapping[str, Any]],
         run_id = tracking.find_or_create(f"{experiment.key}/{trial.spec.name}", trial.spec.name)
         tracking.client.log_artifact(run_id, str(path), "model")
         if kind == "pudnet":
-            version = tracking.register(run_id, f"pudnet-{params.setting}-{params.target}", "model")
+            name = f"pudnet-{params.setting}-{params.target}".replace(":", ".")  # no colon in a model's name
+            version = tracking.register(run_id, name, "model")
             tracking.log_tags(run_id, {"registered_version": str(version)})
         tracking.finish(run_id)
     return pd.concat([_curve(trial) for trial in finished], ignore_index=True)

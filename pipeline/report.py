@@ -177,7 +177,7 @@ def read_results(folder: Path) -> Results:
 
 def _read_predicted(path: Path) -> Predicted:
     tensors, card = read_tensors(path)
-    weights = {name: tensor.numpy() for name, tensor in tensors.items() if tensor.ndim == 4}
+    weights = {name: tensors[name].numpy() for name in card.predicted}
     split_seed = int(path.parent.name.removeprefix("split-"))
     return Predicted(split_seed, [*map(str, card.classes)], weights)
 

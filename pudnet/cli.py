@@ -15,6 +15,8 @@ from pudnet.errors import RunFailed, UserError
 def main(arguments: list[str] | None = None) -> int:
     """Run one command. Exit codes: 0; 1 a failed run; 2 a mistake in usage or input, said in one line."""
     options = _parser().parse_args(arguments)
+    if getattr(options, "target", None):
+        sys.path.insert(0, "")  # a network of the user's own is looked for where they are, as by `python -m`
     try:
         options.run(options)
     except UserError as error:

@@ -9,6 +9,7 @@ whose kernel mostly meets padding. `accelerate` swaps them in place; parameters 
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import shutil
 from collections.abc import Callable
@@ -22,6 +23,8 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from pudnet.hypernet.sketch import Normalize
 from pudnet.targets import Block
+
+logger = logging.getLogger(__name__)
 
 SMALL_MAP = 16  # output positions up to which a weight gradient is faster as one matrix product
 COMPILE_SECONDS = 12.0  # all that is compiled, in a process that finds nothing in torch's cache
@@ -43,9 +46,21 @@ def keep_freed_memory() -> None:
 
 
 def compiling_pays(groups: int, images: int, image_size: int) -> bool:
-    """Whether a run is long enough for torch.compile, and a C++ compiler is at hand."""
+    """Whether a run is long enough for torch.compile, and a C++ compiler is at hand and works."""
     saved = groups * images * image_size**2 * 64 * SECONDS_SAVED
-    return saved > 2 * COMPILE_SECONDS and shutil.which(os.environ.get("CXX", "g++")) is not None
+    return saved > 2 * COMPILE_SECONDS and _can_compile()
+
+
+@cache
+def _can_compile() -> bool:
+    if shutil.which(os.environ.get("CXX", "g++")) is None:
+        return False
+    try:
+        _kernel(_moments)(torch.ones(1, 1, 1, 8), torch.ones(8))
+    except Exception as error:  # torch.compile raises whatever the compiler's failure leads to
+        logger.warning("torch.compile does not work here, so steps are slower (%s)", " ".join(str(error).split())[:200])
+        return False
+    return True
 
 
 def accelerate(model: nn.Module, compiled: bool = False) -> None:
@@ -53,7 +68,7 @@ def accelerate(model: nn.Module, compiled: bool = False) -> None:
     for module in model.modules():
         if type(module) is nn.Conv2d:
             module.__class__ = Conv2d
-        if type(module) is nn.MaxPool2d and module.kernel_size == module.stride == 2:
+        if type(module) is nn.MaxPool2d and (module.kernel_size, module.stride, module.dilation) == (2, 2, 1):
             module.__class__ = MaxPool2x2
         if compiled and type(module) is Block:
             module.__class__ = FusedBlock
@@ -70,7 +85,7 @@ class Conv2d(nn.Conv2d):
     def forward(self, images: Tensor) -> Tensor:
         """Images (N, d_in, H, W) -> (N, d_out, H', W')."""
         plain = self.groups == 1 and self.dilation == (1, 1) and self.padding_mode == "zeros"
-        if not plain or isinstance(self.padding, str):
+        if not plain or isinstance(self.padding, str) or images.ndim != 4:
             return super().forward(images)
         if torch.is_autocast_enabled("cpu"):
             dtype = torch.get_autocast_dtype("cpu")
@@ -95,6 +110,8 @@ def useful_taps(size: int, kernel: int, stride: int, padding: int) -> slice:
     """
     outputs = (size + 2 * padding - kernel) // stride + 1
     seen = [t for t in range(kernel) if any(0 <= o * stride - padding + t < size for o in range(outputs))]
+    if not seen:
+        return slice(0, kernel)
     first, last = seen[0], seen[-1] + 1
     rest = padding - first
     same = rest >= 0 and (size + 2 * rest - (last - first)) // stride + 1 == outputs
@@ -113,10 +130,13 @@ class _Convolution(torch.autograd.Function):
     """A convolution whose weight gradient on small maps is one product, of patches with the output's gradient."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, images: Tensor, weight: Tensor, stride: tuple, padding: tuple) -> Tensor:
-        ctx.save_for_backward(images, weight)
-        ctx.stride, ctx.padding = stride, padding
+    def forward(images: Tensor, weight: Tensor, stride: tuple, padding: tuple) -> Tensor:
         return F.conv2d(images, weight, None, stride, padding)
+
+    @staticmethod
+    def setup_context(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:
+        images, weight, ctx.stride, ctx.padding = inputs
+        ctx.save_for_backward(images, weight)
 
     @staticmethod
     @once_differentiable
@@ -141,7 +161,7 @@ class MaxPool2x2(nn.MaxPool2d):
 
     def forward(self, maps: Tensor) -> Tensor:
         """Maps (N, C, H, W) -> (N, C, H // 2, W // 2)."""
-        if torch.is_grad_enabled() or maps.shape[2] % 2 or maps.shape[3] % 2 or self.padding or self.ceil_mode:
+        if torch.is_grad_enabled() or maps.shape[2] % 2 or maps.shape[3] % 2 or self.padding or self.return_indices:
             return super().forward(maps)
         rows = torch.maximum(maps[:, :, ::2], maps[:, :, 1::2])
         return torch.maximum(rows[..., ::2], rows[..., 1::2])

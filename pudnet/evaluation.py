@@ -12,6 +12,7 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 
+from pudnet.cpu import accelerate
 from pudnet.data.images import StoreImages
 from pudnet.predictor import Predictor
 
@@ -169,6 +170,8 @@ def _epoch(predictor: Predictor, images: Tensor, labels: Tensor, bf16: bool) -> 
 def scratch_network(predictor: Predictor, images: Tensor, classes: int) -> nn.Sequential:
     """The plain target, He-initialised, with a linear head, for images (N, C, H, W)."""
     body = nn.Sequential(copy.deepcopy(predictor.target.network), nn.Flatten())
+    if images.device.type == "cpu":
+        accelerate(body)  # as predicted networks are
     with torch.no_grad():
         size = body(images[:2]).shape[1]
     return nn.Sequential(body, nn.Linear(size, classes, device=images.device))

@@ -49,6 +49,7 @@ class Card:
     support_per_class: int
     model: dict | None = None  # ModelConfig, for kind "pudnet"
     classes: tuple[str | int, ...] = ()  # for kind "network"
+    predicted: tuple[str, ...] = ()  # for kind "network": the tensors that were predicted, in the order of use
     provenance: dict = dataclasses.field(default_factory=dict)  # setting, class split, seeds, commit, ...
     format: int = FORMAT
 
@@ -340,7 +341,8 @@ class Predictor:
 
     def network_card(self, classes: tuple) -> Card:
         """The card of a network predicted by this model."""
-        return dataclasses.replace(self.card, kind="network", model=None, classes=classes)
+        predicted = tuple(conv.name for conv in self.target.convs)
+        return dataclasses.replace(self.card, kind="network", model=None, classes=classes, predicted=predicted)
 
 
 def build_model(card: Card, target: str | nn.Module | None = None) -> tuple[PudNet | StaticTrunk, Target]:

@@ -14,12 +14,14 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
+from torch.overrides import TorchFunctionMode
 from torchvision.models import ResNet, resnet18, resnet34
 
 from pudnet.errors import UserError
@@ -120,9 +122,11 @@ def build_target(target: str | nn.Module, channels: int, image_size: int) -> Tar
     name = target_name(target)
     if image_size < SMALLEST_IMAGE:
         raise UserError(f"target {name}: images of {image_size} px are too small, it needs {SMALLEST_IMAGE}")
-    network = copy.deepcopy(target) if isinstance(target, nn.Module) else _construct(target, channels)
+    network = copy.deepcopy(target).cpu() if isinstance(target, nn.Module) else _construct(target, channels)
     _refuse_unfit_layers(network, name)
-    convs = _forward_order(network, name, torch.zeros(2, channels, image_size, image_size))
+    images = torch.randn(2, channels, image_size, image_size, generator=torch.Generator().manual_seed(0))
+    convs = _forward_order(network, name, images)
+    _refuse_changing_buffers(network, name, images)
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
@@ -140,8 +144,8 @@ def _construct(name: str, channels: int) -> nn.Module:
         build = getattr(importlib.import_module(module), attribute)
         takes_channels = "channels" in inspect.signature(build).parameters
         network = build(channels=channels) if takes_channels else build()
-    except Exception as error:  # whatever the user's own code may raise
-        raise UserError(f"target {name}: cannot be built ({type(error).__name__}: {error})") from None
+    except (Exception, SystemExit) as error:  # whatever the user's own code may raise
+        raise UserError(f"target {name}: cannot be built ({_one_line(error)})") from None
     if not isinstance(network, nn.Module):
         raise UserError(f"target {name}: gives a {type(network).__name__}, not a torch.nn.Module")
     return network
@@ -158,9 +162,16 @@ UNFIT = (
 )
 
 
+def _one_line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
 def _refuse_unfit_layers(network: nn.Module, name: str) -> None:
     """Refuse, by name, layers that would be left unpredicted, or that carry one group's state to the next."""
     owners: dict[int, str] = {}
+    for path, parameter in network.named_parameters(remove_duplicate=False):
+        if owners.setdefault(id(parameter), path) != path:
+            raise UserError(f"target {name}: {owners[id(parameter)]} and {path} are one parameter; untie them")
     for path, module in network.named_modules():
         kind = type(module).__name__
         if isinstance(module, UNFIT):
@@ -173,44 +184,85 @@ def _refuse_unfit_layers(network: nn.Module, name: str) -> None:
             continue
         if parametrize.is_parametrized(module) or not isinstance(module.weight, nn.Parameter):
             raise UserError(f"target {name}: the weight of layer {path} is parametrized; it has to be a parameter")
-        if id(module.weight) in owners:
-            raise UserError(f"target {name}: layers {owners[id(module.weight)]} and {path} share one weight")
-        owners[id(module.weight)] = path
-    if not owners:
+    if not any(isinstance(module, nn.Conv2d) for module in network.modules()):
         raise UserError(f"target {name}: has no Conv2d, so there is nothing to predict")
+
+
+class _Convolutions(TorchFunctionMode):
+    """Counts calls of convolution functions, by whatever layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def __torch_function__(self, function: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None) -> Any:
+        self.calls += getattr(function, "__name__", "").startswith("conv")
+        return function(*args, **(kwargs or {}))
 
 
 @torch.no_grad()
 def _forward_order(network: nn.Module, name: str, images: Tensor) -> tuple[ConvShape, ...]:
     """The convolutions in the order in which `images` pass them, each at its first use."""
-    paths = {module: path for path, module in network.named_modules() if isinstance(module, nn.Conv2d)}
-    order: dict[str, nn.Conv2d] = {}
+    paths = {m: path for path, m in network.named_modules() if isinstance(m, nn.Conv2d | _BatchNorm)}
+    calls: dict[nn.Module, int] = {}
 
-    def note(module: nn.Conv2d, inputs: tuple[Tensor], output: Tensor) -> None:
-        order.setdefault(paths[module], module)
+    def note(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        calls[module] = calls.get(module, 0) + 1
 
     hooks = [module.register_forward_hook(note) for module in paths]
-    training = network.training
     try:
-        features = network.eval()(images)
-    except Exception as error:  # whatever the user's own code may raise
-        what = f"{images.shape[2]} px with {images.shape[1]} channel(s)"
-        raise UserError(f"target {name}: cannot take images of {what} ({' '.join(str(error).split())})") from None
+        with _Convolutions() as convolutions:
+            _features(network.eval(), name, images)
     finally:
         for hook in hooks:
             hook.remove()
-        network.train(training)
+        network.train()
+    order = [module for module in calls if isinstance(module, nn.Conv2d)]
+    for module, path in paths.items():
+        if isinstance(module, nn.Conv2d) and module not in calls:
+            raise UserError(f"target {name}: layer {path} takes no part in the forward pass; remove it")
+        if isinstance(module, _BatchNorm) and calls.get(module, 0) > 1:
+            raise UserError(f"target {name}: layer {path} is used twice, on other maps: its statistics would be mixed")
+    if convolutions.calls != sum(calls[module] for module in order):
+        raise UserError(f"target {name}: calls a convolution function outside a Conv2d layer; make it a layer")
+    return tuple(ConvShape(f"{paths[conv]}.weight", tuple(conv.weight.shape)) for conv in order)
+
+
+@torch.no_grad()
+def _refuse_changing_buffers(network: nn.Module, name: str, images: Tensor) -> None:
+    """Refuse buffers that a training pass changes (BatchNorm's aside), and a pass that gives other than features."""
+    trained = copy.deepcopy(network)
+    _forget_statistics(trained)
+    before = {path: buffer.clone() for path, buffer in trained.named_buffers()}
+    _features(trained.train(), name, images)
+    for path, buffer in trained.named_buffers():
+        if not torch.equal(before[path], buffer):
+            raise UserError(f"target {name}: {path} changes in training: it would carry one group into the next")
+
+
+def _features(network: nn.Module, name: str, images: Tensor) -> Tensor:
+    """The network's output, which has to be one tensor (N, ...)."""
+    try:
+        features = network(images)
+    except Exception as error:  # whatever the user's own code may raise
+        what = f"{images.shape[2]} px with {images.shape[1]} channel(s)"
+        raise UserError(f"target {name}: cannot take images of {what} ({_one_line(error)})") from None
     if not isinstance(features, Tensor) or features.ndim < 2 or len(features) != len(images):
-        raise UserError(f"target {name}: must give one feature tensor an image, (N, d)")
-    unused = [path for path in paths.values() if path not in order]
-    if unused:
-        raise UserError(f"target {name}: layer {unused[0]} takes no part in the forward pass; remove it")
-    return tuple(ConvShape(f"{path}.weight", tuple(conv.weight.shape)) for path, conv in order.items())
+        mode = "training" if network.training else "evaluation"
+        raise UserError(f"target {name}: must give one feature tensor an image, (N, d), and in {mode} does not")
+    return features
 
 
 def norms(network: nn.Module) -> list[_BatchNorm]:
     """The network's BatchNorm layers."""
     return [module for module in network.modules() if isinstance(module, _BatchNorm)]
+
+
+def _forget_statistics(network: nn.Module) -> None:
+    """Let BatchNorm use the statistics of the images it is given, and keep none."""
+    for norm in norms(network):
+        norm.track_running_stats = False
+        norm.running_mean = norm.running_var = norm.num_batches_tracked = None
 
 
 class SharedTarget(nn.Module):
@@ -227,9 +279,7 @@ class SharedTarget(nn.Module):
         for module in self.body.modules():
             if isinstance(module, nn.Conv2d):
                 module.weight = None
-        for norm in norms(self.body):
-            norm.track_running_stats = False
-            norm.running_mean = norm.running_var = norm.num_batches_tracked = None
+        _forget_statistics(self.body)
 
     def forward(self, images: Tensor, weights: Weights) -> Tensor:
         """Features (..., N, d) of images (..., N, C, H, W) under weights (..., d_out, d_in, f, f).
@@ -249,7 +299,12 @@ class SharedTarget(nn.Module):
 
     def together(self, images: Tensor, weights: Weights) -> Tensor:
         """`forward` of several groups (G, N, C, H, W) as one vectorised call."""
-        return vmap(self._one, randomness="different")(images, dict(weights))
+        try:
+            return vmap(self._one, randomness="different")(images, dict(weights))
+        except RuntimeError as error:
+            if "vmap" not in str(error):
+                raise
+            raise UserError(f"train.groups_per_step: this target takes 1 only on a GPU ({_one_line(error)})") from None
 
     def _one(self, images: Tensor, weights: Weights) -> Tensor:
         return functional_call(self.body, dict(weights), (images,)).flatten(1)
@@ -268,8 +323,8 @@ class Calibrator:
         for module in self.empty.modules():
             if isinstance(module, nn.Conv2d):
                 module.weight = None
-        for name, parameter in shared.body.named_parameters():
-            _put(self.empty, name, parameter)  # the very same, so that they stay as the model has them
+        for name, tensor in [*shared.body.named_parameters(), *shared.body.named_buffers()]:
+            _put(self.empty, name, tensor)  # the very same, so that they stay as the model has them
 
     @torch.no_grad()
     def __call__(self, weights: Weights, images: Tensor) -> tuple[nn.Module, Tensor]:
@@ -289,9 +344,9 @@ class Calibrator:
         return network, features
 
 
-def _put(network: nn.Module, name: str, parameter: nn.Parameter) -> None:
+def _put(network: nn.Module, name: str, tensor: Tensor) -> None:
     path, _, attribute = name.rpartition(".")
-    setattr(network.get_submodule(path), attribute, parameter)
+    setattr(network.get_submodule(path), attribute, tensor)
 
 
 def _make_biased(norm: _BatchNorm, inputs: tuple[Tensor], output: Tensor) -> None:

@@ -68,10 +68,10 @@ class Trainer:
         self.device = images.device
         self.columns = {class_id: column for column, class_id in enumerate(train_classes)}
         self.model = model.to(self.device, memory_format=torch.channels_last)
+        self.objective = Objective(config, self._feature_size(), len(train_classes)).to(self.device)
         if self.device.type == "cpu":
             keep_freed_memory()
             accelerate(self.model, compiling_pays(*table.shape, images.image_size))
-        self.objective = Objective(config, self._feature_size(), len(train_classes)).to(self.device)
         self.parameters = [*model.parameters(), *self.objective.parameters()]
         self.optimizer = torch.optim.Adam(self.parameters, lr=config.learning_rate, fused=True)
         self.autocast = wants_bf16(config.precision, self.device)

@@ -54,12 +54,16 @@ def section(folder: Path) -> str:
         "|---|---|---|---|---|",
         *(_split(seed, part) for seed, part in metrics["splits"].items()),
         "",
-        f"Prediction: {timing['total_ms']:.1f} ms (sketch {timing['sketch_ms']:.1f}, generation "
-        f"{timing['generation_ms']:.1f}, calibration {timing['calibration_ms']:.1f}, centroids "
-        f"{timing['centroids_ms']:.1f}) from {timing['images']} images on {timing['device']}, {timing['threads']} "
-        f"threads; one epoch from scratch takes {timing['epoch_ratio']:.1f} times as long.",
+        f"Prediction: {timing['total_ms']:.1f} ms ({_parts(timing)}) from {timing['images']} images on "
+        f"{timing['device']}, {timing['threads']} threads; one epoch from scratch takes {timing['epoch_ratio']:.1f} "
+        "times as long.",
     ]
     return "\n".join(lines)
+
+
+def _parts(timing: dict[str, Any]) -> str:
+    names = [key for key in timing if key.endswith("_ms") and key not in ("total_ms", "epoch_ms")]
+    return ", ".join(f"{name.removesuffix('_ms')} {timing[name]:.1f}" for name in names)
 
 
 def _by_groups(metrics: dict[str, Any], table: dict[str, Any]) -> str:

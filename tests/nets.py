@@ -1,6 +1,7 @@
 """Networks that are not ours: what a user may name as a target, and what must be refused."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
@@ -16,12 +17,13 @@ class Depthwise(nn.Module):
         self.stem = nn.Conv2d(channels, 8, (3, 5), stride=2, padding=(1, 2), bias=False)
         self.grouped = nn.Conv2d(24, 24, 3, padding=1, groups=4, bias=False)
         self.norms = nn.ModuleList(nn.BatchNorm2d(d) for d in (8, 8, 24))
+        self.register_buffer("mask", torch.rand(24) + 0.5)
 
     def forward(self, images: Tensor) -> Tensor:
         maps = self.norms[0](self.stem(images)).relu()
         maps = self.norms[1](self.depth(maps)).relu()
         maps = self.norms[2](self.grouped(self.point(maps))).relu()
-        return self.head(maps.mean((2, 3)))
+        return self.head(maps.mean((2, 3)) * self.mask)
 
 
 class Wrapped(nn.Module):
@@ -54,9 +56,28 @@ class Pair(nn.Module):
         return images, self.conv(images)
 
 
+class Awkward(nn.Module):
+    """Does one thing that cannot be handled."""
+
+    def __init__(self, what: str):
+        super().__init__()
+        self.conv, self.norm, self.what = nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3), what
+        self.register_buffer("count", torch.zeros(1))
+
+    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        maps = self.norm(self.conv(images))
+        if self.what == "norm":
+            return self.norm(maps)
+        if self.what == "count" and self.training:
+            self.count += 1
+        if self.what == "function":
+            return F.conv2d(maps, torch.ones(3, 3, 1, 1))
+        return (maps, maps) if self.what == "pair" and self.training else maps
+
+
 def broken() -> nn.Module:
     """Cannot be built."""
-    raise ValueError("no such luck")
+    raise ValueError("no\nsuch\nluck")
 
 
 def number() -> int:
@@ -72,7 +93,11 @@ REFUSED = {
     "layer layer .*BatchNorm2d.* no running statistics": Wrapped(nn.BatchNorm2d(4, track_running_stats=False)),
     "weight of layer layer is parametrized": Wrapped(weight_norm(nn.Conv2d(4, 4, 3))),
     "layer layer takes no part": Wrapped(nn.Conv2d(4, 4, 3), use=False),
-    "layers 0 and 1 share one weight": tied(),
+    "0.weight and 1.weight are one parameter": tied(),
+    "layer norm is used twice": Awkward("norm"),
+    "count changes in training": Awkward("count"),
+    "in training does not": Awkward("pair"),
+    "convolution function outside": Awkward("function"),
     "no Conv2d": nn.Sequential(nn.Flatten(), nn.Linear(3, 3)),
     "one feature tensor": Pair(),
     "cannot take images of 16 px with 3 channel": nn.Sequential(nn.Conv2d(5, 4, 3)),

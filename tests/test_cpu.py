@@ -80,6 +80,7 @@ def test_convolution_has_torchs_values_and_gradients(conv, size):
         (1, 1, 2, 0, (0, 1)),
         (1, 3, 2, 1, (1, 2)),
         (2, 6, 3, 3, (3, 5)),
+        (1, 1, 2, 1, (0, 1)),  # none sees anything
     ],
 )
 def test_taps_that_meet_only_padding_are_left_out(size, kernel, stride, padding, taps):
@@ -110,8 +111,9 @@ def test_compiled_normalisation_has_torchs_values_and_gradients():
 
 
 @pytest.mark.parametrize("size", [8, 9])
-def test_pooling_without_a_gradient_has_torchs_values(size):
-    pool, maps = nn.Sequential(nn.MaxPool2d(2)), noise(3, 4, size, size)
+@pytest.mark.parametrize("changes", [{}, {"dilation": 2}, {"ceil_mode": True}, {"padding": 1}, {"stride": 1}], ids=str)
+def test_pooling_without_a_gradient_has_torchs_values(changes, size):
+    pool, maps = nn.Sequential(nn.MaxPool2d(2, **changes)), noise(3, 4, size, size)
     expected = pool(maps)
     accelerate(pool)
     with torch.no_grad():

@@ -99,7 +99,7 @@ def test_several_groups_at_once_are_the_same_as_one_by_one(name):
 def test_shared_target_holds_what_is_not_predicted_and_nothing_else():
     shared = SharedTarget(make_target("tests.nets:Depthwise")).state_dict()
     own = {f"body.norms.{i}.{part}" for i in range(3) for part in ("weight", "bias")}
-    assert set(shared) == own | {"body.point.bias", "body.head.weight", "body.head.bias"}
+    assert set(shared) == own | {"body.point.bias", "body.head.weight", "body.head.bias", "body.mask"}
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -44,4 +44,4 @@ class WeightGenerator(nn.Module):
     @torch.no_grad()
     def set_scale(self, context: Tensor) -> None:
         """Rescale the last layer so that `context` (m,) gives weights of He's standard deviation."""
-        self.expand.mul_(self.conv.he_std / self(context).std())
+        self.expand.mul_(self.conv.he_std / self(context).square().mean().sqrt())  # one weight has no deviation
