@@ -1,6 +1,7 @@
 """What a prediction costs, from 500 images in memory to a network in eval mode: `python -m benchmarks.prediction`.
 
-In a folder where `dvc repro` has run, also what its model saves: training from scratch to the same accuracy, and how accuracy depends on how many images are looked at.
+In a folder where `dvc repro` has run, also what its model saves (training from scratch to the same accuracy), and
+how accuracy depends on how many images are looked at.
 """
 
 from __future__ import annotations
