@@ -329,7 +329,7 @@ class Calibrator:
     @torch.no_grad()
     def __call__(self, weights: Weights, images: Tensor) -> tuple[nn.Module, Tensor]:
         """One group's weights and images (N, C, H, W) -> its network, and the images' features (N, d)."""
-        network = copy.deepcopy(self.empty)
+        network = _copied(self.empty)
         for name, weight in weights.items():
             _put(network, name, nn.Parameter(weight, requires_grad=False))
         calibrated = [(norm, norm.momentum, norm.register_forward_hook(_make_biased)) for norm in norms(network)]
@@ -342,6 +342,12 @@ class Calibrator:
             norm.eval()
             norm.momentum = momentum
         return network, features
+
+
+def _copied(network: nn.Module) -> nn.Module:
+    """`copy.deepcopy`, several times faster: every module has a dozen empty dictionaries (hooks), made here anew."""
+    own = [value for module in network.modules() for value in vars(module).values()]
+    return copy.deepcopy(network, {id(value): type(value)() for value in own if isinstance(value, dict) and not value})
 
 
 def _put(network: nn.Module, name: str, tensor: Tensor) -> None:

@@ -184,3 +184,16 @@ def test_what_cannot_be_predicted_is_refused_by_name(reason):
 def test_impossible_target_is_refused(name, size, message):
     with pytest.raises(UserError, match=message):
         build_target(name, 3, size)
+
+
+def test_hooks_on_one_network_are_not_on_the_next():
+    target = make_target()
+    calibrate = Calibrator(target, SharedTarget(target))
+    first, _ = calibrate(other_weights(), make_images())
+    seen = []
+    first.register_forward_hook(lambda *_: seen.append("first"))
+    second, _ = calibrate(other_weights(), make_images())
+    features_of(second, make_images())
+    assert not seen
+    features_of(first, make_images())
+    assert seen == ["first"]
