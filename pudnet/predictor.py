@@ -32,6 +32,7 @@ METADATA = "pudnet"  # one key: safetensors orders several at random, and the fi
 FORMAT = 2
 SKETCH_IMAGES = 50  # how few are enough: benchmarks/README.md
 CALIBRATION_IMAGES = 50
+WEIGHTS_AT_A_TIME = 2**26
 CHUNK = 500  # images at a time where they do not depend on each other
 
 
@@ -282,10 +283,10 @@ class Predictor:
         return self.predict_many([(images, labels)])[0]
 
     def predict_many(
-        self, groups: Sequence[tuple[np.ndarray | Tensor, Sequence | np.ndarray | Tensor]], batch: int = 16
+        self, groups: Sequence[tuple[np.ndarray | Tensor, Sequence | np.ndarray | Tensor]]
     ) -> list[PredictedNetwork]:
-        """`predict` for each of several groups; the hypernetwork runs once for every `batch` of them."""
-        networks = []
+        """`predict` for each of several groups; the hypernetwork runs once for as many as have 64 M weights."""
+        networks, batch = [], max(1, WEIGHTS_AT_A_TIME // self.target.predicted)
         for first in range(0, len(groups), batch):
             prepared = [self._prepare(images, labels) for images, labels in groups[first : first + batch]]
             sketches = torch.stack([self.sketch(images, labels) for images, labels, _ in prepared])

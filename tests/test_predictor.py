@@ -120,9 +120,11 @@ def test_centroids_are_of_the_first_images_of_each_class(network):
         assert_close(network.centroids[column], features[rows].mean(0), rtol=0.02, atol=0.03)
 
 
-def test_several_groups_in_one_call_are_the_same_as_one_by_one(predictor):
+@pytest.mark.parametrize("at_a_time", [1, 2 * 75_456])
+def test_several_groups_in_one_call_are_the_same_as_one_by_one(at_a_time, predictor, monkeypatch):
+    monkeypatch.setattr("pudnet.predictor.WEIGHTS_AT_A_TIME", at_a_time)  # one, two groups
     groups = [(coloured(LABELS[:n], seed=n), LABELS[:n]) for n in (6, 36, 12)]
-    for found, (images, labels) in zip(predictor.predict_many(groups, batch=2), groups, strict=True):
+    for found, (images, labels) in zip(predictor.predict_many(groups), groups, strict=True):
         expected = predictor.predict(images, labels)
         assert found.classes == expected.classes
         assert_close(found(QUERIES), expected(QUERIES), rtol=1e-3, atol=1e-3)
