@@ -54,7 +54,8 @@ def section(folder: Path) -> str:
         "|---|---|---|---|---|",
         *(_split(seed, part) for seed, part in metrics["splits"].items()),
         "",
-        f"Prediction: {timing['total_ms']:.1f} ms ({_parts(timing)}) from {timing['images']} images on "
+        f"Prediction: {timing['total_ms']:.1f} ms ({_parts(timing)}) from {timing['images']} images "
+        f"({timing['sketch_images']} looked at for the sketch, {timing['calibration_images']} for calibration) on "
         f"{timing['device']}, {timing['threads']} threads; one epoch from scratch takes {timing['epoch_ratio']:.1f} "
         "times as long.",
     ]
