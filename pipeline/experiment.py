@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
-import importlib.util
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,7 +24,7 @@ from pipeline.stage import root
 from pipeline.tracking import Tracking
 from pipeline.trial import TrialSpec, load_state, open_trial, run_trial
 from pudnet.errors import RunFailed, UserError
-from pudnet.targets import is_import_path
+from pudnet.targets import is_import_path, target_code
 
 ATTEMPTS_AFTER_A_FAULT = 2
 CODE = Path(__file__).resolve().parent.parent
@@ -85,8 +84,7 @@ def _files(spec: TrialSpec) -> list[Path]:
         path = CODE / "pudnet" / name
         code += sorted(path.glob("*.py")) if path.is_dir() else [path.with_suffix(".py")]
     if is_import_path(spec.target):
-        module = importlib.util.find_spec(spec.target.partition(":")[0])
-        code.append(Path(module.origin))  # of the user's own network
+        code += target_code(spec.target)
     groups = Path(spec.groups)
     return [Path(spec.store) / "meta.json", groups / "split.json", *(groups / f"{t}.npy" for t in tables), *code]
 

@@ -141,7 +141,8 @@ class PredictedNetwork(nn.Module):
         tensors, card = read_tensors(Path(path))
         if card.kind != "network":
             raise UserError(f"{path}: holds a {card.kind} model, not a predicted network")
-        body = _build_target(card, target).network
+        with torch.random.fork_rng(devices=[]):
+            body = _build_target(card, target).network
         centroids = tensors.pop("centroids", torch.empty(0))
         if centroids.ndim != 2 or len(centroids) != len(card.classes):
             raise UserError(f"{path}: its centroids do not fit its {len(card.classes)} classes")
@@ -248,7 +249,8 @@ class Predictor:
         tensors, card = read_tensors(Path(path))
         if card.kind not in ("pudnet", "static_trunk"):
             raise UserError(f"{path}: holds a {card.kind}, not a trained model")
-        predictor = cls.from_card(card, target, device)
+        with torch.random.fork_rng(devices=[]):  # the caller's random numbers are the caller's
+            predictor = cls.from_card(card, target, device)
         _loaded(predictor.model, tensors, path)
         return predictor
 
@@ -307,6 +309,9 @@ class Predictor:
 
     def rows(self, labels: Tensor) -> Tensor:
         """Rows of the images that a prediction looks at, for labels (N,) in 0..k-1."""
+        for name in ("sketch_images", "calibration_images"):
+            if not isinstance(value := getattr(self, name), int) or value < 1:
+                raise UserError(f"{name}: must be an integer of at least 1, got {value!r}")
         classes = int(labels.max()) + 1
         shares = [math.ceil(count / classes) for count in (self.sketch_images, self.calibration_images)]
         return first_rows(labels, max(*shares, self.card.support_per_class))

@@ -14,6 +14,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -105,8 +106,23 @@ def is_import_path(name: str) -> bool:
 
 
 def target_name(target: str | nn.Module) -> str:
-    """The name by which a card knows a target: a module given as an object goes by its class."""
+    """The name by which a card knows a target: a module given as an object goes by its class.
+
+    Raises `UserError` for what is neither a name nor a module.
+    """
+    if not isinstance(target, str | nn.Module):
+        raise UserError(f"target: must be a name or a torch.nn.Module (not its class), got {target!r}")
     return target if isinstance(target, str) else f"{type(target).__module__}:{type(target).__qualname__}"
+
+
+def target_code(name: str) -> list[Path]:
+    """The files that an import path's network is made by: where it is defined, and all of its package's folder."""
+    module, _, attribute = name.partition(":")
+    defined = inspect.getsourcefile(inspect.unwrap(getattr(importlib.import_module(module), attribute)))
+    folder, files = Path(defined).parent, {Path(defined)}
+    if "." in module or Path(defined).name == "__init__.py":
+        files |= set(folder.glob("*.py"))
+    return sorted(files)
 
 
 def build_target(target: str | nn.Module, channels: int, image_size: int) -> Target:
@@ -122,15 +138,22 @@ def build_target(target: str | nn.Module, channels: int, image_size: int) -> Tar
     name = target_name(target)
     if image_size < SMALLEST_IMAGE:
         raise UserError(f"target {name}: images of {image_size} px are too small, it needs {SMALLEST_IMAGE}")
-    network = copy.deepcopy(target).cpu() if isinstance(target, nn.Module) else _construct(target, channels)
+    network = _copy_of(target, name) if isinstance(target, nn.Module) else _construct(target, channels)
     _refuse_unfit_layers(network, name)
     images = torch.randn(2, channels, image_size, image_size, generator=torch.Generator().manual_seed(0))
-    convs = _forward_order(network, name, images)
-    _refuse_changing_buffers(network, name, images)
+    convs = _forward_order(network.eval(), name, images)
+    _refuse_what_only_training_does(network.train(), name, images)
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
     return Target(network, convs, channels, image_size)
+
+
+def _copy_of(target: nn.Module, name: str) -> nn.Module:
+    try:
+        return copy.deepcopy(target).cpu()
+    except Exception as error:  # a module may hold anything
+        raise UserError(f"target {name}: cannot be copied ({_one_line(error)})") from None
 
 
 def _construct(name: str, channels: int) -> nn.Module:
@@ -169,9 +192,10 @@ def _one_line(error: BaseException) -> str:
 def _refuse_unfit_layers(network: nn.Module, name: str) -> None:
     """Refuse, by name, layers that would be left unpredicted, or that carry one group's state to the next."""
     owners: dict[int, str] = {}
-    for path, parameter in network.named_parameters(remove_duplicate=False):
-        if owners.setdefault(id(parameter), path) != path:
-            raise UserError(f"target {name}: {owners[id(parameter)]} and {path} are one parameter; untie them")
+    tensors = [*network.named_parameters(remove_duplicate=False), *network.named_buffers(remove_duplicate=False)]
+    for path, tensor in tensors:
+        if owners.setdefault(id(tensor), path) != path:
+            raise UserError(f"target {name}: {owners[id(tensor)]} and {path} are one tensor; untie them")
     for path, module in network.named_modules():
         kind = type(module).__name__
         if isinstance(module, UNFIT):
@@ -212,11 +236,10 @@ def _forward_order(network: nn.Module, name: str, images: Tensor) -> tuple[ConvS
     hooks = [module.register_forward_hook(note) for module in paths]
     try:
         with _Convolutions() as convolutions:
-            _features(network.eval(), name, images)
+            _features(network, name, images)
     finally:
         for hook in hooks:
             hook.remove()
-        network.train()
     order = [module for module in calls if isinstance(module, nn.Conv2d)]
     for module, path in paths.items():
         if isinstance(module, nn.Conv2d) and module not in calls:
@@ -229,14 +252,14 @@ def _forward_order(network: nn.Module, name: str, images: Tensor) -> tuple[ConvS
 
 
 @torch.no_grad()
-def _refuse_changing_buffers(network: nn.Module, name: str, images: Tensor) -> None:
-    """Refuse buffers that a training pass changes (BatchNorm's aside), and a pass that gives other than features."""
-    trained = copy.deepcopy(network)
+def _refuse_what_only_training_does(network: nn.Module, name: str, images: Tensor) -> None:
+    """Refuse buffers that a training pass changes (BatchNorm's aside), and whatever else it does otherwise."""
+    trained = copy.deepcopy(network).train()
     _forget_statistics(trained)
     before = {path: buffer.clone() for path, buffer in trained.named_buffers()}
-    _features(trained.train(), name, images)
+    _forward_order(trained, name, images)
     for path, buffer in trained.named_buffers():
-        if not torch.equal(before[path], buffer):
+        if path not in before or not torch.allclose(before[path], buffer, rtol=0, atol=0, equal_nan=True):
             raise UserError(f"target {name}: {path} changes in training: it would carry one group into the next")
 
 
@@ -347,7 +370,7 @@ class Calibrator:
 def _copied(network: nn.Module) -> nn.Module:
     """`copy.deepcopy`, several times faster: every module has a dozen empty dictionaries (hooks), made here anew."""
     own = [value for module in network.modules() for value in vars(module).values()]
-    return copy.deepcopy(network, {id(value): type(value)() for value in own if isinstance(value, dict) and not value})
+    return copy.deepcopy(network, {id(value): value.copy() for value in own if isinstance(value, dict) and not value})
 
 
 def _put(network: nn.Module, name: str, tensor: Tensor) -> None:

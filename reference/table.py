@@ -15,7 +15,9 @@ TABLES = {"convnet3": "table1", "resnet18": "table2", "resnet34": "table8"}
 HEAD = """# Measured results
 
 Each folder holds what one run of the pipeline left: its `params.yaml`, the search, metrics, times and report.
-Made by `python reference/table.py` from those files; the runs by `dvc repro` with the `params.yaml` of the folder,
+Made by `python reference/table.py` from those files; the runs by `dvc repro` with the `params.yaml` of the folder
+(`prepare.source: npz:data/raw/cifar100.npz` is torchvision's CIFAR100 as arrays, training part and test part together,
+`labels` of its 100 fine classes; `prepare.source: null` downloads the same),
 on 2 CPU cores (bf16, AMX), no GPU. Accuracy in percent, ± its 95% interval over test groups with the class splits
 held fixed; differences to PudNet are paired over the same test groups (the first ones, where a method has fewer).
 

@@ -63,11 +63,14 @@ class Awkward(nn.Module):
         super().__init__()
         self.conv, self.norm, self.what = nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3), what
         self.register_buffer("count", torch.zeros(1))
+        self.register_buffer("cache", None)
 
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         maps = self.norm(self.conv(images))
-        if self.what == "norm":
+        if self.what == "norm" or (self.what == "norm in training" and self.training):
             return self.norm(maps)
+        if self.what == "cache" and self.training:
+            self.cache = maps
         if self.what == "count" and self.training:
             self.count += 1
         if self.what == "function":
@@ -93,8 +96,10 @@ REFUSED = {
     "layer layer .*BatchNorm2d.* no running statistics": Wrapped(nn.BatchNorm2d(4, track_running_stats=False)),
     "weight of layer layer is parametrized": Wrapped(weight_norm(nn.Conv2d(4, 4, 3))),
     "layer layer takes no part": Wrapped(nn.Conv2d(4, 4, 3), use=False),
-    "0.weight and 1.weight are one parameter": tied(),
+    "0.weight and 1.weight are one tensor": tied(),
     "layer norm is used twice": Awkward("norm"),
+    "layer norm is used twice, on": Awkward("norm in training"),
+    "cache changes in training": Awkward("cache"),
     "count changes in training": Awkward("count"),
     "in training does not": Awkward("pair"),
     "convolution function outside": Awkward("function"),

@@ -143,6 +143,22 @@ def test_a_part_of_the_images_is_looked_at_evenly_over_classes():
     assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("count", [0, -1, None, 2.5])
+def test_how_many_images_are_looked_at_is_a_count(count, predictor):
+    few = Predictor(predictor.model, predictor.card, predictor.target, sketch_images=count)
+    with pytest.raises(UserError, match="sketch_images: must be an integer of at least 1"):
+        few.predict(IMAGES, LABELS)
+
+
+def test_loading_leaves_the_callers_random_numbers(predictor, tmp_path):
+    predictor.save(tmp_path / "model.safetensors")
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    Predictor.load(tmp_path / "model.safetensors")
+    assert torch.equal(torch.rand(3), expected)
+
+
 def test_many_classes_have_all_their_support_images_in_their_centroids(predictor):
     labels = np.arange(60) % 30  # two a class: more than are calibrated on
     many = predictor.predict(coloured(["red", "blue"] * 30), labels)

@@ -1,6 +1,7 @@
 """Target networks: the functional forward under predicted weights, and BatchNorm's calibration."""
 
 import copy
+from collections import defaultdict
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch.testing import assert_close
 from torchvision.models import resnet18
 
 from pudnet.errors import UserError
-from pudnet.targets import Calibrator, ConvNet3, SharedTarget, build_target, norms
+from pudnet.targets import Calibrator, ConvNet3, SharedTarget, build_target, norms, target_code
 from tests.nets import REFUSED, features_of
 
 NAMES = ["convnet3", "resnet18", "tests.nets:Depthwise"]
@@ -184,6 +185,25 @@ def test_what_cannot_be_predicted_is_refused_by_name(reason):
 def test_impossible_target_is_refused(name, size, message):
     with pytest.raises(UserError, match=message):
         build_target(name, 3, size)
+
+
+def test_network_that_holds_anything_is_copied_as_deepcopy_copies_it():
+    own = nn.Sequential(nn.Conv2d(3, 4, 3))
+    own.meta = defaultdict(list)
+    target = build_target(own, 3, SIZE)
+    network, _ = Calibrator(target, SharedTarget(target))({"0.weight": torch.ones(4, 3, 3, 3)}, make_images())
+    assert network.meta["a"] == [] and not own.meta
+
+
+@pytest.mark.parametrize("target", [nn.Conv2d, 3, None])
+def test_what_is_neither_a_name_nor_a_module_is_refused(target):
+    with pytest.raises(UserError, match="must be a name or a torch.nn.Module"):
+        build_target(target, 3, SIZE)
+
+
+def test_code_of_a_users_network_is_all_of_its_package():
+    assert {path.name for path in target_code("tests.nets:Depthwise")} > {"nets.py", "smallest.py"}
+    assert [path.name for path in target_code("textwrap:TextWrapper")] == ["textwrap.py"]
 
 
 def test_hooks_on_one_network_are_not_on_the_next():
