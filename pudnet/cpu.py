@@ -3,7 +3,7 @@
 A step is bound by memory traffic and by three operators that torch's CPU back end does slowly at these sizes:
 BatchNorm and max-pooling of large maps, the weight gradient of convolutions on small maps, and convolutions
 whose kernel mostly meets padding. `accelerate` swaps them in place; parameters and their names stay.
-`benchmarks/training.py` has what each is worth.
+benchmarks/README.md has what each is worth.
 """
 
 from __future__ import annotations
@@ -103,6 +103,7 @@ class Conv2d(nn.Conv2d):
         return output if self.bias is None else output + self.bias.to(output.dtype)[:, None, None]
 
 
+@cache
 def useful_taps(size: int, kernel: int, stride: int, padding: int) -> slice:
     """The taps of a kernel that meet more than padding, along one axis of `size` pixels.
 
