@@ -15,7 +15,6 @@ A layer takes at least the longer of its two times; the floor is their sum.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
@@ -23,26 +22,20 @@ import torch
 from torch import Tensor, nn
 
 from pudnet.cpu import useful_taps
+from pudnet.evaluation import clock
 
 COUNTED = (nn.Conv2d, nn.Linear, nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.MaxPool2d)
 PARAMETER_BYTES = 4 * (1 + 2 + 7)
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for what a GPU still has to do."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def seconds(work: Callable[[], object], device: torch.device, repeats: int = 10) -> float:
     """The shortest of several runs of `work`, after warm-up: what the machine can do undisturbed."""
     times = []
     for _ in range(2 + repeats):
-        start = time.perf_counter()
+        start = clock(device)
         work()
-        synchronize(device)
-        times.append(time.perf_counter() - start)
-    return min(times[2:])
+        times.append(clock(device) - start)
+    return min(times[2:]) / 1000
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,7 @@ how accuracy depends on how many images are looked at.
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,11 +19,11 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from benchmarks.data import CHANNELS, SIZE, make_groups, make_images
-from benchmarks.floors import synchronize
-from benchmarks.training import peak_rss
+from benchmarks.memory import peak_of, peak_so_far
 from pipeline.bench import Bench, open_bench
 from pipeline.params import load_params
-from pipeline.stage import PUDNET, STORE
+from pipeline.stage import PUDNET, STORE, write_json
+from pipeline.trial import pick_device
 from pudnet.data.images import StoreImages
 from pudnet.device import wants_bf16
 from pudnet.errors import UserError
@@ -34,6 +31,7 @@ from pudnet.evaluation import (
     FROM,
     ON,
     block_labels,
+    clock,
     mean_interval,
     scratch_network,
     time_prediction,
@@ -70,7 +68,7 @@ def measure(target: str, images: StoreImages, repeats: int) -> dict[str, object]
         "parts": asdict(parts),
         "one_call_ms": singles / SEVERAL,
         "several_ms_a_group": together / SEVERAL,
-        "peak_memory_mb": _peak_memory(target),
+        "peak_memory_mb": peak_of("benchmarks.prediction", target),
     }
 
 
@@ -79,25 +77,19 @@ def take_turns(versions: list[Callable[[], object]], device: torch.device, round
     times: list[list[float]] = [[] for _ in versions]
     for _ in range(1 + rounds):
         for version, row in zip(versions, times, strict=True):
-            start = time.perf_counter()
+            start = clock(device)
             version()
-            synchronize(device)
-            row.append(1000 * (time.perf_counter() - start))
+            row.append(clock(device) - start)
     return [median(row[1:]) for row in times]
 
 
-def _peak_memory(target: str) -> float:
-    command = [sys.executable, "-m", "benchmarks.prediction", "--memory", target]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
-
-
 def _measure_memory(target: str) -> None:
-    """Peak memory (MB) of a process that predicts three networks."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """Print the peak memory (MB) of this process after three predictions."""
+    device = pick_device()
     predictor, images = on_device(target, device), make_images(device)
     for group in make_groups(3):
         predictor.predict(images.raw(group), images.labels[group])
-    print(torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else peak_rss())
+    print(peak_so_far(device))
 
 
 # With a trained model
@@ -157,10 +149,9 @@ def _to_same_accuracy(predictor: Predictor, images: StoreImages, pair: np.ndarra
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-3, fused=True)
     elapsed = 0.0
     for epoch in range(1, epochs + 1):
-        start = time.perf_counter()
+        start = clock(images.device)
         train_epoch(network, optimizer, inputs, labels, bf16)
-        synchronize(images.device)
-        elapsed += time.perf_counter() - start  # the check itself is free
+        elapsed += (clock(images.device) - start) / 1000  # the check itself is free
         with torch.no_grad():
             accuracy = 100 * (network.eval()(queries).argmax(1) == truth).float().mean().item()
         if accuracy >= wanted:
@@ -227,14 +218,13 @@ def main() -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    images = make_images(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    images = make_images(pick_device())
     rows = [measure(target, images, options.repeats) for target in options.targets]
     saved = measure_trained(trained, options.epochs) if trained else None
     show(rows, saved)
     if trained is None:
         print(f"no trained model at {PUDNET}: what it saves was not measured; `dvc repro` makes one")
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps({"rows": rows, "trained": saved}, indent=2) + "\n")
+    write_json(options.out, {"rows": rows, "trained": saved})
     print(f"written: {options.out}")
     return 0
 

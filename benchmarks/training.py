@@ -8,10 +8,6 @@ from __future__ import annotations
 import argparse
 import ctypes
 import dataclasses
-import json
-import resource
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,11 +19,15 @@ from rich.table import Column, Table
 from torch import nn
 
 from benchmarks.data import CHANNELS, CLASSES, SIZE, make_groups, make_images
-from benchmarks.floors import Counter, Floor, Machine, measure_machine, synchronize
+from benchmarks.floors import Counter, Floor, Machine, measure_machine
+from benchmarks.memory import peak_of, peak_so_far
+from pipeline.stage import write_json
+from pipeline.trial import pick_device
 from pudnet import cpu
 from pudnet.config import ModelConfig, TrainConfig, default_extractor
 from pudnet.data.images import StoreImages
 from pudnet.device import wants_bf16
+from pudnet.evaluation import clock
 from pudnet.hypernet import PudNet
 from pudnet.objective import Objective
 from pudnet.targets import build_target
@@ -84,8 +84,8 @@ def give_back_freed_memory() -> None:
     """Undo `keep_freed_memory`: glibc's defaults, for the straightforward version."""
     try:
         libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-4, 65536)
-        libc.mallopt(-1, 128 * 1024)
+        libc.mallopt(cpu.M_MMAP_MAX, 65536)
+        libc.mallopt(cpu.M_TRIM_THRESHOLD, 128 * 1024)
         libc.malloc_trim(0)
     except (OSError, AttributeError):
         return
@@ -94,7 +94,7 @@ def give_back_freed_memory() -> None:
 def take_turns(
     versions: dict[str, Callable[[], None]], device: torch.device, budget_s: float
 ) -> dict[str, list[float]]:
-    """Seconds of each version's steps, in turns of two steps after warm-up, until the budget is spent."""
+    """Milliseconds of each version's steps, in turns of two steps after warm-up, until the budget is spent."""
     times: dict[str, list[float]] = {name: [] for name in versions}
     begin = time.perf_counter()
     while time.perf_counter() - begin < budget_s or min(map(len, times.values())) < 3:
@@ -102,10 +102,9 @@ def take_turns(
             (give_back_freed_memory if name == "straightforward" else cpu.keep_freed_memory)()
             step()  # warms caches (and the allocator) up again after the other's turn
             for _ in range(2):
-                start = time.perf_counter()
+                start = clock(device)
                 step()
-                synchronize(device)
-                times[name].append(time.perf_counter() - start)
+                times[name].append(clock(device) - start)
     return times
 
 
@@ -124,24 +123,13 @@ def step_floor(target: str, images: StoreImages, machine: Machine) -> Floor:
     return counter.floor(sum(parameter.numel() for parameter in model.parameters()))
 
 
-def peak_memory(target: str, groups: int = 3) -> float:
-    """Peak resident memory (MB) of a process of its own that trains on a few groups."""
-    command = [sys.executable, "-m", "benchmarks.training", "--memory", target, "--groups", str(groups)]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
-
-
-def _measure_memory(target: str, groups: int) -> None:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def _measure_memory(target: str) -> None:
+    """Print the peak memory (MB) of this process after three steps."""
+    device = pick_device()
     step = as_trained(target, make_images(device))
-    for _ in range(groups):
+    for _ in range(3):
         step()
-    on_gpu = device.type == "cuda"
-    print(torch.cuda.max_memory_allocated() / 2**20 if on_gpu else peak_rss())
-
-
-def peak_rss() -> float:
-    """Peak resident memory of this process so far, MB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # Linux: kB
+    print(peak_so_far(device))
 
 
 def measure(target: str, images: StoreImages, machine: Machine, batch: int, budget_s: float) -> dict[str, object]:
@@ -153,7 +141,7 @@ def measure(target: str, images: StoreImages, machine: Machine, batch: int, budg
         f"{batch} groups a step": as_trained(target, images, batch),
     }
     times = take_turns(versions, images.device, budget_s)
-    milliseconds = {name: 1000 * median(values) for name, values in times.items()}
+    milliseconds = {name: median(values) for name, values in times.items()}
     milliseconds[f"{batch} groups a step"] /= batch
     floor = step_floor(target, images, machine)
     return {
@@ -163,7 +151,7 @@ def measure(target: str, images: StoreImages, machine: Machine, batch: int, budg
         "floor": dataclasses.asdict(floor),
         "ratio_to_floor": milliseconds["as trained"] / floor.floor_ms,
         "speedup": milliseconds["straightforward"] / milliseconds["as trained"],
-        "peak_memory_mb": peak_memory(target),
+        "peak_memory_mb": peak_of("benchmarks.training", target),
     }
 
 
@@ -208,19 +196,17 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=30, help="of measuring, a target")
     parser.add_argument("--out", type=Path, default=Path("results/benchmarks/training.json"))
     parser.add_argument("--memory", help=argparse.SUPPRESS)
-    parser.add_argument("--groups", type=int, default=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.memory:
-        _measure_memory(options.memory, options.groups)
+        _measure_memory(options.memory)
         return
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = pick_device()
     cpu.keep_freed_memory()
     machine = measure_machine(device, torch.bfloat16 if wants_bf16("auto", device) else torch.float32)
     images = make_images(device)
     rows = [measure(target, images, machine, options.batch, options.seconds) for target in options.targets]
     show(machine, rows)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps({"machine": machine.as_row(), "rows": rows}, indent=2) + "\n")
+    write_json(options.out, {"machine": machine.as_row(), "rows": rows})
     print(f"written: {options.out}")
 
 

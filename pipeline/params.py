@@ -28,7 +28,7 @@ from pudnet.data.groups import GroupSizes
 from pudnet.errors import UserError
 from pudnet.hypernet import PudNet
 from pudnet.settings import Setting, get_setting
-from pudnet.targets import TARGETS, build_target, is_import_path
+from pudnet.targets import build_target, check_target_name
 
 PARAMS = Path("params.yaml")
 MUCH_LARGER = 8.0  # generator parameters a weight; 3x3 layers have 4 at generator_hidden 16, 1x1 layers 33
@@ -175,9 +175,7 @@ def resolve(raw: Mapping[str, Any]) -> Params:
     """Check plain values and fill what is null from the setting."""
     _check_keys(raw)
     setting = get_setting(raw["setting"])
-    if raw["target"] not in TARGETS and not is_import_path(raw["target"]):
-        own = "or your own as package.module:Name"
-        raise UserError(f"target: unknown name {raw['target']!r}; known: {', '.join(TARGETS)}, {own}")
+    check_target_name(raw["target"])
     if raw["variant"] not in VARIANTS:
         raise UserError(f"variant: unknown name {raw['variant']!r}; known: {', '.join(VARIANTS)}")
     own = _of_setting(setting, raw["target"])
@@ -254,9 +252,10 @@ def check(params: Params) -> None:
         f"check: {params.setting}, {params.target}, {params.variant}: params.yaml is sound; a hypernetwork of "
         f"{parameters:,} parameters writes the {target.predicted:,} weights of {len(target.convs)} convolutions"
     )
-    if model.generator_ratio > MUCH_LARGER:
+    ratio = sum(parameter.numel() for parameter in model.generators.parameters()) / target.predicted
+    if ratio > MUCH_LARGER:
         print(
-            f"warning: the weight generators have {model.generator_ratio:.0f} parameters for each weight that they "
+            f"warning: the weight generators have {ratio:.0f} parameters for each weight that they "
             f"write; model.generator_hidden, now {params.model.generator_hidden}, is what to lower",
             file=sys.stderr,
         )

@@ -26,6 +26,7 @@ from pudnet.targets import Block
 
 logger = logging.getLogger(__name__)
 
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
 SMALL_MAP = 16  # output positions up to which a weight gradient is faster as one matrix product
 COMPILE_SECONDS = 12.0  # all that is compiled, in a process that finds nothing in torch's cache
 SECONDS_SAVED = 2e-9  # by compiled kernels, an activation of the first layer and step
@@ -40,9 +41,8 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):
         return
-    m_trim_threshold, m_mmap_max = -1, -4  # malloc.h
-    mallopt(m_mmap_max, 0)
-    mallopt(m_trim_threshold, 2**31 - 1)
+    mallopt(M_MMAP_MAX, 0)
+    mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def compiling_pays(groups: int, images: int, image_size: int) -> bool:

@@ -137,7 +137,8 @@ def time_prediction(
     )
 
 
-def _clock(device: torch.device) -> float:
+def clock(device: torch.device) -> float:
+    """Milliseconds, once the device has done all that it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return 1000 * time.perf_counter()
@@ -147,14 +148,14 @@ def _clock(device: torch.device) -> float:
 def _prediction_steps(predictor: Predictor, images: StoreImages, group: np.ndarray) -> list[float]:
     """Milliseconds of sketch, generation and calibration."""
     classes = tuple(images.block_classes(group).tolist())
-    marks = [_clock(images.device)]
+    marks = [clock(images.device)]
     batch, labels = predictor_input(predictor, images, group)
     sketch = predictor.sketch(batch, labels)
-    marks.append(_clock(images.device))
+    marks.append(clock(images.device))
     weights = predictor.model.generate(sketch)
-    marks.append(_clock(images.device))
+    marks.append(clock(images.device))
     predictor.network(weights, batch, labels, classes)
-    marks.append(_clock(images.device))
+    marks.append(clock(images.device))
     return np.diff(marks).tolist()
 
 
@@ -162,9 +163,9 @@ def _epoch(predictor: Predictor, images: Tensor, labels: Tensor, bf16: bool) -> 
     """Milliseconds of one epoch of Adam on the plain target with a linear head."""
     network = scratch_network(predictor, images, int(labels.max()) + 1)
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-3, fused=True)
-    start = _clock(images.device)
+    start = clock(images.device)
     train_epoch(network, optimizer, images, labels, bf16)
-    return _clock(images.device) - start
+    return clock(images.device) - start
 
 
 def scratch_network(predictor: Predictor, images: Tensor, classes: int) -> nn.Sequential:

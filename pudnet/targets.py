@@ -105,6 +105,13 @@ def is_import_path(name: str) -> bool:
     return ":" in name
 
 
+def check_target_name(name: str) -> None:
+    """Raise `UserError` for what is neither a target of ours nor an import path."""
+    if name not in TARGETS and not is_import_path(name):
+        own = "or your own as package.module:Name"
+        raise UserError(f"target: unknown name {name!r}; known: {', '.join(TARGETS)}, {own}")
+
+
 def target_name(target: str | nn.Module) -> str:
     """The name by which a card knows a target: a module given as an object goes by its class.
 
@@ -157,10 +164,8 @@ def _copy_of(target: nn.Module, name: str) -> nn.Module:
 
 
 def _construct(name: str, channels: int) -> nn.Module:
-    if not is_import_path(name):
-        if name not in TARGETS:
-            own = "or your own as package.module:Name"
-            raise UserError(f"target: unknown name {name!r}; known: {', '.join(TARGETS)}, {own}")
+    check_target_name(name)
+    if name in TARGETS:
         return TARGETS[name](channels)
     module, _, attribute = name.partition(":")
     try:

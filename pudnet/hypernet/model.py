@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 
@@ -34,12 +32,6 @@ class PudNet(nn.Module):
             WeightGenerator(conv, config.hidden, config.generator_hidden) for conv in target.convs
         )
         self._set_scales(torch.randn(64, target.channels, target.image_size, target.image_size))
-
-    @property
-    def generator_ratio(self) -> float:
-        """Parameters of the weight generators for each weight that they write."""
-        written = sum(math.prod(conv.shape) for conv in self.shared.convs)
-        return sum(parameter.numel() for parameter in self.generators.parameters()) / written
 
     def sketch(self, images: Tensor) -> Tensor:
         """Compress normalised images (..., N, C, H, W) to a sketch (..., l, m); the control returns its constant."""
