@@ -24,6 +24,7 @@ from pipeline.bench import Bench, open_bench
 from pipeline.params import load_params
 from pipeline.stage import PUDNET, STORE, write_json
 from pipeline.trial import pick_device
+from pudnet.baselines.scratch import ScratchConfig, scratch_network, train_epoch
 from pudnet.data.images import StoreImages
 from pudnet.device import wants_bf16
 from pudnet.errors import UserError
@@ -33,9 +34,7 @@ from pudnet.evaluation import (
     block_labels,
     clock,
     mean_interval,
-    scratch_network,
     time_prediction,
-    train_epoch,
     twin_accuracies,
 )
 from pudnet.predictor import Predictor
@@ -145,12 +144,12 @@ def _to_same_accuracy(predictor: Predictor, images: StoreImages, pair: np.ndarra
     wanted = twin_accuracies(predictor, images, pair[None], bf16)[0]
     (labels, _), (truth, _) = (block_labels(images, indices) for indices in pair)
     inputs, queries = images(pair[FROM]), images(pair[ON])
-    network = scratch_network(predictor, inputs, int(labels.max()) + 1)
-    optimizer = torch.optim.Adam(network.parameters(), lr=1e-3, fused=True)
+    network = scratch_network(predictor.target, int(labels.max()) + 1, images.device)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, fused=True)
     elapsed = 0.0
     for epoch in range(1, epochs + 1):
         start = clock(images.device)
-        train_epoch(network, optimizer, inputs, labels, bf16)
+        train_epoch(network, optimizer, inputs, labels, ScratchConfig(), bf16)
         elapsed += (clock(images.device) - start) / 1000  # the check itself is free
         with torch.no_grad():
             accuracy = 100 * (network.eval()(queries).argmax(1) == truth).float().mean().item()

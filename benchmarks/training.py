@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from torch import nn
 
-from benchmarks.data import CHANNELS, CLASSES, SIZE, make_groups, make_images
+from benchmarks.data import CHANNELS, CLASSES, CLASSES_PER_GROUP, SIZE, make_groups, make_images
 from benchmarks.floors import Counter, Floor, Machine, measure_machine
 from benchmarks.memory import peak_of, peak_so_far
 from pipeline.stage import write_json
@@ -29,26 +29,28 @@ from pudnet.data.images import StoreImages
 from pudnet.device import wants_bf16
 from pudnet.evaluation import clock
 from pudnet.hypernet import PudNet
+from pudnet.learner import MetaLearner
 from pudnet.objective import Objective
-from pudnet.targets import build_target
+from pudnet.targets import Target, build_target
 from pudnet.training import Trainer
 
 TARGETS = ("convnet3", "resnet18")
 LONG_RUN = 10_000  # groups: long enough for torch.compile, where it is ever used
 
 
-def make_model(target: str) -> PudNet:
+def make_model(target: str) -> tuple[PudNet, Target]:
     """An untrained PudNet for a target, the same at every call."""
     torch.manual_seed(0)
-    config = ModelConfig(extractor=default_extractor(target))
-    return PudNet(config, build_target(target, CHANNELS, SIZE))
+    config, plain = ModelConfig(extractor=default_extractor(target)), build_target(target, CHANNELS, SIZE)
+    return PudNet(config, plain), plain
 
 
 def as_trained(target: str, images: StoreImages, groups_per_step: int = 1) -> Callable[[], None]:
     """A step as the pipeline makes it: `Trainer`'s own."""
     config = TrainConfig(groups_per_step=groups_per_step)
     table, classes = make_groups(LONG_RUN), tuple(range(CLASSES))
-    trainer = Trainer(make_model(target), images, table, classes, config)
+    model, plain = make_model(target)
+    trainer = Trainer(MetaLearner(model, plain, config, CLASSES, CLASSES_PER_GROUP), images, table, classes, config)
 
     def step() -> None:
         trainer._step(table[trainer.groups : trainer.groups + groups_per_step])
@@ -58,12 +60,10 @@ def as_trained(target: str, images: StoreImages, groups_per_step: int = 1) -> Ca
 
 def straightforward(target: str, images: StoreImages) -> Callable[[], None]:
     """The same step without any care: one group, fp32, contiguous, torch's own layers and defaults."""
-    model = make_model(target).to(images.device)
+    model, plain = make_model(target)
+    model.to(images.device)
     table, turn = make_groups(LONG_RUN), iter(range(LONG_RUN))
-    with torch.no_grad():
-        few = images(table[0, :2]).contiguous()
-        size = model.shared(few, model.generate(model.sketch(few))).shape[1]
-    objective = Objective(TrainConfig(), size, CLASSES).to(images.device)
+    objective = Objective(TrainConfig(), plain.features, CLASSES).to(images.device)
     parameters = [*model.parameters(), *objective.parameters()]
     optimizer = torch.optim.Adam(parameters, lr=1e-3)
 
@@ -110,7 +110,7 @@ def take_turns(
 
 def step_floor(target: str, images: StoreImages, machine: Machine) -> Floor:
     """What one step on one group has to do: extractor, target, generators, optimizer."""
-    model = make_model(target).to(images.device)
+    model = make_model(target)[0].to(images.device)
     counter = Counter(machine)
     handles = [*counter.watch(model.extractor), *counter.watch(model.shared)]
     batch = images(make_groups(1)[0])
@@ -146,7 +146,7 @@ def measure(target: str, images: StoreImages, machine: Machine, batch: int, budg
     floor = step_floor(target, images, machine)
     return {
         "target": target,
-        "parameters": sum(p.numel() for p in make_model(target).parameters()),
+        "parameters": sum(p.numel() for p in make_model(target)[0].parameters()),
         "milliseconds_a_group": milliseconds,
         "floor": dataclasses.asdict(floor),
         "ratio_to_floor": milliseconds["as trained"] / floor.floor_ms,

@@ -14,7 +14,7 @@ from pipeline.params import Params
 from pipeline.stage import RESULTS, run_stage, split_model, write, write_json
 from pipeline.tracking import Tracking, open_tracking
 from pudnet.data.store import whole_folder
-from pudnet.evaluation import FROM, predictor_input, time_prediction
+from pudnet.evaluation import FROM, adapt_input, time_prediction
 from pudnet.predictor import Predictor
 
 WEIGHTS = RESULTS / "weights"
@@ -45,7 +45,7 @@ def evaluate(params: Params) -> None:
 def _keep_weights(bench: Bench, predictor: Predictor, count: int, folder: Path) -> None:
     """Write the predicted networks of the first test groups, in fp32."""
     for g, group in enumerate(bench.tables["test"][:count, FROM]):
-        network = predictor.adapt(*predictor_input(predictor, bench.images, group), tuple(bench.names(group)))
+        network = predictor.adapt(*adapt_input(predictor, bench.images, group), tuple(bench.names(group)))
         provenance = {**predictor.card.provenance, "split_seed": bench.seed, "group": g}
         network.card = dataclasses.replace(network.card, provenance=provenance)
         network.save(folder / f"split-{bench.seed}" / f"group-{g:03}.safetensors")

@@ -2,21 +2,38 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 from scipy import stats
-from torch import Tensor, nn
+from torch import Tensor
 
-from pudnet.cpu import accelerate
+from pudnet.baselines.scratch import ScratchConfig, scratch_network, train_epoch
 from pudnet.data.images import StoreImages
 from pudnet.predictor import Predictor
 
 FROM, ON = 0, 1  # a table's twins: weights are predicted from the one, accuracy is measured on the other
+
+
+class Classifies(Protocol):
+    """A network that is ready for a group's classes."""
+
+    def logits(self, images: Tensor) -> Tensor:
+        """Normalised images (N, C, H, W) -> logits (N, k)."""
+
+
+class Adapts(Protocol):
+    """What every method does for a new group, once it is trained: PudNet predicts, others do as they do."""
+
+    def rows(self, labels: Tensor) -> Tensor:
+        """Rows of the images that `adapt` looks at, for labels (N,) in 0..k-1."""
+
+    def adapt(self, images: Tensor, labels: Tensor, classes: tuple) -> Classifies:
+        """Normalised images (N, C, H, W) and labels (N,) in 0..k-1 -> a classifier of the k classes."""
 
 
 def mean_interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
@@ -41,44 +58,54 @@ def block_labels(images: StoreImages, indices: np.ndarray) -> tuple[Tensor, np.n
     return torch.from_numpy(position[images.labels[indices]]).to(images.device), classes
 
 
-def predictor_input(predictor: Predictor, images: StoreImages, indices: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Normalised images (n, C, H, W) and labels (n,) of those of a group that a prediction looks at."""
+def adapt_input(method: Adapts, images: StoreImages, indices: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Normalised images (n, C, H, W) and labels (n,) of those of a group that a method looks at."""
     labels, _ = block_labels(images, indices)
-    rows = predictor.rows(labels)
+    rows = method.rows(labels)
     return images(indices[rows.cpu().numpy()]), labels[rows]
 
 
 @torch.no_grad()
 def twin_accuracies(
-    predictor: Predictor,
+    method: Adapts,
     images: StoreImages,
     table: np.ndarray,
     bf16: bool,
     sketches: Sequence[Tensor] | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> np.ndarray:
-    """Accuracy in percent (G,) of the network predicted from each group of a table (G, 2, N), on its twin.
+    """Accuracy in percent (G,) of the method adapted to each group of a table (G, 2, N), on its twin.
 
-    Given `sketches`, one a group, weights come from those in place of the groups' own.
+    Given `sketches`, one a group, PudNet's weights come from those in place of the groups' own.
     """
     accuracies = np.zeros(len(table))
     for g, (group, twin) in enumerate(table):
-        classes = tuple(images.block_classes(group).tolist())
+        given = () if sketches is None else (sketches[g],)
         with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
-            sketch = None if sketches is None else sketches[g]
-            network = predictor.adapt(*predictor_input(predictor, images, group), classes, sketch)
-            logits = network.logits(images(twin))
-        truth, _ = block_labels(images, twin)
-        accuracies[g] = 100 * (logits.argmax(1) == truth).float().mean().item()
+            adapted = method.adapt(*adapt_input(method, images, group), _classes(images, group), *given)
+        accuracies[g] = twin_accuracy(adapted, images, twin, bf16)
         progress(g + 1)
     return accuracies
+
+
+@torch.no_grad()
+def twin_accuracy(adapted: Classifies, images: StoreImages, twin: np.ndarray, bf16: bool) -> float:
+    """Accuracy in percent on a twin (N,) of the group that a classifier was adapted to."""
+    truth, _ = block_labels(images, twin)
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
+        logits = adapted.logits(images(twin))
+    return 100 * (logits.argmax(1) == truth).float().mean().item()
+
+
+def _classes(images: StoreImages, group: np.ndarray) -> tuple[int, ...]:
+    return tuple(images.block_classes(group).tolist())
 
 
 @torch.no_grad()
 def group_sketches(predictor: Predictor, images: StoreImages, groups: np.ndarray, bf16: bool) -> list[Tensor]:
     """The sketch (l, m) of each group of a table (G, N)."""
     with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
-        return [predictor.sketch(*predictor_input(predictor, images, group)) for group in groups]
+        return [predictor.sketch(*adapt_input(predictor, images, group)) for group in groups]
 
 
 def shuffled(sketches: Sequence[Tensor], classes: Sequence[Sequence[int]]) -> list[Tensor]:
@@ -147,9 +174,9 @@ def clock(device: torch.device) -> float:
 @torch.no_grad()
 def _prediction_steps(predictor: Predictor, images: StoreImages, group: np.ndarray) -> list[float]:
     """Milliseconds of sketch, generation and calibration."""
-    classes = tuple(images.block_classes(group).tolist())
+    classes = _classes(images, group)
     marks = [clock(images.device)]
-    batch, labels = predictor_input(predictor, images, group)
+    batch, labels = adapt_input(predictor, images, group)
     sketch = predictor.sketch(batch, labels)
     marks.append(clock(images.device))
     weights = predictor.model.generate(sketch)
@@ -161,34 +188,8 @@ def _prediction_steps(predictor: Predictor, images: StoreImages, group: np.ndarr
 
 def _epoch(predictor: Predictor, images: Tensor, labels: Tensor, bf16: bool) -> float:
     """Milliseconds of one epoch of Adam on the plain target with a linear head."""
-    network = scratch_network(predictor, images, int(labels.max()) + 1)
-    optimizer = torch.optim.Adam(network.parameters(), lr=1e-3, fused=True)
+    network = scratch_network(predictor.target, int(labels.max()) + 1, images.device)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, fused=True)
     start = clock(images.device)
-    train_epoch(network, optimizer, images, labels, bf16)
+    train_epoch(network, optimizer, images, labels, ScratchConfig(), bf16)
     return clock(images.device) - start
-
-
-def scratch_network(predictor: Predictor, images: Tensor, classes: int) -> nn.Sequential:
-    """The plain target, He-initialised, with a linear head, for images (N, C, H, W)."""
-    body = nn.Sequential(copy.deepcopy(predictor.target.network), nn.Flatten())
-    if images.device.type == "cpu":
-        accelerate(body)  # as predicted networks are
-    with torch.no_grad():
-        size = body(images[:2]).shape[1]
-    return nn.Sequential(body, nn.Linear(size, classes, device=images.device))
-
-
-def train_epoch(
-    network: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor, bf16: bool, batch: int = 50
-) -> None:
-    """One epoch of cross-entropy over shuffled batches.
-
-    Autocast is entered anew for each step: it keeps the weights that it has cast until it is left.
-    """
-    network.train()
-    for rows in torch.randperm(len(images), device=images.device).split(batch):
-        optimizer.zero_grad()
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
-            loss = nn.functional.cross_entropy(network(images[rows]), labels[rows])
-        loss.backward()
-        optimizer.step()

@@ -146,7 +146,7 @@ class PredictedNetwork(nn.Module):
         centroids = tensors.pop("centroids", torch.empty(0))
         if centroids.ndim != 2 or len(centroids) != len(card.classes):
             raise UserError(f"{path}: its centroids do not fit its {len(card.classes)} classes")
-        return cls(_loaded(body, tensors, path), centroids, card)
+        return cls(loaded(body, tensors, path), centroids, card)
 
 
 def as_pixels(images: np.ndarray | Tensor, card: Card) -> Tensor:
@@ -251,7 +251,7 @@ class Predictor:
             raise UserError(f"{path}: holds a {card.kind}, not a trained model")
         with torch.random.fork_rng(devices=[]):  # the caller's random numbers are the caller's
             predictor = cls.from_card(card, target, device)
-        _loaded(predictor.model, tensors, path)
+        loaded(predictor.model, tensors, path)
         return predictor
 
     @classmethod
@@ -335,15 +335,24 @@ class Predictor:
     @torch.no_grad()
     def network(self, weights: Weights, images: Tensor, labels: Tensor, classes: tuple) -> PredictedNetwork:
         """Weights -> a network in eval mode: BatchNorm calibrated, class centroids of the support images."""
-        support, share = self.card.support_per_class, math.ceil(self.calibration_images / len(classes))
+        body, features, own = self.support(weights, images, labels)
+        return PredictedNetwork(body, centroids(features, own, len(classes)), self.network_card(classes))
+
+    def support_rows(self, labels: Tensor) -> Tensor:
+        """Rows of the support set: the first `support_per_class` images of each class."""
+        return first_rows(labels, self.card.support_per_class)
+
+    @torch.no_grad()
+    def support(self, weights: Weights, images: Tensor, labels: Tensor) -> tuple[nn.Module, Tensor, Tensor]:
+        """Weights -> a calibrated network in eval mode, and the support set's features (S, d) and labels (S,)."""
+        share = math.ceil(self.calibration_images / (int(labels.max()) + 1))
         chosen = first_rows(labels, share)
         body, features = self.calibrate(weights, images[chosen])
-        if share < support:
-            chosen = first_rows(labels, support)
+        if share < self.card.support_per_class:
+            chosen = self.support_rows(labels)
             features = torch.cat([body(chunk).flatten(1) for chunk in images[chosen].split(CHUNK)])
-        rows = first_rows(labels[chosen], support)
-        found = centroids(features[rows], labels[chosen][rows], len(classes))
-        return PredictedNetwork(body, found, self.network_card(classes))
+        rows = self.support_rows(labels[chosen])
+        return body, features[rows], labels[chosen][rows]
 
     def network_card(self, classes: tuple) -> Card:
         """The card of a network predicted by this model."""
@@ -371,7 +380,7 @@ def _build_target(card: Card, target: str | nn.Module | None) -> Target:
     return build_target(card.target if target is None else target, card.channels, card.image_size)
 
 
-def _loaded(module: nn.Module, tensors: dict[str, Tensor], path: str | Path) -> nn.Module:
+def loaded(module: nn.Module, tensors: dict[str, Tensor], path: str | Path) -> nn.Module:
     try:
         module.load_state_dict(tensors)
     except RuntimeError as error:

@@ -93,6 +93,7 @@ class Target:
     convs: tuple[ConvShape, ...]
     channels: int
     image_size: int
+    features: int  # d, values of an image's feature vector
 
     @property
     def predicted(self) -> int:
@@ -149,11 +150,13 @@ def build_target(target: str | nn.Module, channels: int, image_size: int) -> Tar
     _refuse_unfit_layers(network, name)
     images = torch.randn(2, channels, image_size, image_size, generator=torch.Generator().manual_seed(0))
     convs = _forward_order(network.eval(), name, images)
+    with torch.no_grad():
+        features = _features(network, name, images).flatten(1).shape[1]
     _refuse_what_only_training_does(network.train(), name, images)
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-    return Target(network, convs, channels, image_size)
+    return Target(network, convs, channels, image_size, features)
 
 
 def _copy_of(target: nn.Module, name: str) -> nn.Module:
@@ -360,16 +363,22 @@ class Calibrator:
         network = _copied(self.empty)
         for name, weight in weights.items():
             _put(network, name, nn.Parameter(weight, requires_grad=False))
-        calibrated = [(norm, norm.momentum, norm.register_forward_hook(_make_biased)) for norm in norms(network)]
-        for norm, _, _ in calibrated:
-            norm.train()
-            norm.momentum = 1.0  # the statistics of this batch alone
-        features = network(images).flatten(1)
-        for norm, momentum, hook in calibrated:
-            hook.remove()
-            norm.eval()
-            norm.momentum = momentum
-        return network, features
+        return network, calibrate(network, images)
+
+
+@torch.no_grad()
+def calibrate(network: nn.Module, images: Tensor) -> Tensor:
+    """Make BatchNorm's running statistics those of the images (N, C, H, W), in place; their features (N, d)."""
+    calibrated = [(norm, norm.momentum, norm.register_forward_hook(_make_biased)) for norm in norms(network)]
+    for norm, _, _ in calibrated:
+        norm.train()
+        norm.momentum = 1.0  # the statistics of this batch alone
+    features = network(images).flatten(1)
+    for norm, momentum, hook in calibrated:
+        hook.remove()
+        norm.eval()
+        norm.momentum = momentum
+    return features
 
 
 def _copied(network: nn.Module) -> nn.Module:

@@ -14,13 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from pudnet.config import TrainConfig
-from pudnet.controls import StaticTrunk
 from pudnet.cpu import accelerate, compiling_pays, keep_freed_memory
 from pudnet.data.images import StoreImages
 from pudnet.device import wants_bf16
 from pudnet.errors import RunFailed, UserError
-from pudnet.hypernet import PudNet
-from pudnet.objective import Losses, Objective
+from pudnet.learner import Learner
+from pudnet.objective import Losses
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +42,7 @@ class Report:
 
 
 class Trainer:
-    """Trains a hypernetwork or the static trunk on a table of groups, each seen once, in the table's order.
+    """Trains a method on a table of groups, each seen once, in the order that the method arranges them in.
 
     `run` yields a report every `report_every` groups; between two of them `state_dict` is a checkpoint from
     which `load_state_dict` continues to the same weights, bit for bit on one CPU. Raises `UserError` when the
@@ -52,13 +51,13 @@ class Trainer:
 
     def __init__(
         self,
-        model: PudNet | StaticTrunk,
+        learner: Learner,
         images: StoreImages,
         table: np.ndarray,
         train_classes: tuple[int, ...],
         config: TrainConfig,
     ) -> None:
-        self.config, self.images, self.table = config, images, table
+        self.config, self.images = config, images
         per_class = table.shape[1] // len(images.block_classes(table[0]))
         if per_class <= config.support_per_class:
             raise UserError(
@@ -66,13 +65,14 @@ class Trainer:
                 "has leave none to train on; lower it or raise groups.images_per_group"
             )
         self.device = images.device
-        self.columns = {class_id: column for column, class_id in enumerate(train_classes)}
-        self.model = model.to(self.device, memory_format=torch.channels_last)
-        self.objective = Objective(config, self._feature_size(), len(train_classes)).to(self.device)
+        self.table = learner.arrange(table)
+        self.columns = np.zeros(max(train_classes) + 1, dtype=np.int64)
+        self.columns[list(train_classes)] = np.arange(len(train_classes))
+        self.learner = learner.to(self.device, memory_format=torch.channels_last)
         if self.device.type == "cpu":
             keep_freed_memory()
-            accelerate(self.model, compiling_pays(*table.shape, images.image_size))
-        self.parameters = [*model.parameters(), *self.objective.parameters()]
+            accelerate(self.learner, compiling_pays(*table.shape, images.image_size))
+        self.parameters = list(learner.parameters())
         self.optimizer = torch.optim.Adam(self.parameters, lr=config.learning_rate, fused=True)
         self.autocast = wants_bf16(config.precision, self.device)
         self.groups, self.rollbacks = 0, 0
@@ -143,30 +143,22 @@ class Trainer:
         return torch.stack([torch.stack([part.detach().float() for part in row]) for row in rows])
 
     def _losses(self, groups: np.ndarray) -> list[Losses]:
-        images = self.images(groups)
-        classes = [self.images.block_classes(group).tolist() for group in groups]
-        columns = torch.tensor([[self.columns[c] for c in group] for group in classes]).to(self.device)
+        labels = torch.from_numpy(self.columns[self.images.labels[groups]]).to(self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-            weights = self.model.generate(self.model.sketch(images))
-            features = self.model.shared(images, weights)
-        return [self.objective(*group) for group in zip(features, columns, strict=True)]
+            return self.learner.losses(self.images(groups), labels, self.groups / len(self.table))
 
     def _schedule(self) -> None:
+        done = min(1.0, self.groups / len(self.table))
+        rate = self.config.learning_rate * self.learner.rate(done)
         if self.config.schedule == "cosine":
-            done = min(1.0, self.groups / len(self.table))
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.config.learning_rate * (1 + math.cos(math.pi * done)) / 2
-
-    @torch.no_grad()
-    def _feature_size(self) -> int:
-        images = self.images(self.table[0][:2])
-        return self.model.shared(images, self.model.generate(self.model.sketch(images))).shape[1]
+            rate *= (1 + math.cos(math.pi * done)) / 2
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
 
     def state_dict(self) -> dict:
         """Everything that the rest of the run depends on: plain tensors and numbers."""
         return {
-            "model": self.model.state_dict(),
-            "objective": self.objective.state_dict(),
+            "learner": self.learner.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "groups": self.groups,
             "rollbacks": self.rollbacks,
@@ -177,8 +169,7 @@ class Trainer:
 
     def load_state_dict(self, state: dict) -> None:
         """Continue from a checkpoint."""
-        self.model.load_state_dict(state["model"])
-        self.objective.load_state_dict(state["objective"])
+        self.learner.load_state_dict(state["learner"])
         self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         self.groups, self.rollbacks = state["groups"], state["rollbacks"]
         self.last = Report(**state["last"]) if state["last"] else None

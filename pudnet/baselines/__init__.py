@@ -1,0 +1,63 @@
+"""What PudNet is compared with. A learned method is fit on task groups and adapts to a new one by its support set;
+training from scratch knows the new group alone. Every one is measured as PudNet is: `adapt`, then `logits`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pudnet.baselines.matchnet import MatchNet
+from pudnet.baselines.meta_baseline import MetaBaseline
+from pudnet.baselines.meta_deepbdc import MetaDeepBDC
+from pudnet.baselines.method import Adapter, Classifier, Method
+from pudnet.baselines.musml import MUSML
+from pudnet.baselines.pretrained import Pretrained
+from pudnet.baselines.protonet import ProtoNet
+from pudnet.baselines.scratch import Scratch, ScratchConfig
+from pudnet.config import parse
+from pudnet.errors import UserError
+from pudnet.predictor import Card, loaded, read_tensors
+from pudnet.targets import Target, build_target
+
+__all__ = ["LEARNED", "SCRATCH", "Adapter", "Classifier", "Method", "Scratch", "ScratchConfig", "config_type"]
+__all__ += ["load_method", "make_method"]
+
+LEARNED: dict[str, type[Method]] = {
+    "pretrained": Pretrained,
+    "matchnet": MatchNet,
+    "protonet": ProtoNet,
+    "meta_baseline": MetaBaseline,
+    "meta_deepbdc": MetaDeepBDC,
+    "musml": MUSML,
+}
+SCRATCH = ("scratch_adam", "scratch_gc")
+
+
+def config_type(name: str) -> type:
+    """The configuration of a baseline."""
+    return ScratchConfig if name in SCRATCH else LEARNED[name].Config
+
+
+def make_method(name: str, config: dict[str, Any], plain: Target) -> tuple[Method, Target]:
+    """A learned baseline, untrained, and the target that it trains: the plain one, or that with its own module.
+
+    Raises `UserError` for a wrong key or value in `config`.
+    """
+    kind = LEARNED[name]
+    own = parse(kind.Config, config, name)
+    network = kind.network(own, plain)
+    target = plain if network is plain.network else build_target(network, plain.channels, plain.image_size)
+    return kind(own, target), target
+
+
+def load_method(path: Path, device: torch.device, target: str | None = None) -> Adapter:
+    """Read a trained baseline; `UserError` for another file. `target` as for `Predictor.load`."""
+    tensors, card = read_tensors(path)
+    if card.kind not in LEARNED:
+        raise UserError(f"{path}: holds a {card.kind}, not a trained baseline")
+    with torch.random.fork_rng(devices=[]):
+        plain = build_target(target or card.target, card.channels, card.image_size)
+        method, own = make_method(card.kind, card.model or {}, plain)
+    return Adapter(loaded(method, tensors, path).to(device), card, own)

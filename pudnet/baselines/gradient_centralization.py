@@ -1,0 +1,54 @@
+"""GC: gradient centralization (Yong et al., 2020), round any torch optimizer."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+Where = Literal["gradient", "update"]
+
+
+def centralized(optimizer: Optimizer, where: Where = "update") -> Optimizer:
+    r"""Make an optimizer centralise what it does to every weight of two or more dimensions; returns the same one.
+
+    .. math:: g \leftarrow g - \mathrm{mean}(g)\ \text{over all axes but the first}
+
+    g is the `gradient` before the step, or the `update` that the step made: for Adam the method's authors advise the
+    update, as Adam's division would undo a centralised gradient. Weight decay that an optimizer adds to the
+    gradient itself comes after the gradient was centralised, and is part of a centralised update.
+    Biases and BatchNorm's parameters, of one dimension, are left alone.
+    """
+    if where == "gradient":
+        optimizer.register_step_pre_hook(_centralize_gradients)
+        return optimizer
+    before: list[Tensor] = []
+
+    def keep(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        before[:] = [weight.detach().clone() for weight in _weights(optimizer)]
+
+    @torch.no_grad()
+    def centralize(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        for weight, old in zip(_weights(optimizer), before, strict=True):
+            weight.sub_(_means(weight - old))
+
+    optimizer.register_step_pre_hook(keep)
+    optimizer.register_step_post_hook(centralize)
+    return optimizer
+
+
+@torch.no_grad()
+def _centralize_gradients(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    for weight in _weights(optimizer):
+        weight.grad.sub_(_means(weight.grad))
+
+
+def _weights(optimizer: Optimizer) -> list[Tensor]:
+    groups = optimizer.param_groups
+    return [p for group in groups for p in group["params"] if p.ndim > 1 and p.grad is not None]
+
+
+def _means(values: Tensor) -> Tensor:
+    return values.mean(tuple(range(1, values.ndim)), keepdim=True)

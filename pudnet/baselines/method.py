@@ -1,0 +1,87 @@
+"""What the learned baselines share: a trunk for all groups, and a rule that classifies by support features.
+
+A method is the trunk and its rule, which is what a file keeps of it; a learner (`learners.py`) is how it is trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from pudnet.controls import StaticTrunk
+from pudnet.learner import Learner
+from pudnet.predictor import CHUNK, Card, Predictor
+from pudnet.targets import Target, Weights
+
+
+class Method(nn.Module):
+    """A baseline that is trained on task groups. `Config` holds what its paper, or PudNet's, leaves open."""
+
+    Config: ClassVar[type]
+
+    def __init__(self, config: Any, target: Target) -> None:
+        super().__init__()
+        self.config, self.features = config, target.features
+        self.trunk = self.make_trunk(target)
+
+    def make_trunk(self, target: Target) -> nn.Module:
+        """What the target's weights come from: one set of them, as plain parameters."""
+        return StaticTrunk(target)
+
+    @classmethod
+    def network(cls, config: Any, target: Target) -> nn.Module:
+        """The network that is trained: the plain target, unless a method puts something on it."""
+        return target.network
+
+    def learner(self, train_classes: int, k: int, support: int) -> Learner:
+        """How it is trained, on groups of `k` of the training classes with `support` support images of each."""
+        raise NotImplementedError
+
+    def logits(self, queries: Tensor, support: Tensor, labels: Tensor, k: int) -> Tensor:
+        """Classify: queries (Q, d), support (S, d) with labels (S,) in 0..k-1 -> logits (Q, k). All in fp32."""
+        raise NotImplementedError
+
+    def weights(self, images: Tensor, labels: Tensor) -> Weights:
+        """The convolution weights for a group's support images (S, C, H, W): one set for all groups."""
+        return self.trunk.generate(self.trunk.sketch(images))
+
+
+class Classifier:
+    """A network in eval mode and what turns its features into logits."""
+
+    def __init__(self, body: nn.Module, rule: Callable[[Tensor], Tensor]) -> None:
+        self.body, self.rule = body, rule
+
+    @torch.no_grad()
+    def logits(self, images: Tensor, batch: int = CHUNK) -> Tensor:
+        """Normalised images (N, C, H, W) -> logits (N, k)."""
+        features = torch.cat([self.body(chunk).flatten(1) for chunk in images.split(batch)])
+        with torch.autocast(images.device.type, enabled=False):
+            return self.rule(features.float())
+
+
+class Adapter:
+    """A trained method and all it takes to adapt it to a group, by the rules that PudNet is under.
+
+    The support images, how many images calibrate BatchNorm, and the precision are `Predictor`'s.
+    """
+
+    def __init__(self, method: Method, card: Card, target: Target) -> None:
+        self.method = method.eval()
+        self.predictor = Predictor(method.trunk, card, target)
+
+    def rows(self, labels: Tensor) -> Tensor:
+        """Rows of the images that `adapt` looks at, for labels (N,) in 0..k-1."""
+        return self.predictor.rows(labels)
+
+    @torch.no_grad()
+    def adapt(self, images: Tensor, labels: Tensor, classes: tuple) -> Classifier:
+        """Normalised images (N, C, H, W) and labels (N,) in 0..k-1 -> a classifier of the group's classes."""
+        chosen = self.predictor.support_rows(labels)
+        weights = self.method.weights(images[chosen], labels[chosen])
+        body, support, own = self.predictor.support(weights, images, labels)
+        support = support.float()
+        return Classifier(body, lambda features: self.method.logits(features, support, own, len(classes)))

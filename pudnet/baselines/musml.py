@@ -1,0 +1,139 @@
+"""MUSML (Jiang et al., 2022, "Subspace learning for effective meta-learning"): a group's weights lie in one of a
+few subspaces."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+
+from pudnet.baselines.learners import MethodLearner
+from pudnet.baselines.method import Method
+from pudnet.config import STRICT, Positive, PositiveFloat
+from pudnet.learner import Learner
+from pudnet.objective import Losses, metric_logits
+from pudnet.targets import SharedTarget, Target, Weights
+
+
+@dataclass(frozen=True, config=STRICT)
+class MUSMLConfig:
+    """What its paper tunes, or leaves to the reader here.
+
+    `subspaces` K and `dimension` m: small, as a step costs K forward and backward passes. `inner_steps` T and
+    `inner_rate` alpha: of the descent on v. `softness`: gamma at the start of training, the temperature of the
+    softmax over the subspaces' losses; it falls linearly to a hundredth of that, so that at the end the best
+    subspace alone learns. `temperature`: of the cosines, PudNet's.
+    """
+
+    subspaces: Positive = 2
+    dimension: Positive = 2
+    inner_steps: Positive = 3
+    inner_rate: PositiveFloat = 0.1
+    softness: PositiveFloat = 1.0
+    temperature: PositiveFloat = 10.0
+
+
+class Subspaces(nn.Module):
+    """K bases S_k of m vectors each over the target's convolution weights; the rest of the target is shared.
+
+    Biases and BatchNorm's affine parameters are shared, as PudNet's are, so that the same weights adapt.
+    """
+
+    def __init__(self, config: MUSMLConfig, target: Target) -> None:
+        super().__init__()
+        self.shared = SharedTarget(target)
+        k, m = config.subspaces, config.dimension
+        # w = S v at v = 1 / m is a mean of m vectors: drawn sqrt(m) times He's size, it has He's size.
+        self.bases = nn.ParameterList(
+            torch.randn(k, m, *conv.shape) * conv.he_std * m**0.5 for conv in self.shared.convs
+        )
+
+    def generate(self, k: int, v: Tensor) -> Weights:
+        """w = S_k v, for v (m,)."""
+        pairs = zip(self.shared.convs, self.bases, strict=True)
+        return {conv.name: torch.tensordot(v, basis[k], 1) for conv, basis in pairs}
+
+
+class MUSML(Method):
+    r"""In each subspace :math:`v \leftarrow v - \alpha \nabla_v L_{support}(S_k v)`, T times from v = 1/m.
+
+    Then, in training, :math:`\sum_k \mathrm{softmax}_k(-o / \gamma) o_k` of the query losses o_k teaches the bases;
+    on a new group the subspace of the lowest support loss is taken.
+
+    Choices of ours: the classifier is PudNet's (cosines to centroids), as one set of head weights in the subspace
+    cannot fit k classes in any order. A support image is compared with its own class's centroid without itself.
+    Gradients do not pass through the inner steps (first order) nor through the softmax, which only weighs.
+    """
+
+    Config = MUSMLConfig
+
+    def make_trunk(self, target: Target) -> Subspaces:
+        """The bases."""
+        return Subspaces(self.config, target)
+
+    def learner(self, train_classes: int, k: int, support: int) -> Learner:
+        """Its own."""
+        return SubspaceLearner(self, k, support)
+
+    def logits(self, queries: Tensor, support: Tensor, labels: Tensor, k: int) -> Tensor:
+        """Scaled cosines to the class centroids, (Q, k)."""
+        sums, counts = class_sums(support, labels, k)
+        return metric_logits(queries, sums / counts, self.config.temperature)
+
+    def weights(self, images: Tensor, labels: Tensor) -> Weights:
+        """Those of the subspace with the lowest support loss after the inner steps."""
+        found = [self.descend(k, images, labels) for k in range(self.config.subspaces)]
+        best = min(range(len(found)), key=lambda k: found[k][1])
+        return self.trunk.generate(best, found[best][0])
+
+    @torch.enable_grad()
+    def descend(self, k: int, images: Tensor, labels: Tensor) -> tuple[Tensor, float]:
+        """The inner steps in subspace k on support images (S, C, H, W): v (m,), and the support loss it ends at."""
+        m = self.config.dimension
+        v = torch.full((m,), 1 / m, device=images.device)
+        for step in range(self.config.inner_steps + 1):
+            v.requires_grad_()
+            features = self.trunk.shared(images, self.trunk.generate(k, v)).float()
+            loss = self.support_loss(features, labels)
+            if step == self.config.inner_steps:
+                break
+            (gradient,) = torch.autograd.grad(loss, v)
+            v = (v - self.config.inner_rate * gradient).detach()
+        return v.detach(), loss.item()
+
+    def support_loss(self, support: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy of support features (S, d), each against its class's centroid less its own share."""
+        with torch.autocast(support.device.type, enabled=False):
+            sums, counts = class_sums(support, labels, int(labels.max()) + 1)
+            cosines = metric_logits(support, sums / counts, self.config.temperature)
+            rest = (sums[labels] - support) / (counts[labels] - 1).clamp_min(1)
+            own = self.config.temperature * F.cosine_similarity(support, rest)
+            return F.cross_entropy(cosines.scatter(1, labels.unsqueeze(1), own.unsqueeze(1)), labels)
+
+
+class SubspaceLearner(MethodLearner):
+    """Training of the bases and of what the target shares."""
+
+    def loss(self, images: Tensor, labels: Tensor, done: float) -> Losses:
+        """The query losses of all subspaces, the better ones weighing more."""
+        method, config = self.model, self.model.config
+        blocks = images.unflatten(0, (self.k, -1))[:, : self.support]
+        own = torch.arange(self.k, device=images.device).repeat_interleave(self.support)
+        outcomes = []
+        for k in range(config.subspaces):
+            v, _ = method.descend(k, blocks.flatten(0, 1), own)
+            features = method.trunk.shared(images, method.trunk.generate(k, v)).float()
+            outcomes.append(self.episode(features))
+        totals = torch.stack([outcome.total for outcome in outcomes])
+        gamma = config.softness * max(0.01, 1 - done)
+        shares = (-totals.detach() / gamma).softmax(0)
+        best = outcomes[int(shares.argmax())]
+        total = shares @ totals
+        return Losses(total, total.detach(), best.full, best.kl, best.accuracy)
+
+
+def class_sums(features: Tensor, labels: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Sums (k, d) of features (S, d) over each class, and how many they are of (k, 1)."""
+    one_hot = F.one_hot(labels, k).float()
+    return one_hot.T @ features, one_hot.sum(0).unsqueeze(1)

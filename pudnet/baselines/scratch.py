@@ -1,0 +1,148 @@
+"""Training from scratch on the group itself, by Adam, or by Adam with gradient centralization."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import OrderedDict
+from functools import partial
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+
+from pudnet.baselines.gradient_centralization import Where, centralized
+from pudnet.baselines.method import Classifier
+from pudnet.config import STRICT, Fraction, Positive, PositiveFloat, Weight
+from pudnet.cpu import accelerate, keep_freed_memory
+from pudnet.targets import Target, calibrate
+
+
+@dataclass(frozen=True, config=STRICT)
+class ScratchConfig:
+    """A training run as one would set it up for a few hundred images and so many epochs.
+
+    The learning rate rises linearly over `warm_up` of the steps and falls linearly to zero over the rest, whatever
+    `epochs` is: a run of 5 epochs is not the beginning of a run of 50. `batch`: small, for many steps an epoch.
+    `augment`: none, random shifts by up to an eighth of the image (reflected at its border), or shifts and mirrored
+    images. `weight_decay` is decoupled (AdamW's). `centralize`: what GC centralises (`scratch_gc` only).
+    """
+
+    epochs: Positive = 50
+    learning_rate: PositiveFloat = 3e-3
+    warm_up: Fraction = 0.2
+    batch: Positive = 50
+    weight_decay: Weight = 0.01
+    augment: Literal["none", "shift", "shift_mirror"] = "none"
+    centralize: Where = "update"
+
+
+class Scratch:
+    """The target, He-initialised, with a linear head, trained on all images of the group. Nothing to fit before.
+
+    BatchNorm is under the same rule as everywhere: batch statistics in training, and at the end running
+    statistics of the group's images.
+    """
+
+    def __init__(self, config: ScratchConfig, target: Target, device: torch.device, bf16: bool, gc: bool) -> None:
+        self.config, self.target, self.device, self.bf16, self.gc = config, target, device, bf16, gc
+        if device.type == "cpu":
+            keep_freed_memory()
+
+    def rows(self, labels: Tensor) -> Tensor:
+        """All rows, for labels (N,): training looks at every image."""
+        return torch.arange(len(labels), device=labels.device)
+
+    def adapt(self, images: Tensor, labels: Tensor, classes: tuple) -> Classifier:
+        """Train on normalised images (N, C, H, W) and labels (N,) in 0..k-1 -> a classifier of the classes."""
+        network = scratch_network(self.target, len(classes), self.device)
+        self.train(network, images, labels)
+        plain = copy.deepcopy(self.target.network).to(self.device, memory_format=torch.channels_last)
+        plain.load_state_dict(network.body.state_dict())
+        if self.device.type == "cpu":
+            accelerate(plain)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            calibrate(plain.eval(), images)
+        return Classifier(plain, network.head)
+
+    def train(self, network: nn.Sequential, images: Tensor, labels: Tensor) -> None:
+        """All epochs of one run, in place."""
+        optimizer = torch.optim.AdamW(
+            network.parameters(), self.config.learning_rate, weight_decay=self.config.weight_decay, fused=True
+        )
+        if self.gc:
+            centralized(optimizer, self.config.centralize)
+        steps = self.config.epochs * -(-len(images) // self.config.batch)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: one_cycle(step, steps, self.config.warm_up)
+        )
+        for _ in range(self.config.epochs):
+            train_epoch(network, optimizer, images, labels, self.config, self.bf16, schedule)
+
+
+def scratch_network(target: Target, classes: int, device: torch.device) -> nn.Sequential:
+    """The plain target, He-initialised anew, and a linear head."""
+    body = copy.deepcopy(target.network)
+    for module in body.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+    body = body.to(device, memory_format=torch.channels_last)
+    if device.type == "cpu":
+        accelerate(body)  # as predicted networks are
+    head = nn.Linear(target.features, classes, device=device)
+    return nn.Sequential(OrderedDict(body=body, flat=nn.Flatten(), head=head))
+
+
+def train_epoch(
+    network: nn.Sequential,
+    optimizer: torch.optim.Optimizer,
+    images: Tensor,
+    labels: Tensor,
+    config: ScratchConfig,
+    bf16: bool,
+    schedule: torch.optim.lr_scheduler.LRScheduler | None = None,
+) -> None:
+    """One epoch of cross-entropy over shuffled batches.
+
+    Without autocast's cache, which keeps the weights that it has cast although the step changes them.
+    """
+    network.train()
+    for rows in torch.randperm(len(images), device=images.device).split(config.batch):
+        optimizer.zero_grad()
+        batch = augmented(images[rows], config.augment)
+        with torch.enable_grad():
+            with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
+                logits = network(batch)
+            F.cross_entropy(logits.float(), labels[rows]).backward()
+        optimizer.step()
+        if schedule:
+            schedule.step()
+
+
+def one_cycle(step: int, steps: int, warm_up: float) -> float:
+    """The learning rate's factor at a step: up linearly over `warm_up` of the steps, then down to zero."""
+    rise = max(1.0, warm_up * steps)
+    return min((step + 1) / rise, max(0.0, (steps - step) / max(1.0, steps - rise)))
+
+
+def augmented(images: Tensor, how: str) -> Tensor:
+    """Images (N, C, H, W), each shifted by up to an eighth of its size, and half of them mirrored, as `how` says."""
+    if how == "none":
+        return images
+    n, _, height, width = images.shape
+    reach = max(1, height // 8)
+    rows, columns = (_shifted(n, size, reach, images.device) for size in (height, width))  # (N, H), (N, W)
+    if how == "shift_mirror":
+        mirrored = torch.rand(n, 1, device=images.device) < 0.5
+        columns = torch.where(mirrored, columns.flip(1), columns)
+    index = torch.arange(n, device=images.device)[:, None, None]
+    return images.permute(0, 2, 3, 1)[index, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def _shifted(n: int, size: int, reach: int, device: torch.device) -> Tensor:
+    """Which pixels (N, size) stand along an axis once it is shifted, reflected at both ends."""
+    shift = torch.randint(-reach, reach + 1, (n, 1), device=device)
+    pixels = (torch.arange(size, device=device) + shift).abs()
+    return torch.where(pixels < size, pixels, 2 * (size - 1) - pixels)
