@@ -52,7 +52,7 @@ class TrialProgress(Callback):
         spec = trial.config["spec"]
         run_id = self.tracking.find_or_create(f"{self.key}/{spec['name']}", spec["name"], self.parent)
         self.runs[trial.trial_id] = run_id
-        self.logged[trial.trial_id] = self.tracking.last_step(run_id, "loss")
+        self.logged[trial.trial_id] = self.tracking.last_step(run_id, "groups_per_second")
         seeds = {"method": spec["kind"], "split_seed": spec["split_seed"], "seed": spec["seed"]}
         self.tracking.log_params(run_id, {**spec["train"], **spec["model"], **asdict(self.params.groups), **seeds})
 
@@ -85,13 +85,13 @@ class TrialProgress(Callback):
 
     def _say(self, trials: list[Trial], trial: Trial, result: dict[str, Any]) -> None:
         done = sum(t.status == "TERMINATED" for t in trials)
-        accuracy = (
-            f"validation {result['validation_accuracy']:5.2f} +/- {result['validation_ci95']:.2f} %"
-            if "validation_accuracy" in result
-            else f"training {result['train_accuracy']:5.2f} %"
-        )
+        parts = [f"loss {result['loss']:.3f}"] if "loss" in result else []
+        if "validation_accuracy" in result:
+            parts.append(f"validation {result['validation_accuracy']:5.2f} +/- {result['validation_ci95']:.2f} %")
+        else:
+            parts.append(f"training {result['train_accuracy']:5.2f} %")
         print(
             f"  [{done}/{self.trials} done] {trial.config['spec']['name']}: group {result['groups']:>5}, "
-            f"loss {result['loss']:.3f}, {accuracy}, {result['groups_per_second']:.2f} groups/s",
+            f"{', '.join(parts)}, {result['groups_per_second']:.2f} groups/s",
             flush=True,
         )

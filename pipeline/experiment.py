@@ -18,31 +18,35 @@ from pipeline import cluster  # first: it sets Ray's environment
 import torch
 from ray import tune
 
-from pipeline.callback import TrialProgress
+from pipeline.callback import METRICS, TrialProgress
 from pipeline.params import Params
 from pipeline.stage import root
 from pipeline.tracking import Tracking
 from pipeline.trial import TrialSpec, load_state, open_trial, run_trial
+from pudnet.baselines import LEARNED, SCRATCH
 from pudnet.errors import RunFailed, UserError
 from pudnet.targets import is_import_path, target_code
 
 ATTEMPTS_AFTER_A_FAULT = 2
 CODE = Path(__file__).resolve().parent.parent
-TRAINING_CODE = ("config", "cpu", "device", "targets", "controls", "objective", "training", "hypernet", "data/images")
+TRAINING_CODE = ("config", "cpu", "device", "targets", "controls", "objective", "learner", "training", "hypernet")
+TRAINING_CODE += ("data/images",)
 VALIDATION_CODE = ("evaluation", "predictor")
+REPORTED = ("groups", *METRICS)
 
 
 @dataclass(frozen=True)
 class Finished:
-    """A finished trial: what it was, its last report, all of them, and its last checkpoint."""
+    """A finished trial: what it was, its last report, all of them, its last checkpoint, its MLflow run's key."""
 
     spec: TrialSpec
     metrics: dict[str, Any]
     history: list[dict[str, Any]]
     checkpoint: Path
+    run_key: str
 
     def state(self) -> dict:
-        """The trainer's state at the end: the model's tensors, the objective's, ..."""
+        """The trial's state at its end."""
         return load_state(self.checkpoint)
 
 
@@ -79,14 +83,27 @@ def _files(spec: TrialSpec) -> list[Path]:
     """What a trial reads: data (a store's checksums stand for it) and code."""
     tables = [spec.table, *(["validation"] if spec.validate else [])]
     names = TRAINING_CODE + (VALIDATION_CODE if spec.validate else ())
-    code = [CODE / "pipeline" / "trial.py"]
-    for name in names:
-        path = CODE / "pudnet" / name
-        code += sorted(path.glob("*.py")) if path.is_dir() else [path.with_suffix(".py")]
-    if is_import_path(spec.target):
-        code += target_code(spec.target)
     groups = Path(spec.groups)
-    return [Path(spec.store) / "meta.json", groups / "split.json", *(groups / f"{t}.npy" for t in tables), *code]
+    data = [Path(spec.store) / "meta.json", groups / "split.json", *(groups / f"{t}.npy" for t in tables)]
+    return [*data, CODE / "pipeline" / "trial.py", *code_files(names), *method_files(spec.kind, spec.target)]
+
+
+def code_files(names: Sequence[str]) -> list[Path]:
+    """The files of the method's own code, from names without suffix; a folder's name is all of it."""
+    paths = [CODE / "pudnet" / name for name in names]
+    return [
+        file for path in paths for file in (sorted(path.glob("*.py")) if path.is_dir() else [path.with_suffix(".py")])
+    ]
+
+
+def method_files(kind: str, target: str) -> list[Path]:
+    """The code that is one method's alone, and that of a target of the user's own."""
+    own = target_code(target) if is_import_path(target) else []
+    if kind in LEARNED:
+        own += code_files(["baselines/method", "baselines/learners", f"baselines/{kind}"])
+    if kind in SCRATCH:
+        own += code_files(["baselines/scratch", "baselines/gradient_centralization"])
+    return own
 
 
 def run_trials(
@@ -100,7 +117,7 @@ def run_trials(
         RunFailed: when a trial is unfinished at the end: interrupted, or failed for good.
         UserError: when another process runs the same trials, or a trial cannot start; then none is.
     """
-    groups = {spec.name: len(open_trial(spec, torch.device("cpu")).trainer.table) for spec in experiment.specs}
+    groups = {spec.name: open_trial(spec, torch.device("cpu")).groups for spec in experiment.specs}
     with _alone(experiment.folder):
         if fresh:
             shutil.rmtree(experiment.folder, ignore_errors=True)
@@ -124,16 +141,17 @@ def _collect(experiment: Experiment, groups: Mapping[str, int], results: tune.Re
     failed = [result for result in results if result.error]
     if len(done) < len(experiment.specs) and not (experiment.keep_going and done and _all(experiment, done, failed)):
         raise RunFailed(_why(len(done), len(experiment.specs), failed))
-    return [_finished(spec, found[spec.name]) for spec in done]
+    return [_finished(experiment, spec, found[spec.name]) for spec in done]
 
 
 def _all(experiment: Experiment, done: Sequence[TrialSpec], failed: Sequence[tune.Result]) -> bool:
     return len(done) + len(failed) == len(experiment.specs)
 
 
-def _finished(spec: TrialSpec, result: tune.Result) -> Finished:
-    history = result.metrics_dataframe.to_dict("records")
-    return Finished(spec, result.metrics, history, Path(result.checkpoint.path))
+def _finished(experiment: Experiment, spec: TrialSpec, result: tune.Result) -> Finished:
+    """The trial without what Ray adds to its reports."""
+    history = [{k: row[k] for k in REPORTED if k in row} for row in result.metrics_dataframe.to_dict("records")]
+    return Finished(spec, history[-1], history, Path(result.checkpoint.path), f"{experiment.key}/{spec.name}")
 
 
 def _why(done: int, total: int, failed: Sequence[tune.Result]) -> str:

@@ -1,4 +1,4 @@
-"""Final meta-training on all training classes, one trial a class split: what `train` and `baselines` share."""
+"""Final meta-training on all training classes, one trial a method and class split: for `train` and `baselines`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from pipeline.experiment import Experiment, Finished, run_trials
+from pipeline.experiment import Finished
+from pipeline.kept import run_missing
 from pipeline.params import Params
 from pipeline.stage import PUDNET, RESULTS, STORE, group_folder, split_model
 from pipeline.tracking import open_tracking
@@ -22,6 +23,8 @@ from pudnet.predictor import write_tensors
 
 CURVES = ["groups", "loss", "metric_loss", "full_loss", "kl_loss", "train_accuracy"]
 
+Cells = Mapping[int, Mapping[str, Any]]  # of one method: what was chosen for each split seed
+
 
 def read_best() -> dict[int, dict[str, Any]]:
     """What the search chose for each split seed, its validation accuracy left aside."""
@@ -32,23 +35,24 @@ def read_best() -> dict[int, dict[str, Any]]:
     return {seed: {k: v for k, v in cell.items() if k != "accuracy"} for seed, cell in splits.items()}
 
 
-def train_all(params: Params, kind: str, cells: Mapping[int, Mapping[str, Any]], fresh: bool) -> pd.DataFrame:
-    """Train one model of a kind a split in an open Ray session, write models/splits/KIND/*.safetensors.
+def train_all(params: Params, stage: str, methods: Mapping[str, Cells], fresh: bool) -> pd.DataFrame:
+    """Train each method on each split in an open Ray session, and write the models.
 
     Returns the loss curves.
     """
     specs = [
-        make_spec(params, f"train-{kind}-split{seed}", kind, seed, dict(cells[seed]), table="train", validate=False)
+        make_spec(params, f"train-{kind}-split{seed}", kind, seed, dict(cells[seed]), table="train", validate=0)
+        for kind, cells in methods.items()
         for seed in params.split_seeds
     ]
-    experiment, tracking = Experiment(kind, specs), open_tracking(params)
-    print(f"{kind}: {len(specs)} final training(s) on {params.groups.train_groups:,} groups")
-    finished = run_trials(experiment, params, tracking, fresh=fresh)
+    tracking = open_tracking(params)
+    print(f"{stage}: {len(specs)} final training(s) on {params.groups.train_groups:,} groups")
+    finished = run_missing(f"{stage}-final", specs, params, tracking, fresh=fresh)
     for trial in finished:
         path = _write_model(params, trial)
-        run_id = tracking.find_or_create(f"{experiment.key}/{trial.spec.name}", trial.spec.name)
+        run_id = tracking.find_or_create(trial.run_key, trial.spec.name)
         tracking.client.log_artifact(run_id, str(path), "model")
-        if kind == "pudnet":
+        if trial.spec.kind == "pudnet":
             name = f"pudnet-{params.setting}-{params.target}".replace(":", ".")  # no colon in a model's name
             version = tracking.register(run_id, name, "model")
             tracking.log_tags(run_id, {"registered_version": str(version)})
@@ -72,8 +76,9 @@ def _write_model(params: Params, trial: Finished) -> Path:
     }
     state = trial.state()
     card = dataclasses.replace(card_of(trial.spec, store), provenance=provenance)
-    if trial.spec.train["learn_temperature"]:
-        card = dataclasses.replace(card, temperature=state["objective"]["temperature"].item())
+    learned = state["trainer"]["learner"].get("objective.temperature")  # where train.learn_temperature says so
+    if learned is not None:
+        card = dataclasses.replace(card, temperature=learned.item())
     path = split_model(trial.spec.kind, trial.spec.split_seed)
     write_tensors(path, state["model"], card)
     if trial.spec.kind == "pudnet" and trial.spec.split_seed == params.seed:

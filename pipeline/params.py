@@ -14,6 +14,7 @@ import yaml
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from pudnet.baselines import LEARNED, SCRATCH, config_type
 from pudnet.config import (
     STRICT,
     VARIANTS,
@@ -32,7 +33,10 @@ from pudnet.targets import build_target, check_target_name
 
 PARAMS = Path("params.yaml")
 MUCH_LARGER = 8.0  # generator parameters a weight; 3x3 layers have 4 at generator_hidden 16, 1x1 layers 33
+CONTROLS = ("static_trunk", "constant_sketch", "shuffled_sketch", "random_weights")
+METHODS = (*LEARNED, *SCRATCH, *CONTROLS)
 Seed = Annotated[int, Field(ge=0)]
+Grid = dict[str, Annotated[list[Any], Field(min_length=1)]]  # values to try for each key
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -62,7 +66,7 @@ class GroupsParams:
 class SearchParams:
     """The grid: lists of values for keys of `model` and `train`."""
 
-    space: dict[str, Annotated[list[Any], Field(min_length=1)]]
+    space: Grid
     asha: bool
     report_every: Positive
 
@@ -78,10 +82,15 @@ class EvaluateParams:
 
 @dataclass(frozen=True, config=STRICT)
 class BaselinesParams:
-    """Which methods stand beside PudNet."""
+    """Which methods stand beside PudNet, and what each is tuned over."""
 
-    methods: list[Literal["static_trunk", "constant_sketch", "shuffled_sketch", "random_weights"]]
+    methods: list[Literal[METHODS]]
+    space: dict[Literal[(*LEARNED, *SCRATCH)], Grid]
     sketch_groups: Positive
+    scratch_groups: Positive  # test groups of each split that are trained on from scratch, the first so many
+    scratch_epochs: Annotated[list[Positive], Field(min_length=1)]
+    scratch_search_groups: Annotated[int, Field(ge=2)]  # validation groups that scratch is tuned on
+    scratch_search_epochs: Positive
     test_groups: Positive | None = None  # of each split; None: all
 
 
@@ -125,16 +134,33 @@ class Params:
     def grid(self) -> list[dict[str, Any]]:
         """Every combination of the search space, as changes to `model` and `train`."""
         fixed = VARIANTS[self.variant]  # a variant sets its own keys, so they are not searched
-        space = {name: values for name, values in self.search.space.items() if name not in fixed}
-        return [dict(zip(space, values, strict=True)) for values in itertools.product(*space.values())]
+        return combinations({name: values for name, values in self.search.space.items() if name not in fixed})
 
     def configured(self, changes: Mapping[str, Any]) -> tuple[ModelConfig, TrainConfig]:
         """Model and training configuration with a cell of the grid, then the variant, applied."""
-        parts = []
-        for base in (self.model, self.train):
-            own = {key: value for key, value in changes.items() if key in asdict(base)}
-            parts.append(parse(type(base), {**asdict(base), **own}, "search.space"))
-        return apply_variant(self.variant, *parts)
+        return apply_variant(
+            self.variant, *(_changed(base, changes, "search.space") for base in (self.model, self.train))
+        )
+
+    def baseline_grid(self, method: str) -> list[dict[str, Any]]:
+        """Every combination of a baseline's space; one, with nothing changed, where it has none."""
+        return combinations(self.baselines.space.get(method, {}))
+
+    def baseline(self, method: str, changes: Mapping[str, Any]) -> tuple[Any, TrainConfig]:
+        """A baseline's own configuration and that of its training, with a cell of its grid applied."""
+        where = f"baselines.space.{method}"
+        return _changed(config_type(method)(), changes, where), _changed(self.train, changes, where)
+
+
+def combinations(space: Grid) -> list[dict[str, Any]]:
+    """Every cell of a grid."""
+    return [dict(zip(space, values, strict=True)) for values in itertools.product(*space.values())]
+
+
+def _changed(base: Any, changes: Mapping[str, Any], where: str) -> Any:
+    """A configuration with those of the changes that are its own."""
+    own = {key: value for key, value in changes.items() if key in asdict(base)}
+    return parse(type(base), {**asdict(base), **own}, where)
 
 
 BLOCKS = {
@@ -184,11 +210,13 @@ def resolve(raw: Mapping[str, Any]) -> Params:
         given = {key: value for key, value in raw[name].items() if value is not None}
         values[name] = parse(kind, {**own.get(name, {}), **given}, name)
     params = parse(Params, values, "")
-    _check_space(params)
+    _check_spaces(params)
     if params.prepare.test_source == params.prepare.source:
         raise UserError(f"prepare.test_source: {params.prepare.source} is the training source too; leave it null")
     if len(set(params.baselines.methods)) < len(params.baselines.methods):
         raise UserError(f"baselines.methods: a method stands twice in {params.baselines.methods!r}")
+    if sorted(set(params.baselines.scratch_epochs)) != params.baselines.scratch_epochs:
+        raise UserError(f"baselines.scratch_epochs: must rise, got {params.baselines.scratch_epochs!r}")
     return params
 
 
@@ -231,16 +259,24 @@ def _of_setting(setting: Setting, target: str) -> dict[str, dict[str, Any]]:
     }
 
 
-def _check_space(params: Params) -> None:
-    """Every cell of the grid must be a configuration; a wrong one stops here, not in the tenth trial."""
-    known = {**asdict(params.model), **asdict(params.train)}
-    for key, values in params.search.space.items():
-        if key not in known:
-            raise UserError(f"search.space.{key}: unknown key; known: {', '.join(known)}")
-        if len(set(map(repr, values))) < len(values):
-            raise UserError(f"search.space.{key}: a value stands twice in {values!r}")
+def _check_spaces(params: Params) -> None:
+    """Every cell of every grid must be a configuration; a wrong one stops here, not in the tenth trial."""
+    _check_space("search.space", params.search.space, {**asdict(params.model), **asdict(params.train)})
     for cell in params.grid():
         params.configured(cell)
+    for method, space in params.baselines.space.items():
+        training = {} if method in SCRATCH else asdict(params.train)
+        _check_space(f"baselines.space.{method}", space, {**asdict(config_type(method)()), **training})
+        for cell in params.baseline_grid(method):
+            params.baseline(method, cell)
+
+
+def _check_space(where: str, space: Grid, known: Mapping[str, Any]) -> None:
+    for key, values in space.items():
+        if key not in known:
+            raise UserError(f"{where}.{key}: unknown key; known: {', '.join(known)}")
+        if len(set(map(repr, values))) < len(values):
+            raise UserError(f"{where}.{key}: a value stands twice in {values!r}")
 
 
 def check(params: Params) -> None:

@@ -48,7 +48,9 @@ def _close(tracking: Tracking, experiment: Experiment, params: Params, best: dic
 
 def _spec(params: Params, cell: dict[str, Any], split_seed: int) -> TrialSpec:
     name = "-".join([f"split{split_seed}", *(f"{key}{value}" for key, value in cell.items())])
-    spec = make_spec(params, name, "pudnet", split_seed, cell, table="search_train", validate=True)
+    spec = make_spec(
+        params, name, "pudnet", split_seed, cell, table="search_train", validate=params.groups.validation_groups
+    )
     return replace(spec, train={**spec.train, "report_every": params.search.report_every})
 
 

@@ -21,6 +21,7 @@ TEST_STORE = PREPARED / "test"  # inter-dataset settings only
 GROUPS = Path("data/groups")
 MODELS = Path("models")
 PUDNET = MODELS / "pudnet.safetensors"  # the first split's, for those who want one model
+BASELINES = MODELS / "baselines"
 RESULTS = Path("results")
 
 
@@ -67,7 +68,8 @@ def group_folder(split_seed: int) -> Path:
 
 def split_model(method: str, split_seed: int) -> Path:
     """Where the final model of one class split lies."""
-    return MODELS / "splits" / method / f"split-{split_seed}.safetensors"
+    folder = MODELS / "splits" if method == "pudnet" else BASELINES
+    return folder / method / f"split-{split_seed}.safetensors"
 
 
 def write(path: Path, content: str | bytes) -> None:
@@ -86,4 +88,6 @@ def write_json(path: Path, values: Any) -> None:
 def _without_nan(values: Any) -> Any:
     if isinstance(values, dict):
         return {key: _without_nan(value) for key, value in values.items()}
+    if isinstance(values, list | tuple):
+        return [_without_nan(value) for value in values]
     return None if isinstance(values, float) and math.isnan(values) else values

@@ -12,7 +12,7 @@ def train(params: Params) -> None:
     """Write models/pudnet*.safetensors and results/train_curves.csv."""
     fresh = wants_fresh()
     with cluster.session():
-        curves = train_all(params, "pudnet", read_best(), fresh)
+        curves = train_all(params, "train", {"pudnet": read_best()}, fresh)
     write(RESULTS / "train_curves.csv", write_curves(curves))
 
 

@@ -1,24 +1,28 @@
-"""What an actor runs: one meta-training, from its checkpoint if it has one. Used by search, train and baselines."""
+"""What an actor runs: one training, from its checkpoint if it has one. Used by search, train and baselines."""
 
 from __future__ import annotations
 
 import tempfile
+import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from pipeline.params import Params
 from pipeline.stage import STORE, group_folder
+from pudnet.baselines import LEARNED, SCRATCH, Adapter, Scratch, ScratchConfig, make_method
 from pudnet.config import TrainConfig
 from pudnet.data.groups import open_groups
 from pudnet.data.images import StoreImages
 from pudnet.data.store import Store, open_store
-from pudnet.evaluation import mean_interval, twin_accuracies
+from pudnet.device import wants_bf16
+from pudnet.evaluation import Adapts, mean_interval, twin_accuracies
+from pudnet.learner import Learner, MetaLearner
 from pudnet.predictor import Card, Predictor, build_model
-from pudnet.targets import Target
+from pudnet.targets import Target, build_target
 from pudnet.training import Trainer
 
 STATE = "state.pt"
@@ -26,31 +30,32 @@ STATE = "state.pt"
 
 @dataclass(frozen=True)
 class TrialSpec:
-    """One meta-training, in plain values: it travels to the actor and is part of the search's hash.
+    """One training, in plain values: it travels to the actor and is part of the search's hash.
 
     Paths are absolute: Ray gives each actor a working directory of its own.
     """
 
     name: str
-    kind: str  # "pudnet" or "static_trunk"
+    kind: str  # "pudnet", "static_trunk" or a baseline
     target: str
     split_seed: int
     seed: int
     store: str
     groups: str  # folder of one class split
     table: str  # "search_train" or "train"
-    validate: bool
-    model: dict[str, Any]
+    validate: int  # on how many validation groups; 0: not at all
+    model: dict[str, Any]  # ModelConfig, or the baseline's own
     train: dict[str, Any]
     cell: dict[str, Any]  # what the search varies, for tables and plots
 
 
 def make_spec(
-    params: Params, name: str, kind: str, split_seed: int, cell: dict[str, Any], table: str, validate: bool
+    params: Params, name: str, kind: str, split_seed: int, cell: dict[str, Any], table: str, validate: int
 ) -> TrialSpec:
     """The trial that `params`, with one cell of the grid applied, ask for."""
-    model, train = params.configured(cell)
-    hypernetwork = kind == "pudnet"
+    baseline = kind in LEARNED or kind in SCRATCH
+    model, train = params.baseline(kind, cell) if baseline else params.configured(cell)
+    static = kind == "static_trunk"  # the search's cell is PudNet's; what it says of training holds here too
     return TrialSpec(
         name=name,
         kind=kind,
@@ -61,9 +66,9 @@ def make_spec(
         groups=str(group_folder(split_seed).resolve()),
         table=table,
         validate=validate,
-        model=asdict(model) if hypernetwork else {},
+        model={} if static else asdict(model),
         train=asdict(train),
-        cell=cell if hypernetwork else {},
+        cell={} if static else cell,
     )
 
 
@@ -87,29 +92,100 @@ def pick_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-@dataclass(frozen=True)
-class OpenTrial:
-    """A trial at its start: the trainer and the data it needs."""
+class MetaTraining:
+    """A trial of a method that is trained on task groups. Raises `UserError` when its parts do not fit together."""
 
-    trainer: Trainer
-    target: Target
-    store: Store
-    validation: np.ndarray  # table (G, 2, N)
+    def __init__(self, spec: TrialSpec, device: torch.device) -> None:
+        torch.manual_seed(spec.seed)
+        store = open_store(Path(spec.store), verify=False)
+        split, tables = open_groups(Path(spec.groups))
+        table, images = tables[spec.table], StoreImages(store, device)
+        classes = split.search_classes if spec.table == "search_train" else split.train_classes
+        self.card, self.validation = card_of(spec, store), tables["validation"][: spec.validate]
+        k, config = len(images.block_classes(table[0])), TrainConfig(**spec.train)
+        learner, self.target = make_learner(spec, self.card, config, len(classes), k)
+        self.trainer = Trainer(learner, images, table, classes, config)
+        self.groups = len(table)
+
+    def run(self) -> Iterator[dict[str, float]]:
+        """Train on, and report as often as the trainer does."""
+        for report in self.trainer.run():
+            yield asdict(report) | (self._validate() if len(self.validation) else {})
+
+    def _validate(self) -> dict[str, float]:
+        """Accuracy and its interval, in percent, on validation groups: classes that the trial does not train on."""
+        trainer = self.trainer
+        accuracies = twin_accuracies(self._adapter(), trainer.images, self.validation, trainer.autocast)
+        trainer.learner.train()
+        return _validation(accuracies)
+
+    def _adapter(self) -> Adapts:
+        model = self.trainer.learner.model
+        kind = Adapter if self.card.kind in LEARNED else Predictor
+        return kind(model, self.card, self.target)
+
+    def state_dict(self) -> dict:
+        """The trainer's state, and apart from it what is kept of the method."""
+        return {"trainer": self.trainer.state_dict(), "model": self.trainer.learner.model.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continue from a checkpoint."""
+        self.trainer.load_state_dict(state["trainer"])
 
 
-def open_trial(spec: TrialSpec, device: torch.device) -> OpenTrial:
-    """Build model, data and objective. Raises `UserError` when they do not fit together."""
-    torch.manual_seed(spec.seed)
-    store = open_store(Path(spec.store), verify=False)
-    split, tables = open_groups(Path(spec.groups))
-    model, target = build_model(card_of(spec, store), spec.target)
-    classes = split.search_classes if spec.table == "search_train" else split.train_classes
-    trainer = Trainer(model, StoreImages(store, device), tables[spec.table], classes, TrainConfig(**spec.train))
-    return OpenTrial(trainer, target, store, tables["validation"])
+def make_learner(spec: TrialSpec, card: Card, config: TrainConfig, classes: int, k: int) -> tuple[Learner, Target]:
+    """What the trial trains, and the target network in it."""
+    if spec.kind in LEARNED:
+        plain = build_target(spec.target, card.channels, card.image_size)
+        method, target = make_method(spec.kind, spec.model, plain)
+        return method.learner(classes, k, config.support_per_class), target
+    model, target = build_model(card, spec.target)
+    return MetaLearner(model, target, config, classes, k), target
+
+
+class FromScratch:
+    """A trial of training from scratch: there is nothing to train before, so it is its accuracy on validation groups."""
+
+    def __init__(self, spec: TrialSpec, device: torch.device) -> None:
+        store = open_store(Path(spec.store), verify=False)
+        self.spec, self.images, self.accuracies = spec, StoreImages(store, device), []
+        self.table = open_groups(Path(spec.groups))[1]["validation"][: spec.validate]
+        self.bf16 = wants_bf16(spec.train["precision"], device)
+        target = build_target(spec.target, store.channels, store.image_size)
+        gc = spec.kind == "scratch_gc"
+        self.method = Scratch(ScratchConfig(**spec.model), target, device, self.bf16, gc)
+        self.groups = len(self.table)
+
+    def run(self) -> Iterator[dict[str, float]]:
+        """Train on one validation group after the other; report after each from the second."""
+        for g in range(len(self.accuracies), self.groups):
+            start = time.perf_counter()
+            torch.manual_seed(self.spec.seed * self.groups + g)
+            self.accuracies += twin_accuracies(self.method, self.images, self.table[g : g + 1], self.bf16).tolist()
+            speed = {"groups": g + 1, "groups_per_second": 1 / (time.perf_counter() - start), "rollbacks": 0}
+            yield speed | _validation(self.accuracies)
+
+    def state_dict(self) -> dict:
+        """The accuracies so far."""
+        return {"accuracies": self.accuracies}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continue after the groups that were."""
+        self.accuracies = list(state["accuracies"])
+
+
+def _validation(accuracies: Any) -> dict[str, float]:
+    mean, half = mean_interval(accuracies)
+    return {"validation_accuracy": mean, "validation_ci95": half}
+
+
+def open_trial(spec: TrialSpec, device: torch.device) -> MetaTraining | FromScratch:
+    """Build what the trial needs. Raises `UserError` when it does not fit together."""
+    return FromScratch(spec, device) if spec.kind in SCRATCH else MetaTraining(spec, device)
 
 
 def run_trial(config: dict[str, Any]) -> None:
-    """Ray Tune's trainable: train, and report with a checkpoint every `report_every` groups."""
+    """Ray Tune's trainable: run the trial, and give each report with a checkpoint."""
     from ray import tune
 
     spec = TrialSpec(**config["spec"])
@@ -117,27 +193,16 @@ def run_trial(config: dict[str, Any]) -> None:
     device = pick_device()
     if device.type == "cuda" and config["gpus"] < 1:
         torch.cuda.set_per_process_memory_fraction(config["gpus"])  # Ray shares a card's time, not its memory
-    opened = open_trial(spec, device)
+    trial = open_trial(spec, device)
     if checkpoint := tune.get_checkpoint():
         with checkpoint.as_directory() as folder:
-            opened.trainer.load_state_dict(load_state(Path(folder)))
-    for report in opened.trainer.run():
-        metrics = asdict(report) | (validate(opened, spec) if spec.validate else {})
+            trial.load_state_dict(load_state(Path(folder)))
+    for metrics in trial.run():
         with tempfile.TemporaryDirectory() as folder:
-            torch.save(opened.trainer.state_dict(), Path(folder) / STATE)
+            torch.save(trial.state_dict(), Path(folder) / STATE)
             tune.report(metrics, checkpoint=tune.Checkpoint.from_directory(folder))
 
 
 def load_state(folder: Path) -> dict:
     """A checkpoint's tensors and numbers; nothing else is unpickled."""
     return torch.load(folder / STATE, map_location="cpu", weights_only=True)
-
-
-def validate(opened: OpenTrial, spec: TrialSpec) -> dict[str, float]:
-    """Accuracy and its interval, in percent, on validation groups: classes that the trial does not train on."""
-    trainer = opened.trainer
-    predictor = Predictor(trainer.model, card_of(spec, opened.store), opened.target)
-    accuracies = twin_accuracies(predictor, trainer.images, opened.validation, trainer.autocast)
-    trainer.model.train()
-    mean, half = mean_interval(accuracies)
-    return {"validation_accuracy": mean, "validation_ci95": half}

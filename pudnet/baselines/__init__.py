@@ -18,7 +18,7 @@ from pudnet.baselines.protonet import ProtoNet
 from pudnet.baselines.scratch import Scratch, ScratchConfig
 from pudnet.config import parse
 from pudnet.errors import UserError
-from pudnet.predictor import Card, loaded, read_tensors
+from pudnet.predictor import loaded, read_tensors
 from pudnet.targets import Target, build_target
 
 __all__ = ["LEARNED", "SCRATCH", "Adapter", "Classifier", "Method", "Scratch", "ScratchConfig", "config_type"]

@@ -10,8 +10,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from pudnet.baselines.learners import TwoStages
-from pudnet.baselines.method import Method
-from pudnet.baselines.protonet import squared_distances
+from pudnet.baselines.method import Method, squared_distances
 from pudnet.config import STRICT, Fraction, Positive, PositiveFloat
 from pudnet.errors import UserError
 from pudnet.learner import Learner

@@ -85,3 +85,14 @@ class Adapter:
         body, support, own = self.predictor.support(weights, images, labels)
         support = support.float()
         return Classifier(body, lambda features: self.method.logits(features, support, own, len(classes)))
+
+
+def squared_distances(queries: Tensor, points: Tensor) -> Tensor:
+    """Squared Euclidean distances of queries (Q, d) to points (k, d) -> (Q, k).
+
+    By products, :math:`q^2 - 2 q p + p^2`, about the points' mean, so that no digits are lost to an offset.
+    """
+    middle = points.mean(0)
+    queries, points = queries - middle, points - middle
+    squares = queries.square().sum(1, keepdim=True) + points.square().sum(1)
+    return torch.addmm(squares, queries, points.T, alpha=-2)

@@ -74,10 +74,9 @@ class Scratch:
         )
         if self.gc:
             centralized(optimizer, self.config.centralize)
-        steps = self.config.epochs * -(-len(images) // self.config.batch)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: one_cycle(step, steps, self.config.warm_up)
-        )
+        steps = self.config.epochs * math.ceil(len(images) / self.config.batch)
+        rate = partial(one_cycle, steps=steps, warm_up=self.config.warm_up)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
         for _ in range(self.config.epochs):
             train_epoch(network, optimizer, images, labels, self.config, self.bf16, schedule)
 
