@@ -144,7 +144,7 @@ def make_learner(spec: TrialSpec, card: Card, config: TrainConfig, classes: int,
 
 
 class FromScratch:
-    """A trial of training from scratch: there is nothing to train before, so it is its accuracy on validation groups."""
+    """A trial of training from scratch: nothing is trained before, so it is its accuracy on validation groups."""
 
     def __init__(self, spec: TrialSpec, device: torch.device) -> None:
         store = open_store(Path(spec.store), verify=False)
@@ -157,7 +157,7 @@ class FromScratch:
         self.groups = len(self.table)
 
     def run(self) -> Iterator[dict[str, float]]:
-        """Train on one validation group after the other; report after each from the second."""
+        """Train on one validation group after the other, and report after each."""
         for g in range(len(self.accuracies), self.groups):
             start = time.perf_counter()
             torch.manual_seed(self.spec.seed * self.groups + g)
