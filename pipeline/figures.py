@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 import numpy as np
@@ -17,6 +17,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+
+if TYPE_CHECKING:
+    from pipeline.report import Race
 
 # CSS variable -> (light, dark). `s…`: one a method; `d…`: in order, for depths.
 PALETTE = {
@@ -157,6 +160,41 @@ def distribution_figure(
         axes.tick_params(bottom=axes is rows[-1])
     rows[-1].xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=[1, 2, 5, 10]))
     rows[-1].set_xlabel("accuracy on a test group, %")
+    return figure
+
+
+@matplotlib.rc_context(STYLE)
+def race_figure(race: Race, labels: Mapping[str, str], colors: Mapping[str, str]) -> Figure:
+    """Draw accuracy (%) over the seconds that it takes for a test group: PudNet a point, training from scratch curves.
+
+    Bars are 95% intervals over the same test groups; numbers on the curves are epochs.
+    """
+    figure = new_figure(560, 330)
+    axes = figure.subplots()
+    bars = {"capsize": 0, "elinewidth": 1}
+    for i, (name, points) in enumerate(race.curves.items()):
+        color, seconds = LIGHT[SERIES[1 + i]], points["elapsed_ms"] / 1000
+        axes.errorbar(
+            seconds,
+            points["accuracy"],
+            points["ci95"],
+            fmt="os"[i % 2] + "-",
+            ms=5,
+            color=color,
+            label=labels[name],
+            **bars,
+        )
+    lowest = next(iter(race.curves.values()))
+    for epochs, accuracy, elapsed in zip(lowest["epochs"], lowest["accuracy"], lowest["elapsed_ms"], strict=True):
+        axes.annotate(f"{epochs}", (elapsed / 1000, accuracy), (6, -14), textcoords="offset points", color=SOFT)
+    axes.axhline(race.pudnet, color=LIGHT["s0"], lw=0.9, alpha=0.6)
+    axes.errorbar(
+        race.pudnet_ms / 1000, race.pudnet, race.pudnet_ci95, fmt="D", ms=8, color=LIGHT["s0"], label="PudNet", **bars
+    )
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.set(xlabel="seconds for a test group, logarithmic", ylabel="accuracy, %")
+    figure.legend(loc="outside upper left", ncols=4, columnspacing=1.2, handletextpad=0.4, labelcolor=INK)
     return figure
 
 

@@ -18,6 +18,7 @@ from markupsafe import Markup
 from pipeline import figures
 from pipeline.stage import RESULTS, git_commit, run_stage, write
 from pudnet.errors import UserError
+from pudnet.evaluation import stratified_interval
 from pudnet.predictor import read_tensors
 from pudnet.settings import get_setting
 
@@ -34,7 +35,10 @@ PRODUCERS = {
     "timing.json": "evaluate",
     "weights": "evaluate",
     "accuracies.csv": "baselines",
+    "adaptation.json": "baselines",
     "baselines.json": "baselines",
+    "scratch.csv": "baselines",
+    "tuning.csv": "baselines",
     "loss_curves.csv": "baselines",
 }
 
@@ -55,11 +59,23 @@ METHODS = {
     "without_initial_residual": ("Without initial residual", "ablation: η = 0"),
     "metric_only": ("Metric loss only", "ablation: without the full-classification and KL losses"),
     "without_kl": ("Without KL", "ablation: without the KL loss"),
-    "matchnet": ("MatchNet", ""),
-    "protonet": ("ProtoNet", ""),
-    "meta_baseline": ("Meta-Baseline", ""),
-    "meta_deepbdc": ("Meta-DeepBDC", ""),
-    "musml": ("MUSML", ""),
+    "pretrained": (
+        "Pretrained",
+        "one trunk, trained with a linear head on all training classes; class centroids by cosine",
+    ),
+    "matchnet": ("MatchNet", "one trunk, trained on episodes; attention over the support images"),
+    "protonet": ("ProtoNet", "one trunk, trained on episodes; squared distances to class means"),
+    "meta_baseline": ("Meta-Baseline", "Pretrained, then episodes with class centroids by cosine"),
+    "meta_deepbdc": ("Meta-DeepBDC", "the same two stages on Brownian distance covariances of a feature map"),
+    "musml": ("MUSML", "weights from one of a few learned subspaces, found by gradient steps on the support images"),
+}
+METHODS |= {"scratch_adam": ("Adam from scratch", ""), "scratch_gc": ("GC from scratch", "")}
+SCRATCH = {"adam": "Adam", "gc": "GC"}
+CONTROLS = ("static_trunk", "constant_sketch", "shuffled_sketch", "random_weights")
+SECTIONS = {
+    "learned": "Trained on the same groups as PudNet",
+    "scratch": "Trained from scratch on the test group itself (GC: Adam with gradient centralization)",
+    "control": "Controls: how much the dataset itself matters",
 }
 
 CURVES = {
@@ -138,6 +154,9 @@ class Results:
     timing: dict[str, Any]
     accuracies: pd.DataFrame
     baselines: dict[str, dict[str, Any]]
+    scratch: pd.DataFrame
+    tuning: pd.DataFrame
+    adaptation: dict[str, float]  # milliseconds
     predicted: list[Predicted]
 
     @property
@@ -171,6 +190,9 @@ def read_results(folder: Path) -> Results:
         timing=json.loads((folder / "timing.json").read_text()),
         accuracies=pd.read_csv(folder / "accuracies.csv", dtype={"classes": str}),
         baselines=json.loads((folder / "baselines.json").read_text())["methods"],
+        scratch=pd.read_csv(folder / "scratch.csv", dtype={"classes": str}),
+        tuning=pd.read_csv(folder / "tuning.csv"),
+        adaptation=json.loads((folder / "adaptation.json").read_text())["milliseconds"],
         predicted=[_read_predicted(path) for path in paths],
     )
 
@@ -235,13 +257,20 @@ def movement(predicted: list[Predicted]) -> Movement | None:
 
 
 def label(method: str) -> str:
-    """How the page calls a method; `adam_30` is a training from scratch of 30 epochs."""
+    """How the page calls a method; `scratch_adam_30`, in the paper's tables `adam_30`, is training for 30 epochs."""
     if method in METHODS:
         return METHODS[method][0]
-    name, _, epochs = method.rpartition("_")
-    if name in ("adam", "gc") and epochs.isdigit():
-        return f"{ {'adam': 'Adam', 'gc': 'GC'}[name] }, {epochs} epoch{'s' if epochs != '1' else ''}"
+    name, _, epochs = method.removeprefix("scratch_").rpartition("_")
+    if name in SCRATCH and epochs.isdigit():
+        return f"{SCRATCH[name]}, {epochs} epoch{'s' if epochs != '1' else ''}"
     return method.replace("_", " ").capitalize()
+
+
+def section(method: str) -> str | None:
+    """The part of the main table that a method stands in; None for PudNet."""
+    if method == "pudnet":
+        return None
+    return "control" if method in CONTROLS else "scratch" if method.startswith("scratch_") else "learned"
 
 
 def knob(name: str) -> str:
@@ -277,14 +306,18 @@ def headline(results: Results, paper: Mapping[str, Reported]) -> list[dict[str, 
     rows = []
     for method, row in results.methods.items():
         name = results.variant if method == "pudnet" else method
+        figure = paper.get(name.removeprefix("scratch_"))
+        milliseconds = results.adaptation.get(method)
         cells = {
+            "section": section(method),
             "label": label(name),
             "about": METHODS.get(name, ("", ""))[1],
             "accuracy": plus_minus(row["accuracy"], row["ci95"]),
             "difference": _difference(row),
             "groups": row["test_groups"],
-            "paper": plus_minus(paper[name].accuracy, paper[name].ci95) if name in paper else None,
-            "time": _adapt_time(method, row, results.timing),
+            "paper": figure and plus_minus(figure.accuracy, figure.ci95),
+            "time": None if milliseconds is None else duration(milliseconds),
+            "splits": [_of_split(row["splits"].get(seed)) for seed in results.metrics["splits"]],
         }
         rows.append({"method": method, **cells})
     return rows
@@ -294,25 +327,61 @@ def _difference(row: Mapping[str, Any]) -> str | None:
     return plus_minus(row["difference"], row["difference_ci95"], sign=True) if "difference" in row else None
 
 
-def _adapt_time(method: str, row: Mapping[str, Any], timing: Mapping[str, Any]) -> str | None:
-    milliseconds = timing["total_ms"] if method == "pudnet" else row.get("adapt_ms")
-    return None if milliseconds is None else duration(milliseconds)
+def _of_split(cell: Mapping[str, Any] | None) -> str | None:
+    return cell and plus_minus(cell["accuracy"], cell["ci95"])
 
 
 def split_rows(results: Results) -> list[dict[str, Any]]:
-    """A row a class split: its classes, what the search chose on it, and every method's accuracy."""
-    rows = []
-    for seed, split in results.metrics["splits"].items():
-        of_method = {method: row["splits"].get(seed) for method, row in results.methods.items()}
-        accuracies = [cell and plus_minus(cell["accuracy"], cell["ci95"]) for cell in of_method.values()]
-        rows.append({"seed": seed, **split, "chosen": results.best[int(seed)], "accuracies": accuracies})
-    return rows
+    """A row a class split: its classes, and what the search chose on it."""
+    splits = results.metrics["splits"].items()
+    return [{"seed": seed, **split, "chosen": results.best[int(seed)]} for seed, split in splits]
+
+
+@dataclass(frozen=True)
+class Race:
+    """Training from scratch against PudNet over the same test groups. Accuracies in %, times in ms (medians).
+
+    `curves`: optimizer -> a row a number of epochs, with epochs, accuracy, ci95 and elapsed_ms.
+    """
+
+    groups: int
+    pudnet: float
+    pudnet_ci95: float
+    pudnet_ms: float
+    curves: dict[str, pd.DataFrame]
+
+    def passed(self, name: str) -> Mapping[str, Any] | None:
+        """The first point of a curve that is above PudNet."""
+        above = self.curves[name][self.curves[name]["accuracy"] > self.pudnet]
+        return None if above.empty else above.iloc[0].to_dict()
+
+
+def race(results: Results) -> Race | None:
+    """What scratch.csv says; None where nothing was trained from scratch."""
+    if results.scratch.empty:
+        return None
+    pairs = results.scratch[["split_seed", "group"]].drop_duplicates()
+    own = results.accuracies[results.accuracies["method"] == "pudnet"].merge(pairs, on=["split_seed", "group"])
+    curves = {}
+    for name, rows in results.scratch.assign(name=results.scratch["method"].str.rpartition("_")[0]).groupby("name"):
+        points = []
+        for epochs, part in rows.groupby("epochs"):
+            mean, half = interval(part)
+            points.append({"epochs": epochs, "accuracy": mean, "ci95": half, "elapsed_ms": part["elapsed_ms"].median()})
+        curves[name] = pd.DataFrame(points)
+    return Race(len(pairs), *interval(own), results.scratch["pudnet_ms"].median(), curves)
+
+
+def interval(frame: pd.DataFrame) -> tuple[float, float]:
+    """Mean accuracy over test groups and its 95% half-width, the class splits held fixed."""
+    return stratified_interval([part["accuracy"].to_numpy() for _, part in frame.groupby("split_seed")])
 
 
 def draw(results: Results, moved: Movement | None, bins: pd.DataFrame) -> dict[str, Any]:
     """All pictures of the page, by name; `curves` is a list."""
-    names = {method: label(results.variant if method == "pudnet" else method) for method in results.methods}
-    colors = figures.series_colors([*names])
+    shown = shown_methods(results)
+    names = {method: label(results.variant if method == "pudnet" else method) for method in shown}
+    colors = method_colors(results)
     means = results.accuracies.groupby("method")["accuracy"].mean().to_dict()
     pictures: dict[str, Any] = {
         "distribution": figures.distribution_figure(bins, means, names, colors),
@@ -322,6 +391,8 @@ def draw(results: Results, moved: Movement | None, bins: pd.DataFrame) -> dict[s
             if column in results.curves and results.curves[column].notna().any()
         ],
     }
+    if found := race(results):
+        pictures["race"] = figures.race_figure(found, {name: label(name) for name in found.curves}, colors)
     if results.knobs:
         across, lines = [*results.knobs, None][:2]
         pictures["search"] = figures.search_figure(results.search, results.best, across, lines)
@@ -332,6 +403,19 @@ def draw(results: Results, moved: Movement | None, bins: pd.DataFrame) -> dict[s
             shown = kernels[:GROUPS_SHOWN, :FILTERS_SHOWN]
             pictures[name] = figures.filters_figure(shown, labels[:GROUPS_SHOWN], scale(kernels))
     return pictures
+
+
+def shown_methods(results: Results) -> list[str]:
+    """The methods whose test groups are drawn: of training from scratch, the longest alone."""
+    longest = {method.rpartition("_")[0]: method for method in results.methods if section(method) == "scratch"}
+    return [m for m in results.methods if section(m) != "scratch" or m in longest.values()]
+
+
+def method_colors(results: Results) -> dict[str, str]:
+    """A colour a method; those that share the training curves first, so that they differ there."""
+    trained = list(results.curves["method"].unique())
+    names = [*trained, *results.methods]
+    return figures.series_colors([*dict.fromkeys(names)])
 
 
 def scale(kernels: np.ndarray) -> float:
@@ -346,7 +430,7 @@ def _shorten(text: str, longest: int = 60) -> str:
 def render(params: Params, results: Results, moved: Movement | None, pictures: Mapping[str, Any]) -> str:
     """The page: one HTML file that asks the network for nothing."""
     paper = paper_figures(load_reported(), params.setting, params.target)
-    run_here = {results.variant, *results.baselines}
+    run_here = {results.variant, *(method.removeprefix("scratch_") for method in results.baselines)}
     options = {"autoescape": True, "undefined": jinja2.StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(HERE), **options)
     environment.filters |= {"label": label, "duration": duration, "plus_minus": plus_minus, "knob": knob}
@@ -366,7 +450,10 @@ def render(params: Params, results: Results, moved: Movement | None, pictures: M
         moved=moved,
         scale=scale,
         filters_shown=FILTERS_SHOWN,
-        colors=figures.series_colors([*results.methods]),
+        sections=SECTIONS,
+        race=race(results),
+        tuning=results.tuning,
+        colors=method_colors(results),
         trained=results.curves["method"].unique(),
         palette=figures.PALETTE,
         svg=svg,

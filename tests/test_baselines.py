@@ -1,0 +1,345 @@
+"""The baselines: closed-form twins, what no method may depend on, and that each learns."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from pudnet.baselines import LEARNED, SCRATCH, Adapter, Scratch, ScratchConfig, load_method, make_method
+from pudnet.baselines.gradient_centralization import centralized
+from pudnet.baselines.learners import Pretraining
+from pudnet.baselines.meta_deepbdc import BDCNetwork, MetaDeepBDCConfig, bdc
+from pudnet.baselines.scratch import augmented, one_cycle
+from pudnet.cca import canonical_correlations
+from pudnet.config import TrainConfig
+from pudnet.data.images import StoreImages
+from pudnet.data.store import Store
+from pudnet.errors import UserError
+from pudnet.evaluation import FROM, ON, adapt_input, block_labels, mean_interval, twin_accuracies, twin_accuracy
+from pudnet.learner import MetaLearner
+from pudnet.predictor import Card, Predictor, build_model, write_tensors
+from pudnet.targets import build_target
+from pudnet.training import Trainer
+from tests.nets import Depthwise
+
+CPU = torch.device("cpu")
+TRAINED = ["pudnet", "static_trunk", *LEARNED]
+METHODS = [*TRAINED, *SCRATCH]
+K, SUPPORT = 2, 5
+
+
+# Closed-form twins
+
+
+def test_bdc_is_double_centring_of_the_distances_between_channels():
+    features, tau = torch.randn(3, 5, 7, dtype=torch.float64), torch.tensor(-0.7, dtype=torch.float64)
+    for image, found in zip(features, bdc(features, tau), strict=True):
+        a = [[math.sqrt(math.exp(-0.7) * float(((p - q) ** 2).sum()) + 1e-5) for q in image] for p in image]
+        rows = [sum(row) / 5 for row in a]
+        columns = [sum(a[k][j] for k in range(5)) / 5 for j in range(5)]
+        expected = [[a[k][j] - rows[k] - columns[j] + sum(rows) / 5 for j in range(5)] for k in range(5)]
+        torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(found.sum(0), torch.zeros(5, dtype=torch.float64), rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize(("size", "side"), [(8, 2), (32, 4)])
+def test_bdc_features_are_the_upper_triangle_of_the_last_map_that_is_large_enough(size, side):
+    target = build_target("convnet3", 1, size)
+    network = BDCNetwork(target, MetaDeepBDCConfig(channels=64)).eval()
+    assert network.tau.item() == pytest.approx(math.log(1 / (2 * side**2)))
+    images = torch.randn(2, 1, size, size)
+    block = network.body.block3  # at 8 px it ends with one position: the map before its pooling has four
+    maps = network.body.block2(network.body.block1(images))
+    maps = block.norm(block.conv(maps)) if size == 8 else block(maps)
+    matrix = bdc(maps.flatten(2), network.tau)
+    expected = torch.stack([matrix[:, i, j] for i in range(64) for j in range(i, 64)], 1)
+    torch.testing.assert_close(network(images), expected)
+
+
+def test_bdc_reduces_channels_and_refuses_a_target_without_maps():
+    target = build_target("convnet3", 1, 16)
+    assert BDCNetwork(target, MetaDeepBDCConfig(channels=6))(torch.randn(2, 1, 16, 16)).shape == (2, 21)
+    with pytest.raises(UserError, match="no map of 1000 positions at 16 px"):
+        BDCNetwork(target, MetaDeepBDCConfig(positions=1000))
+
+
+def explicitly_centralized(values: torch.Tensor) -> torch.Tensor:
+    """By loops: from each output's slice its mean is taken."""
+    found = values.clone()
+    for o in range(len(values)):
+        entries = values[o].reshape(-1).tolist()
+        found[o] = values[o] - sum(entries) / len(entries)
+    return found
+
+
+def test_centralized_gradients_are_those_of_explicit_loops():
+    conv, head, bias = torch.randn(4, 3, 3, 3), torch.randn(5, 7), torch.randn(5)
+    weights = [torch.nn.Parameter(w.clone()) for w in (conv, head, bias)]
+    for weight in weights:
+        weight.grad = torch.randn_like(weight)
+    gradients = [weight.grad.clone() for weight in weights]
+    centralized(torch.optim.SGD(weights, lr=0.1), "gradient").step()
+    steps = [explicitly_centralized(gradients[0]), explicitly_centralized(gradients[1]), gradients[2]]
+    for weight, old, step in zip(weights, (conv, head, bias), steps, strict=True):
+        torch.testing.assert_close(weight.detach(), old - 0.1 * step)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop])
+def test_a_centralized_update_is_the_optimizers_own_less_its_means(kind):
+    start = [torch.randn(4, 3, 3, 3), torch.randn(4)]
+    plain, central = ([torch.nn.Parameter(w.clone()) for w in start] for _ in range(2))
+    for weights in (plain, central):
+        torch.manual_seed(0)
+        for weight in weights:
+            weight.grad = torch.randn_like(weight)
+    kind(plain, lr=0.1).step()
+    centralized(kind(central, lr=0.1), "update").step()
+    expected = start[0] + explicitly_centralized(plain[0].detach() - start[0])
+    torch.testing.assert_close(central[0].detach(), expected)
+    torch.testing.assert_close(central[1], plain[1])
+
+
+def method_of(name: str, **config):
+    return make_method(name, config, build_target("convnet3", 1, 8))[0]
+
+
+def test_protonet_logits_are_minus_squared_distances_to_class_means():
+    support = torch.tensor([[0.0, 0.0], [2.0, 0.0], [0.0, 4.0], [0.0, 6.0]])  # means (1, 0) and (0, 5)
+    queries = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    logits = method_of("protonet", scale=0.5).logits(queries, support, torch.tensor([0, 0, 1, 1]), 2)
+    torch.testing.assert_close(logits, torch.tensor([[0.0, -13.0], [-1.0, -8.0]]))
+
+
+def test_deepbdc_scores_by_squared_distances_too():
+    support, labels, queries = torch.randn(6, 4), torch.tensor([0, 1, 2, 0, 1, 2]), torch.randn(3, 4)
+    logits = method_of("meta_deepbdc").logits(queries, support, labels, 3)
+    torch.testing.assert_close(logits, method_of("protonet").logits(queries, support, labels, 3))
+
+
+def test_matchnet_sums_the_attention_to_each_class():
+    support, labels, queries = torch.randn(5, 3), [0, 1, 1, 0, 2], torch.randn(4, 3)
+    found = method_of("matchnet", scale=7.0).logits(queries, support, torch.tensor(labels), 3).softmax(1)
+    for query, row in zip(queries, found, strict=True):
+        cosines = [float(query @ s / (query.norm() * s.norm())) for s in support]
+        exps = [math.exp(7 * c) for c in cosines]
+        expected = [sum(e for e, y in zip(exps, labels, strict=True) if y == k) / sum(exps) for k in range(3)]
+        assert row.tolist() == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(("name", "scale"), [("pretrained", 1.0), ("meta_baseline", 10.0), ("musml", 10.0)])
+def test_cosine_methods_compare_with_class_means(name, scale):
+    support, labels, queries = torch.randn(4, 3), torch.tensor([0, 1, 1, 0]), torch.randn(2, 3)
+    logits = method_of(name).logits(queries, support, labels, 2)
+    means = torch.stack([(support[0] + support[3]) / 2, (support[1] + support[2]) / 2])
+    expected = [[scale * float(q @ m / (q.norm() * m.norm())) for m in means] for q in queries]
+    torch.testing.assert_close(logits, torch.tensor(expected))
+
+
+def test_musml_support_loss_leaves_each_image_out_of_its_own_centroid():
+    method, support, labels = method_of("musml"), torch.randn(6, 4), [0, 0, 0, 1, 1, 1]
+    losses = []
+    for i in range(6):
+        means = [torch.stack([support[j] for j in range(6) if labels[j] == k and j != i]).mean(0) for k in range(2)]
+        logits = torch.stack([10 * torch.cosine_similarity(support[i], mean, dim=0) for mean in means])
+        losses.append(-float(logits.log_softmax(0)[labels[i]]))
+    found = method.support_loss(support, torch.tensor(labels)).item()
+    assert found == pytest.approx(sum(losses) / 6, rel=1e-4)
+
+
+def test_musml_inner_steps_go_down_the_support_loss_by_its_numeric_gradient():
+    torch.manual_seed(0)
+    method = method_of("musml", inner_steps=1, inner_rate=0.01)
+    images, labels = torch.randn(8, 1, 8, 8), torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
+
+    def loss_at(v):
+        with torch.no_grad():
+            features = method.trunk.shared(images, method.trunk.generate(0, torch.tensor(v)))
+            return method.support_loss(features, labels).item()
+
+    v, end = method.descend(0, images, labels)
+    slopes = [(loss_at([0.5 + d, 0.5 + e]) - loss_at([0.5 - d, 0.5 - e])) / 2e-2 for d, e in ((1e-2, 0), (0, 1e-2))]
+    assert v.tolist() == pytest.approx([0.5 - 0.01 * slope for slope in slopes], abs=2e-4)
+    assert end == pytest.approx(loss_at(v.tolist()), rel=1e-4)
+
+
+def test_cca_finds_the_correlations_that_were_put_in():
+    """Columns that are orthonormal over the points: x_i and r_i x_i + sqrt(1 - r_i^2) z_i correlate by r_i."""
+    points = np.random.default_rng(0).normal(size=(50, 6))
+    x1, x2, x3, z1, z2, z3 = np.linalg.qr(points - points.mean(0))[0].T
+    known = [0.9, 0.5, 0.0]
+    x = np.stack([x1, x2, x3], 1) @ np.array([[2.0, 1.0, 0.0], [0.0, 1.0, -1.0], [0.5, 0.0, 3.0]])  # any mixture
+    y = np.stack(
+        [r * a + math.sqrt(1 - r * r) * b for r, a, b in zip(known, (x1, x2, x3), (z1, z2, z3), strict=True)], 1
+    )
+    assert canonical_correlations(x + 5, 3 * y - 1).tolist() == pytest.approx(known, abs=1e-7)
+    with pytest.raises(UserError, match="7 points are too few"):
+        canonical_correlations(x[:7], y[:7])
+    with pytest.raises(UserError, match="depend on each other"):
+        canonical_correlations(np.stack([x1, x1], 1), y)
+
+
+# A toy problem: a small figure somewhere in noise tells the classes apart
+
+
+@pytest.fixture(scope="module")
+def toy():
+    """8 classes of 60 images of 8 px, each a 4x4 figure at a random place; 6 classes to train on, groups of 2 x 20."""
+    rng = np.random.default_rng(0)
+    figures = rng.choice([-1.0, 1.0], size=(8, 4, 4))
+    labels = np.repeat(np.arange(8), 60)
+    images = rng.normal(128, 25, size=(480, 8, 8, 1))
+    for image, label in zip(images, labels, strict=True):
+        y, x = rng.integers(0, 5, 2)
+        image[y : y + 4, x : x + 4, 0] += 50 * figures[label]
+    pixels = images.clip(0, 255).astype(np.uint8)
+    store = Store(pixels, labels, tuple("abcdefgh"), (0.5,), (0.18,), "toy")
+    rows = labels.argsort(kind="stable").reshape(8, 60)
+
+    def group(classes, per_class):
+        return np.concatenate([rng.choice(rows[c], per_class, replace=False) for c in classes])
+
+    train = np.stack([group(rng.choice(6, 2, replace=False), 20) for _ in range(120)])
+    test = np.stack([group(rng.choice(6, 2, replace=False), 40) for _ in range(16)]).reshape(16, 2, 2, 20)
+    return store, StoreImages(store, CPU), train, test.swapaxes(1, 2).reshape(16, 2, 40)
+
+
+def make(name, store):
+    """A method before its training: what is trained, and what adapts."""
+    torch.manual_seed(0)
+    card = Card(name, "convnet3", 1, 8, store.mean, store.std, 10.0, SUPPORT, {})
+    config = TrainConfig(precision="fp32", report_every=60, support_per_class=SUPPORT, full_weight=0.0, kl_weight=0.0)
+    plain = build_target("convnet3", 1, 8)
+    if name in SCRATCH:
+        return None, config, Scratch(ScratchConfig(epochs=30), plain, CPU, bf16=False, gc=name == "scratch_gc")
+    if name in LEARNED:
+        method, target = make_method(name, {}, plain)
+        return method.learner(6, K, SUPPORT), config, Adapter(method, card, target)
+    model, target = build_model(card)
+    return MetaLearner(model, target, config, 6, K), config, Predictor(model, card, target)
+
+
+@pytest.fixture(scope="module")
+def trained(toy):
+    """Every method, trained on the toy problem: name -> (before, adapter); `before` is its accuracy untrained."""
+    store, images, train, test = toy
+    found = {}
+    for name in METHODS:
+        learner, config, adapter = make(name, store)
+        before = 50.0 if learner is None else twin_accuracies(adapter, images, test, bf16=False).mean()
+        if learner is not None:
+            list(Trainer(learner, images, train, tuple(range(6)), config).run())
+            learner.eval()
+            _, _, fresh = make(name, store)  # BatchNorm's affine parameters were copied when the adapter was made
+            part = fresh.method if name in LEARNED else fresh.model
+            part.load_state_dict(learner.model.state_dict())
+            adapter = fresh
+        found[name] = before, adapter
+    return found
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_each_method_learns_the_toy_problem(name, toy, trained):
+    _, images, _, test = toy
+    torch.manual_seed(0)
+    before, adapter = trained[name]
+    after = twin_accuracies(adapter, images, test, bf16=False).mean()
+    assert before < 85 and after > 94
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_shuffled_labels_give_chance(name, toy, trained):
+    _, images, _, test = toy
+    rng, accuracies = torch.Generator().manual_seed(1), []
+    torch.manual_seed(0)
+    for group, twin in test:
+        pixels, labels = images(group), block_labels(images, group)[0]
+        mixed = torch.cat([torch.randperm(2, generator=rng) for _ in range(len(labels) // 2)])  # half of each
+        with torch.no_grad():
+            adapted = trained[name][1].adapt(pixels, mixed, (0, 1))
+        accuracies.append(twin_accuracy(adapted, images, twin, bf16=False))
+    mean, half = mean_interval(accuracies)
+    assert abs(mean - 50) <= half
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_neither_the_order_nor_the_batches_of_queries_matter(name, toy, trained):
+    _, images, _, test = toy
+    torch.manual_seed(0)
+    with torch.no_grad():
+        adapted = trained[name][1].adapt(*adapt_input(trained[name][1], images, test[0, FROM]), (0, 1))
+        queries = images(test[0, ON])
+        logits, order = adapted.logits(queries), torch.randperm(40)
+        torch.testing.assert_close(adapted.logits(queries[order]), logits[order], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(adapted.logits(queries, batch=7), logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_a_file_brings_the_method_back(name, toy, trained, tmp_path):
+    _, images, _, test = toy
+    adapter = trained[name][1]
+    write_tensors(tmp_path / "m.safetensors", adapter.method.state_dict(), adapter.predictor.card)
+    loaded = load_method(tmp_path / "m.safetensors", CPU)
+    first, second = (twin_accuracies(each, images, test[:2], bf16=False) for each in (adapter, loaded))
+    assert first.tolist() == second.tolist()
+
+
+# How they are trained
+
+
+def test_pretraining_mixes_the_classes_of_the_very_same_images(toy):
+    _, images, train, _ = toy
+    mixed = Pretraining(method_of("pretrained"), 64, 6, K, SUPPORT).arrange(train)
+    assert mixed.shape == train.shape
+    assert sorted(mixed.ravel()) == sorted(train.ravel())
+    assert np.mean([len(images.block_classes(group)) for group in mixed]) > 5
+
+
+@pytest.mark.parametrize("name", ["meta_baseline", "meta_deepbdc"])
+def test_two_stages_are_pretraining_and_then_episodes(name, toy):
+    _, images, train, _ = toy
+    learner = method_of(name, pretraining=0.25, meta_rate=0.1).learner(6, K, SUPPORT)
+    arranged = learner.arrange(train)
+    assert (arranged[30:] == train[30:]).all() and sorted(arranged[:30].ravel()) == sorted(train[:30].ravel())
+    assert learner.rate(0.2) == 1.0 and learner.rate(0.25) == 0.1
+    labels = torch.from_numpy(images.labels[train[0]])
+    for done, head_learns in ((0.0, True), (0.5, False)):
+        learner.zero_grad()
+        learner.losses(images(train[:1]), labels[None], done)[0].total.backward()
+        assert (learner.head.weight.grad is not None) == head_learns
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_methods_take_a_network_of_ones_own(name):
+    plain = build_target(Depthwise(3), 3, 16)
+    method, target = make_method(name, {}, plain)
+    images, labels = torch.randn(1, 12, 3, 16, 16), torch.tensor([[0] * 6 + [3] * 6])
+    (losses,) = method.learner(4, 2, 3).losses(images, labels, 0.9)
+    losses.total.backward()
+    assert all(p.grad is not None for p in method.trunk.parameters() if name != "meta_deepbdc")
+    assert target.convs[: len(plain.convs)] == plain.convs or name == "meta_deepbdc"
+
+
+def test_the_rate_rises_falls_to_nothing_and_no_image_is_lost_by_augmenting():
+    rates = [one_cycle(step, 100, 0.2) for step in range(100)]
+    assert rates[0] == 0.05 and max(rates) == rates[19] == 1.0 and 0 < rates[-1] < 0.02
+    images = torch.arange(64.0).view(1, 1, 8, 8).repeat(200, 1, 1, 1)
+    shifted, mirrored = augmented(images, "shift"), augmented(images, "shift_mirror")
+    assert augmented(images, "none") is images
+    assert len({tuple(each.flatten().tolist()) for each in shifted}) == 9  # by -1, 0, 1 pixels each way
+    assert len({tuple(each.flatten().tolist()) for each in mirrored}) == 18
+    assert any(torch.equal(each, images[0]) for each in shifted)
+    assert any(torch.equal(each, images[0].flip(2)) for each in mirrored)
+
+
+def test_scratch_gives_the_same_for_the_same_seed_and_leaves_the_target_alone(toy):
+    store, images, _, test = toy
+    _, _, scratch = make("scratch_gc", store)
+    before = {name: tensor.clone() for name, tensor in scratch.target.network.state_dict().items()}
+    found = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        adapted = scratch.adapt(*adapt_input(scratch, images, test[0, FROM]), (0, 1))
+        found.append(adapted.logits(images(test[0, ON])))
+    assert torch.equal(*found)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in scratch.target.network.state_dict().items())
