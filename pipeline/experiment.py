@@ -7,7 +7,7 @@ import fcntl
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -68,15 +68,26 @@ class Experiment:
 
         Ray would restore an experiment under changed settings without a word; under another name it cannot.
         """
-        digest = hashlib.sha256(json.dumps([self.stage, self.asha, *map(asdict, self.specs)], sort_keys=True).encode())
-        for path in sorted({path for spec in self.specs for path in _files(spec)}):
-            digest.update(path.read_bytes())
-        return f"{self.stage}-{digest.hexdigest()[:12]}"
+        files = {path for spec in self.specs for path in _files(spec)}
+        return f"{self.stage}-{_digest([self.stage, self.asha, *map(asdict, self.specs)], files)}"
 
     @property
     def folder(self) -> Path:
         """Where Ray keeps the experiment's state."""
         return root() / ".pud" / "ray" / self.key
+
+
+def trial_key(spec: TrialSpec) -> str:
+    """A hash of all that one trial depends on; not of where the project lies."""
+    plain = {key: value for key, value in asdict(spec).items() if key not in ("store", "groups")}
+    return f"{spec.name}-{_digest(plain, _files(spec))}"
+
+
+def _digest(plain: Any, files: Iterable[Path]) -> str:
+    digest = hashlib.sha256(json.dumps(plain, sort_keys=True).encode())
+    for path in sorted(files):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def _files(spec: TrialSpec) -> list[Path]:

@@ -7,13 +7,14 @@ for itself: a list of methods can grow, shrink or change, and only what is missi
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import pandas as pd
 
-from pipeline.experiment import Experiment, Finished, run_trials
+from pipeline.experiment import Experiment, Finished, run_trials, trial_key
 from pipeline.params import Params
 from pipeline.stage import root, write, write_json
 from pipeline.tracking import Tracking
@@ -38,7 +39,8 @@ def run_missing(
         print(f"  {len(kept)} of {len(specs)} trials are finished already", flush=True)
     if missing:
         for trial in run_trials(Experiment(stage, missing), params, tracking, parent, fresh):
-            write_json(_trial_path(trial.spec), asdict(trial) | {"checkpoint": str(trial.checkpoint)})
+            checkpoint = os.path.relpath(trial.checkpoint, folder())  # the project may be moved
+            write_json(_trial_path(trial.spec), asdict(trial) | {"checkpoint": checkpoint})
             kept[trial.spec.name] = trial
     return [kept[spec.name] for spec in specs]
 
@@ -49,12 +51,12 @@ def _read(spec: TrialSpec) -> Finished | None:
     if not path.is_file():
         return None
     values = json.loads(path.read_text())
-    values |= {"spec": spec, "checkpoint": Path(values["checkpoint"])}
+    values |= {"spec": spec, "checkpoint": folder() / values["checkpoint"]}
     return Finished(**values) if values["checkpoint"].is_dir() else None
 
 
 def _trial_path(spec: TrialSpec) -> Path:
-    return folder() / f"{Experiment('trial', [spec]).key}.json"
+    return folder() / f"{trial_key(spec)}.json"
 
 
 def read_table(key: str) -> pd.DataFrame | None:

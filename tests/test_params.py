@@ -80,6 +80,15 @@ def test_a_variant_wins_over_the_grid(raw, variant):
     assert len(params.grid()) == (2 if "eta" in VARIANTS[variant] else 4)
 
 
+def test_a_baselines_cell_is_its_own_and_its_trainings(raw):
+    raw["baselines"]["space"] = {"meta_baseline": {"learning_rate": [0.01, 0.02], "meta_rate": [0.5]}}
+    params = resolve(raw)
+    own, train = params.baseline("meta_baseline", params.baseline_grid("meta_baseline")[1])
+    assert (own.meta_rate, own.pretraining, train.learning_rate) == (0.5, 0.5, 0.02)
+    assert train.support_per_class == params.train.support_per_class
+    assert params.baseline_grid("protonet") == [{}]
+
+
 def test_numbers_are_read_as_dvc_writes_them(tmp_path):
     path = tmp_path / "params.yaml"
     path.write_text((ROOT / "params.yaml").read_text().replace("learning_rate: 0.001", "learning_rate: 1e-05"))
@@ -109,6 +118,12 @@ MISTAKES = {
     "resources.gpus": ("resources.gpus", 0),
     "prepare.test_source": ("prepare.test_source", "sklearn:digits"),
     "baselines.methods": ("baselines.methods", ["static_trunk", "static_trunk"]),
+    "baselines.methods.1": ("baselines.methods", ["static_trunk", "alexnet"]),
+    "baselines.space.gandalf": ("baselines.space.gandalf", {}),
+    "baselines.space.protonet.scalee": ("baselines.space.protonet.scalee", [1.0]),
+    "baselines.space.musml.subspaces": ("baselines.space.musml.subspaces", [0, 1]),
+    "baselines.space.scratch_gc.temperature": ("baselines.space.scratch_gc", {"temperature": [1.0]}),
+    "baselines.scratch_epochs": ("baselines.scratch_epochs", [5, 1]),
 }
 
 

@@ -13,11 +13,13 @@ import pytest
 import yaml
 
 from pudnet import PredictedNetwork, Predictor
+from pudnet.baselines import LEARNED
 from pudnet.targets import build_target
 from tests.smallest import shrink
 
 ROOT = Path(__file__).parent.parent
-CONTROLS = {"static_trunk", "constant_sketch", "shuffled_sketch", "random_weights"}
+SCRATCH = {f"scratch_{name}_{epochs}" for name in ("adam", "gc") for epochs in (1, 2)}
+METHODS = {*LEARNED, "static_trunk", "constant_sketch", "shuffled_sketch", "random_weights"}
 
 
 def environment(project: Path) -> dict[str, str]:
@@ -61,8 +63,16 @@ def test_repro_leaves_every_result_and_has_nothing_to_do_afterwards(repro):
     assert 50 < metrics["accuracy"] <= 100
     assert metrics["ci95"] > 0
     frame = pd.read_csv(repro / "results/accuracies.csv")
-    assert set(frame.method) == CONTROLS | {"pudnet"}
-    assert (frame.groupby("method").size() == metrics["test_groups"]).all()
+    assert set(frame.method) == METHODS | SCRATCH | {"pudnet"}
+    sizes = frame.groupby("method").size()
+    assert (sizes[[*METHODS]] == metrics["test_groups"]).all() and (sizes[[*SCRATCH]] == 2).all()
+    compared = json.loads((repro / "results/baselines.json").read_text())["methods"]
+    paired = frame.pivot(index="group", columns="method", values="accuracy")
+    for method in METHODS | SCRATCH:
+        assert compared[method]["accuracy"] == pytest.approx(paired[method].mean(), abs=1e-3)
+        assert compared[method]["difference"] == pytest.approx((paired[method] - paired.pudnet).mean(), abs=1e-3)
+    times = json.loads((repro / "results/adaptation.json").read_text())["milliseconds"]
+    assert set(times) == METHODS - {"constant_sketch", "shuffled_sketch"} | SCRATCH | {"pudnet"}
     assert frame[frame.method == "pudnet"].accuracy.mean() == pytest.approx(metrics["accuracy"], abs=1e-3)
     assert "PudNet" in (repro / "results/report.html").read_text()
     again = run(repro, "dvc", "repro")
@@ -93,13 +103,27 @@ def test_mlflow_has_one_finished_run_a_search_trial_training_and_evaluation(repr
     experiment = client.get_experiment_by_name("pudnet-digits-convnet3")
     runs = client.search_runs([experiment.experiment_id])
     assert {run.info.status for run in runs} == {"FINISHED"}
-    parents = [run for run in runs if run.info.run_name.startswith("search-")]
-    trials = [run for run in runs if "mlflow.parentRunId" in run.data.tags]
-    assert len(parents) == 1
-    assert {run.data.tags["mlflow.parentRunId"] for run in trials} == {parents[0].info.run_id}
-    names = {run.info.run_name for run in runs} - {parents[0].info.run_name}
-    finals = {"train-pudnet-split0", "train-static_trunk-split0", "evaluate-pudnet", "baselines-pudnet"}
-    assert names == finals | {"split0-eta0.0-depth1", "split0-eta0.2-depth1"}
+    children = {run.info.run_name: run.data.tags.get("mlflow.parentRunId") for run in runs}
+    parents = {run.info.run_name: run.info.run_id for run in runs if run.info.run_id in children.values()}
+    assert set(parents) == {"search-split0", "tune-baselines"}
+    trials = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parents["search-split0"]]
+    assert {run.info.run_name for run in trials} == {"split0-eta0.0-depth1", "split0-eta0.2-depth1"}
+    tuned = {
+        run.data.params["method"]
+        for run in runs
+        if run.data.tags.get("mlflow.parentRunId") == parents["tune-baselines"]
+    }
+    assert tuned == {"matchnet", "protonet", "scratch_adam", "scratch_gc"}  # the others' grids have one cell
+    trained = {f"train-{method}-split0" for method in ("pudnet", "static_trunk", *LEARNED)}
+    measured = {f"baseline-{method}" for method in (*METHODS, "scratch_adam", "scratch_gc")}
+    assert {name for name, parent in children.items() if parent is None} == {
+        *parents,
+        *trained,
+        *measured,
+        "evaluate-pudnet",
+    }
+    curve = next(run for run in runs if run.info.run_name == "baseline-scratch_adam")
+    assert [m.step for m in client.get_metric_history(curve.info.run_id, "test_accuracy")] == [1, 2]
     for trial in trials:
         steps = [m.step for m in client.get_metric_history(trial.info.run_id, "validation_accuracy")]
         assert steps == [5, 10]
@@ -124,6 +148,25 @@ def test_a_search_killed_half_way_goes_on_and_ends_as_one_that_was_not(repro, tm
     assert "going on with" in second.stdout
     assert f"{finished}: group" not in second.stdout  # it is done and is not run again
     assert (project / "results/search.csv").read_bytes() == (repro / "results/search.csv").read_bytes()
+
+
+def test_baselines_run_again_do_only_what_is_missing(repro, tmp_path):
+    """A method less, then another grid for one: what was finished is neither trained nor measured again."""
+    project = tmp_path / "again"
+    shutil.copytree(repro, project, ignore=shutil.ignore_patterns("mlflow.db", "mlartifacts"))
+    before = {name: (project / f"results/{name}").read_bytes() for name in ("accuracies.csv", "tuning.csv")}
+    params = yaml.safe_load((project / "params.yaml").read_text())
+    params["baselines"]["space"]["protonet"]["scale"][0] = 0.5
+    (project / "params.yaml").write_text(yaml.safe_dump(params))
+    done = run(project, sys.executable, "-m", "pipeline.baselines")
+    assert done.returncode == 0, done.stdout + done.stderr
+    ran = {line.split(":")[0].strip() for line in done.stdout.splitlines() if line.endswith(": finished")}
+    assert "protonet-split0-scale0.5" in ran and ran <= {"protonet-split0-scale0.5", "train-protonet-split0"}
+    frame = pd.read_csv(project / "results/accuracies.csv")
+    old = pd.read_csv(repro / "results/accuracies.csv")
+    others = frame.method != "protonet"
+    assert frame[others].equals(old[old.method != "protonet"])
+    assert (project / "results/tuning.csv").read_bytes() != before["tuning.csv"]
 
 
 def test_a_changed_store_is_refused_by_name(repro, tmp_path):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from pudnet.baselines import LEARNED, make_method
 from pudnet.config import VARIANTS, ModelConfig, TrainConfig, apply_variant
 from pudnet.controls import StaticTrunk
 from pudnet.data.images import StoreImages
@@ -13,6 +14,7 @@ from pudnet.device import wants_bf16
 from pudnet.errors import RunFailed, UserError
 from pudnet.evaluation import mean_interval, twin_accuracies
 from pudnet.hypernet import PudNet
+from pudnet.learner import MetaLearner
 from pudnet.predictor import Card, Predictor
 from pudnet.targets import build_target
 from pudnet.training import Trainer
@@ -35,10 +37,14 @@ class PoisonedImages(StoreImages):
 
 def make_trainer(digits, table, kind="pudnet", seed=0, images=None, model=None, **changes):
     torch.manual_seed(seed)
-    target = build_target("convnet3", 1, 8)
-    network = StaticTrunk(target) if kind == "static_trunk" else PudNet(model or ModelConfig(), target)
+    target, classes = build_target("convnet3", 1, 8), len(digits.split.train_classes)
     config = TrainConfig(**{"precision": "fp32", "report_every": 4, **changes})
-    return Trainer(network, images or digits.images, table, digits.split.train_classes, config)
+    if kind in LEARNED:
+        learner = make_method(kind, {}, target)[0].learner(classes, 2, config.support_per_class)
+    else:
+        network = StaticTrunk(target) if kind == "static_trunk" else PudNet(model or ModelConfig(), target)
+        learner = MetaLearner(network, target, config, classes, 2)
+    return Trainer(learner, images or digits.images, table, digits.split.train_classes, config)
 
 
 def make_card(digits):
@@ -47,7 +53,7 @@ def make_card(digits):
 
 
 def weights(trainer):
-    return {**trainer.model.state_dict(), **trainer.objective.state_dict(prefix="objective.")}
+    return trainer.learner.state_dict()
 
 
 def same(first, second):
@@ -70,8 +76,8 @@ def test_full_head_has_a_column_for_each_training_class(digits):
     truth = [digits.split.train_classes.index(label) for label in digits.store.labels[group]]
     with torch.no_grad():
         images = digits.images(group)
-        predicted = trainer.model.generate(trainer.model.sketch(images))
-        full = trainer.objective.head(trainer.model.shared(images, predicted))
+        predicted = trainer.learner.model.generate(trainer.learner.model.sketch(images))
+        full = trainer.learner.objective.head(trainer.learner.model.shared(images, predicted))
     (report,) = trainer.run()
     expected = torch.nn.functional.cross_entropy(full, torch.tensor(truth)).item()
     assert full.shape == (40, 6) and report.full_loss == pytest.approx(expected, rel=1e-4)
@@ -81,16 +87,16 @@ def test_full_head_has_a_column_for_each_training_class(digits):
 def test_every_variant_learns_all_that_it_has(variant, digits):
     model, config = apply_variant(variant, ModelConfig(hidden=16), TrainConfig())
     trainer = make_trainer(digits, digits.train[:2], model=model, **vars(config) | {"precision": "fp32"})
-    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    before = {name: p.detach().clone() for name, p in trainer.learner.model.named_parameters()}
     (report,) = trainer.run()
     assert np.isfinite(report.loss)
-    unchanged = {name for name, p in trainer.model.named_parameters() if torch.equal(p, before[name])}
+    unchanged = {name for name, p in trainer.learner.model.named_parameters() if torch.equal(p, before[name])}
     assert not unchanged
     assert (report.full_loss == 0) == (variant == "metric_only")
 
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "meta_baseline", "musml"])
 def test_resumed_run_ends_with_the_same_weights_bit_for_bit(kind, schedule, digits, tmp_path):
     table = digits.train[:10]
     whole = make_trainer(digits, table, kind, schedule=schedule)
@@ -133,7 +139,7 @@ def test_run_goes_on_from_the_last_good_weights_without_the_groups_that_broke_th
     assert (first.groups, first.rollbacks) == (4, 0) and not caplog.records
     if poison == "weights":
         with torch.no_grad():
-            next(trainer.model.parameters()).fill_(float("nan"))
+            next(trainer.learner.model.parameters()).fill_(float("nan"))
     (last,) = run
     assert (last.groups, last.rollbacks) == (12, 1)
     (record,) = caplog.records
@@ -210,7 +216,7 @@ def test_bf16_and_fp32_runs_end_within_their_intervals(digits):
     for precision in ("fp32", "bf16"):
         trainer = make_trainer(digits, digits.train, precision=precision)
         list(trainer.run())
-        predictor = Predictor(trainer.model, make_card(digits), build_target("convnet3", 1, 8))
+        predictor = Predictor(trainer.learner.model, make_card(digits), build_target("convnet3", 1, 8))
         intervals.append(mean_interval(twin_accuracies(predictor, digits.images, digits.test, precision == "bf16")))
     (full, full_half), (half, half_half) = intervals
     assert abs(full - half) < full_half + half_half and full > 80
