@@ -78,9 +78,9 @@ class Experiment:
 
 
 def trial_key(spec: TrialSpec) -> str:
-    """A hash of all that one trial depends on; not of where the project lies."""
-    plain = {key: value for key, value in asdict(spec).items() if key not in ("store", "groups")}
-    return f"{spec.name}-{_digest(plain, _files(spec))}"
+    """A hash of all that one trial depends on; not of what it is called nor of where the project lies."""
+    plain = {key: value for key, value in asdict(spec).items() if key not in ("name", "store", "groups")}
+    return f"{spec.kind}-split{spec.split_seed}-{_digest(plain, _files(spec))}"
 
 
 def _digest(plain: Any, files: Iterable[Path]) -> str:

@@ -16,6 +16,7 @@ from pipeline.experiment import CODE, TRAINING_CODE, VALIDATION_CODE, code_files
 from pipeline.params import Params
 from pipeline.stage import STORE, TEST_STORE, group_folder, split_model
 from pudnet.baselines import LEARNED, SCRATCH, Scratch, load_method
+from pudnet.cpu import compiling_pays
 from pudnet.evaluation import (
     FROM,
     Adapts,
@@ -109,9 +110,11 @@ def _scratch(bench: Bench, params: Params, method: str, cell: dict[str, Any]) ->
     predictor = bench.load(split_model("pudnet", bench.seed))
     base, _ = params.baseline(method, cell)
     runs = {epochs: dataclasses.replace(base, epochs=epochs) for epochs in params.baselines.scratch_epochs}
-    table, rows = bench.tables["test"], []
+    table, rows, device = bench.tables["test"], [], bench.images.device
+    epochs_in_all = len(table) * sum(runs)
+    compiled = device.type == "cpu" and compiling_pays(epochs_in_all, table.shape[2], bench.images.image_size)
     opened = {
-        epochs: Scratch(config, predictor.target, bench.images.device, bench.bf16, method == "scratch_gc")
+        epochs: Scratch(config, predictor.target, device, bench.bf16, method == "scratch_gc", compiled)
         for epochs, config in runs.items()
     }
     for adapts in (predictor, opened[min(opened)]):

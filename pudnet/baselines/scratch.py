@@ -46,8 +46,11 @@ class Scratch:
     statistics of the group's images.
     """
 
-    def __init__(self, config: ScratchConfig, target: Target, device: torch.device, bf16: bool, gc: bool) -> None:
+    def __init__(
+        self, config: ScratchConfig, target: Target, device: torch.device, bf16: bool, gc: bool, compiled: bool = False
+    ) -> None:
         self.config, self.target, self.device, self.bf16, self.gc = config, target, device, bf16, gc
+        self.compiled = compiled  # on a CPU: where many are trained, `compiling_pays`
         if device.type == "cpu":
             keep_freed_memory()
 
@@ -57,7 +60,7 @@ class Scratch:
 
     def adapt(self, images: Tensor, labels: Tensor, classes: tuple) -> Classifier:
         """Train on normalised images (N, C, H, W) and labels (N,) in 0..k-1 -> a classifier of the classes."""
-        network = scratch_network(self.target, len(classes), self.device)
+        network = scratch_network(self.target, len(classes), self.device, self.compiled)
         self.train(network, images, labels)
         plain = copy.deepcopy(self.target.network).to(self.device, memory_format=torch.channels_last)
         plain.load_state_dict(network.body.state_dict())
@@ -81,15 +84,15 @@ class Scratch:
             train_epoch(network, optimizer, images, labels, self.config, self.bf16, schedule)
 
 
-def scratch_network(target: Target, classes: int, device: torch.device) -> nn.Sequential:
-    """The plain target, He-initialised anew, and a linear head."""
+def scratch_network(target: Target, classes: int, device: torch.device, compiled: bool = False) -> nn.Sequential:
+    """The plain target, He-initialised anew, and a linear head. Compiled layers keep no running statistics."""
     body = copy.deepcopy(target.network)
     for module in body.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
     body = body.to(device, memory_format=torch.channels_last)
     if device.type == "cpu":
-        accelerate(body)  # as predicted networks are
+        accelerate(body, compiled)  # as in meta-training
     head = nn.Linear(target.features, classes, device=device)
     return nn.Sequential(OrderedDict(body=body, flat=nn.Flatten(), head=head))
 
