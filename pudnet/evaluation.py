@@ -9,7 +9,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from scipy import stats
+from scipy.special import stdtrit  # `scipy.stats` takes a second to import
 from torch import Tensor
 
 from pudnet.baselines.scratch import ScratchConfig, scratch_network, train_epoch
@@ -41,7 +41,8 @@ def mean_interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
     values = np.asarray(values, dtype=float)
     if len(values) < 2:
         return float(values.mean()), float("nan")
-    return float(values.mean()), float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
+    error = values.std(ddof=1) / np.sqrt(len(values))
+    return float(values.mean()), float(stdtrit(len(values) - 1, 0.975) * error)
 
 
 def stratified_interval(strata: Sequence[np.ndarray]) -> tuple[float, float]:

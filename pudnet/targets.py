@@ -23,7 +23,6 @@ from torch.func import functional_call, vmap
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
-from torchvision.models import ResNet, resnet18, resnet34
 
 from pudnet.errors import UserError
 
@@ -55,9 +54,11 @@ class ConvNet3(nn.Sequential):
         super().__init__(OrderedDict(block1=blocks[0], block2=blocks[1], block3=blocks[2], flat=nn.Flatten()))
 
 
-def _resnet(build: Callable[[], ResNet], channels: int) -> nn.Module:
+def _resnet(name: str, channels: int) -> nn.Module:
     """torchvision's class, stem included, with its `fc` left aside: images -> features (N, 512)."""
-    network = build()
+    from torchvision import models  # here: slow to import, and needed for these targets alone
+
+    network = getattr(models, name)()
     network.fc = nn.Identity()
     if channels != network.conv1.in_channels:
         network.conv1 = nn.Conv2d(channels, 64, 7, stride=2, padding=3, bias=False)
@@ -66,8 +67,8 @@ def _resnet(build: Callable[[], ResNet], channels: int) -> nn.Module:
 
 TARGETS: dict[str, Callable[[int], nn.Module]] = {
     "convnet3": ConvNet3,
-    "resnet18": lambda channels: _resnet(resnet18, channels),
-    "resnet34": lambda channels: _resnet(resnet34, channels),
+    "resnet18": lambda channels: _resnet("resnet18", channels),
+    "resnet34": lambda channels: _resnet("resnet34", channels),
 }
 SMALLEST_IMAGE = 8  # px; ConvNet-3 halves it three times
 

@@ -189,8 +189,6 @@ def test_a_changed_store_is_refused_by_name(repro, tmp_path):
     [
         ({"groups": {"classes_per_group": 5}}, "5"),
         ({"prepare": {"source": "folder:nowhere"}}, "nowhere"),
-        ({"model": {"eta": 1.5}}, "model.eta"),
-        ({"setting": "mnist"}, "setting"),
     ],
 )
 def test_a_mistake_in_params_stops_the_stage_with_one_line(repro, tmp_path, change, named):
