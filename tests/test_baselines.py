@@ -16,7 +16,7 @@ from pudnet.config import TrainConfig
 from pudnet.data.images import StoreImages
 from pudnet.data.store import Store
 from pudnet.errors import UserError
-from pudnet.evaluation import FROM, ON, adapt_input, block_labels, mean_interval, twin_accuracies, twin_accuracy
+from pudnet.evaluation import FROM, ON, adapt_input, mean_interval, twin_accuracies, twin_accuracy
 from pudnet.learner import MetaLearner
 from pudnet.predictor import Card, Predictor, build_model, write_tensors
 from pudnet.targets import build_target
@@ -199,7 +199,7 @@ def toy():
     def group(classes, per_class):
         return np.concatenate([rng.choice(rows[c], per_class, replace=False) for c in classes])
 
-    train = np.stack([group(rng.choice(6, 2, replace=False), 20) for _ in range(120)])
+    train = np.stack([group(rng.choice(6, 2, replace=False), 20) for _ in range(90)])
     test = np.stack([group(rng.choice(6, 2, replace=False), 40) for _ in range(16)]).reshape(16, 2, 2, 20)
     return store, StoreImages(store, CPU), train, test.swapaxes(1, 2).reshape(16, 2, 40)
 
@@ -208,10 +208,10 @@ def make(name, store):
     """A method before its training: what is trained, and what adapts."""
     torch.manual_seed(0)
     card = Card(name, "convnet3", 1, 8, store.mean, store.std, 10.0, SUPPORT, {})
-    config = TrainConfig(precision="fp32", report_every=60, support_per_class=SUPPORT, full_weight=0.0, kl_weight=0.0)
+    config = TrainConfig(precision="fp32", report_every=45, support_per_class=SUPPORT, full_weight=0.0, kl_weight=0.0)
     plain = build_target("convnet3", 1, 8)
     if name in SCRATCH:
-        return None, config, Scratch(ScratchConfig(epochs=30), plain, CPU, bf16=False, gc=name == "scratch_gc")
+        return None, config, Scratch(ScratchConfig(epochs=20), plain, CPU, bf16=False, gc=name == "scratch_gc")
     if name in LEARNED:
         method, target = make_method(name, {}, plain)
         return method.learner(6, K, SUPPORT), config, Adapter(method, card, target)
@@ -244,22 +244,22 @@ def test_each_method_learns_the_toy_problem(name, toy, trained):
     torch.manual_seed(0)
     before, adapter = trained[name]
     after = twin_accuracies(adapter, images, test, bf16=False).mean()
-    assert before < 85 and after > 94
+    assert before < 85 and after > 90, (before, after)
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_shuffled_labels_give_chance(name, toy, trained):
+    """Within twice the 95% interval: ten methods on any machine's rounding are too many chances for once."""
     _, images, _, test = toy
-    rng, accuracies = torch.Generator().manual_seed(1), []
-    torch.manual_seed(0)
-    for group, twin in test:
-        pixels, labels = images(group), block_labels(images, group)[0]
-        mixed = torch.cat([torch.randperm(2, generator=rng) for _ in range(len(labels) // 2)])  # half of each
+    torch.manual_seed(1)
+    accuracies = []
+    for group, twin in np.concatenate([test] * (1 if name in SCRATCH else 3)):
+        mixed = torch.cat([torch.randperm(2) for _ in range(len(group) // 2)])  # half of each class has each label
         with torch.no_grad():
-            adapted = trained[name][1].adapt(pixels, mixed, (0, 1))
+            adapted = trained[name][1].adapt(images(group), mixed, (0, 1))
         accuracies.append(twin_accuracy(adapted, images, twin, bf16=False))
     mean, half = mean_interval(accuracies)
-    assert abs(mean - 50) <= half
+    assert abs(mean - 50) <= 2 * half < 25
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -300,7 +300,7 @@ def test_two_stages_are_pretraining_and_then_episodes(name, toy):
     _, images, train, _ = toy
     learner = method_of(name, pretraining=0.25, meta_rate=0.1).learner(6, K, SUPPORT)
     arranged = learner.arrange(train)
-    assert (arranged[30:] == train[30:]).all() and sorted(arranged[:30].ravel()) == sorted(train[:30].ravel())
+    assert (arranged[22:] == train[22:]).all() and sorted(arranged[:22].ravel()) == sorted(train[:22].ravel())
     assert learner.rate(0.2) == 1.0 and learner.rate(0.25) == 0.1
     labels = torch.from_numpy(images.labels[train[0]])
     for done, head_learns in ((0.0, True), (0.5, False)):
