@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+from matplotlib.ticker import MaxNLocator, NullFormatter, StrMethodFormatter
 
 if TYPE_CHECKING:
     from pipeline.report import Race
@@ -123,11 +123,14 @@ def _search_line(axes: Axes, trials: pd.DataFrame, across: str, label: str, colo
 def curve_figure(curves: pd.DataFrame, column: str, title: str, colors: Mapping[str, str]) -> Figure:
     """Draw one training quantity over the groups seen, a line a method and split.
 
-    A line is a running mean over a twentieth of the training: one group's loss says little.
+    A line is a running mean over a twentieth of the training: one group's loss says little. A method that has
+    no such loss, zero throughout, has no line.
     """
     figure = new_figure(330, 220)
     axes = figure.subplots()
     for (method, _), run in curves.groupby(["method", "split_seed"], sort=False):
+        if not run[column].any():
+            continue
         smooth = run[column].rolling(max(1, len(run) // 20), min_periods=1).mean()
         axes.plot(run["groups"], smooth, color=LIGHT[colors[method]], lw=1.3, alpha=0.85)
     axes.set_title(title, loc="left")
@@ -193,7 +196,9 @@ def race_figure(race: Race, labels: Mapping[str, str], colors: Mapping[str, str]
     )
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axes.set(xlabel="seconds for a test group, logarithmic", ylabel="accuracy, %")
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    low, high = axes.get_ylim()
+    axes.set(xlabel="seconds for a test group, logarithmic", ylabel="accuracy, %", ylim=(max(low, 0), min(high, 100.8)))
     figure.legend(loc="outside upper left", ncols=4, columnspacing=1.2, handletextpad=0.4, labelcolor=INK)
     return figure
 
