@@ -24,8 +24,9 @@ from pudnet.data.groups import Split, open_groups
 from pudnet.data.images import StoreImages
 from pudnet.data.store import Store, open_store
 from pudnet.device import wants_bf16
-from pudnet.evaluation import FROM, stratified_interval, twin_accuracies
+from pudnet.evaluation import FROM, Adapts, stratified_interval, twin_accuracies
 from pudnet.predictor import Predictor
+from pudnet.targets import Target, build_target
 
 
 @dataclass(frozen=True)
@@ -42,16 +43,19 @@ class Bench:
     bf16: bool
     target: str
 
-    def accuracies(self, method: str, predictor: Predictor, sketches: Sequence[Tensor] | None = None) -> pd.DataFrame:
-        """One row a test group: method, split_seed, group, classes, accuracy in percent."""
-        table = self.tables["test"]
+    def accuracies(
+        self, method: str, adapts: Adapts, groups: range | None = None, sketches: Sequence[Tensor] | None = None
+    ) -> pd.DataFrame:
+        """One row a test group (of those in `groups`): method, split_seed, group, classes, accuracy in percent."""
+        groups = groups or range(len(self.tables["test"]))
+        table = self.tables["test"][groups.start : groups.stop]
         with progress(f"{method}, split {self.seed}", len(table)) as advance:
-            values = twin_accuracies(predictor, self.images, table, self.bf16, sketches, advance)
+            values = twin_accuracies(adapts, self.images, table, self.bf16, sketches, advance)
         return pd.DataFrame(
             {
                 "method": method,
                 "split_seed": self.seed,
-                "group": range(len(table)),
+                "group": groups,
                 "classes": ["; ".join(self.names(group)) for group in table[:, FROM]],
                 "accuracy": values,
             }
@@ -64,6 +68,11 @@ class Bench:
     def load(self, path: Path) -> Predictor:
         """A model file, on this bench's device."""
         return Predictor.load(path, self.images.device, self.target)
+
+    def plain_target(self) -> Target:
+        """The target network without weights from anywhere, for images like this bench's."""
+        channels, size = self.images.raw(self.tables["test"][0, FROM, :1]).shape[-1], self.images.image_size
+        return build_target(self.target, channels, size)
 
 
 def open_bench(params: Params, seed: int, test_groups: int | None = None) -> Bench:
@@ -88,8 +97,9 @@ def open_bench(params: Params, seed: int, test_groups: int | None = None) -> Ben
 
 
 def identity(params: Params) -> str:
-    """A hash of params, models and test groups: evaluating the same again is the same MLflow run."""
-    digest = hashlib.sha256(json.dumps(asdict(params), sort_keys=True).encode())
+    """A hash of models, test groups and what evaluation is told: evaluating the same again is the same MLflow run."""
+    plain = [params.setting, params.target, params.variant, asdict(params.evaluate)]
+    digest = hashlib.sha256(json.dumps(plain).encode())
     for seed in params.split_seeds:
         digest.update(split_model("pudnet", seed).read_bytes())
         digest.update((group_folder(seed) / "test.npy").read_bytes())

@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from ray.tune import Callback
 from ray.tune.experiment import Trial
 
+from pipeline.kept import Finished, keep_trial, reports
 from pipeline.params import Params
 from pipeline.tracking import Tracking, open_tracking
-
-METRICS = (  # the compare page opens on the first
-    "validation_accuracy",
-    "validation_ci95",
-    "loss",
-    "metric_loss",
-    "full_loss",
-    "kl_loss",
-    "train_accuracy",
-    "grad_norm",
-    "groups_per_second",
-    "rollbacks",
-)
+from pipeline.trial import METRICS, TrialSpec
 
 
 class TrialProgress(Callback):
@@ -71,7 +62,10 @@ class TrialProgress(Callback):
         self._say(trials, trial, result)
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        """Close the trial's run."""
+        """Keep the trial at once, whatever becomes of the others, and close its run."""
+        spec, path = TrialSpec(**trial.config["spec"]), Path(trial.path)
+        rows = [json.loads(line) for line in (path / "result.json").read_text().splitlines()]
+        keep_trial(Finished(spec, reports(rows), Path(trial.checkpoint.path), f"{self.key}/{spec.name}"))
         self._end(trial, "FINISHED")
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
-import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from pipeline import cluster  # first: it sets Ray's environment
 
@@ -18,36 +15,16 @@ from pipeline import cluster  # first: it sets Ray's environment
 import torch
 from ray import tune
 
-from pipeline.callback import METRICS, TrialProgress
+from pipeline.callback import TrialProgress
+from pipeline.dependencies import digest, trial_files
+from pipeline.kept import Finished, forget_trials, keep_trial, read_trial, reports
 from pipeline.params import Params
 from pipeline.stage import root
 from pipeline.tracking import Tracking
-from pipeline.trial import TrialSpec, load_state, open_trial, run_trial
-from pudnet.baselines import LEARNED, SCRATCH
+from pipeline.trial import TrialSpec, open_trial, run_trial
 from pudnet.errors import RunFailed, UserError
-from pudnet.targets import is_import_path, target_code
 
 ATTEMPTS_AFTER_A_FAULT = 2
-CODE = Path(__file__).resolve().parent.parent
-TRAINING_CODE = ("config", "cpu", "device", "targets", "controls", "objective", "learner", "training", "hypernet")
-TRAINING_CODE += ("data/images",)
-VALIDATION_CODE = ("evaluation", "predictor")
-REPORTED = ("groups", *METRICS)
-
-
-@dataclass(frozen=True)
-class Finished:
-    """A finished trial: what it was, its last report, all of them, its last checkpoint, its MLflow run's key."""
-
-    spec: TrialSpec
-    metrics: dict[str, Any]
-    history: list[dict[str, Any]]
-    checkpoint: Path
-    run_key: str
-
-    def state(self) -> dict:
-        """The trial's state at its end."""
-        return load_state(self.checkpoint)
 
 
 @dataclass(frozen=True)
@@ -68,8 +45,8 @@ class Experiment:
 
         Ray would restore an experiment under changed settings without a word; under another name it cannot.
         """
-        files = {path for spec in self.specs for path in _files(spec)}
-        return f"{self.stage}-{_digest([self.stage, self.asha, *map(asdict, self.specs)], files)}"
+        files = [path for spec in self.specs for path in trial_files(spec)]
+        return f"{self.stage}-{digest([self.stage, self.asha, *map(asdict, self.specs)], files)}"
 
     @property
     def folder(self) -> Path:
@@ -77,44 +54,20 @@ class Experiment:
         return root() / ".pud" / "ray" / self.key
 
 
-def trial_key(spec: TrialSpec) -> str:
-    """A hash of all that one trial depends on; not of what it is called nor of where the project lies."""
-    plain = {key: value for key, value in asdict(spec).items() if key not in ("name", "store", "groups")}
-    return f"{spec.kind}-split{spec.split_seed}-{_digest(plain, _files(spec))}"
-
-
-def _digest(plain: Any, files: Iterable[Path]) -> str:
-    digest = hashlib.sha256(json.dumps(plain, sort_keys=True).encode())
-    for path in sorted(files):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:12]
-
-
-def _files(spec: TrialSpec) -> list[Path]:
-    """What a trial reads: data (a store's checksums stand for it) and code."""
-    tables = [spec.table, *(["validation"] if spec.validate else [])]
-    names = TRAINING_CODE + (VALIDATION_CODE if spec.validate else ())
-    groups = Path(spec.groups)
-    data = [Path(spec.store) / "meta.json", groups / "split.json", *(groups / f"{t}.npy" for t in tables)]
-    return [*data, CODE / "pipeline" / "trial.py", *code_files(names), *method_files(spec.kind, spec.target)]
-
-
-def code_files(names: Sequence[str]) -> list[Path]:
-    """The files of the method's own code, from names without suffix; a folder's name is all of it."""
-    paths = [CODE / "pudnet" / name for name in names]
-    return [
-        file for path in paths for file in (sorted(path.glob("*.py")) if path.is_dir() else [path.with_suffix(".py")])
-    ]
-
-
-def method_files(kind: str, target: str) -> list[Path]:
-    """The code that is one method's alone, and that of a target of the user's own."""
-    own = target_code(target) if is_import_path(target) else []
-    if kind in LEARNED:
-        own += code_files(["baselines/method", "baselines/learners", f"baselines/{kind}"])
-    if kind in SCRATCH:
-        own += code_files(["baselines/scratch", "baselines/gradient_centralization"])
-    return own
+def run_missing(
+    experiment: Experiment, params: Params, tracking: Tracking, parent: str | None = None, fresh: bool = False
+) -> list[Finished]:
+    """`run_trials`, less the trials that are kept from earlier experiments, whatever else those ran."""
+    if fresh:
+        forget_trials(experiment.specs)
+    kept = {spec.name: found for spec in experiment.specs if (found := read_trial(spec))}
+    missing = [spec for spec in experiment.specs if spec.name not in kept]
+    if kept:
+        print(f"  {len(kept)} of {len(experiment.specs)} trials are finished already", flush=True)
+    if missing:
+        rest = replace(experiment, specs=missing)
+        kept |= {trial.spec.name: trial for trial in run_trials(rest, params, tracking, parent, fresh)}
+    return [kept[spec.name] for spec in experiment.specs if spec.name in kept]
 
 
 def run_trials(
@@ -160,9 +113,11 @@ def _all(experiment: Experiment, done: Sequence[TrialSpec], failed: Sequence[tun
 
 
 def _finished(experiment: Experiment, spec: TrialSpec, result: tune.Result) -> Finished:
-    """The trial without what Ray adds to its reports."""
-    history = [{k: row[k] for k in REPORTED if k in row} for row in result.metrics_dataframe.to_dict("records")]
-    return Finished(spec, history[-1], history, Path(result.checkpoint.path), f"{experiment.key}/{spec.name}")
+    """A trial that is done; kept, in case it was not when it ended."""
+    rows = result.metrics_dataframe.to_dict("records")
+    trial = Finished(spec, reports(rows), Path(result.checkpoint.path), f"{experiment.key}/{spec.name}")
+    keep_trial(trial)
+    return trial
 
 
 def _why(done: int, total: int, failed: Sequence[tune.Result]) -> str:

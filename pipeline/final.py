@@ -10,8 +10,8 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from pipeline.experiment import Finished
-from pipeline.kept import run_missing
+from pipeline.experiment import Experiment, run_missing
+from pipeline.kept import Finished
 from pipeline.params import Params
 from pipeline.stage import PUDNET, RESULTS, STORE, group_folder, split_model
 from pipeline.tracking import open_tracking
@@ -47,7 +47,7 @@ def train_all(params: Params, stage: str, methods: Mapping[str, Cells], fresh: b
     ]
     tracking = open_tracking(params)
     print(f"{stage}: {len(specs)} final training(s) on {params.groups.train_groups:,} groups")
-    finished = run_missing(f"{stage}-final", specs, params, tracking, fresh=fresh)
+    finished = run_missing(Experiment(f"{stage}-final", specs), params, tracking, fresh=fresh)
     for trial in finished:
         path = _write_model(params, trial)
         run_id = tracking.find_or_create(trial.run_key, trial.spec.name)

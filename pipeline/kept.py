@@ -8,68 +8,89 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
-from pipeline.experiment import Experiment, Finished, run_trials, trial_key
-from pipeline.params import Params
+from pipeline.dependencies import trial_key
 from pipeline.stage import root, write, write_json
-from pipeline.tracking import Tracking
-from pipeline.trial import TrialSpec
+from pipeline.trial import METRICS, TrialSpec, load_state
 
 
-def run_missing(
-    stage: str,
-    specs: Sequence[TrialSpec],
-    params: Params,
-    tracking: Tracking,
-    parent: str | None = None,
-    fresh: bool = False,
-) -> list[Finished]:
-    """The finished trials of the specs, in their order: those that are kept, and those that had to run for it.
+@dataclass(frozen=True)
+class Finished:
+    """A finished trial: what it was, its reports, its last checkpoint, its MLflow run's key."""
 
-    The arguments, and what is raised, are `run_trials`'s.
-    """
-    kept = {} if fresh else {spec.name: found for spec in specs if (found := _read(spec))}
-    missing = [spec for spec in specs if spec.name not in kept]
-    if kept:
-        print(f"  {len(kept)} of {len(specs)} trials are finished already", flush=True)
-    if missing:
-        for trial in run_trials(Experiment(stage, missing), params, tracking, parent, fresh):
-            checkpoint = os.path.relpath(trial.checkpoint, folder())  # the project may be moved
-            write_json(_trial_path(trial.spec), asdict(trial) | {"checkpoint": checkpoint})
-            kept[trial.spec.name] = trial
-    return [kept[spec.name] for spec in specs]
+    spec: TrialSpec
+    history: list[dict[str, Any]]
+    checkpoint: Path
+    run_key: str
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """The last report."""
+        return self.history[-1]
+
+    def state(self) -> dict:
+        """The trial's state at its end."""
+        return load_state(self.checkpoint)
 
 
-def _read(spec: TrialSpec) -> Finished | None:
-    """A finished trial, unless its checkpoint is gone."""
+def reports(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A trial's reports without what Ray adds to them."""
+    return [{key: row[key] for key in ("groups", *METRICS) if key in row} for row in rows]
+
+
+def keep_trial(trial: Finished) -> None:
+    """Keep a finished trial; its checkpoint stays where it is."""
+    checkpoint = os.path.relpath(trial.checkpoint, _folder())  # the project may be moved
+    values = {"history": trial.history, "checkpoint": checkpoint, "run_key": trial.run_key}
+    write_json(_trial_path(trial.spec), values)
+
+
+def read_trial(spec: TrialSpec) -> Finished | None:
+    """A finished trial; None where there is none, or its checkpoint is gone."""
     path = _trial_path(spec)
     if not path.is_file():
         return None
     values = json.loads(path.read_text())
-    values |= {"spec": spec, "checkpoint": folder() / values["checkpoint"]}
-    return Finished(**values) if values["checkpoint"].is_dir() else None
+    checkpoint = _folder() / values["checkpoint"]
+    return Finished(spec, values["history"], checkpoint, values["run_key"]) if checkpoint.is_dir() else None
 
 
-def _trial_path(spec: TrialSpec) -> Path:
-    return folder() / f"{trial_key(spec)}.json"
+def forget_trials(specs: Iterable[TrialSpec]) -> None:
+    """Let these trials run again."""
+    for spec in specs:
+        _trial_path(spec).unlink(missing_ok=True)
 
 
-def read_table(key: str) -> pd.DataFrame | None:
-    """A kept table; None where there is none."""
-    path = folder() / f"{key}.csv"
-    return pd.read_csv(path) if path.is_file() else None
+def read_tables(keys: Mapping[Any, str]) -> dict[Any, pd.DataFrame]:
+    """The tables that are kept, of those that stand under these keys."""
+    paths = {name: _table_path(key) for name, key in keys.items()}
+    return {name: pd.read_csv(path) for name, path in paths.items() if path.is_file()}
 
 
 def keep_table(key: str, table: pd.DataFrame) -> None:
     """Keep a table."""
-    write(folder() / f"{key}.csv", table.to_csv(index=False))
+    write(_table_path(key), table.to_csv(index=False))
 
 
-def folder() -> Path:
-    """Where all of it lies."""
+def forget_tables(keys: Iterable[str]) -> None:
+    """Let these tables be made again."""
+    for key in keys:
+        _table_path(key).unlink(missing_ok=True)
+
+
+def _folder() -> Path:
     return root() / ".pud" / "kept"
+
+
+def _trial_path(spec: TrialSpec) -> Path:
+    return _folder() / f"{trial_key(spec)}.json"
+
+
+def _table_path(key: str) -> Path:
+    return _folder() / f"{key}.csv"

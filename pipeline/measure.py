@@ -1,66 +1,159 @@
-"""One method on one class split's test groups: what a Ray task of `baselines` does."""
+"""Methods on the test groups, side by side as Ray tasks, and what each takes for a group."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
+import math
 import os
-from dataclasses import asdict
-from typing import Any
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 
-from pipeline.bench import Bench, open_bench, progress
-from pipeline.experiment import CODE, TRAINING_CODE, VALIDATION_CODE, code_files, method_files
+from pipeline import cluster
+from pipeline.bench import Bench, open_bench
+from pipeline.dependencies import CODE, TRAINING_CODE, VALIDATION_CODE, code_files, digest, method_files
+from pipeline.kept import forget_tables, keep_table, read_tables
 from pipeline.params import Params
 from pipeline.stage import STORE, TEST_STORE, group_folder, split_model
-from pudnet.baselines import LEARNED, SCRATCH, Scratch, load_method
+from pipeline.trial import group_seed
+from pipeline.tuning import Cell, Choices
+from pudnet.baselines import LEARNED, SCRATCH, Scratch, ScratchConfig, load_method
 from pudnet.cpu import compiling_pays
-from pudnet.evaluation import (
-    FROM,
-    Adapts,
-    group_sketches,
-    shuffled,
-    timed_adaptation,
-    twin_accuracy,
-)
+from pudnet.device import wants_bf16
+from pudnet.evaluation import FROM, Adapts, group_sketches, shuffled, timed_adaptation
 from pudnet.predictor import Predictor
 
+# isort: split
+import ray  # after cluster, which sets its environment
+
 OF_PUDNET = ("constant_sketch", "shuffled_sketch")  # controls that are PudNet's own weights, and no adaptation
+PART = 5  # test groups that are trained on from scratch in one task: what an interruption costs
 WARM_UP = 2  # adaptations before the first that is timed
+SCRATCH_TIMINGS = 2  # groups that training from scratch is timed on: it takes long, and hardly varies
 
 
-def measure(folder: str, params: Params, method: str, seed: int, cell: dict[str, Any]) -> pd.DataFrame:
-    """One row a test group, as `Bench.accuracies` gives them; training from scratch: one a number of epochs too."""
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One task: a method on a split, on some of its test groups (None: all that there are)."""
+
+    method: str
+    seed: int
+    cells: tuple[Cell, ...] = dataclasses.field(hash=False)  # what tuning chose
+    groups: tuple[int, int] | None = None  # first, and first not
+
+    def key(self, params: Params) -> str:
+        """A hash of all that the job's accuracies depend on."""
+        own = {name: getattr(params.baselines, name) for name in ("test_groups", "sketch_groups")}
+        if self.method in SCRATCH:
+            own = {"epochs": params.baselines.scratch_epochs, "cells": self.cells, "groups": self.groups}
+        plain = [self.method, self.seed, params.target, params.train.support_per_class, own]
+        plain += [params.train.precision, params.evaluate.precision]
+        needs_pudnet = self.method in OF_PUDNET or self.method == "random_weights"
+        models = [] if self.method in SCRATCH else [split_model("pudnet" if needs_pudnet else self.method, self.seed)]
+        data = [STORE / "meta.json", TEST_STORE / "meta.json", *group_folder(self.seed).iterdir()]
+        code = code_files(TRAINING_CODE + VALIDATION_CODE) + method_files(self.method, params.target)
+        code += [CODE / "pipeline" / name for name in ("bench.py", "measure.py")]
+        return f"{self.method}-split{self.seed}-{digest(plain, [*models, *data, *code])}"
+
+
+def measure_all(
+    params: Params, methods: Sequence[str], choices: Choices, fresh: bool
+) -> tuple[pd.DataFrame, dict[str, str]]:
+    """A row a method, split and test group, as `Bench.accuracies` gives them; and for each method a key of its rows.
+
+    What is kept is not run again.
+    """
+    jobs = [job for method in methods for seed in params.split_seeds for job in _jobs(params, method, seed, choices)]
+    keys = {job: job.key(params) for job in jobs}
+    if fresh:
+        forget_tables(keys.values())
+    tables = read_tables(keys)
+    if tables:
+        print(f"  {len(tables)} of {len(jobs)} measurements are done already", flush=True)
+    folder, resources = str(Path.cwd()), cluster.share(params)
+    remote = ray.remote(num_cpus=resources["cpu"], num_gpus=resources["gpu"])(_measure)
+    running = {remote.remote(folder, params, job): job for job in jobs if job not in tables}
+    while running:
+        (done,), _ = ray.wait(list(running))
+        job = running.pop(done)
+        tables[job] = ray.get(done)
+        keep_table(keys[job], tables[job])
+        print(f"  {job.method}, split {job.seed}: {tables[job].group.nunique()} test groups done", flush=True)
+    of_method = {method: "+".join(keys[job] for job in jobs if job.method == method) for method in methods}
+    return pd.concat([tables[job] for job in jobs], ignore_index=True), {m: digest(k, []) for m, k in of_method.items()}
+
+
+def time_all(params: Params, methods: Sequence[str], choices: Choices) -> dict[str, float]:
+    """Median milliseconds that PudNet and each method that adapts take for a group: in turns, with nothing beside."""
+    resources = cluster.share(params)
+    remote = ray.remote(num_cpus=resources["cpu"], num_gpus=resources["gpu"])(_time)
+    return ray.get(remote.remote(str(Path.cwd()), params, [m for m in methods if m not in OF_PUDNET], choices))
+
+
+def _jobs(params: Params, method: str, seed: int, choices: Choices) -> list[Job]:
+    if method not in SCRATCH:
+        return [Job(method, seed, ())]
+    count = min(params.baselines.scratch_groups, params.baselines.test_groups or params.groups.test_groups)
+    parts = [(first, min(first + PART, count)) for first in range(0, count, PART)]
+    return [Job(method, seed, tuple(choices[method, seed]), part) for part in parts]
+
+
+def _measure(folder: str, params: Params, job: Job) -> pd.DataFrame:
+    """What a Ray task runs."""
+    bench = _open(folder, params, job.seed, params.baselines.test_groups)
+    if job.method in SCRATCH:
+        return _scratch_accuracies(bench, params, job)
+    if job.method in OF_PUDNET:
+        sketches = {"constant_sketch": _constant, "shuffled_sketch": _shuffled}[job.method]
+        predictor = bench.load(split_model("pudnet", job.seed))
+        return bench.accuracies(job.method, predictor, sketches=sketches(bench, predictor, params))
+    return bench.accuracies(job.method, open_method(bench, job.method))
+
+
+def _time(folder: str, params: Params, methods: Sequence[str], choices: Choices) -> dict[str, float]:
+    bench = _open(folder, params, params.seed, params.evaluate.timing_groups)
+    short = {m: open_method(bench, m) for m in ["pudnet", *methods] if m not in SCRATCH}
+    long = {
+        f"{method}_{epochs}": scratch
+        for method in methods
+        if method in SCRATCH
+        for epochs, scratch in open_scratch(bench, params, method, choices[method, params.seed]).items()
+    }
+    groups = bench.tables["test"][:, FROM]
+    times = _in_turns(short, bench, [*groups[:WARM_UP], *groups])
+    if long:
+        warm = {
+            name: scratch
+            for name, scratch in long.items()
+            if scratch.config.epochs == min(params.baselines.scratch_epochs)
+        }
+        _in_turns(warm, bench, groups[:1])
+        times |= _in_turns(long, bench, groups[:SCRATCH_TIMINGS], warm_up=0)
+    return times
+
+
+def _in_turns(
+    methods: Mapping[str, Adapts], bench: Bench, groups: Sequence[np.ndarray], warm_up: int = WARM_UP
+) -> dict[str, float]:
+    """Median milliseconds of each method over the groups (the first of them to warm up), one after the other."""
+    rows = [
+        {name: timed_adaptation(method, bench.images, group, bench.bf16)[1] for name, method in methods.items()}
+        for group in groups
+    ]
+    return pd.DataFrame(rows[warm_up:] or rows).median().to_dict()
+
+
+def _open(folder: str, params: Params, seed: int, test_groups: int | None) -> Bench:
     os.chdir(folder)  # a worker starts elsewhere
     torch.set_num_threads(params.resources.cpus)
-    torch.manual_seed(seed)
-    if method in SCRATCH:
-        return _scratch(open_bench(params, seed, _fewer(params)), params, method, cell)
-    bench = open_bench(params, seed, params.baselines.test_groups)
-    if method in OF_PUDNET:
-        sketches = {"constant_sketch": _constant, "shuffled_sketch": _shuffled}[method]
-        predictor = bench.load(split_model("pudnet", seed))
-        return bench.accuracies(method, predictor, sketches(bench, predictor, params))
-    return bench.accuracies(method, open_method(bench, method))
-
-
-def time_methods(folder: str, params: Params, methods: list[str]) -> dict[str, float]:
-    """Median milliseconds that each method takes for a group of the first split, in turns in one process."""
-    os.chdir(folder)
-    torch.set_num_threads(params.resources.cpus)
-    bench = open_bench(params, params.seed, params.evaluate.timing_groups)
-    opened = {method: open_method(bench, method) for method in methods}
-    rows = []
-    for g, group in enumerate([*bench.tables["test"][:WARM_UP, FROM], *bench.tables["test"][:, FROM]]):
-        times = {name: timed_adaptation(own, bench.images, group, bench.bf16)[1] for name, own in opened.items()}
-        rows += [times] if g >= WARM_UP else []
-    return pd.DataFrame(rows).median().to_dict()
+    return open_bench(params, seed, test_groups)
 
 
 def open_method(bench: Bench, method: str) -> Adapts:
-    """A method that adapts, trained where it has to be."""
+    """A method that adapts at once, trained where it has to be."""
     if method in LEARNED:
         return load_method(split_model(method, bench.seed), bench.images.device, bench.target)
     if method == "random_weights":
@@ -71,24 +164,27 @@ def open_method(bench: Bench, method: str) -> Adapts:
     return bench.load(split_model(method, bench.seed))
 
 
-def measure_key(params: Params, method: str, seed: int, cell: dict[str, Any]) -> str:
-    """A hash of all that `measure` depends on."""
-    own = {name: getattr(params.baselines, name) for name in ("test_groups", "sketch_groups")}
-    if method in SCRATCH:
-        own = {name: getattr(params.baselines, name) for name in ("scratch_groups", "scratch_epochs")} | {"cell": cell}
-    plain = [method, seed, params.target, params.train.support_per_class, asdict(params.evaluate), own]
-    digest = hashlib.sha256(repr(plain).encode())
-    models = [split_model("pudnet", seed), split_model(method, seed)]
-    data = [STORE / "meta.json", TEST_STORE / "meta.json", *sorted(group_folder(seed).iterdir())]
-    code = code_files(TRAINING_CODE + VALIDATION_CODE) + method_files(method, params.target)
-    code += [CODE / "pipeline" / name for name in ("bench.py", "measure.py")]
-    for path in [*models, *data, *code]:
-        digest.update(path.read_bytes() if path.is_file() else b"")
-    return f"{method}-split{seed}-{digest.hexdigest()[:12]}"
+def open_scratch(bench: Bench, params: Params, method: str, cells: Sequence[Cell]) -> dict[int, Scratch]:
+    """Training from scratch for each number of epochs, as tuned for the nearest one."""
+    device, images = bench.images.device, bench.tables["test"].shape[2]
+    epochs_in_all = params.baselines.scratch_groups * sum(params.baselines.scratch_epochs)
+    compiled = device.type == "cpu" and compiling_pays(epochs_in_all, images, bench.images.image_size)
+    bf16, opened = wants_bf16(params.train.precision, device), {}
+    for epochs in params.baselines.scratch_epochs:
+        nearest = min(cells, key=lambda cell: abs(math.log(cell["epochs"] / epochs)))
+        config = ScratchConfig(**{**nearest, "epochs": epochs})
+        opened[epochs] = Scratch(config, bench.plain_target(), device, bf16, method == "scratch_gc", compiled)
+    return opened
 
 
-def _fewer(params: Params) -> int:
-    return min(params.baselines.scratch_groups, params.baselines.test_groups or params.groups.test_groups)
+def _scratch_accuracies(bench: Bench, params: Params, job: Job) -> pd.DataFrame:
+    """Rows of each number of epochs, as a method of its own, for the job's groups."""
+    runs, rows = open_scratch(bench, params, job.method, job.cells), []
+    for g in range(*job.groups):
+        for epochs, scratch in runs.items():
+            torch.manual_seed(group_seed(job.seed, g))
+            rows.append(bench.accuracies(f"{job.method}_{epochs}", scratch, range(g, g + 1)))
+    return pd.concat(rows, ignore_index=True)
 
 
 def _constant(bench: Bench, predictor: Predictor, params: Params) -> list[torch.Tensor]:
@@ -103,32 +199,3 @@ def _shuffled(bench: Bench, predictor: Predictor, params: Params) -> list[torch.
     groups = bench.tables["test"][:, FROM]
     sketches = group_sketches(predictor, bench.images, groups, bench.bf16)
     return shuffled(sketches, [bench.images.block_classes(group).tolist() for group in groups])
-
-
-def _scratch(bench: Bench, params: Params, method: str, cell: dict[str, Any]) -> pd.DataFrame:
-    """A row a test group and number of epochs, with what the training took, and a prediction of PudNet beside it."""
-    predictor = bench.load(split_model("pudnet", bench.seed))
-    base, _ = params.baseline(method, cell)
-    runs = {epochs: dataclasses.replace(base, epochs=epochs) for epochs in params.baselines.scratch_epochs}
-    table, rows, device = bench.tables["test"], [], bench.images.device
-    epochs_in_all = len(table) * sum(runs)
-    compiled = device.type == "cpu" and compiling_pays(epochs_in_all, table.shape[2], bench.images.image_size)
-    opened = {
-        epochs: Scratch(config, predictor.target, device, bench.bf16, method == "scratch_gc", compiled)
-        for epochs, config in runs.items()
-    }
-    for adapts in (predictor, opened[min(opened)]):
-        for _ in range(WARM_UP):
-            timed_adaptation(adapts, bench.images, table[0, FROM], bench.bf16)
-    with progress(f"{method}, split {bench.seed}", len(table)) as advance:
-        for g, (group, twin) in enumerate(table):
-            _, of_pudnet = timed_adaptation(predictor, bench.images, group, bench.bf16)
-            for epochs, scratch in opened.items():
-                torch.manual_seed(bench.seed * len(table) + g)  # a group's result does not depend on the others
-                adapted, elapsed = timed_adaptation(scratch, bench.images, group, bench.bf16)
-                accuracy = twin_accuracy(adapted, bench.images, twin, bench.bf16)
-                rows.append((f"{method}_{epochs}", bench.seed, g, "; ".join(bench.names(group)), accuracy))
-                rows[-1] += (epochs, elapsed, of_pudnet)
-            advance(g + 1)
-    columns = ["method", "split_seed", "group", "classes", "accuracy", "epochs", "elapsed_ms", "pudnet_ms"]
-    return pd.DataFrame(rows, columns=columns)

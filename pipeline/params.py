@@ -35,6 +35,7 @@ PARAMS = Path("params.yaml")
 MUCH_LARGER = 8.0  # generator parameters a weight; 3x3 layers have 4 at generator_hidden 16, 1x1 layers 33
 CONTROLS = ("static_trunk", "constant_sketch", "shuffled_sketch", "random_weights")
 METHODS = (*LEARNED, *SCRATCH, *CONTROLS)
+THE_SAME_FOR_ALL = ("support_per_class", "report_every", "epochs")  # not for one method to choose
 Seed = Annotated[int, Field(ge=0)]
 Grid = dict[str, Annotated[list[Any], Field(min_length=1)]]  # values to try for each key
 
@@ -90,7 +91,7 @@ class BaselinesParams:
     scratch_groups: Positive  # test groups of each split that are trained on from scratch, the first so many
     scratch_epochs: Annotated[list[Positive], Field(min_length=1)]
     scratch_search_groups: Annotated[int, Field(ge=2)]  # validation groups that scratch is tuned on
-    scratch_search_epochs: Positive
+    scratch_search_epochs: Annotated[list[Positive], Field(min_length=1)]  # what it is tuned for; others: the nearest
     test_groups: Positive | None = None  # of each split; None: all
 
 
@@ -215,8 +216,9 @@ def resolve(raw: Mapping[str, Any]) -> Params:
         raise UserError(f"prepare.test_source: {params.prepare.source} is the training source too; leave it null")
     if len(set(params.baselines.methods)) < len(params.baselines.methods):
         raise UserError(f"baselines.methods: a method stands twice in {params.baselines.methods!r}")
-    if sorted(set(params.baselines.scratch_epochs)) != params.baselines.scratch_epochs:
-        raise UserError(f"baselines.scratch_epochs: must rise, got {params.baselines.scratch_epochs!r}")
+    for name in ("scratch_epochs", "scratch_search_epochs"):
+        if sorted(set(values := getattr(params.baselines, name))) != values:
+            raise UserError(f"baselines.{name}: must rise, got {values!r}")
     return params
 
 
@@ -265,8 +267,8 @@ def _check_spaces(params: Params) -> None:
     for cell in params.grid():
         params.configured(cell)
     for method, space in params.baselines.space.items():
-        training = {} if method in SCRATCH else asdict(params.train)
-        _check_space(f"baselines.space.{method}", space, {**asdict(config_type(method)()), **training})
+        known = {**asdict(config_type(method)()), **({} if method in SCRATCH else asdict(params.train))}
+        _check_space(f"baselines.space.{method}", space, {k: v for k, v in known.items() if k not in THE_SAME_FOR_ALL})
         for cell in params.baseline_grid(method):
             params.baseline(method, cell)
 

@@ -37,7 +37,6 @@ PRODUCERS = {
     "accuracies.csv": "baselines",
     "adaptation.json": "baselines",
     "baselines.json": "baselines",
-    "scratch.csv": "baselines",
     "tuning.csv": "baselines",
     "loss_curves.csv": "baselines",
 }
@@ -154,7 +153,6 @@ class Results:
     timing: dict[str, Any]
     accuracies: pd.DataFrame
     baselines: dict[str, dict[str, Any]]
-    scratch: pd.DataFrame
     tuning: pd.DataFrame
     adaptation: dict[str, float]  # milliseconds
     predicted: list[Predicted]
@@ -190,7 +188,6 @@ def read_results(folder: Path) -> Results:
         timing=json.loads((folder / "timing.json").read_text()),
         accuracies=pd.read_csv(folder / "accuracies.csv", dtype={"classes": str}),
         baselines=json.loads((folder / "baselines.json").read_text())["methods"],
-        scratch=pd.read_csv(folder / "scratch.csv", dtype={"classes": str}),
         tuning=pd.read_csv(folder / "tuning.csv"),
         adaptation=json.loads((folder / "adaptation.json").read_text())["milliseconds"],
         predicted=[_read_predicted(path) for path in paths],
@@ -341,7 +338,8 @@ def split_rows(results: Results) -> list[dict[str, Any]]:
 class Race:
     """Training from scratch against PudNet over the same test groups. Accuracies in %, times in ms (medians).
 
-    `curves`: optimizer -> a row a number of epochs, with epochs, accuracy, ci95 and elapsed_ms.
+    `curves`: optimizer -> a row a number of epochs, with epochs, accuracy, ci95, elapsed_ms and `ahead`: whether
+    it is measurably above PudNet, group by group.
     """
 
     groups: int
@@ -352,24 +350,27 @@ class Race:
 
     def passed(self, name: str) -> Mapping[str, Any] | None:
         """The first point of a curve that is above PudNet."""
-        above = self.curves[name][self.curves[name]["accuracy"] > self.pudnet]
-        return None if above.empty else above.iloc[0].to_dict()
+        ahead = self.curves[name][self.curves[name]["ahead"]]
+        return None if ahead.empty else ahead.iloc[0].to_dict()
 
 
 def race(results: Results) -> Race | None:
-    """What scratch.csv says; None where nothing was trained from scratch."""
-    if results.scratch.empty:
+    """What the run says of it; None where nothing was trained from scratch."""
+    points: dict[str, list[dict[str, Any]]] = {}
+    for method, row in results.baselines.items():
+        if section(method) == "scratch":
+            name, _, epochs = method.rpartition("_")
+            point = {"epochs": int(epochs), "accuracy": row["accuracy"], "ci95": row["ci95"]}
+            ahead = row["difference"] > (row["difference_ci95"] or 0)
+            points.setdefault(name, []).append(point | {"elapsed_ms": results.adaptation[method], "ahead": ahead})
+    if not points:
         return None
-    pairs = results.scratch[["split_seed", "group"]].drop_duplicates()
-    own = results.accuracies[results.accuracies["method"] == "pudnet"].merge(pairs, on=["split_seed", "group"])
-    curves = {}
-    for name, rows in results.scratch.assign(name=results.scratch["method"].str.rpartition("_")[0]).groupby("name"):
-        points = []
-        for epochs, part in rows.groupby("epochs"):
-            mean, half = interval(part)
-            points.append({"epochs": epochs, "accuracy": mean, "ci95": half, "elapsed_ms": part["elapsed_ms"].median()})
-        curves[name] = pd.DataFrame(points)
-    return Race(len(pairs), *interval(own), results.scratch["pudnet_ms"].median(), curves)
+    first = next(method for method in results.baselines if section(method) == "scratch")
+    frame = results.accuracies
+    pairs = frame.loc[frame["method"] == first, ["split_seed", "group"]]
+    own = frame[frame["method"] == "pudnet"].merge(pairs, on=["split_seed", "group"])
+    curves = {name: pd.DataFrame(rows) for name, rows in points.items()}
+    return Race(len(pairs), *interval(own), results.adaptation["pudnet"], curves)
 
 
 def interval(frame: pd.DataFrame) -> tuple[float, float]:

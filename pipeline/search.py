@@ -9,7 +9,8 @@ import pandas as pd
 import yaml
 
 from pipeline import cluster
-from pipeline.experiment import Experiment, Finished, run_trials
+from pipeline.experiment import Experiment, run_trials
+from pipeline.kept import Finished
 from pipeline.params import Params
 from pipeline.stage import RESULTS, run_stage, wants_fresh, write
 from pipeline.tracking import Tracking, open_tracking

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from pipeline.params import Params
@@ -26,6 +27,18 @@ from pudnet.targets import Target, build_target
 from pudnet.training import Trainer
 
 STATE = "state.pt"
+METRICS = (  # the compare page opens on the first
+    "validation_accuracy",
+    "validation_ci95",
+    "loss",
+    "metric_loss",
+    "full_loss",
+    "kl_loss",
+    "train_accuracy",
+    "grad_norm",
+    "groups_per_second",
+    "rollbacks",
+)
 
 
 @dataclass(frozen=True)
@@ -160,7 +173,7 @@ class FromScratch:
         """Train on one validation group after the other, and report after each."""
         for g in range(len(self.accuracies), self.groups):
             start = time.perf_counter()
-            torch.manual_seed(self.spec.seed * self.groups + g)
+            torch.manual_seed(group_seed(self.spec.seed, g))
             self.accuracies += twin_accuracies(self.method, self.images, self.table[g : g + 1], self.bf16).tolist()
             speed = {"groups": g + 1, "groups_per_second": 1 / (time.perf_counter() - start), "rollbacks": 0}
             yield speed | _validation(self.accuracies)
@@ -172,6 +185,11 @@ class FromScratch:
     def load_state_dict(self, state: dict) -> None:
         """Continue after the groups that were."""
         self.accuracies = list(state["accuracies"])
+
+
+def group_seed(seed: int, g: int) -> int:
+    """A seed for one group: its result depends neither on the others nor on how many there are."""
+    return int(np.random.SeedSequence([seed, g]).generate_state(1)[0])
 
 
 def _validation(accuracies: Any) -> dict[str, float]:

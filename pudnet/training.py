@@ -71,6 +71,7 @@ class Trainer:
         self.learner = learner.to(self.device, memory_format=torch.channels_last)
         if self.device.type == "cpu":
             keep_freed_memory()
+            torch.set_flush_denormal(True)  # where a group is solved, gradients are denormal and several times slower
             accelerate(self.learner, compiling_pays(*table.shape, images.image_size))
         self.parameters = list(learner.parameters())
         self.optimizer = torch.optim.Adam(self.parameters, lr=config.learning_rate, fused=True)

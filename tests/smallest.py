@@ -16,7 +16,7 @@ def shrink(path: Path) -> None:
     params["search"] |= {"space": {"eta": [0.0, 0.2], "depth": [1]}, "report_every": 5}
     params["evaluate"] |= {"keep_weights": 2, "timing_groups": 2}
     params["baselines"] |= {"sketch_groups": 5, "scratch_groups": 2, "scratch_epochs": [1, 2]}
-    params["baselines"] |= {"scratch_search_groups": 2, "scratch_search_epochs": 1}
+    params["baselines"] |= {"scratch_search_groups": 2, "scratch_search_epochs": [1]}
     params["baselines"]["space"] = {"protonet": {"scale": [1.0, 0.01]}, "scratch_gc": {"learning_rate": [0.003, 0.01]}}
     params["resources"] |= {"cpus": os.cpu_count()}  # one trial after the other: its threads decide the rounding
     path.write_text(yaml.safe_dump(params, sort_keys=False))

@@ -10,7 +10,7 @@ from pudnet.baselines import LEARNED, SCRATCH, Adapter, Scratch, ScratchConfig, 
 from pudnet.baselines.gradient_centralization import centralized
 from pudnet.baselines.learners import Pretraining
 from pudnet.baselines.meta_deepbdc import BDCNetwork, MetaDeepBDCConfig, bdc
-from pudnet.baselines.scratch import augmented, one_cycle
+from pudnet.baselines.scratch import augmented, one_cycle, scratch_network
 from pudnet.cca import canonical_correlations
 from pudnet.config import TrainConfig
 from pudnet.data.images import StoreImages
@@ -43,18 +43,29 @@ def test_bdc_is_double_centring_of_the_distances_between_channels():
         torch.testing.assert_close(found.sum(0), torch.zeros(5, dtype=torch.float64), rtol=0, atol=1e-8)
 
 
-@pytest.mark.parametrize(("size", "side"), [(8, 2), (32, 4)])
-def test_bdc_features_are_the_upper_triangle_of_the_last_map_that_is_large_enough(size, side):
+@pytest.mark.parametrize(("size", "blocks", "side"), [(8, 2, 2), (32, 3, 4)])
+def test_bdc_features_are_the_upper_triangle_of_the_last_map_that_is_large_enough(size, blocks, side):
+    """At 8 px ConvNet-3's third block leaves one position, so the second is the last."""
     target = build_target("convnet3", 1, size)
     network = BDCNetwork(target, MetaDeepBDCConfig(channels=64)).eval()
     assert network.tau.item() == pytest.approx(math.log(1 / (2 * side**2)))
-    images = torch.randn(2, 1, size, size)
-    block = network.body.block3  # at 8 px it ends with one position: the map before its pooling has four
-    maps = network.body.block2(network.body.block1(images))
-    maps = block.norm(block.conv(maps)) if size == 8 else block(maps)
+    maps = images = torch.randn(2, 1, size, size)
+    for block in list(target.network.eval())[:blocks]:
+        maps = block(maps)
     matrix = bdc(maps.flatten(2), network.tau)
     expected = torch.stack([matrix[:, i, j] for i in range(64) for j in range(i, 64)], 1)
     torch.testing.assert_close(network(images), expected)
+
+
+def test_of_a_resnet_on_small_images_bdc_cuts_the_last_stage_off():
+    target = build_target("resnet18", 3, 32)
+    method, own = make_method("meta_deepbdc", {}, target)
+    assert own.features == 64 * 65 // 2
+    assert {conv.name.split(".")[1] for conv in own.convs} == {"conv1", "layer1", "layer2", "layer3"} | {"0"}
+    method.learner(4, 2, 3).losses(torch.randn(1, 8, 3, 32, 32), torch.tensor([[0] * 4 + [1] * 4]), 0.9)[
+        0
+    ].total.backward()
+    assert all(p.grad is not None for p in method.trunk.parameters())
 
 
 def test_bdc_reduces_channels_and_refuses_a_target_without_maps():
@@ -157,10 +168,57 @@ def test_musml_inner_steps_go_down_the_support_loss_by_its_numeric_gradient():
             features = method.trunk.shared(images, method.trunk.generate(0, torch.tensor(v)))
             return method.support_loss(features, labels).item()
 
-    v, end = method.descend(0, images, labels)
+    v = method.descend(0, images, labels)
     slopes = [(loss_at([0.5 + d, 0.5 + e]) - loss_at([0.5 - d, 0.5 - e])) / 2e-2 for d, e in ((1e-2, 0), (0, 1e-2))]
     assert v.tolist() == pytest.approx([0.5 - 0.01 * slope for slope in slopes], abs=2e-4)
-    assert end == pytest.approx(loss_at(v.tolist()), rel=1e-4)
+
+
+def test_musml_takes_the_subspace_of_the_lowest_support_loss_and_learns_by_their_softmax():
+    torch.manual_seed(0)
+    method = method_of("musml", subspaces=3, softness=0.5)
+    images, labels = torch.randn(1, 12, 1, 8, 8), torch.tensor([[0] * 6 + [1] * 6])
+    support, own = images[0].unflatten(0, (2, 6))[:, :4].flatten(0, 1), torch.tensor([0] * 4 + [1] * 4)
+    ends = [method.descend(k, support, own) for k in range(3)]
+    losses = [method.support_loss_at(k, v, support, own).item() for k, v in enumerate(ends)]
+    best = min(range(3), key=lambda k: losses[k])
+    chosen = method.weights(support, own)
+    expected = method.trunk.generate(best, ends[best])
+    assert all(torch.equal(chosen[name], expected[name]) for name in expected) and len(set(losses)) == 3
+
+    learner, outcomes = method.learner(4, 2, 4), []
+    for k, v in enumerate(ends):
+        features = method.trunk.shared(images[0], method.trunk.generate(k, v)).detach().view(2, 6, -1)
+        centroids = features[:, :4].mean(1)
+        logits = 10 * torch.cosine_similarity(features[:, 4:].flatten(0, 1)[:, None], centroids[None], dim=2)
+        outcomes.append(torch.nn.functional.cross_entropy(logits, torch.tensor([0, 0, 1, 1])).item())
+    exps = [math.exp(-o / (0.5 * (1 - 0.4))) for o in outcomes]
+    total = sum(e * o for e, o in zip(exps, outcomes, strict=True)) / sum(exps)
+    assert learner.losses(images, labels, 0.4)[0].total.item() == pytest.approx(total, rel=1e-4)
+
+
+def test_musml_writes_weights_and_losses_in_fp32_under_autocast():
+    method = method_of("musml")
+    images, labels = torch.randn(1, 12, 1, 8, 8), torch.tensor([[0] * 6 + [1] * 6])
+    with torch.autocast("cpu", torch.bfloat16):
+        weights = method.weights(images[0], labels[0])
+        (losses,) = method.learner(4, 2, 3).losses(images, labels, 0.0)
+    assert {w.dtype for w in weights.values()} == {torch.float32} == {losses.total.dtype}
+
+
+def test_scratch_centralises_all_that_gc_changes(toy):
+    """The mean of each output's weights is where it began, whatever Adam did: without weight decay."""
+    store, images, train, _ = toy
+    for gc in (True, False):
+        config = ScratchConfig(epochs=2, weight_decay=0.0)
+        scratch = Scratch(config, build_target("convnet3", 1, 8), CPU, bf16=False, gc=gc)
+        torch.manual_seed(0)
+        network = scratch_network(scratch.target, 2, CPU)
+        before = [p.detach().clone() for p in network.parameters() if p.ndim > 1]
+        scratch.train(network, images(train[0]), torch.arange(2).repeat_interleave(20))
+        after = [p.detach() for p in network.parameters() if p.ndim > 1]
+        assert all(not torch.equal(*pair) for pair in zip(before, after, strict=True))
+        moved = [(a.flatten(1).mean(1) - b.flatten(1).mean(1)).abs().max() for a, b in zip(after, before, strict=True)]
+        assert (max(moved) < 1e-6) == gc
 
 
 def test_cca_finds_the_correlations_that_were_put_in():
@@ -184,24 +242,25 @@ def test_cca_finds_the_correlations_that_were_put_in():
 
 @pytest.fixture(scope="module")
 def toy():
-    """8 classes of 60 images of 8 px, each a 4x4 figure at a random place; 6 classes to train on, groups of 2 x 20."""
+    """6 classes of 120 images of 8 px, a 4x4 figure each, at a random place; half are to test on; groups of 2 x 20."""
     rng = np.random.default_rng(0)
-    figures = rng.choice([-1.0, 1.0], size=(8, 4, 4))
-    labels = np.repeat(np.arange(8), 60)
-    images = rng.normal(128, 25, size=(480, 8, 8, 1))
+    figures = rng.choice([-1.0, 1.0], size=(6, 4, 4))
+    labels = np.repeat(np.arange(6), 120)
+    images = rng.normal(128, 25, size=(720, 8, 8, 1))
     for image, label in zip(images, labels, strict=True):
         y, x = rng.integers(0, 5, 2)
         image[y : y + 4, x : x + 4, 0] += 50 * figures[label]
     pixels = images.clip(0, 255).astype(np.uint8)
-    store = Store(pixels, labels, tuple("abcdefgh"), (0.5,), (0.18,), "toy")
-    rows = labels.argsort(kind="stable").reshape(8, 60)
+    store = Store(pixels, labels, tuple("abcdef"), (0.5,), (0.18,), "toy")
+    rows = np.arange(720).reshape(6, 2, 60)
 
-    def group(classes, per_class):
-        return np.concatenate([rng.choice(rows[c], per_class, replace=False) for c in classes])
+    def group(half, per_class):
+        classes = rng.choice(6, 2, replace=False)
+        return np.stack([rng.choice(rows[c, half], per_class, replace=False) for c in classes])
 
-    train = np.stack([group(rng.choice(6, 2, replace=False), 20) for _ in range(90)])
-    test = np.stack([group(rng.choice(6, 2, replace=False), 40) for _ in range(16)]).reshape(16, 2, 2, 20)
-    return store, StoreImages(store, CPU), train, test.swapaxes(1, 2).reshape(16, 2, 40)
+    train = np.stack([group(0, 20).ravel() for _ in range(90)])
+    test = np.stack([group(1, 40).reshape(2, 2, 20).swapaxes(0, 1).reshape(2, 40) for _ in range(16)])
+    return store, StoreImages(store, CPU), train, test
 
 
 def make(name, store):
@@ -244,7 +303,7 @@ def test_each_method_learns_the_toy_problem(name, toy, trained):
     torch.manual_seed(0)
     before, adapter = trained[name]
     after = twin_accuracies(adapter, images, test, bf16=False).mean()
-    assert before < 85 and after > 90, (before, after)
+    assert before + 10 < after > 82, (before, after)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -306,21 +365,24 @@ def test_two_stages_are_pretraining_and_then_episodes(name, toy):
     for done, head_learns in ((0.0, True), (0.5, False)):
         learner.zero_grad()
         learner.losses(images(train[:1]), labels[None], done)[0].total.backward()
-        assert (learner.head.weight.grad is not None) == head_learns
+        assert (learner.head[1].weight.grad is not None) == head_learns
 
 
 @pytest.mark.parametrize("name", LEARNED)
 def test_methods_take_a_network_of_ones_own(name):
-    plain = build_target(Depthwise(3), 3, 16)
-    method, target = make_method(name, {}, plain)
+    method, target = make_method(name, {}, build_target(Depthwise(3), 3, 16))
     images, labels = torch.randn(1, 12, 3, 16, 16), torch.tensor([[0] * 6 + [3] * 6])
     (losses,) = method.learner(4, 2, 3).losses(images, labels, 0.9)
     losses.total.backward()
-    assert all(p.grad is not None for p in method.trunk.parameters() if name != "meta_deepbdc")
-    assert target.convs[: len(plain.convs)] == plain.convs or name == "meta_deepbdc"
+    assert all(p.grad is not None for p in method.trunk.parameters())
+    card = Card(name, "tests.nets:Depthwise", 3, 16, (0.5,) * 3, (0.3,) * 3, 10.0, 3)
+    with torch.no_grad():
+        adapted = Adapter(method, card, target).adapt(images[0], labels[0].clamp_max(1), ("a", "b"))
+    assert adapted.logits(images[0]).shape == (12, 2)
 
 
 def test_the_rate_rises_falls_to_nothing_and_no_image_is_lost_by_augmenting():
+    assert max(one_cycle(step, 12, 0.2) for step in range(12)) == 1.0
     rates = [one_cycle(step, 100, 0.2) for step in range(100)]
     assert rates[0] == 0.05 and max(rates) == rates[19] == 1.0 and 0 < rates[-1] < 0.02
     images = torch.arange(64.0).view(1, 1, 8, 8).repeat(200, 1, 1, 1)

@@ -123,7 +123,10 @@ MISTAKES = {
     "baselines.space.protonet.scalee": ("baselines.space.protonet.scalee", [1.0]),
     "baselines.space.musml.subspaces": ("baselines.space.musml.subspaces", [0, 1]),
     "baselines.space.scratch_gc.temperature": ("baselines.space.scratch_gc", {"temperature": [1.0]}),
+    "baselines.space.scratch_adam.epochs": ("baselines.space.scratch_adam", {"epochs": [5, 10]}),
+    "baselines.space.protonet.support_per_class": ("baselines.space.protonet", {"support_per_class": [20]}),
     "baselines.scratch_epochs": ("baselines.scratch_epochs", [5, 1]),
+    "baselines.scratch_search_epochs": ("baselines.scratch_search_epochs", [5, 5]),
 }
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -151,22 +152,29 @@ def test_a_search_killed_half_way_goes_on_and_ends_as_one_that_was_not(repro, tm
 
 
 def test_baselines_run_again_do_only_what_is_missing(repro, tmp_path):
-    """A method less, then another grid for one: what was finished is neither trained nor measured again."""
+    """Killed once a trial of another grid is done, and run again without a method: what was finished is not redone."""
     project = tmp_path / "again"
     shutil.copytree(repro, project, ignore=shutil.ignore_patterns("mlflow.db", "mlartifacts"))
-    before = {name: (project / f"results/{name}").read_bytes() for name in ("accuracies.csv", "tuning.csv")}
     params = yaml.safe_load((project / "params.yaml").read_text())
-    params["baselines"]["space"]["protonet"]["scale"][0] = 0.5
-    (project / "params.yaml").write_text(yaml.safe_dump(params))
-    done = run(project, sys.executable, "-m", "pipeline.baselines")
-    assert done.returncode == 0, done.stdout + done.stderr
-    ran = {line.split(":")[0].strip() for line in done.stdout.splitlines() if line.endswith(": finished")}
-    assert "protonet-split0-scale0.5" in ran and ran <= {"protonet-split0-scale0.5", "train-protonet-split0"}
-    frame = pd.read_csv(project / "results/accuracies.csv")
-    old = pd.read_csv(repro / "results/accuracies.csv")
-    others = frame.method != "protonet"
-    assert frame[others].equals(old[old.method != "protonet"])
-    assert (project / "results/tuning.csv").read_bytes() != before["tuning.csv"]
+    params["baselines"]["space"]["protonet"]["scale"] = [1.0, 0.5, 0.2]
+    (project / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+    command = (sys.executable, "-u", "-m", "pipeline.baselines")
+    first = subprocess.Popen(command, cwd=project, env=environment(project), stdout=subprocess.PIPE, text=True)
+    done = [next(line.split(":")[0].strip() for line in first.stdout if line.endswith(": finished\n"))]
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    params["baselines"]["methods"].remove("matchnet")
+    (project / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+    second = run(project, *command)
+    assert second.returncode == 0, second.stdout + second.stderr
+    done += [line.split(":")[0].strip() for line in second.stdout.splitlines() if line.endswith(": finished")]
+    trials = {"protonet-split0-scale0.5", "protonet-split0-scale0.2"}
+    assert trials <= set(done) <= trials | {"train-protonet-split0"} and len(set(done)) == len(done)
+    kept = int(re.search(r"(\d+) of 13 measurements are done already", second.stdout)[1])
+    assert kept == (13 if "train-protonet-split0" not in done else 12)
+    frame, old = (pd.read_csv(folder / "results/accuracies.csv") for folder in (project, repro))
+    same = ~old.method.isin(["protonet", "matchnet"])
+    assert frame[frame.method != "protonet"].reset_index(drop=True).equals(old[same].reset_index(drop=True))
 
 
 def test_a_changed_store_is_refused_by_name(repro, tmp_path):

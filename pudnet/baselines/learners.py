@@ -59,9 +59,11 @@ class Pretraining(MethodLearner):
     of one group's few classes the head would learn which classes the last groups had.
     """
 
-    def __init__(self, method: Method, features: int, train_classes: int, k: int, support: int) -> None:
+    def __init__(
+        self, method: Method, features: int, train_classes: int, k: int, support: int, dropout: float = 0.0
+    ) -> None:
         super().__init__(method, k, support)
-        self.head = nn.Linear(features, train_classes)
+        self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(features, train_classes))
 
     def arrange(self, table: np.ndarray) -> np.ndarray:
         """The same images, each as often, in an order that does not know of groups."""
@@ -86,8 +88,9 @@ class TwoStages(Pretraining):
         support: int,
         pretraining: float,
         meta_rate: float,
+        dropout: float = 0.0,
     ) -> None:
-        super().__init__(method, features, train_classes, k, support)
+        super().__init__(method, features, train_classes, k, support, dropout)
         self.pretraining, self.meta_rate = pretraining, meta_rate
 
     def arrange(self, table: np.ndarray) -> np.ndarray:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
@@ -15,7 +17,7 @@ from pudnet.config import STRICT, Fraction, Positive, PositiveFloat
 from pudnet.errors import UserError
 from pudnet.learner import Learner
 from pudnet.objective import centroids
-from pudnet.targets import Target
+from pudnet.targets import Block, Target
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -24,14 +26,17 @@ class MetaDeepBDCConfig:
 
     `channels`: to how many the map is reduced where it has more; the authors' 640 are for ResNet-12 on 84 px, and
     features grow with their square. `positions`: how many the map must have at least: with one, as ResNets leave
-    of 32 px, distances between channels are of single numbers, so the last map with as many is taken.
-    `pretraining`, `meta_rate`: as Meta-Baseline's, whose two stages these are; the authors' go from 0.05 to 0.0001.
+    of 32 px, distances between channels are of single numbers. The last map with as many is taken, and layers
+    after it are cut off (of a ResNet on 32 px, the last stage). `pretraining`, `meta_rate`: as Meta-Baseline's,
+    whose two stages these are; the authors' rates are 0.05 and 0.0001. `dropout` before the first stage's head:
+    theirs. tau has the trunk's learning rate, whose default is what they give it.
     """
 
     channels: Positive = 64
     positions: Positive = 4
     pretraining: Fraction = 0.5
     meta_rate: PositiveFloat = 0.1
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.8
 
 
 class MetaDeepBDC(Method):
@@ -50,7 +55,7 @@ class MetaDeepBDC(Method):
 
     def learner(self, train_classes: int, k: int, support: int) -> Learner:
         """Both stages."""
-        stages = (self.config.pretraining, self.config.meta_rate)
+        stages = (self.config.pretraining, self.config.meta_rate, self.config.dropout)
         return TwoStages(self, self.features, train_classes, k, support, *stages)
 
     def logits(self, queries: Tensor, support: Tensor, labels: Tensor, k: int) -> Tensor:
@@ -64,7 +69,9 @@ class BDCNetwork(nn.Module):
     def __init__(self, target: Target, config: MetaDeepBDCConfig) -> None:
         super().__init__()
         self.body = copy.deepcopy(target.network)
-        self.layer, (channels, positions) = _last_map(target, config.positions)
+        images = torch.zeros(2, target.channels, target.image_size, target.image_size)
+        self.layer, (channels, positions) = _last_map(self.body, images, config.positions)
+        _cut_off_after(self.body, self.layer, images)
         self.reduce = nn.Identity()
         if channels > config.channels:
             channels, wide = config.channels, channels
@@ -74,16 +81,31 @@ class BDCNetwork(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """The upper triangle, with its diagonal, of each image's BDC matrix. In fp32 whatever the autocast."""
-        maps = []
-        hook = self.body.get_submodule(self.layer).register_forward_hook(lambda *call: maps.append(call[2]))
-        try:
-            self.body(images)
-        finally:
-            hook.remove()
+        maps = _map_of(self.body, self.layer, images)
         with torch.autocast(images.device.type, enabled=False):
-            matrices = bdc(self.reduce(maps[0].float()).flatten(2), self.tau)  # (N, c, c)
+            matrices = bdc(self.reduce(maps.float()).flatten(2), self.tau)  # (N, c, c)
         rows, columns = torch.triu_indices(*matrices.shape[1:], device=matrices.device)
         return matrices[:, rows, columns]
+
+
+class _ReachedError(Exception):
+    """Carries a layer's output out of a forward pass that need not go on."""
+
+
+def _map_of(body: nn.Module, layer: str, images: Tensor) -> Tensor:
+    """What a layer of a network gives for images; the layers after it are not run."""
+
+    def stop(module: nn.Module, inputs: tuple, output: Tensor) -> None:
+        raise _ReachedError(output)
+
+    hook = body.get_submodule(layer).register_forward_hook(stop)
+    try:
+        body(images)
+    except _ReachedError as reached:
+        return reached.args[0]
+    finally:
+        hook.remove()
+    raise RuntimeError(f"layer {layer} was not reached")
 
 
 def bdc(features: Tensor, tau: Tensor) -> Tensor:
@@ -102,21 +124,41 @@ def bdc(features: Tensor, tau: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _last_map(target: Target, positions: int) -> tuple[str, tuple[int, int]]:
+def _last_map(body: nn.Module, images: Tensor, positions: int) -> tuple[str, tuple[int, int]]:
     """The layer that gives the last map of at least so many positions; its channels and positions.
 
-    Raises `UserError` for a target that has none.
+    A block counts as one layer. Raises `UserError` for a network that has no such map.
     """
     found: list[tuple[str, tuple[int, int]]] = []
+    blocks = [f"{path}." for path, module in body.named_modules() if isinstance(module, Block)]
 
     def note(path: str, output: object) -> None:
         if isinstance(output, Tensor) and output.ndim == 4 and output[0, 0].numel() >= positions:
             found.append((path, (output.shape[1], output[0, 0].numel())))
 
-    body = copy.deepcopy(target.network).eval()
-    for path, module in body.named_modules():
-        module.register_forward_hook(lambda _, __, output, path=path: note(path, output))
-    body(torch.zeros(2, target.channels, target.image_size, target.image_size))
+    network = copy.deepcopy(body).eval()
+    for path, module in network.named_modules():
+        if not path.startswith(tuple(blocks)):
+            module.register_forward_hook(lambda _, __, output, path=path: note(path, output))
+    network(images)
     if not found:
-        raise UserError(f"meta_deepbdc: the target has no map of {positions} positions at {target.image_size} px")
+        raise UserError(f"meta_deepbdc: the target has no map of {positions} positions at {images.shape[-1]} px")
     return found[-1]
+
+
+@torch.no_grad()
+def _cut_off_after(body: nn.Module, layer: str, images: Tensor) -> None:
+    """Take away, in place, the layers that do not run before a layer is done."""
+    network, needed = copy.deepcopy(body).eval(), {""}
+
+    def note(path: str) -> None:
+        parts = path.split(".")
+        needed.update(".".join(parts[: i + 1]) for i in range(len(parts)))  # and the containers that it lies in
+
+    for path, module in network.named_modules():
+        module.register_forward_pre_hook(lambda _, __, path=path: note(path))
+    _map_of(network, layer, images)
+    for path, _ in list(body.named_modules()):
+        parent, _, name = path.rpartition(".")
+        if path not in needed and parent in needed:
+            setattr(body.get_submodule(parent), name, nn.Identity())

@@ -3,6 +3,8 @@ few subspaces."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from pydantic.dataclasses import dataclass
@@ -50,9 +52,10 @@ class Subspaces(nn.Module):
         )
 
     def generate(self, k: int, v: Tensor) -> Weights:
-        """w = S_k v, for v (m,)."""
+        """w = S_k v, for v (m,), in fp32 whatever the autocast."""
         pairs = zip(self.shared.convs, self.bases, strict=True)
-        return {conv.name: torch.tensordot(v, basis[k], 1) for conv, basis in pairs}
+        with torch.autocast(v.device.type, enabled=False):
+            return {conv.name: torch.tensordot(v, basis[k], 1) for conv, basis in pairs}
 
 
 class MUSML(Method):
@@ -84,23 +87,23 @@ class MUSML(Method):
     def weights(self, images: Tensor, labels: Tensor) -> Weights:
         """Those of the subspace with the lowest support loss after the inner steps."""
         found = [self.descend(k, images, labels) for k in range(self.config.subspaces)]
-        best = min(range(len(found)), key=lambda k: found[k][1])
-        return self.trunk.generate(best, found[best][0])
+        losses = [self.support_loss_at(k, v, images, labels).item() for k, v in enumerate(found)]
+        best = losses.index(min(losses))
+        return self.trunk.generate(best, found[best])
 
     @torch.enable_grad()
-    def descend(self, k: int, images: Tensor, labels: Tensor) -> tuple[Tensor, float]:
-        """The inner steps in subspace k on support images (S, C, H, W): v (m,), and the support loss it ends at."""
-        m = self.config.dimension
-        v = torch.full((m,), 1 / m, device=images.device)
-        for step in range(self.config.inner_steps + 1):
-            v.requires_grad_()
-            features = self.trunk.shared(images, self.trunk.generate(k, v)).float()
-            loss = self.support_loss(features, labels)
-            if step == self.config.inner_steps:
-                break
+    def descend(self, k: int, images: Tensor, labels: Tensor) -> Tensor:
+        """The inner steps in subspace k on support images (S, C, H, W): v (m,)."""
+        v = torch.full((self.config.dimension,), 1 / self.config.dimension, device=images.device)
+        for _ in range(self.config.inner_steps):
+            loss = self.support_loss_at(k, v.requires_grad_(), images, labels)
             (gradient,) = torch.autograd.grad(loss, v)
             v = (v - self.config.inner_rate * gradient).detach()
-        return v.detach(), loss.item()
+        return v
+
+    def support_loss_at(self, k: int, v: Tensor, images: Tensor, labels: Tensor) -> Tensor:
+        """`support_loss` of the support images under the weights S_k v."""
+        return self.support_loss(self.trunk.shared(images, self.trunk.generate(k, v)).float(), labels)
 
     def support_loss(self, support: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy of support features (S, d), each against its class's centroid less its own share."""
@@ -122,15 +125,14 @@ class SubspaceLearner(MethodLearner):
         own = torch.arange(self.k, device=images.device).repeat_interleave(self.support)
         outcomes = []
         for k in range(config.subspaces):
-            v, _ = method.descend(k, blocks.flatten(0, 1), own)
+            v = method.descend(k, blocks.flatten(0, 1), own)
             features = method.trunk.shared(images, method.trunk.generate(k, v)).float()
             outcomes.append(self.episode(features))
         totals = torch.stack([outcome.total for outcome in outcomes])
-        gamma = config.softness * max(0.01, 1 - done)
-        shares = (-totals.detach() / gamma).softmax(0)
-        best = outcomes[int(shares.argmax())]
-        total = shares @ totals
-        return Losses(total, total.detach(), best.full, best.kl, best.accuracy)
+        shares = (-totals.detach() / (config.softness * max(0.01, 1 - done))).softmax(0)
+        total = (shares * totals).sum()
+        accuracy = (shares * torch.stack([outcome.accuracy for outcome in outcomes])).sum()
+        return replace(outcomes[0], total=total, metric=total.detach(), accuracy=accuracy)
 
 
 def class_sums(features: Tensor, labels: Tensor, k: int) -> tuple[Tensor, Tensor]:

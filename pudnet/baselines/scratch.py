@@ -53,6 +53,7 @@ class Scratch:
         self.compiled = compiled  # on a CPU: where many are trained, `compiling_pays`
         if device.type == "cpu":
             keep_freed_memory()
+            torch.set_flush_denormal(True)  # where a group is solved, gradients are denormal and several times slower
 
     def rows(self, labels: Tensor) -> Tensor:
         """All rows, for labels (N,): training looks at every image."""
@@ -126,7 +127,7 @@ def train_epoch(
 def one_cycle(step: int, steps: int, warm_up: float) -> float:
     """The learning rate's factor at a step: up linearly over `warm_up` of the steps, then down to zero."""
     rise = max(1.0, warm_up * steps)
-    return min((step + 1) / rise, max(0.0, (steps - step) / max(1.0, steps - rise)))
+    return min(1.0, (step + 1) / rise, max(0.0, (steps - step) / max(1.0, steps - rise)))
 
 
 def augmented(images: Tensor, how: str) -> Tensor:

@@ -1,0 +1,90 @@
+"""Each baseline's small grid, on the search's groups, judged on validation groups by the engine of PudNet's search."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pandas as pd
+
+from pipeline.experiment import Experiment, run_missing
+from pipeline.kept import Finished
+from pipeline.params import Params
+from pipeline.tracking import Tracking
+from pipeline.trial import TrialSpec, make_spec
+from pudnet.baselines import SCRATCH
+from pudnet.errors import RunFailed
+
+Cell = dict[str, Any]
+Choices = dict[tuple[str, int], list[Cell]]  # (method, split seed) -> one cell; of scratch, one a number of epochs
+COLUMNS = ["method", "split_seed", "epochs", "cell", "groups", "accuracy", "ci95", "chosen"]
+RUN = "tune-baselines"
+
+
+def tune(
+    params: Params, methods: Sequence[str], tracking: Tracking, fresh: bool = False
+) -> tuple[pd.DataFrame, Choices]:
+    """Run every cell of every method's grid on every split: a row a trial (`COLUMNS`), and what was chosen.
+
+    A grid of one cell has nothing to choose and is not run. Raises `RunFailed` where no trial of a choice finished.
+    """
+    grids = {(m, seed): grid(params, m) for m in methods for seed in params.split_seeds}
+    specs = [
+        _spec(params, method, seed, cell)
+        for (method, seed), cells in grids.items()
+        if len(params.baseline_grid(method)) > 1
+        for cell in cells
+    ]
+    if not specs:
+        return pd.DataFrame(columns=COLUMNS), grids
+    print(f"baselines: {len(specs)} trials, each method's grid on each of {params.splits} class splits")
+    experiment = Experiment("baselines-tuning", specs, keep_going=True)
+    finished = run_missing(experiment, params, tracking, RUN, fresh)
+    rows = pd.DataFrame([_row(trial) for trial in finished], columns=COLUMNS)
+    best = rows.groupby(["method", "split_seed", "epochs"], sort=False, dropna=False)["accuracy"].idxmax()
+    rows["chosen"] = rows.index.isin(best)  # of equals, the first of the grid
+    for key in {trial.run_key.rpartition("/")[0] for trial in finished}:
+        tracking.finish(tracking.find_or_create(key, RUN))
+    chosen = [finished[row].spec for row in best]
+    tuned = {
+        (s.kind, s.split_seed): [c.cell for c in chosen if (c.kind, c.split_seed) == (s.kind, s.split_seed)]
+        for s in specs
+    }
+    for (method, seed), cells in tuned.items():
+        if len(cells) < len({cell.get("epochs") for cell in grids[method, seed]}):
+            raise RunFailed(f"baselines: no trial of {method} on split {seed} finished; the same command tries again")
+    return rows, {**grids, **tuned}
+
+
+def grid(params: Params, method: str) -> list[Cell]:
+    """A method's cells; those of training from scratch once for each number of epochs that it is tuned for."""
+    cells = params.baseline_grid(method)
+    if method not in SCRATCH:
+        return cells
+    return [{"epochs": epochs, **cell} for epochs in params.baselines.scratch_search_epochs for cell in cells]
+
+
+def _spec(params: Params, method: str, seed: int, cell: Cell) -> TrialSpec:
+    """A trial on the search's own groups, which reports once."""
+    name = f"{method}-split{seed}-{_named(cell).replace(', ', '-').replace(' ', '')}"
+    validate = params.baselines.scratch_search_groups if method in SCRATCH else params.groups.validation_groups
+    spec = make_spec(params, name, method, seed, cell, "search_train", validate)
+    return replace(spec, train={**spec.train, "report_every": params.groups.search_groups})
+
+
+def _row(trial: Finished) -> dict[str, Any]:
+    cell = dict(trial.spec.cell)
+    return {
+        "method": trial.spec.kind,
+        "split_seed": trial.spec.split_seed,
+        "epochs": cell.pop("epochs", None),
+        "cell": _named(cell),
+        "groups": trial.metrics["groups"],
+        "accuracy": trial.metrics["validation_accuracy"],
+        "ci95": trial.metrics["validation_ci95"],
+    }
+
+
+def _named(cell: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in cell.items())
