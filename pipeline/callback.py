@@ -27,10 +27,11 @@ class TrialProgress(Callback):
         self.runs: dict[str, str] = {}
         self.logged: dict[str, int] = {}
         self.rollbacks: dict[str, int] = {}
+        self.reported: dict[str, list[dict[str, Any]]] = {}  # by this process
         self._tracking: Tracking | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_tracking": None, "runs": {}, "logged": {}}
+        return {**self.__dict__, "_tracking": None, "runs": {}, "logged": {}, "reported": {}}
 
     @property
     def tracking(self) -> Tracking:
@@ -51,6 +52,7 @@ class TrialProgress(Callback):
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
     ) -> None:
         """Print a line and log a step, unless they were before an interruption."""
+        self.reported.setdefault(trial.trial_id, []).append(result)
         if result["groups"] <= self.logged[trial.trial_id]:
             return
         self.logged[trial.trial_id] = result["groups"]
@@ -64,8 +66,10 @@ class TrialProgress(Callback):
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """Keep the trial at once, whatever becomes of the others, and close its run."""
         spec, path = TrialSpec(**trial.config["spec"]), Path(trial.path)
-        rows = [json.loads(line) for line in (path / "result.json").read_text().splitlines()]
-        keep_trial(Finished(spec, reports(rows), Path(trial.checkpoint.path), f"{self.key}/{spec.name}"))
+        written = path / "result.json"  # Ray's own, which lags behind
+        earlier = [json.loads(line) for line in written.read_text().splitlines()] if written.is_file() else []
+        rows = reports([*earlier, *self.reported.get(trial.trial_id, [])])
+        keep_trial(Finished(spec, rows, Path(trial.checkpoint.path), f"{self.key}/{spec.name}"))
         self._end(trial, "FINISHED")
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
