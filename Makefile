@@ -10,7 +10,7 @@ repro: $(READY)
 	$(IN_VENV) dvc repro
 
 test: $(READY)
-	$(IN_VENV) python -m pytest
+	$(IN_VENV) python -m pytest -n 2 --dist loadfile
 
 lint: $(READY)
 	$(IN_VENV) ruff check .

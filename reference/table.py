@@ -38,7 +38,7 @@ def section(folder: Path) -> str:
     metrics, methods, timing = read["metrics"], read["baselines"]["methods"], read["timing"]
     reported = yaml.safe_load(REPORTED.read_text())
     paper = reported[TABLES[metrics["target"]]].get(metrics["setting"], {})
-    own = {"pudnet": metrics, **methods}
+    own, times = {"pudnet": metrics, **methods}, _times(folder)
     seeds = list(metrics["splits"])
     lines = [
         f"## {metrics['setting']}, {metrics['target']}",
@@ -48,9 +48,10 @@ def section(folder: Path) -> str:
         f"{_by_groups(metrics, reported['table10'])}.",
         *_remarks(folder),
         "",
-        f"| method | test groups | accuracy | difference to PudNet | {' | '.join(f'split {seed}' for seed in seeds)} |",
-        f"|---|---|---|---|{'---|' * len(seeds)}",
-        *(_row(name, numbers, seeds) for name, numbers in own.items()),
+        "| method | test groups | accuracy | difference to PudNet | time a group | "
+        f"{' | '.join(f'split {seed}' for seed in seeds)} |",
+        f"|---|---|---|---|---|{'---|' * len(seeds)}",
+        *(_row(name, numbers, seeds, times.get(name)) for name, numbers in own.items()),
         "",
         "| split | training classes | test classes | eta | depth |",
         "|---|---|---|---|---|",
@@ -87,11 +88,18 @@ def _paper(figure: dict[str, Any] | None) -> str:
     return f"{figure['acc']} ± {figure['ci']}" if figure else "no figure"
 
 
-def _row(name: str, numbers: dict[str, Any], seeds: list[str]) -> str:
+def _times(folder: Path) -> dict[str, float]:
+    """Milliseconds that methods take for a group; the older runs have none."""
+    path = folder / "adaptation.json"
+    return json.loads(path.read_text())["milliseconds"] if path.exists() else {}
+
+
+def _row(name: str, numbers: dict[str, Any], seeds: list[str], milliseconds: float | None) -> str:
     difference = f"{numbers['difference']:+.2f} ± {numbers['difference_ci95']:.2f}" if "difference" in numbers else ""
     splits = [f"{numbers['splits'][s]['accuracy']:.2f} ± {numbers['splits'][s]['ci95']:.2f}" for s in seeds]
     accuracy = f"{numbers['accuracy']:.2f} ± {numbers['ci95']:.2f}"
-    return f"| {name} | {numbers['test_groups']} | {accuracy} | {difference} | {' | '.join(splits)} |"
+    time = "" if milliseconds is None else f"{milliseconds:,.0f} ms" if milliseconds > 100 else f"{milliseconds:.1f} ms"
+    return f"| {name} | {numbers['test_groups']} | {accuracy} | {difference} | {time} | {' | '.join(splits)} |"
 
 
 def _split(seed: str, part: dict[str, Any]) -> str:
