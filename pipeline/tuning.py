@@ -41,20 +41,23 @@ def tune(
     print(f"baselines: {len(specs)} trials, each method's grid on each of {params.splits} class splits")
     experiment = Experiment("baselines-tuning", specs, keep_going=True)
     finished = run_missing(experiment, params, tracking, RUN, fresh)
+    for key in {trial.run_key.rpartition("/")[0] for trial in finished}:
+        tracking.finish(tracking.find_or_create(key, RUN))
     rows = pd.DataFrame([_row(trial) for trial in finished], columns=COLUMNS)
     best = rows.groupby(["method", "split_seed", "epochs"], sort=False, dropna=False)["accuracy"].idxmax()
     rows["chosen"] = rows.index.isin(best)  # of equals, the first of the grid
-    for key in {trial.run_key.rpartition("/")[0] for trial in finished}:
-        tracking.finish(tracking.find_or_create(key, RUN))
-    chosen = [finished[row].spec for row in best]
-    tuned = {
-        (s.kind, s.split_seed): [c.cell for c in chosen if (c.kind, c.split_seed) == (s.kind, s.split_seed)]
-        for s in specs
-    }
-    for (method, seed), cells in tuned.items():
-        if len(cells) < len({cell.get("epochs") for cell in grids[method, seed]}):
-            raise RunFailed(f"baselines: no trial of {method} on split {seed} finished; the same command tries again")
-    return rows, {**grids, **tuned}
+    return rows, grids | _choices(specs, [finished[row].spec for row in best])
+
+
+def _choices(specs: Sequence[TrialSpec], chosen: Sequence[TrialSpec]) -> Choices:
+    """The chosen cells of every method and split that was tuned."""
+    choices: Choices = {}
+    for spec in specs:
+        own = [c for c in chosen if (c.kind, c.split_seed) == (spec.kind, spec.split_seed)]
+        if not any(c.cell.get("epochs") == spec.cell.get("epochs") for c in own):
+            raise RunFailed(f"baselines: no trial like {spec.name} finished; the same command tries again")
+        choices[spec.kind, spec.split_seed] = [c.cell for c in own]
+    return choices
 
 
 def grid(params: Params, method: str) -> list[Cell]:
