@@ -26,7 +26,6 @@ from pudnet.data.store import Store, open_store
 from pudnet.device import wants_bf16
 from pudnet.evaluation import FROM, Adapts, stratified_interval, twin_accuracies
 from pudnet.predictor import Predictor
-from pudnet.targets import Target, build_target
 
 
 @dataclass(frozen=True)
@@ -68,11 +67,6 @@ class Bench:
     def load(self, path: Path) -> Predictor:
         """A model file, on this bench's device."""
         return Predictor.load(path, self.images.device, self.target)
-
-    def plain_target(self) -> Target:
-        """The target network without weights from anywhere, for images like this bench's."""
-        channels, size = self.images.raw(self.tables["test"][0, FROM, :1]).shape[-1], self.images.image_size
-        return build_target(self.target, channels, size)
 
 
 def open_bench(params: Params, seed: int, test_groups: int | None = None) -> Bench:

@@ -167,7 +167,7 @@ def distribution_figure(
 
 
 @matplotlib.rc_context(STYLE)
-def race_figure(race: Race, labels: Mapping[str, str], colors: Mapping[str, str]) -> Figure:
+def race_figure(race: Race, labels: Mapping[str, str]) -> Figure:
     """Draw accuracy (%) over the seconds that it takes for a test group: PudNet a point, training from scratch curves.
 
     Bars are 95% intervals over the same test groups; numbers on the curves are epochs.

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -25,6 +27,7 @@ from pudnet.cpu import compiling_pays
 from pudnet.device import wants_bf16
 from pudnet.evaluation import FROM, Adapts, group_sketches, shuffled, timed_adaptation
 from pudnet.predictor import Predictor
+from pudnet.targets import build_target
 
 # isort: split
 import ray  # after cluster, which sets its environment
@@ -73,9 +76,8 @@ def measure_all(
     tables = read_tables(keys)
     if tables:
         print(f"  {len(tables)} of {len(jobs)} measurements are done already", flush=True)
-    folder, resources = str(Path.cwd()), cluster.share(params)
-    remote = ray.remote(num_cpus=resources["cpu"], num_gpus=resources["gpu"])(_measure)
-    running = {remote.remote(folder, params, job): job for job in jobs if job not in tables}
+    task = _task(params, _measure)
+    running = {task(job): job for job in jobs if job not in tables}
     while running:
         (done,), _ = ray.wait(list(running))
         job = running.pop(done)
@@ -88,9 +90,14 @@ def measure_all(
 
 def time_all(params: Params, methods: Sequence[str], choices: Choices) -> dict[str, float]:
     """Median milliseconds that PudNet and each method that adapts take for a group: in turns, with nothing beside."""
-    resources = cluster.share(params)
-    remote = ray.remote(num_cpus=resources["cpu"], num_gpus=resources["gpu"])(_time)
-    return ray.get(remote.remote(str(Path.cwd()), params, [m for m in methods if m not in OF_PUDNET], choices))
+    return ray.get(_task(params, _time)([m for m in methods if m not in OF_PUDNET], choices))
+
+
+def _task(params: Params, function: Callable[..., Any]) -> Callable[..., ray.ObjectRef]:
+    """A function of this file as a Ray task with a trial's share, given this folder and the params before its own."""
+    share = cluster.share(params)
+    remote = ray.remote(num_cpus=share["cpu"], num_gpus=share["gpu"])(function)
+    return partial(remote.remote, str(Path.cwd()), params)
 
 
 def _jobs(params: Params, method: str, seed: int, choices: Choices) -> list[Job]:
@@ -170,10 +177,11 @@ def open_scratch(bench: Bench, params: Params, method: str, cells: Sequence[Cell
     epochs_in_all = params.baselines.scratch_groups * sum(params.baselines.scratch_epochs)
     compiled = device.type == "cpu" and compiling_pays(epochs_in_all, images, bench.images.image_size)
     bf16, opened = wants_bf16(params.train.precision, device), {}
+    target = build_target(params.target, params.prepare.channels, params.prepare.image_size)
     for epochs in params.baselines.scratch_epochs:
         nearest = min(cells, key=lambda cell: abs(math.log(cell["epochs"] / epochs)))
         config = ScratchConfig(**{**nearest, "epochs": epochs})
-        opened[epochs] = Scratch(config, bench.plain_target(), device, bf16, method == "scratch_gc", compiled)
+        opened[epochs] = Scratch(config, target, device, bf16, method == "scratch_gc", compiled)
     return opened
 
 

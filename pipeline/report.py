@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jinja2
 import numpy as np
@@ -16,14 +16,12 @@ import yaml
 from markupsafe import Markup
 
 from pipeline import figures
+from pipeline.params import CONTROLS, Params
 from pipeline.stage import RESULTS, git_commit, run_stage, write
 from pudnet.errors import UserError
 from pudnet.evaluation import stratified_interval
 from pudnet.predictor import read_tensors
 from pudnet.settings import get_setting
-
-if TYPE_CHECKING:
-    from pipeline.params import Params
 
 HERE = Path(__file__).parent
 
@@ -67,10 +65,10 @@ METHODS = {
     "meta_baseline": ("Meta-Baseline", "Pretrained, then episodes with class centroids by cosine"),
     "meta_deepbdc": ("Meta-DeepBDC", "the same two stages on Brownian distance covariances of a feature map"),
     "musml": ("MUSML", "weights from one of a few learned subspaces, found by gradient steps on the support images"),
+    "scratch_adam": ("Adam from scratch", ""),
+    "scratch_gc": ("GC from scratch", ""),
 }
-METHODS |= {"scratch_adam": ("Adam from scratch", ""), "scratch_gc": ("GC from scratch", "")}
 SCRATCH = {"adam": "Adam", "gc": "GC"}
-CONTROLS = ("static_trunk", "constant_sketch", "shuffled_sketch", "random_weights")
 SECTIONS = {
     "learned": "Trained on the same groups as PudNet",
     "scratch": "Trained from scratch on the test group itself (GC: Adam with gradient centralization)",
@@ -378,7 +376,7 @@ def interval(frame: pd.DataFrame) -> tuple[float, float]:
     return stratified_interval([part["accuracy"].to_numpy() for _, part in frame.groupby("split_seed")])
 
 
-def draw(results: Results, moved: Movement | None, bins: pd.DataFrame) -> dict[str, Any]:
+def draw(results: Results, moved: Movement | None, raced: Race | None, bins: pd.DataFrame) -> dict[str, Any]:
     """All pictures of the page, by name; `curves` is a list."""
     shown = shown_methods(results)
     names = {method: label(results.variant if method == "pudnet" else method) for method in shown}
@@ -392,8 +390,8 @@ def draw(results: Results, moved: Movement | None, bins: pd.DataFrame) -> dict[s
             if column in results.curves and results.curves[column].notna().any()
         ],
     }
-    if found := race(results):
-        pictures["race"] = figures.race_figure(found, {name: label(name) for name in found.curves}, colors)
+    if raced:
+        pictures["race"] = figures.race_figure(raced, {name: label(name) for name in raced.curves})
     if results.knobs:
         across, lines = [*results.knobs, None][:2]
         pictures["search"] = figures.search_figure(results.search, results.best, across, lines)
@@ -428,7 +426,9 @@ def _shorten(text: str, longest: int = 60) -> str:
     return text if len(text) <= longest else text[: longest - 1] + "…"
 
 
-def render(params: Params, results: Results, moved: Movement | None, pictures: Mapping[str, Any]) -> str:
+def render(
+    params: Params, results: Results, moved: Movement | None, raced: Race | None, pictures: Mapping[str, Any]
+) -> str:
     """The page: one HTML file that asks the network for nothing."""
     paper = paper_figures(load_reported(), params.setting, params.target)
     run_here = {results.variant, *(method.removeprefix("scratch_") for method in results.baselines)}
@@ -452,7 +452,7 @@ def render(params: Params, results: Results, moved: Movement | None, pictures: M
         scale=scale,
         filters_shown=FILTERS_SHOWN,
         sections=SECTIONS,
-        race=race(results),
+        race=raced,
         tuning=results.tuning,
         colors=method_colors(results),
         trained=results.curves["method"].unique(),
@@ -472,9 +472,9 @@ def _inline(picture: Any, name: str) -> Any:
 def report(params: Params, folder: Path = RESULTS) -> None:
     """Write `report.html` and the files of DVC's plots from what the earlier stages left in `folder`."""
     results = read_results(folder)
-    moved = movement(results.predicted)
+    moved, raced = movement(results.predicted), race(results)
     bins = histogram(results.accuracies)
-    pictures = draw(results, moved, bins)
+    pictures = draw(results, moved, raced, bins)
     plots = folder / "plots"
     tables = {
         "search": with_series(results.search, ["split_seed", *(k for k in results.knobs if k != "eta")]),
@@ -486,7 +486,7 @@ def report(params: Params, folder: Path = RESULTS) -> None:
     for name in ("filters", "filter_differences"):
         if name in pictures:
             write(plots / f"{name}.png", figures.to_png(pictures[name]))
-    write(folder / "report.html", render(params, results, moved, pictures))
+    write(folder / "report.html", render(params, results, moved, raced, pictures))
 
 
 def with_series(table: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:

@@ -82,9 +82,7 @@ def twin_accuracies(
     accuracies = np.zeros(len(table))
     for g, (group, twin) in enumerate(table):
         given = () if sketches is None else (sketches[g],)
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
-            adapted = method.adapt(*adapt_input(method, images, group), _classes(images, group), *given)
-        accuracies[g] = twin_accuracy(adapted, images, twin, bf16)
+        accuracies[g] = twin_accuracy(_adapted(method, images, group, bf16, *given), images, twin, bf16)
         progress(g + 1)
     return accuracies
 
@@ -92,8 +90,7 @@ def twin_accuracies(
 def timed_adaptation(method: Adapts, images: StoreImages, group: np.ndarray, bf16: bool) -> tuple[Classifies, float]:
     """A method adapted to a group (N,), and the milliseconds that took from its images in memory to a classifier."""
     start = clock(images.device)
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
-        adapted = method.adapt(*adapt_input(method, images, group), _classes(images, group))
+    adapted = _adapted(method, images, group, bf16)
     return adapted, clock(images.device) - start
 
 
@@ -104,6 +101,12 @@ def twin_accuracy(adapted: Classifies, images: StoreImages, twin: np.ndarray, bf
     with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
         logits = adapted.logits(images(twin))
     return 100 * (logits.argmax(1) == truth).float().mean().item()
+
+
+def _adapted(method: Adapts, images: StoreImages, group: np.ndarray, bf16: bool, *sketch: Tensor) -> Classifies:
+    """The method adapted to a group (N,); PudNet from a sketch, where one is given in place of the group's own."""
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
+        return method.adapt(*adapt_input(method, images, group), _classes(images, group), *sketch)
 
 
 def _classes(images: StoreImages, group: np.ndarray) -> tuple[int, ...]:

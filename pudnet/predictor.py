@@ -381,6 +381,7 @@ def _build_target(card: Card, target: str | nn.Module | None) -> Target:
 
 
 def loaded(module: nn.Module, tensors: dict[str, Tensor], path: str | Path) -> nn.Module:
+    """The module with a file's tensors in it; `UserError` where they do not fit."""
     try:
         module.load_state_dict(tensors)
     except RuntimeError as error:

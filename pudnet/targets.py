@@ -150,9 +150,7 @@ def build_target(target: str | nn.Module, channels: int, image_size: int) -> Tar
     network = _copy_of(target, name) if isinstance(target, nn.Module) else _construct(target, channels)
     _refuse_unfit_layers(network, name)
     images = torch.randn(2, channels, image_size, image_size, generator=torch.Generator().manual_seed(0))
-    convs = _forward_order(network.eval(), name, images)
-    with torch.no_grad():
-        features = _features(network, name, images).flatten(1).shape[1]
+    convs, features = _forward_order(network.eval(), name, images)
     _refuse_what_only_training_does(network.train(), name, images)
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
@@ -234,8 +232,8 @@ class _Convolutions(TorchFunctionMode):
 
 
 @torch.no_grad()
-def _forward_order(network: nn.Module, name: str, images: Tensor) -> tuple[ConvShape, ...]:
-    """The convolutions in the order in which `images` pass them, each at its first use."""
+def _forward_order(network: nn.Module, name: str, images: Tensor) -> tuple[tuple[ConvShape, ...], int]:
+    """The convolutions in the order in which `images` pass them, each at its first use; values of a feature vector."""
     paths = {m: path for path, m in network.named_modules() if isinstance(m, nn.Conv2d | _BatchNorm)}
     calls: dict[nn.Module, int] = {}
 
@@ -245,7 +243,7 @@ def _forward_order(network: nn.Module, name: str, images: Tensor) -> tuple[ConvS
     hooks = [module.register_forward_hook(note) for module in paths]
     try:
         with _Convolutions() as convolutions:
-            _features(network, name, images)
+            features = _features(network, name, images)
     finally:
         for hook in hooks:
             hook.remove()
@@ -257,7 +255,8 @@ def _forward_order(network: nn.Module, name: str, images: Tensor) -> tuple[ConvS
             raise UserError(f"target {name}: layer {path} is used twice, on other maps: its statistics would be mixed")
     if convolutions.calls != sum(calls[module] for module in order):
         raise UserError(f"target {name}: calls a convolution function outside a Conv2d layer; make it a layer")
-    return tuple(ConvShape(f"{paths[conv]}.weight", tuple(conv.weight.shape)) for conv in order)
+    convs = tuple(ConvShape(f"{paths[conv]}.weight", tuple(conv.weight.shape)) for conv in order)
+    return convs, features.flatten(1).shape[1]
 
 
 @torch.no_grad()

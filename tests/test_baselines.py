@@ -348,7 +348,7 @@ def test_a_file_brings_the_method_back(name, toy, trained, tmp_path):
 
 def test_pretraining_mixes_the_classes_of_the_very_same_images(toy):
     _, images, train, _ = toy
-    mixed = Pretraining(method_of("pretrained"), 64, 6, K, SUPPORT).arrange(train)
+    mixed = Pretraining(method_of("pretrained"), 6, K, SUPPORT).arrange(train)
     assert mixed.shape == train.shape
     assert sorted(mixed.ravel()) == sorted(train.ravel())
     assert np.mean([len(images.block_classes(group)) for group in mixed]) > 5

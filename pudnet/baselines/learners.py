@@ -59,11 +59,9 @@ class Pretraining(MethodLearner):
     of one group's few classes the head would learn which classes the last groups had.
     """
 
-    def __init__(
-        self, method: Method, features: int, train_classes: int, k: int, support: int, dropout: float = 0.0
-    ) -> None:
+    def __init__(self, method: Method, train_classes: int, k: int, support: int, dropout: float = 0.0) -> None:
         super().__init__(method, k, support)
-        self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(features, train_classes))
+        self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(method.features, train_classes))
 
     def arrange(self, table: np.ndarray) -> np.ndarray:
         """The same images, each as often, in an order that does not know of groups."""
@@ -82,7 +80,6 @@ class TwoStages(Pretraining):
     def __init__(
         self,
         method: Method,
-        features: int,
         train_classes: int,
         k: int,
         support: int,
@@ -90,7 +87,7 @@ class TwoStages(Pretraining):
         meta_rate: float,
         dropout: float = 0.0,
     ) -> None:
-        super().__init__(method, features, train_classes, k, support, dropout)
+        super().__init__(method, train_classes, k, support, dropout)
         self.pretraining, self.meta_rate = pretraining, meta_rate
 
     def arrange(self, table: np.ndarray) -> np.ndarray:

@@ -43,7 +43,7 @@ class MetaBaseline(Method):
     def learner(self, train_classes: int, k: int, support: int) -> Learner:
         """Both stages."""
         stages = (self.config.pretraining, self.config.meta_rate)
-        return TwoStages(self, self.features, train_classes, k, support, *stages)
+        return TwoStages(self, train_classes, k, support, *stages)
 
     def logits(self, queries: Tensor, support: Tensor, labels: Tensor, k: int) -> Tensor:
         """Scaled cosines to the class centroids, (Q, k)."""

@@ -56,7 +56,7 @@ class MetaDeepBDC(Method):
     def learner(self, train_classes: int, k: int, support: int) -> Learner:
         """Both stages."""
         stages = (self.config.pretraining, self.config.meta_rate, self.config.dropout)
-        return TwoStages(self, self.features, train_classes, k, support, *stages)
+        return TwoStages(self, train_classes, k, support, *stages)
 
     def logits(self, queries: Tensor, support: Tensor, labels: Tensor, k: int) -> Tensor:
         """Minus the squared distances to the class means, (Q, k)."""

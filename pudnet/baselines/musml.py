@@ -14,7 +14,7 @@ from pudnet.baselines.learners import MethodLearner
 from pudnet.baselines.method import Method
 from pudnet.config import STRICT, Positive, PositiveFloat
 from pudnet.learner import Learner
-from pudnet.objective import Losses, metric_logits
+from pudnet.objective import Losses, centroids, metric_logits
 from pudnet.targets import SharedTarget, Target, Weights
 
 
@@ -81,8 +81,7 @@ class MUSML(Method):
 
     def logits(self, queries: Tensor, support: Tensor, labels: Tensor, k: int) -> Tensor:
         """Scaled cosines to the class centroids, (Q, k)."""
-        sums, counts = class_sums(support, labels, k)
-        return metric_logits(queries, sums / counts, self.config.temperature)
+        return metric_logits(queries, centroids(support, labels, k), self.config.temperature)
 
     def weights(self, images: Tensor, labels: Tensor) -> Weights:
         """Those of the subspace with the lowest support loss after the inner steps."""
@@ -108,9 +107,9 @@ class MUSML(Method):
     def support_loss(self, support: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy of support features (S, d), each against its class's centroid less its own share."""
         with torch.autocast(support.device.type, enabled=False):
-            sums, counts = class_sums(support, labels, int(labels.max()) + 1)
-            cosines = metric_logits(support, sums / counts, self.config.temperature)
-            rest = (sums[labels] - support) / (counts[labels] - 1).clamp_min(1)
+            means = centroids(support, labels, int(labels.max()) + 1)
+            cosines = metric_logits(support, means, self.config.temperature)
+            rest = labels.bincount()[labels].unsqueeze(1) * means[labels] - support  # a cosine needs its direction only
             own = self.config.temperature * F.cosine_similarity(support, rest)
             return F.cross_entropy(cosines.scatter(1, labels.unsqueeze(1), own.unsqueeze(1)), labels)
 
@@ -133,9 +132,3 @@ class SubspaceLearner(MethodLearner):
         total = (shares * totals).sum()
         accuracy = (shares * torch.stack([outcome.accuracy for outcome in outcomes])).sum()
         return replace(outcomes[0], total=total, metric=total.detach(), accuracy=accuracy)
-
-
-def class_sums(features: Tensor, labels: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Sums (k, d) of features (S, d) over each class, and how many they are of (k, 1)."""
-    one_hot = F.one_hot(labels, k).float()
-    return one_hot.T @ features, one_hot.sum(0).unsqueeze(1)

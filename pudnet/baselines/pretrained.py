@@ -28,7 +28,7 @@ class Pretrained(Method):
 
     def learner(self, train_classes: int, k: int, support: int) -> Learner:
         """Mixed batches of all training classes."""
-        return Pretraining(self, self.features, train_classes, k, support)
+        return Pretraining(self, train_classes, k, support)
 
     def logits(self, queries: Tensor, support: Tensor, labels: Tensor, k: int) -> Tensor:
         """Cosines to the class centroids: no temperature, which changes no decision."""
