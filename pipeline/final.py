@@ -13,13 +13,14 @@ import yaml
 from pipeline.experiment import Experiment, run_missing
 from pipeline.kept import Finished
 from pipeline.params import Params
-from pipeline.stage import PUDNET, RESULTS, STORE, group_folder, split_model
+from pipeline.registry import register
+from pipeline.stage import PUDNET, RESULTS, STORE, git_commit, group_folder, split_model
 from pipeline.tracking import open_tracking
 from pipeline.trial import card_of, make_spec
+from pudnet.card import write_tensors
 from pudnet.data.groups import open_groups
 from pudnet.data.store import open_store
 from pudnet.errors import UserError
-from pudnet.predictor import write_tensors
 
 CURVES = ["groups", "loss", "metric_loss", "full_loss", "kl_loss", "train_accuracy"]
 
@@ -51,11 +52,11 @@ def train_all(params: Params, stage: str, methods: Mapping[str, Cells], fresh: b
     for trial in finished:
         path = _write_model(params, trial)
         run_id = tracking.find_or_create(trial.run_key, trial.spec.name)
-        tracking.client.log_artifact(run_id, str(path), "model")
         if trial.spec.kind == "pudnet":
             name = f"pudnet-{params.setting}-{params.target}".replace(":", ".")  # no colon in a model's name
-            version = tracking.register(run_id, name, "model")
-            tracking.log_tags(run_id, {"registered_version": str(version)})
+            tracking.log_tags(run_id, {"registered_version": register(tracking, run_id, path, name)})
+        else:
+            tracking.client.log_artifact(run_id, str(path), "model")
         tracking.finish(run_id)
     return pd.concat([_curve(trial) for trial in finished], ignore_index=True)
 
@@ -72,6 +73,7 @@ def _write_model(params: Params, trial: Finished) -> Path:
         "seed": params.seed,
         "train_classes": [store.class_names[c] for c in split.train_classes],
         "train_groups": len(tables["train"]),
+        "git_commit": git_commit(),
         **trial.spec.cell,
     }
     state = trial.state()

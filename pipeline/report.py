@@ -18,9 +18,9 @@ from markupsafe import Markup
 from pipeline import figures
 from pipeline.params import CONTROLS, Params
 from pipeline.stage import RESULTS, git_commit, run_stage, write
+from pudnet.card import read_tensors
 from pudnet.errors import UserError
 from pudnet.evaluation import stratified_interval
-from pudnet.predictor import read_tensors
 from pudnet.settings import get_setting
 
 HERE = Path(__file__).parent

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.params import Params, load_params
-from pudnet.errors import RunFailed, UserError
+from pudnet.errors import exit_code
+from pudnet.files import replacing
 
 PREPARED = Path("data/prepared")
 STORE = PREPARED / "train"
@@ -32,14 +33,7 @@ def root() -> Path:
 
 def run_stage(stage: Callable[[Params], None]) -> None:
     """Run one stage as a command: exit code 2 for a mistake in params or input, 1 for a failed run."""
-    try:
-        stage(load_params())
-    except UserError as error:
-        sys.exit(_say(error, 2))
-    except RunFailed as error:
-        sys.exit(_say(error, 1))
-    except KeyboardInterrupt:
-        sys.exit(_say("interrupted; the same command continues", 130))
+    sys.exit(exit_code(lambda: stage(load_params())))
 
 
 def wants_fresh() -> bool:
@@ -56,11 +50,6 @@ def git_commit() -> str:
     return done.stdout.strip()
 
 
-def _say(message: object, code: int) -> int:
-    print(f"error: {message}", file=sys.stderr, flush=True)
-    return code
-
-
 def group_folder(split_seed: int) -> Path:
     """Where the tables of one class split lie."""
     return GROUPS / f"split-{split_seed}"
@@ -74,10 +63,8 @@ def split_model(method: str, split_seed: int) -> Path:
 
 def write(path: Path, content: str | bytes) -> None:
     """Write a file, all or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(content.encode() if isinstance(content, str) else content)
-    partial.replace(path)
+    with replacing(path) as partial:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def write_json(path: Path, values: Any) -> None:

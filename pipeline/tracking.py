@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import getpass
 import os
 import time
@@ -80,17 +79,10 @@ class Tracking:
         """Close a run."""
         self.client.set_terminated(run_id, status)
 
-    def register(self, run_id: str, name: str, artifact: str) -> str:
-        """Register an artifact of a run as the next version of a model (once a run). Returns the version."""
-        with contextlib.suppress(MlflowException):  # it is there already
-            self.client.create_registered_model(name)
-        versions = self.client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
-        if versions:
-            return versions[0].version
-        source = f"{self.client.get_run(run_id).info.artifact_uri}/{artifact}"
-        version = self.client.create_model_version(name, source, run_id).version
-        self.client.set_registered_model_alias(name, "newest", version)
-        return version
+
+def tracking_uri() -> str:
+    """The project's sqlite database, or where MLFLOW_TRACKING_URI says."""
+    return os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{root()}/mlflow.db")
 
 
 def open_tracking(params: Params) -> Tracking:
@@ -98,7 +90,7 @@ def open_tracking(params: Params) -> Tracking:
 
     Opened before any fan-out: several processes that open a fresh database trip over each other.
     """
-    uri = os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{root()}/mlflow.db")
+    uri = tracking_uri()
     name = f"pudnet-{params.setting}-{params.target}"
     artifacts = None if uri.startswith("http") else str(root() / "mlartifacts" / name)
     try:

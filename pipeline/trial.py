@@ -15,6 +15,7 @@ import torch
 from pipeline.params import Params
 from pipeline.stage import STORE, group_folder
 from pudnet.baselines import LEARNED, SCRATCH, Adapter, Scratch, ScratchConfig, make_method
+from pudnet.card import Card
 from pudnet.config import TrainConfig
 from pudnet.data.groups import open_groups
 from pudnet.data.images import StoreImages
@@ -22,7 +23,7 @@ from pudnet.data.store import Store, open_store
 from pudnet.device import wants_bf16
 from pudnet.evaluation import Adapts, mean_interval, twin_accuracies
 from pudnet.learner import Learner, MetaLearner
-from pudnet.predictor import Card, Predictor, build_model
+from pudnet.predictor import Predictor, build_model
 from pudnet.targets import Target, build_target
 from pudnet.training import Trainer
 

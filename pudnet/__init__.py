@@ -1,5 +1,6 @@
 """PudNet: predict the convolution weights of a network for an image dataset it has never seen."""
 
-from pudnet.predictor import PredictedNetwork, Predictor
+from pudnet.network import PredictedNetwork
+from pudnet.predictor import Predictor
 
 __all__ = ["PredictedNetwork", "Predictor"]

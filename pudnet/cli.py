@@ -5,11 +5,17 @@ from __future__ import annotations
 import argparse
 import csv
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
+from pudnet.errors import exit_code
+from pudnet.files import replacing
 
-from pudnet.errors import RunFailed, UserError
+if TYPE_CHECKING:
+    from pudnet.network import PredictedNetwork
+
+# What is slow to import (torch) is imported by the commands, so that --help is quick.
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -17,98 +23,133 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     if getattr(options, "target", None):
         sys.path.insert(0, "")  # a network of the user's own is looked for where they are, as by `python -m`
-    try:
-        options.run(options)
-    except UserError as error:
-        return _say(error, 2)
-    except RunFailed as error:
-        return _say(error, 1)
-    return 0
+    return exit_code(lambda: options.run(options))
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("pudnet", description="Predict a network's weights for a folder of images.")
-    commands = parser.add_subparsers(required=True)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
     predict = commands.add_parser("predict", help="images, a subfolder a class -> a network's weights")
-    predict.add_argument("--model", type=Path, required=True, help="a trained model, as models/pudnet.safetensors")
-    predict.add_argument("--data", type=Path, required=True, help="a folder with a subfolder of images a class")
+    predict.add_argument(
+        "--model",
+        default="cifar100-convnet3",
+        help="a trained model: a file, the name of one that ships with the project (%(default)s), or a URI of "
+        "MLflow's (models:/NAME/VERSION, runs:/ID/model)",
+    )
+    _add_data(predict, "a folder with a subfolder of images a class")
     predict.add_argument("--out", type=Path, required=True, help="the .safetensors file to write")
+    predict.add_argument(
+        "--support", type=int, metavar="N", help="images a class that make its centroid (as in training, 10)"
+    )
     _add_target(predict)
     predict.set_defaults(run=_predict)
+
     classify = commands.add_parser("classify", help="weights and images -> a class for each image")
-    classify.add_argument("--weights", type=Path, required=True, help="a file that `predict` wrote")
-    classify.add_argument("--data", type=Path, required=True, help="a folder of images, or with a subfolder a class")
+    _add_weights(classify)
+    _add_data(classify, "a folder of images, or with a subfolder a class")
     classify.add_argument("--out", type=Path, help="write file, class and, where known, the true label as CSV")
-    _add_target(classify)
     classify.set_defaults(run=_classify)
+
+    finetune = commands.add_parser("finetune", help="train predicted weights on, beside random ones")
+    _add_weights(finetune)
+    _add_data(finetune, "a folder with a subfolder of images a class")
+    finetune.add_argument("--epochs", type=int, default=10, help="(%(default)s)")
+    finetune.add_argument("--held-out", type=float, default=0.2, help="part of each class to test on (%(default)s)")
+    finetune.add_argument("--out", type=Path, required=True, help="the .safetensors file to write")
+    finetune.add_argument("--curve", type=Path, help="write loss and accuracy by epoch, of both, as CSV")
+    finetune.set_defaults(run=_finetune)
+
+    export = commands.add_parser("export", help="weights -> ONNX, torch.export or the plain target's state dict")
+    _add_weights(export)
+    export.add_argument("--out", type=Path, required=True, help="a file that ends in .onnx, .pt2 or .safetensors")
+    export.set_defaults(run=_export)
+
     info = commands.add_parser("info", help="what a model or weights file says of itself")
-    info.add_argument("file", type=Path)
+    info.add_argument("file", help="a file, or what `predict --model` takes")
     info.set_defaults(run=_info)
     return parser
+
+
+def _add_weights(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--weights", type=Path, required=True, help="a file that `predict` wrote")
+    _add_target(command)
+
+
+def _add_data(command: argparse.ArgumentParser, what: str) -> None:
+    command.add_argument("--data", type=Path, required=True, help=what)
+    command.add_argument(
+        "--skip-bad", action="store_true", help="go on without files that cannot be read, and count them"
+    )
 
 
 def _add_target(command: argparse.ArgumentParser) -> None:
     command.add_argument("--target", help="for a file of a network of your own: that network, as package.module:Name")
 
 
-def _say(message: object, code: int) -> int:
-    print(f"error: {message}", file=sys.stderr)
-    return code
-
-
 def _predict(options: argparse.Namespace) -> None:
-    from pudnet.data.sources import open_source
+    from pudnet.data.own import open_folder
     from pudnet.predictor import Predictor
 
     predictor = Predictor.load(options.model, target=options.target)
+    if options.support is not None:
+        predictor.support_per_class = options.support
     card = predictor.card
-    source = open_source(f"folder:{options.data}", Path("data/raw"), card.image_size, card.channels)
-    images = np.concatenate(list(source.batches()))
-    network = predictor.predict(images, np.array(source.class_names)[source.labels])
+    images = open_folder(options.data, card, options.skip_bad)
+    network = predictor.predict(images)
     network.save(options.out)
     print(
-        f"{options.out}: {card.target} for {len(network.classes)} classes, predicted from {len(images)} images "
-        f"({card.image_size}x{card.image_size} px, {card.channels} channel(s), as the model's training data)"
+        f"{options.out}: {card.target} for {len(network.classes)} classes, predicted from {_looked_at(network)} of "
+        f"{images.count} images, converted to {card.image_size}x{card.image_size} px and {card.channels} "
+        f"channel(s) as the model's training data{_skipped(images.skipped)}"
     )
 
 
 def _classify(options: argparse.Namespace) -> None:
-    from pudnet.data.sources import image_files, read_image
-    from pudnet.predictor import PredictedNetwork
+    from pudnet.data.own import open_folder
+    from pudnet.network import PredictedNetwork
 
     network = PredictedNetwork.load(options.weights, options.target)
-    card = network.card
-    files = image_files(options.data)
-    rows = []
-    for start in range(0, len(files), 256):
-        chunk = files[start : start + 256]
-        images = np.stack([read_image(file, card.image_size, card.channels) for file in chunk])
-        columns = network(images).argmax(1).tolist()
-        rows += [
-            (str(file), card.classes[column], _truth(file.relative_to(options.data), card.classes))
-            for file, column in zip(chunk, columns, strict=True)
-        ]
+    images = open_folder(options.data, network.card, options.skip_bad)
+    known = set(map(str, network.classes))
+    found = [str(label) for label in network.classify(images)]
+    truth = [_truth(file.relative_to(options.data), known) for file in images.files]
+    rows = list(zip(map(str, images.files), found, truth, strict=True))
     if options.out:
-        _write_csv(options.out, rows)
-    known = [predicted == truth for _, predicted, truth in rows if truth]
+        _write_csv(options.out, ("file", "class", "label"), rows)
+    right = [predicted == label for predicted, label in zip(found, truth, strict=True) if label]
+    accuracy = f", accuracy {100 * sum(right) / len(right):.2f} % of {len(right)} labelled" if right else ""
+    print(f"{len(rows)} images{accuracy}{_skipped(images.skipped)}")
+
+
+def _finetune(options: argparse.Namespace) -> None:
+    from dataclasses import astuple, fields
+
+    from pudnet.data.own import open_folder
+    from pudnet.finetune import Epoch, finetune
+    from pudnet.network import PredictedNetwork
+
+    network = PredictedNetwork.load(options.weights, options.target)
+    images = open_folder(options.data, network.card, options.skip_bad)
+    found = finetune(network, images, epochs=options.epochs, held_out=options.held_out)
+    found.network.save(options.out)
+    if options.curve:
+        _write_csv(options.curve, [field.name for field in fields(Epoch)], [astuple(point) for point in found.curve])
+    for start in ("predicted", "random"):
+        points = [point for point in found.curve if point.start == start]
+        print(f"from {start} weights: {points[0].accuracy:.2f} % -> {points[-1].accuracy:.2f} %")
     print(
-        f"{len(rows)} images" + (f", accuracy {100 * np.mean(known):.2f} % of {len(known)} labelled" if known else "")
+        f"{options.out}: trained on {found.trained_on} images, accuracies on {found.held_out} others"
+        f"{_skipped(images.skipped)}"
     )
 
 
-def _truth(file: Path, classes: tuple) -> str:
-    """The label that an image's top folder gives it, empty where the folder is none of the classes."""
-    return file.parts[0] if len(file.parts) > 1 and file.parts[0] in classes else ""
+def _export(options: argparse.Namespace) -> None:
+    from pudnet.network import PredictedNetwork
 
-
-def _write_csv(path: Path, rows: list[tuple[str, str, str]]) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("w", newline="") as file:
-            csv.writer(file).writerows([("file", "class", "label"), *rows])
-        partial.replace(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error})") from None
+    network = PredictedNetwork.load(options.weights, options.target)
+    network.export(options.out)
+    print(f"{options.out}: gives the same logits as {options.weights}")
 
 
 def _info(options: argparse.Namespace) -> None:
@@ -116,12 +157,32 @@ def _info(options: argparse.Namespace) -> None:
 
     import yaml
 
-    from pudnet.predictor import read_tensors
+    from pudnet.card import read_tensors
+    from pudnet.locations import local_file
 
-    tensors, card = read_tensors(options.file)
+    tensors, card = read_tensors(local_file(options.file))
     values = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(card).items()}
     print(yaml.safe_dump(values, sort_keys=False).rstrip())
     print(f"tensors: {len(tensors)}, {sum(t.numel() for t in tensors.values()):,} numbers")
+
+
+def _looked_at(network: PredictedNetwork) -> int:
+    """How many images a prediction looked at: sketch, calibration and support take the first of each class."""
+    return max(network.card.provenance[f"{use}_images"] for use in ("sketch", "calibration", "support"))
+
+
+def _truth(file: Path, classes: set[str]) -> str:
+    """The label that an image's top folder gives it, empty where the folder is none of the classes."""
+    return file.parts[0] if len(file.parts) > 1 and file.parts[0] in classes else ""
+
+
+def _skipped(files: Sequence[Path]) -> str:
+    return f"; {len(files)} file(s) that cannot be read were left out, the first {files[0]}" if files else ""
+
+
+def _write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence]) -> None:
+    with replacing(path) as partial, partial.open("w", newline="") as file:
+        csv.writer(file).writerows([header, *rows])
 
 
 if __name__ == "__main__":

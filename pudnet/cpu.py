@@ -76,6 +76,14 @@ def accelerate(model: nn.Module, compiled: bool = False) -> None:
             module.__class__ = FusedNormalize
 
 
+def plain_layers(model: nn.Module) -> None:
+    """Undo `accelerate`, in place."""
+    for module in model.modules():
+        for fast in (Conv2d, MaxPool2x2, FusedBlock, FusedNormalize):
+            if type(module) is fast:
+                module.__class__ = fast.__base__
+
+
 class Conv2d(nn.Conv2d):
     """`nn.Conv2d` without the taps that only meet padding, and with the weight gradient of small maps as a product.
 

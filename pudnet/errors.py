@@ -1,5 +1,10 @@
 """The two ways in which a command of this project ends badly, each said in one line."""
 
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
 
 class UserError(Exception):
     """A mistake in usage, configuration or input: what is wrong, where, and what to do. Exit code 2."""
@@ -7,3 +12,21 @@ class UserError(Exception):
 
 class RunFailed(Exception):
     """A run that started well and could not be finished: what failed, and what to do. Exit code 1."""
+
+
+def exit_code(command: Callable[[], object]) -> int:
+    """Run a command; what ends it badly is said in one line, and its exit code returned (130: interrupted)."""
+    try:
+        command()
+    except UserError as error:
+        return _say(error, 2)
+    except RunFailed as error:
+        return _say(error, 1)
+    except KeyboardInterrupt:
+        return _say("interrupted; the same command continues or starts again", 130)
+    return 0
+
+
+def _say(message: object, code: int) -> int:
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    return code

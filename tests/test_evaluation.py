@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from pudnet.card import Card
 from pudnet.evaluation import (
     group_sketches,
     mean_interval,
@@ -17,7 +18,7 @@ from pudnet.evaluation import (
     time_prediction,
     twin_accuracies,
 )
-from pudnet.predictor import Card, Predictor
+from pudnet.predictor import Predictor
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
+from pudnet.card import FORMAT, METADATA, read_tensors, write_tensors
 from pudnet.errors import UserError
-from pudnet.predictor import FORMAT, METADATA, PredictedNetwork, Predictor, read_tensors, write_tensors
+from pudnet.network import PredictedNetwork
+from pudnet.predictor import Predictor
 from pudnet.targets import build_target
 from tests.nets import Depthwise
 

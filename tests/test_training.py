@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from pudnet.baselines import LEARNED, make_method
+from pudnet.card import Card
 from pudnet.config import VARIANTS, ModelConfig, TrainConfig, apply_variant
 from pudnet.controls import StaticTrunk
 from pudnet.data.images import StoreImages
@@ -15,7 +16,7 @@ from pudnet.errors import RunFailed, UserError
 from pudnet.evaluation import mean_interval, twin_accuracies
 from pudnet.hypernet import PudNet
 from pudnet.learner import MetaLearner
-from pudnet.predictor import Card, Predictor
+from pudnet.predictor import Predictor
 from pudnet.targets import build_target
 from pudnet.training import Trainer
 

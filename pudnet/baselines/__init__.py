@@ -16,9 +16,9 @@ from pudnet.baselines.musml import MUSML
 from pudnet.baselines.pretrained import Pretrained
 from pudnet.baselines.protonet import ProtoNet
 from pudnet.baselines.scratch import Scratch, ScratchConfig
+from pudnet.card import loaded, read_tensors
 from pudnet.config import parse
 from pudnet.errors import UserError
-from pudnet.predictor import loaded, read_tensors
 from pudnet.targets import Target, build_target
 
 __all__ = ["LEARNED", "SCRATCH", "Adapter", "Classifier", "Method", "Scratch", "ScratchConfig", "config_type"]

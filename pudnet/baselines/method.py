@@ -11,9 +11,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from pudnet.card import Card
 from pudnet.controls import StaticTrunk
+from pudnet.data.own import images_at_a_time
 from pudnet.learner import Learner
-from pudnet.predictor import CHUNK, Card, Predictor
+from pudnet.predictor import Predictor
 from pudnet.targets import Target, Weights
 
 
@@ -56,9 +58,10 @@ class Classifier:
         self.body, self.rule = body, rule
 
     @torch.no_grad()
-    def logits(self, images: Tensor, batch: int = CHUNK) -> Tensor:
+    def logits(self, images: Tensor) -> Tensor:
         """Normalised images (N, C, H, W) -> logits (N, k)."""
-        features = torch.cat([self.body(chunk).flatten(1) for chunk in images.split(batch)])
+        chunks = images.split(images_at_a_time(images.shape[-1]))
+        features = torch.cat([self.body(chunk).flatten(1) for chunk in chunks])
         with torch.autocast(images.device.type, enabled=False):
             return self.rule(features.float())
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import OrderedDict
+from collections.abc import Callable
 from functools import partial
 from typing import Literal
 
@@ -62,7 +63,7 @@ class Scratch:
     def adapt(self, images: Tensor, labels: Tensor, classes: tuple) -> Classifier:
         """Train on normalised images (N, C, H, W) and labels (N,) in 0..k-1 -> a classifier of the classes."""
         network = scratch_network(self.target, len(classes), self.device, self.compiled)
-        self.train(network, images, labels)
+        train(network, images, labels, self.config, self.bf16, self.gc)
         plain = copy.deepcopy(self.target.network).to(self.device, memory_format=torch.channels_last)
         plain.load_state_dict(network.body.state_dict())
         if self.device.type == "cpu":
@@ -71,18 +72,27 @@ class Scratch:
             calibrate(plain.eval(), images)
         return Classifier(plain, network.head)
 
-    def train(self, network: nn.Sequential, images: Tensor, labels: Tensor) -> None:
-        """All epochs of one run, in place."""
-        optimizer = torch.optim.AdamW(
-            network.parameters(), self.config.learning_rate, weight_decay=self.config.weight_decay, fused=True
-        )
-        if self.gc:
-            centralized(optimizer, self.config.centralize)
-        steps = self.config.epochs * math.ceil(len(images) / self.config.batch)
-        rate = partial(one_cycle, steps=steps, warm_up=self.config.warm_up)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-        for _ in range(self.config.epochs):
-            train_epoch(network, optimizer, images, labels, self.config, self.bf16, schedule)
+
+def train(
+    network: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    config: ScratchConfig,
+    bf16: bool,
+    gc: bool = False,
+    after_epoch: Callable[[int, float], None] = lambda epoch, loss: None,
+) -> None:
+    """All epochs of one run, in place; `after_epoch` hears the number of each, from 1, and its mean loss."""
+    optimizer = torch.optim.AdamW(
+        network.parameters(), config.learning_rate, weight_decay=config.weight_decay, fused=True
+    )
+    if gc:
+        centralized(optimizer, config.centralize)
+    steps = config.epochs * math.ceil(len(images) / config.batch)
+    rate = partial(one_cycle, steps=steps, warm_up=config.warm_up)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    for epoch in range(1, config.epochs + 1):
+        after_epoch(epoch, train_epoch(network, optimizer, images, labels, config, bf16, schedule))
 
 
 def scratch_network(target: Target, classes: int, device: torch.device, compiled: bool = False) -> nn.Sequential:
@@ -106,22 +116,26 @@ def train_epoch(
     config: ScratchConfig,
     bf16: bool,
     schedule: torch.optim.lr_scheduler.LRScheduler | None = None,
-) -> None:
-    """One epoch of cross-entropy over shuffled batches.
+) -> float:
+    """One epoch of cross-entropy over shuffled batches; its mean loss.
 
     Without autocast's cache, which keeps the weights that it has cast although the step changes them.
     """
     network.train()
+    total = torch.zeros((), device=images.device)
     for rows in torch.randperm(len(images), device=images.device).split(config.batch):
         optimizer.zero_grad()
         batch = augmented(images[rows], config.augment)
         with torch.enable_grad():
             with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
                 logits = network(batch)
-            F.cross_entropy(logits.float(), labels[rows]).backward()
+            loss = F.cross_entropy(logits.float(), labels[rows])
+            loss.backward()
         optimizer.step()
+        total += loss.detach() * len(rows)
         if schedule:
             schedule.step()
+    return total.item() / len(images)
 
 
 def one_cycle(step: int, steps: int, warm_up: float) -> float:

@@ -1,0 +1,108 @@
+"""The trained hypernetwork in MLflow: logged and registered as a model that can be served, and read again."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pandas as pd
+from mlflow.artifacts import download_artifacts
+from mlflow.exceptions import MlflowException
+from mlflow.models import ModelSignature
+from mlflow.types import ColSpec, Schema
+from PIL import Image
+
+from pipeline.tracking import Tracking, tracking_uri
+from pudnet.card import Card, read_tensors
+from pudnet.errors import UserError
+
+SERVING = Path(__file__).with_name("serving.py")
+CODE = [str(Path(__file__).resolve().parent.parent / "pudnet")]
+# What serving.py and pudnet/ import; at the versions that are installed here.
+REQUIREMENTS = ("mlflow", "numpy", "pandas", "pillow", "pydantic", "pyyaml", "rich", "safetensors", "scikit-learn")
+REQUIREMENTS += ("scipy", "torch", "torchvision")
+
+SIGNATURE = ModelSignature(
+    Schema([ColSpec("binary", "image"), ColSpec("string", "label", required=False)]),
+    Schema([ColSpec("string", "label"), ColSpec("double", "probability")]),
+)
+
+
+def register(tracking: Tracking, run_id: str, path: Path, name: str) -> str:
+    """Log a trained model to a run as an MLflow model and register it, once a run. Returns its version."""
+    versions = tracking.client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
+    if versions:
+        return versions[0].version
+    _, card = read_tensors(path)
+    mlflow.set_tracking_uri(tracking.uri)
+    with _quiet(), mlflow.start_run(run_id=run_id):
+        logged = mlflow.pyfunc.log_model(
+            name="model",
+            python_model=str(SERVING),
+            artifacts={"pudnet": str(path)},
+            code_paths=CODE,
+            pip_requirements=[f"{package}=={version(package)}" for package in REQUIREMENTS],
+            signature=SIGNATURE,
+            input_example=example_group(card),
+            registered_model_name=name,
+        )
+    tracking.client.set_registered_model_alias(name, "newest", logged.registered_model_version)
+    return str(logged.registered_model_version)
+
+
+def example_group(card: Card) -> pd.DataFrame:
+    """A request: two labelled images of each of two colours, and two queries, as PNG files."""
+    rng = np.random.default_rng(0)
+    colours, labels = (60, 180), ("dark", "bright", "dark", "bright", None, None)
+    shape = (card.image_size, card.image_size, 3)
+    images = [np.clip(rng.normal(colours[row % 2], 20, shape), 0, 255).astype(np.uint8) for row, _ in enumerate(labels)]
+    return pd.DataFrame({"image": [png(image) for image in images], "label": labels})
+
+
+def png(image: np.ndarray) -> bytes:
+    """A uint8 image (H, W) or (H, W, 3) as a PNG file."""
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "PNG")
+    return file.getvalue()
+
+
+def download(uri: str) -> Path:
+    """The .safetensors file of a logged or registered model: `models:/NAME/VERSION`, `models:/NAME@ALIAS`, `runs:/...`.
+
+    Asks the server that MLFLOW_TRACKING_URI names, or the project's database in the current folder. Raises
+    `UserError` where there is none, or nothing of that name.
+    """
+    database = Path("mlflow.db")
+    if "MLFLOW_TRACKING_URI" not in os.environ and not database.is_file():
+        raise UserError(f"{uri}: no {database} here; go to the project's folder or set MLFLOW_TRACKING_URI")
+    mlflow.set_tracking_uri(tracking_uri())
+    try:
+        with _quiet():
+            found = Path(download_artifacts(artifact_uri=uri))
+    except (MlflowException, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{uri}: cannot be had from {tracking_uri()} ({reason})") from None
+    files = [found] if found.is_file() else sorted(found.rglob("*.safetensors"))
+    if len(files) != 1:
+        raise UserError(f"{uri}: holds {len(files)} .safetensors files, not one")
+    return files[0]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without MLflow's notes on how it logs and downloads."""
+    logger = logging.getLogger("mlflow")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    try:
+        yield
+    finally:
+        logger.setLevel(before)

@@ -1,0 +1,67 @@
+"""The trained hypernetwork as an MLflow model: MLflow runs this file (models from code), so nothing is unpickled.
+
+One request is one task group: a row an image, those with a label to predict a network from, those without to
+classify by it.
+"""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from mlflow.exceptions import MlflowException
+from mlflow.models import set_model
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
+from mlflow.pyfunc import PythonModel, PythonModelContext
+from PIL import Image, UnidentifiedImageError
+
+from pudnet import Predictor
+from pudnet.errors import UserError
+
+
+class PudNetModel(PythonModel):
+    """Labelled images and queries in, a class and its probability for each query out."""
+
+    def load_context(self, context: PythonModelContext) -> None:
+        """Read the trained model that lies beside this file."""
+        self.predictor = Predictor.load(context.artifacts["pudnet"])
+
+    def predict(
+        self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
+    ) -> pd.DataFrame:
+        """Rows of `image` (an encoded image file) and `label` (a string, null for a query) -> one row a query.
+
+        Raises `MlflowException`, which a server answers with status 400, for unfit input.
+        """
+        try:
+            return self._predict(model_input)
+        except UserError as error:
+            raise MlflowException(str(error), INVALID_PARAMETER_VALUE) from None
+
+    def _predict(self, rows: pd.DataFrame) -> pd.DataFrame:
+        images = [_decoded(content, row) for row, content in enumerate(rows["image"])]
+        labels = list(rows["label"]) if "label" in rows else []
+        known = [row for row, label in enumerate(labels) if isinstance(label, str) and label]
+        queries = [row for row in range(len(images)) if row not in set(known)]
+        if not known or not queries:
+            raise UserError(
+                f"rows: {len(known)} with a label and {len(queries)} without; a group needs labelled images and queries"
+            )
+        network = self.predictor.predict([images[row] for row in known], [labels[row] for row in known])
+        odds = network([images[row] for row in queries]).softmax(1).cpu().numpy()
+        found = [network.classes[column] for column in odds.argmax(1)]
+        return pd.DataFrame({"label": found, "probability": odds.max(1).astype(np.float64)})
+
+
+def _decoded(content: bytes, row: int) -> Image.Image:
+    try:
+        image = Image.open(io.BytesIO(content))
+        image.load()
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, TypeError) as error:
+        raise UserError(f"row {row}: 'image' is no image file ({' '.join(str(error).split())[:100]})") from None
+    return image
+
+
+set_model(PudNetModel())

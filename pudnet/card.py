@@ -1,0 +1,92 @@
+"""The files of trained models and predicted networks: .safetensors with a card that says what they are."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from pudnet.config import parse
+from pudnet.data.own import Label
+from pudnet.errors import UserError
+from pudnet.files import replacing
+from pudnet.targets import Target, build_target, is_import_path, target_name
+
+METADATA = "pudnet"  # one key: safetensors orders several at random, and the file's hash would change
+FORMAT = 2
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class Card:
+    """What a saved file says of itself, beside its tensors."""
+
+    kind: str  # "pudnet", "static_trunk": what predicts; "network": what was predicted
+    target: str
+    channels: int
+    image_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    temperature: float
+    support_per_class: int
+    model: dict | None = None  # ModelConfig, for kind "pudnet"
+    classes: tuple[Label, ...] = ()  # for kind "network"
+    predicted: tuple[str, ...] = ()  # for kind "network": the tensors that were predicted, in the order of use
+    provenance: dict = dataclasses.field(default_factory=dict)  # setting, class split, seeds, commit, ...
+    format: int = FORMAT
+
+    def json(self) -> str:
+        """As one line of JSON, the same for the same card."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], card: Card) -> None:
+    """Write tensors and their card as .safetensors, all or nothing; the same content gives the same bytes.
+
+    Raises `UserError` when the path cannot be written.
+    """
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with replacing(path) as partial:
+        save_file(plain, partial, metadata={METADATA: card.json()})
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], Card]:
+    """Read what `write_tensors` wrote. Raises `UserError`, in one line, for any other file."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        values = json.loads(metadata[METADATA])
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise UserError(f"{path}: not a PudNet file, or a damaged one ({error})") from None
+    if not isinstance(values, dict) or values.get("format") != FORMAT:
+        found = values.get("format") if isinstance(values, dict) else None
+        raise UserError(f"{path}: written in format {found}, this version reads {FORMAT}")
+    return tensors, parse(Card, values, f"{path}: card")
+
+
+def card_target(card: Card, target: str | nn.Module | None = None) -> Target:
+    """The card's target. A file does not decide what is imported: a network of the user's own has to be given."""
+    if target is None and is_import_path(card.target):
+        raise UserError(f"target: this file is for {card.target}; give that network as `target` (--target)")
+    if target is not None and target_name(target) != card.target:
+        raise UserError(f"target: this file is for {card.target}, not for {target_name(target)}")
+    return build_target(card.target if target is None else target, card.channels, card.image_size)
+
+
+def loaded(module: nn.Module, tensors: dict[str, Tensor], path: str | Path) -> nn.Module:
+    """The module with a file's tensors in it; `UserError` where they do not fit."""
+    try:
+        module.load_state_dict(tensors)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: its tensors do not fit its card ({reason})") from None
+    return module

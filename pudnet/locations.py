@@ -1,0 +1,39 @@
+"""Where a trained model may lie: a file, the name of one that ships with the project, or a URI of a model store."""
+
+from __future__ import annotations
+
+from importlib.metadata import entry_points
+from pathlib import Path
+
+from pudnet.errors import UserError
+
+SHIPPED = Path(__file__).resolve().parent.parent / "models" / "pretrained"
+STORES = "pudnet.stores"  # entry points: a URI's scheme -> a function from the URI to a local path
+
+
+def shipped() -> dict[str, Path]:
+    """The models that ship with the project, by name."""
+    return {path.stem: path for path in sorted(SHIPPED.glob("*.safetensors"))}
+
+
+def local_file(location: str | Path) -> Path:
+    """The file that a path, a shipped model's name, or a URI stands for; a store is asked for what it names.
+
+    The method knows no store itself: what is installed beside it registers a function for a scheme (`models`,
+    `runs`) under the entry points `pudnet.stores`.
+
+    Raises `UserError` for a scheme that nothing is installed for.
+    """
+    text = str(location)
+    scheme, _, rest = text.partition(":")
+    if isinstance(location, str) and rest.startswith("/") and len(scheme) > 1:
+        found = list(entry_points(group=STORES, name=scheme))
+        if not found:
+            raise UserError(f"{text}: nothing is installed that reads {scheme}:/ (the project's set-up does it)")
+        return found[0].load()(text)
+    if Path(location).exists() or Path(location).suffix:
+        return Path(location)
+    known = shipped()
+    if text not in known:
+        raise UserError(f"{text}: no such file, nor a model that ships with the project ({', '.join(known) or 'none'})")
+    return known[text]

@@ -1,0 +1,96 @@
+"""A network whose weights were predicted: what a user classifies with, keeps and deploys."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from pudnet.card import Card, card_target, loaded, read_tensors, write_tensors
+from pudnet.data.images import normalize
+from pudnet.data.own import Images, ImageSet, Label, image_set, images_at_a_time
+from pudnet.errors import UserError
+from pudnet.objective import metric_logits
+
+
+class PredictedNetwork(nn.Module):
+    """A target network with predicted weights and class centroids, ready to classify, in eval mode.
+
+    Images are whatever `Predictor.predict` takes; they pass through a part at a time.
+    """
+
+    def __init__(self, body: nn.Module, class_centroids: Tensor, card: Card) -> None:
+        super().__init__()
+        self.body, self.card = body, card
+        self.register_buffer("centroids", class_centroids)  # (k, d)
+        mean, std = (torch.tensor(values, device=class_centroids.device) for values in (card.mean, card.std))
+        self.register_buffer("mean", mean, persistent=False)
+        self.register_buffer("std", std, persistent=False)
+        self.eval()
+
+    @property
+    def classes(self) -> tuple[Label, ...]:
+        """The labels that the columns of the logits stand for."""
+        return self.card.classes
+
+    def normalize(self, images: Images | ImageSet) -> Tensor:
+        """What the target itself is fed: uint8 (N, H, W, C) or 0..1 float (N, C, H, W) -> float (N, C, H, W)."""
+        return torch.cat(list(self._chunks(images)))
+
+    def features(self, images: Images | ImageSet) -> Tensor:
+        """The target's output, (N, d), for images as `normalize` takes them."""
+        return torch.cat([self._features(chunk) for chunk in self._chunks(images)])
+
+    def forward(self, images: Images | ImageSet) -> Tensor:
+        """Logits (N, k), tau times the cosine to each class's centroid (Eq. 6)."""
+        return torch.cat([self._logits(chunk) for chunk in self._chunks(images)])
+
+    def classify(self, images: Images | ImageSet) -> list[Label]:
+        """The class of each image."""
+        return [self.classes[column] for column in self(images).argmax(1).tolist()]
+
+    def logits(self, normalized: Tensor) -> Tensor:
+        """`forward` on images (N, C, H, W) that are normalised already."""
+        chunks = normalized.split(images_at_a_time(self.card.image_size))
+        return torch.cat([self._logits(chunk) for chunk in chunks])
+
+    @torch.no_grad()
+    def _features(self, normalized: Tensor) -> Tensor:
+        return self.body(normalized).flatten(1)
+
+    @torch.no_grad()
+    def _logits(self, normalized: Tensor) -> Tensor:
+        return metric_logits(self._features(normalized), self.centroids, self.card.temperature)
+
+    def _chunks(self, images: Images | ImageSet) -> Iterator[Tensor]:
+        for pixels in image_set(images, self.card).chunks(images_at_a_time(self.card.image_size)):
+            yield normalize(pixels.to(self.mean.device), self.mean, self.std)
+
+    def target_state_dict(self) -> dict[str, Tensor]:
+        """The state dict of the plain target network, running statistics included."""
+        return dict(self.body.state_dict())
+
+    def save(self, path: str | Path) -> None:
+        """Write the plain target's tensors, the centroids and the card as .safetensors."""
+        write_tensors(Path(path), {**self.target_state_dict(), "centroids": self.centroids}, self.card)
+
+    def export(self, path: str | Path) -> None:
+        """Write for use without this library, by suffix: .onnx, .pt2 or .safetensors (`pudnet.export`)."""
+        from pudnet.export import export  # here: ONNX is needed for this alone
+
+        export(self, Path(path))
+
+    @classmethod
+    def load(cls, path: str | Path, target: str | nn.Module | None = None) -> PredictedNetwork:
+        """Read a network that `save` wrote; `UserError` for another file. `target`: as for `Predictor.load`."""
+        tensors, card = read_tensors(Path(path))
+        if card.kind != "network":
+            raise UserError(f"{path}: holds a {card.kind}, not a predicted network (`pudnet predict` makes one)")
+        with torch.random.fork_rng(devices=[]):
+            body = card_target(card, target).network
+        centroids = tensors.pop("centroids", torch.empty(0))
+        if centroids.ndim != 2 or len(centroids) != len(card.classes):
+            raise UserError(f"{path}: its centroids do not fit its {len(card.classes)} classes")
+        return cls(loaded(body, tensors, path), centroids, card)
