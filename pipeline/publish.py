@@ -1,0 +1,98 @@
+"""Put the trained model among those that ship with the project, with a card: `python -m pipeline.publish`.
+
+Not a stage of DVC: it is run by hand, after `dvc repro evaluate`, as `models/pretrained/make.sh` does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+from pipeline.params import Params
+from pipeline.stage import PUDNET, RESULTS, run_stage, write
+from pudnet.card import Card, read_tensors, write_tensors
+from pudnet.errors import UserError
+from pudnet.locations import SHIPPED
+
+LICENCES = {
+    "fashion": "Fashion-MNIST (Xiao, Rasul and Vollgraf 2017, Zalando SE) is MIT-licensed.",
+    "cifar100": "CIFAR-100 (Krizhevsky 2009) is published for research, without a licence of its own.",
+    "digits": "scikit-learn's digits (Alpaydin and Kaynak 1998) are in the public domain (CC BY 4.0 at UCI).",
+}
+TEXT = """# {name}
+
+A PudNet that predicts {target} for images of {size}x{size} px with {channels} channel(s). Made by
+`models/pretrained/make.sh`, from commit {commit}.
+
+| | |
+|---|---|
+| accuracy on unseen classes | {accuracy:.2f} ± {ci95:.2f} % (95% interval over {test_groups} test groups, one class split, one seed) |
+| a group | {k} classes, {images} images; weights and centroids from one, accuracy on its twin (no image in common) |
+| trained on | {train_groups:,} task groups of {source}, one update each; eta {eta}, GRU depth {depth}, extractor {extractor} |
+| class split | seed {split_seed} |
+| training classes | {train_classes} |
+| test classes, never trained on | {test_classes} |
+| time of a prediction | {total_ms:.0f} ms on {threads} thread(s) of a {device}, from {timing_images} images in memory |
+
+**Data.** {licence} No image of it is in this repository.
+
+**Limits.** A small training budget: the paper uses up to 100,000 groups. Other images are cropped to their centre
+square and resized to {size} px, where fine detail is lost; the further they are from {setting}'s, the worse. It tells
+apart the classes that it is given examples of and knows no "none of these"; its softmax is not calibrated. Not for
+decisions about people.
+"""
+
+
+def publish(params: Params) -> None:
+    """Write models/pretrained/SETTING-TARGET.safetensors and its card."""
+    tensors, card = read_tensors(PUDNET)
+    metrics, timing = _read("metrics"), _read("timing")
+    seed, trained_for = card.provenance.get("split_seed"), card.provenance.get("setting")
+    if (trained_for, card.target) != (params.setting, params.target) or str(seed) not in metrics["splits"]:
+        raise UserError(f"{PUDNET}: of another setting or split than params.yaml; run `dvc repro evaluate`")
+    split = metrics["splits"][str(seed)]
+    accuracy = {"accuracy": split["accuracy"], "ci95": split["ci95"], "test_groups": split["test_groups"]}
+    card = dataclasses.replace(card, provenance={**card.provenance, "test": accuracy})
+    name = f"{params.setting}-{params.target}"
+    write_tensors(SHIPPED / f"{name}.safetensors", tensors, card)
+    write(SHIPPED / f"{name}.md", _text(name, params, card, split, timing))
+    print(f"publish: {SHIPPED / name}.safetensors, {sum(t.numel() for t in tensors.values()) * 4 / 1e6:.1f} MB")
+
+
+def _read(name: str) -> dict:
+    path = RESULTS / f"{name}.json"
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; run `dvc repro evaluate` first")
+    return json.loads(path.read_text())
+
+
+def _text(name: str, params: Params, card: Card, split: dict, timing: dict) -> str:
+    made = card.provenance
+    return TEXT.format(
+        name=name,
+        target=card.target,
+        size=card.image_size,
+        channels=card.channels,
+        commit=made["git_commit"].removesuffix("-dirty"),
+        k=params.groups.classes_per_group,
+        images=params.groups.images_per_group,
+        train_groups=made["train_groups"],
+        source=params.setting,
+        eta=made["eta"],
+        depth=made["depth"],
+        extractor=card.model["extractor"],
+        split_seed=made["split_seed"],
+        train_classes=", ".join(split["train_classes"]),
+        test_classes=", ".join(split["test_classes"]),
+        total_ms=timing["total_ms"],
+        threads=timing["threads"],
+        device=timing["device"].upper() if timing["device"] == "cpu" else timing["device"],
+        timing_images=timing["images"],
+        licence=LICENCES.get(params.setting, f"As its source ({made['source']}) says."),
+        setting=params.setting,
+        **{key: split[key] for key in ("accuracy", "ci95", "test_groups")},
+    )
+
+
+if __name__ == "__main__":
+    run_stage(publish)
