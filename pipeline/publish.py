@@ -26,13 +26,14 @@ A PudNet that predicts {target} for images of {size}x{size} px with {channels} c
 
 | | |
 |---|---|
-| accuracy on unseen classes | {accuracy:.2f} ± {ci95:.2f} % (95% interval over {test_groups} test groups, one class split, one seed) |
+| accuracy on unseen classes | {accuracy:.2f} ± {ci95:.2f} % (95% interval over {test_groups} test groups; 1 split) |
 | a group | {k} classes, {images} images; weights and centroids from one, accuracy on its twin (no image in common) |
-| trained on | {train_groups:,} task groups of {source}, one update each; eta {eta}, GRU depth {depth}, extractor {extractor} |
+| trained on | {train_groups:,} task groups of {source}, one update each |
+| hypernetwork | eta {eta}, GRU depth {depth}, extractor {extractor} |
 | class split | seed {split_seed} |
 | training classes | {train_classes} |
 | test classes, never trained on | {test_classes} |
-| time of a prediction | {total_ms:.0f} ms on {threads} thread(s) of a {device}, from {timing_images} images in memory |
+| time of a prediction | {total_ms:.0f} ms on {threads} thread(s) of a {device}, from {timing_images} images |
 
 **Data.** {licence} No image of it is in this repository.
 

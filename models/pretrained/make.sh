@@ -3,7 +3,8 @@
 #
 #     models/pretrained/make.sh [fashion|cifar100] [-S key=value ...]     # both, one after the other, without a name
 #
-# torchvision downloads the data; where it cannot, say where it lies: -S prepare.source=npz:/path/to/cifar100.npz
+# torchvision downloads the data into data/raw; where it cannot, put it there: torchvision's files, or an .npz that
+# is named by -S prepare.source=npz:data/raw/cifar100.npz.
 set -euo pipefail
 root=$(git -C "$(dirname "$0")" rev-parse --show-toplevel)
 names=(fashion cifar100)
@@ -14,6 +15,8 @@ fi
 for name in "${names[@]}"; do
     clone=$(mktemp -d)
     git clone --quiet "$root" "$clone/pudnet"
+    mkdir -p "$root/data/raw" "$clone/pudnet/data"
+    ln -s "$root/data/raw" "$clone/pudnet/data/raw"
     (
         cd "$clone/pudnet"
         export PATH="$root/.venv/bin:$PATH" PYTHONPATH="$PWD"
