@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from pudnet.card import FORMAT, METADATA, read_tensors, write_tensors
 from pudnet.errors import UserError
 from pudnet.network import PredictedNetwork
-from pudnet.predictor import Predictor
+from pudnet.predictor import Predictor, spread_rows
 from pudnet.targets import build_target
 from tests.nets import Depthwise
 
@@ -46,6 +46,16 @@ def predictor():
 @pytest.fixture(scope="module")
 def network(predictor):
     return predictor.predict(IMAGES, LABELS)
+
+
+class Word:
+    """A label of a user's own type."""
+
+    def __init__(self, text):
+        self.text = text
+
+    def __str__(self):
+        return self.text
 
 
 # Prediction
@@ -134,7 +144,7 @@ def test_several_groups_in_one_call_are_the_same_as_one_by_one(at_a_time, predic
 
 def test_a_part_of_the_images_is_looked_at_evenly_over_classes():
     few = Predictor.untrained("convnet3", channels=3, image_size=16)
-    few.sketch_images, few.calibration_images, few.card = 4, 7, replace(few.card, support_per_class=2)
+    few.sketch_images, few.calibration_images, few.support_per_class = 4, 7, 2
     labels = torch.tensor([0] * 10 + [1] * 5 + [2] * 2)
     assert few.rows(labels).tolist() == [0, 1, 2, 10, 11, 12, 15, 16]  # a third of 7, rounded up, of each
     images = torch.randn(17, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -167,6 +177,12 @@ def test_many_classes_have_all_their_support_images_in_their_centroids(predictor
     with torch.no_grad():
         features = many.features(coloured(["red", "blue"] * 30))
     assert torch.cosine_similarity(many.centroids[3], features[[3, 33]].mean(0), 0) > 0.999
+
+
+def test_with_more_classes_than_images_to_look_at_every_nth_is_looked_at():
+    labels = torch.arange(400) % 200
+    chosen = spread_rows(labels, 50)
+    assert len(chosen) == 50 and labels[chosen].tolist() == list(range(0, 200, 4))
 
 
 def test_network_of_the_users_own_is_predicted_saved_and_given_again_to_load(tmp_path):
@@ -324,13 +340,17 @@ def test_path_that_cannot_be_written_is_named(place, predictor, network, tmp_pat
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        (LABELS[:-1], r"labels: 36 images need as many labels, got shape \(35,\)"),
-        ([LABELS], r"labels: 36 images .* got shape \(1, 36\)"),
-        (["red"] * 36, "labels: .*two classes, got 1"),
-        ([0.5, 1.5] * 18, "labels: .*integers or strings"),
-        ([0.0, float("nan")] * 18, "labels: .*integers or strings"),
-        ([None, "red"] * 18, "labels: .*integers or strings"),
-        ([["red"], ["red", "blue"]] * 18, "labels: .*"),
+        (LABELS[:-1], r"labels: 36 images need as many labels, got 35"),
+        ([LABELS], r"labels: 36 images need as many labels, got 1"),
+        (np.zeros((36, 2), int), r"labels: must be one an image, got shape \(36, 2\)"),
+        (["red"] * 36, r"labels: .*two classes, got 1 \(red\)"),
+        ([0.0, float("nan")] * 18, r"labels: image 1 has none \(nan\)"),
+        (["red", None] * 18, r"labels: image 1 has none \(None\)"),
+        ([["red"], ["red", "blue"]] * 18, "labels: .*collections"),
+        (None, "labels: one an image is needed"),
+        ("red" * 12, "labels: must be one an image, got a str"),
+        (7, "labels: must be one an image, got a int"),
+        (["1", Word("1")] * 18, "labels: two of them have the same name"),
     ],
 )
 def test_unfit_labels_are_refused(labels, message, predictor):
@@ -350,13 +370,15 @@ def floats(value):
         (floats(float("nan")), "images: floats must lie in 0..1"),
         (floats(1.5), "images: floats must lie in 0..1"),
         (floats(-0.1), "images: floats must lie in 0..1"),
-        (IMAGES.astype(np.int64), "images: must be uint8 .* got torch.int64"),
-        (IMAGES[:, :8], r"images: the model takes 16x16 px of 3 channel\(s\), got shape \(36, 8, 16, 3\)"),
-        (IMAGES[..., :1], r"images: .* got shape \(36, 16, 16, 1\)"),
-        (IMAGES[..., 0], r"images: .* got shape \(36, 16, 16\)"),
-        (floats(0.5)[:, :2], r"images: .* got shape \(36, 2, 16, 16\)"),
-        (floats(0.5)[:, 0], r"images: .* got shape \(36, 16, 16\)"),
+        (IMAGES.astype(np.int64), "images: must be uint8 .* got int64"),
+        (IMAGES > 3, "images: must be uint8 .* got bool"),
         (IMAGES[:0], r"images: .* got shape \(0, 16, 16, 3\)"),
+        (IMAGES[0, 0], r"images: .* got shape \(16, 3\)"),
+        (np.zeros((36, 16, 16, 5), np.uint8), r"images: .* 1 to 4 channels, got shape \(36, 16, 16, 5\)"),
+        (None, "images: must be an array, a list of images, a Dataset or a folder, got a NoneType"),
+        ([], "images: there are none"),
+        ([*IMAGES[:35], "x.png"], "image 35: must be PIL images, arrays or tensors, got a str"),
+        ([*IMAGES[:35], floats(float("nan"))[7]], "image 35: floats must lie in 0..1"),
     ],
 )
 def test_unfit_images_are_refused_by_predictor_and_network(images, message, predictor, network):

@@ -1,0 +1,107 @@
+"""A network for a folder of images in one call: predict it, classify new images, look at filters and mistakes.
+
+    python examples/own_images.py --data photos/ --new new_photos/ --out example/
+
+Both folders hold a subfolder of images a class. Without `--data`, scikit-learn's handwritten digits are written out
+as such folders first (five classes, 20 images of each to predict from), so that it runs without any images of yours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # files only, no window
+
+import matplotlib.pyplot as plt
+import numpy as np
+from PIL import Image
+from sklearn.datasets import load_digits
+from sklearn.metrics import ConfusionMatrixDisplay
+
+from pudnet import PredictedNetwork, Predictor
+from pudnet.data.own import open_folder
+from pudnet.errors import exit_code
+
+FILTERS = 64  # of the first layer that are drawn
+
+
+def main() -> None:
+    """Predict, classify, plot; everything is written to the folder `--out`."""
+    options = parse_arguments()
+    options.out.mkdir(parents=True, exist_ok=True)
+    data, new = options.data, options.new
+    if data is None:
+        data, new = write_digits(options.out / "digits")
+
+    predictor = Predictor.load(options.model)
+    start = time.perf_counter()
+    network = predictor.predict(data)
+    print(
+        f"predicted {network.card.target} for {', '.join(map(str, network.classes))} in "
+        f"{1000 * (time.perf_counter() - start):.0f} ms, images read from disk"
+    )
+    network.save(options.out / "weights.safetensors")
+
+    images = open_folder(new or data, network.card)
+    found = network.classify(images)
+    right = np.mean([label == truth for label, truth in zip(found, images.labels, strict=True)])
+    print(f"classified {images.count} images of {new or data}: {100 * right:.1f} % right")
+
+    plot_filters(network, options.out / "filters.png")
+    plot_confusion(list(images.labels), found, network, options.out / "confusion.png")
+    print(f"{options.out}: weights.safetensors, filters.png, confusion.png")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="cifar100-convnet3", help="as for `pudnet predict` (%(default)s)")
+    parser.add_argument("--data", type=Path, help="images to predict from, a subfolder a class")
+    parser.add_argument("--new", type=Path, help="images to classify, likewise (those of --data)")
+    parser.add_argument("--out", type=Path, default=Path("example"), help="folder to write to (%(default)s)")
+    return parser.parse_args()
+
+
+def write_digits(folder: Path) -> tuple[Path, Path]:
+    """The digits 0 to 4 as PNG files: folders `data` (20 of each) and `new` (the others), a subfolder a class."""
+    digits = load_digits(n_class=5)
+    images = np.rint(digits.images * (255 / 16)).astype(np.uint8)
+    for digit in range(5):
+        for place, row in enumerate(np.flatnonzero(digits.target == digit)):
+            file = folder / ("data" if place < 20 else "new") / f"digit {digit}" / f"{row:04}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(images[row]).resize((32, 32)).save(file)
+    return folder / "data", folder / "new"
+
+
+def plot_filters(network: PredictedNetwork, path: Path) -> None:
+    """The first layer's predicted kernels, in colour where the images are."""
+    kernels = network.target_state_dict()[network.card.predicted[0]][:FILTERS].permute(0, 2, 3, 1)  # (d, f, f, C)
+    low, high = kernels.amin((1, 2, 3), True), kernels.amax((1, 2, 3), True)
+    kernels = ((kernels - low) / (high - low)).numpy()
+    figure, axes = plt.subplots(4, FILTERS // 4, figsize=(FILTERS // 8, 2.4))
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, kernel in zip(axes.flat, kernels, strict=False):
+        axis.imshow(kernel, cmap="gray")
+    figure.suptitle(f"Predicted kernels of {network.card.predicted[0]}")
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+    plt.close(figure)
+
+
+def plot_confusion(truth: list, found: list, network: PredictedNetwork, path: Path) -> None:
+    """Which class was taken for which."""
+    figure, axis = plt.subplots(figsize=(1.5 + 0.6 * len(network.classes),) * 2)
+    ConfusionMatrixDisplay.from_predictions(
+        truth, found, labels=list(network.classes), xticks_rotation="vertical", colorbar=False, ax=axis
+    )
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))

@@ -1,0 +1,203 @@
+"""A user's own images, in every form they come in: the same pixels as the model's training data was made of."""
+
+import warnings
+from dataclasses import dataclass
+from enum import Enum
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import Dataset, IterableDataset, TensorDataset
+
+from pudnet import Predictor
+from pudnet.data.own import ConvertedImages, encode_labels, image_set, open_folder
+from pudnet.data.sources import open_source
+from pudnet.errors import UserError
+
+
+@dataclass
+class Form:
+    image_size: int = 16
+    channels: int = 3
+
+
+def picture(height, width, channels, seed=0):
+    """A smooth random picture, uint8 (height, width, channels)."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, channels), dtype=np.uint8)
+    image = Image.fromarray(coarse[..., 0] if channels == 1 else coarse).resize(
+        (width, height), Image.Resampling.BICUBIC
+    )
+    return np.asarray(image).reshape(height, width, channels)
+
+
+def pixels(images, form=None):
+    return torch.cat(list(image_set(images, form or Form()).chunks(500)))
+
+
+def close(found, expected, tolerance=1.0):
+    return (found.float() - torch.as_tensor(expected).float()).abs().max() <= tolerance
+
+
+def test_every_form_of_the_same_images_gives_the_same_pixels(tmp_path):
+    images = np.stack([picture(24, 40, 3, seed) for seed in range(4)])
+    for row, image in enumerate(images):
+        (tmp_path / "ab"[row % 2]).mkdir(exist_ok=True)
+        Image.fromarray(image).save(tmp_path / "ab"[row % 2] / f"{row}.png")
+    source = torch.from_numpy(np.concatenate(list(open_source(f"folder:{tmp_path}", tmp_path, 16, 3).batches())))
+    order = [0, 2, 1, 3]  # class by class
+    floats = torch.tensor(images).permute(0, 3, 1, 2) / 255
+    with pytest.warns(ConvertedImages, match=r"images of 40x24 px and 3 channel\(s\) become 16x16 px and 3"):
+        assert torch.equal(pixels(images)[order], source)
+        assert torch.equal(pixels(floats)[order], source)
+        assert torch.equal(pixels(floats.movedim(1, 3))[order], source)  # channels last: clear all the same
+        assert torch.equal(pixels(torch.tensor(images).movedim(3, 1))[order], source)
+        assert torch.equal(pixels(images.astype(np.uint16) * 257)[order], source)
+        assert torch.equal(pixels(torch.tensor(images.astype(np.uint16) * 257))[order], source)
+    assert torch.equal(pixels([Image.fromarray(image) for image in images])[order], source)
+    assert torch.equal(pixels(list(images))[order], source)
+    assert torch.equal(pixels(list(floats))[order], source)
+    assert torch.equal(pixels(TensorDataset(floats, torch.arange(4)))[order], source)
+    assert torch.equal(pixels(tmp_path), source) and torch.equal(pixels(str(tmp_path)), source)
+
+
+def test_images_of_the_models_form_are_left_as_they_are():
+    images = picture(16, 16, 3)[None].repeat(2, 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(pixels(images), torch.from_numpy(images))
+        assert close(pixels(torch.tensor(images).movedim(3, 1) / 255), images, 1e-4)  # floats are not rounded
+
+
+@pytest.mark.parametrize("size", [8, 15, 64, 512])
+@pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA", "P", "I;16", "1", "CMYK"])
+def test_any_size_and_mode_is_read(mode, size, tmp_path):
+    grey = np.full((size, size), 120, np.uint8)
+    if mode == "I;16":
+        image = Image.fromarray(grey.astype(np.uint16) * 257)
+    else:
+        image = Image.fromarray(grey).convert("RGB" if mode == "CMYK" else mode if mode != "1" else "L")
+        image = image.convert(mode)
+    (tmp_path / "a").mkdir()
+    image.save(tmp_path / "a" / "x.tif")
+    found = pixels(tmp_path)[0].float()
+    assert found.shape == (16, 16, 3)
+    assert abs(found.mean() - 120) < 2 or mode == "1"  # black and white: dithered
+    assert abs(found.mean() - 120) < 40
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_arrays_of_any_channels_become_the_models(channels):
+    array = np.full((3, 20, 20, channels), 200, np.uint8)
+    if channels in (2, 4):
+        array[..., -1] = 255  # opaque
+    for wanted in (1, 3):
+        with pytest.warns(ConvertedImages):
+            found = pixels(array, Form(16, wanted))
+        assert found.shape == (3, 16, 16, wanted) and close(found, 200)
+
+
+def test_only_what_is_looked_at_is_read():
+    """Of a Dataset that knows its labels, a prediction reads the first images of each class."""
+
+    class Counting(Dataset):
+        targets = np.arange(10_000) % 4
+
+        def __init__(self):
+            self.read = []
+
+        def __len__(self):
+            return 10_000
+
+        def __getitem__(self, row):
+            self.read.append(row)
+            return torch.full((3, 16, 16), (row % 4) / 4), int(self.targets[row])
+
+    dataset = Counting()
+    network = Predictor.untrained("convnet3", 3, 16).predict(dataset)
+    assert network.classes == (0, 1, 2, 3) and sorted(dataset.read) == list(range(52))  # 13 of each
+
+
+def test_datasets_are_read_by_row_and_bring_their_labels():
+    class Words(Dataset):
+        def __len__(self):
+            return 6
+
+        def __getitem__(self, row):
+            return Image.fromarray(picture(20, 20, 3, row)), ("cat", "dog")[row % 2]
+
+    predictor = Predictor.untrained("convnet3", 3, 16)
+    assert predictor.predict(Words()).classes == ("cat", "dog")
+    with pytest.raises(UserError, match="labels: a folder and a Dataset bring their own"):
+        predictor.predict(Words(), ["cat"] * 6)
+
+
+class Broken(Dataset):
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, row):
+        raise OSError("the disk is gone")
+
+
+class Endless(IterableDataset):
+    def __iter__(self):
+        yield from ()
+
+
+@pytest.mark.parametrize(
+    ("dataset", "message"),
+    [
+        (Broken(), "item 0 of the Dataset cannot be read .*the disk is gone"),
+        (Endless(), "a Dataset must have a length"),
+        (TensorDataset(torch.zeros(0, 3, 16, 16), torch.zeros(0)), "the Dataset has none"),
+        (TensorDataset(torch.zeros(4, 3, 16, 16)), "item 0 of the Dataset cannot be read as .image, label."),
+    ],
+)
+def test_unfit_datasets_are_refused(dataset, message):
+    with pytest.raises(UserError, match=message):
+        Predictor.untrained("convnet3", 3, 16).predict(dataset)
+
+
+class Shade(Enum):
+    DARK = 1
+    LIGHT = 2
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes"),
+    [
+        (["b", "a", "b"], ("a", "b")),
+        ([3, -1, 3], (-1, 3)),
+        ([0.5, 1.5, 0.5], (0.5, 1.5)),
+        ([True, False, True], (False, True)),
+        ([1, "a", 1], (1, "a")),
+        ([np.int64(2), np.int64(1), np.int64(2)], (1, 2)),
+        ([torch.tensor(2), torch.tensor(1), torch.tensor(2)], (1, 2)),
+        ([Shade.LIGHT, Shade.DARK, Shade.LIGHT], ("Shade.DARK", "Shade.LIGHT")),
+        ([("x", 1), ("a", 2), ("x", 1)], ("('a', 2)", "('x', 1)")),
+    ],
+)
+def test_labels_of_any_type(labels, classes):
+    encoded, names = encode_labels(labels, 3)
+    assert names == classes and [type(a) for a in names] == [type(a) for a in classes]
+    assert encoded[0] == encoded[2] != encoded[1] and sorted(set(encoded.tolist())) == [0, 1]
+
+
+def test_bad_files_are_named_or_left_out_and_counted(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for row in range(3):
+            Image.fromarray(picture(20, 20, 3, row)).save(tmp_path / name / f"{row}.png")
+    whole = (tmp_path / "a" / "2.png").read_bytes()
+    (tmp_path / "a" / "1.png").write_bytes(whole[: len(whole) // 2])
+    predictor = Predictor.untrained("convnet3", 3, 16)
+    with pytest.raises(UserError, match=r"a/1.png cannot be read as an image"):
+        predictor.predict(tmp_path)
+    images = open_folder(tmp_path, predictor.card, skip_bad=True)
+    assert images.count == 5 and images.skipped == (tmp_path / "a" / "1.png",)
+    assert predictor.predict(images).classes == ("a", "b")
+    for row in (0, 2):
+        (tmp_path / "a" / f"{row}.png").write_bytes(b"")
+    with pytest.raises(UserError, match=r"labels: need images of at least two classes, got 1 \(b\)"):
+        predictor.predict(open_folder(tmp_path, predictor.card, skip_bad=True))
