@@ -17,17 +17,29 @@ from pudnet.errors import RunFailed, UserError
 LABELS = ["red", "green", "blue"] * 8
 
 
-@pytest.fixture(scope="module", params=[("convnet3", 1, 8), ("resnet18", 3, 32)], ids=lambda p: p[0])
-def network(request):
-    target, channels, size = request.param
+def predicted(target, channels, size):
     images = np.random.default_rng(0).integers(0, 256, (24, size, size, channels), dtype=np.uint8)
     return Predictor.untrained(target, channels, size).predict(images, LABELS)
 
 
-@pytest.fixture(scope="module")
-def images(network):
+def queries(network):
     card = network.card
     return torch.rand(5, card.channels, card.image_size, card.image_size, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def network():
+    return predicted("convnet3", channels=1, size=8)
+
+
+@pytest.fixture(scope="module")
+def images(network):
+    return queries(network)
+
+
+@pytest.fixture(scope="module")
+def resnet():
+    return predicted("resnet18", channels=3, size=32)
 
 
 def test_onnx_gives_the_same_logits_for_any_number_of_images(network, images, tmp_path):
@@ -43,25 +55,21 @@ def test_onnx_gives_the_same_logits_for_any_number_of_images(network, images, tm
     assert [path.name for path in tmp_path.iterdir()] == ["n.onnx"]
 
 
-def test_exported_program_gives_the_same_logits(network, images, tmp_path):
-    network.export(tmp_path / "n.pt2")
-    extra = {"pudnet.json": ""}
+def test_exported_program_gives_the_same_logits(resnet, tmp_path):
+    resnet.export(tmp_path / "n.pt2")
+    extra, images = {"pudnet.json": ""}, queries(resnet)
     program = torch.export.load(tmp_path / "n.pt2", extra_files=extra).module()
     for count in (1, 5):
-        assert_close(program(images[:count]), network(images[:count]), rtol=1e-4, atol=1e-3)
-    assert json.loads(extra["pudnet.json"])["target"] == network.card.target
+        assert_close(program(images[:count]), resnet(images[:count]), rtol=1e-4, atol=1e-3)
+    assert json.loads(extra["pudnet.json"])["target"] == "resnet18"
 
 
-def test_state_dict_loads_strictly_into_the_plain_target(network, images, tmp_path):
-    network.export(tmp_path / "state.safetensors")
-    state = load_file(tmp_path / "state.safetensors")
-    assert "centroids" not in state
-    if network.card.target == "resnet18":
-        plain = resnet18()
-        plain.fc = torch.nn.Identity()
-        plain.load_state_dict(state, strict=True)
-        found = plain.eval()(network.normalize(images))
-        assert_close(found, network.features(images), rtol=1e-4, atol=1e-4)
+def test_state_dict_loads_strictly_into_torchvisions_network(resnet, tmp_path):
+    resnet.export(tmp_path / "state.safetensors")
+    plain, images = resnet18(), queries(resnet)
+    plain.fc = torch.nn.Identity()
+    plain.load_state_dict(load_file(tmp_path / "state.safetensors"), strict=True)
+    assert_close(plain.eval()(resnet.normalize(images)), resnet.features(images), rtol=1e-4, atol=1e-4)
     with pytest.raises(UserError, match="holds a state_dict, not a predicted network"):
         PredictedNetwork.load(tmp_path / "state.safetensors")
 

@@ -1,20 +1,31 @@
 """The stages as their users run them: `dvc repro` in a clone, interruptions, mistakes."""
 
+import base64
+import contextlib
 import json
 import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from sklearn.datasets import load_digits
+from torch.testing import assert_close
 
+from pipeline.registry import png
 from pudnet import PredictedNetwork, Predictor
 from pudnet.baselines import LEARNED
+from pudnet.errors import UserError
 from pudnet.targets import build_target
 from tests.smallest import shrink
 
@@ -129,10 +140,72 @@ def test_mlflow_has_one_finished_run_a_search_trial_training_and_evaluation(repr
         steps = [m.step for m in client.get_metric_history(trial.info.run_id, "validation_accuracy")]
         assert steps == [5, 10]
         assert {"eta", "depth", "seed"} <= set(trial.data.params)
-    assert client.search_model_versions("name = 'pudnet-digits-convnet3'")
+    assert client.get_model_version_by_alias("pudnet-digits-convnet3", "newest").version == "1"
     evaluation = next(run for run in runs if run.info.run_name == "evaluate-pudnet")
     kept = client.list_artifacts(evaluation.info.run_id, "weights/split-0")
     assert len(kept) == 2
+
+
+def test_registered_model_is_loaded_by_its_uri(repro, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{repro}/mlflow.db")
+    expected = Predictor.load(repro / "models/pudnet.safetensors")
+    for uri in ("models:/pudnet-digits-convnet3/1", "models:/pudnet-digits-convnet3@newest"):
+        found = Predictor.load(uri)
+        assert found.card == expected.card
+        assert_close(found.model.state_dict(), expected.model.state_dict(), rtol=0, atol=0)
+    with pytest.raises(UserError, match="models:/pudnet-digits-convnet3/9: cannot be had from sqlite:"):
+        Predictor.load("models:/pudnet-digits-convnet3/9")
+
+
+@pytest.fixture(scope="module")
+def server(repro):
+    """The registered model behind MLflow's server: the address to post to."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = ["mlflow", "models", "serve", "-m", "models:/pudnet-digits-convnet3/1", "--env-manager", "local"]
+    own = environment(repro) | {"MLFLOW_TRACKING_URI": f"sqlite:///{repro}/mlflow.db", "PYTHONPATH": ""}
+    with (repro / "server.log").open("w") as log:
+        served = subprocess.Popen(
+            [*command, "-p", str(port)], cwd=repro, env=own, stdout=log, stderr=log, start_new_session=True
+        )
+        try:
+            for _ in range(120):
+                time.sleep(0.5)
+                with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/ping"):
+                    break
+            yield f"http://127.0.0.1:{port}/invocations"
+        finally:
+            os.killpg(served.pid, signal.SIGTERM)
+
+
+def post(address, rows):
+    """Send one group; the answer, or the status and text of a refusal."""
+    body = json.dumps({"dataframe_records": rows}).encode()
+    request = urllib.request.Request(address, body, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request) as answer:
+            return json.load(answer)["predictions"]
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def test_the_registered_model_is_served_over_http(server):
+    digits = load_digits(n_class=2)
+    images = np.rint(digits.images * (255 / 16)).astype(np.uint8)
+    rows = [{"image": base64.b64encode(png(image)).decode(), "label": None} for image in images[:60]]
+    for row in range(40):
+        rows[row]["label"] = str(digits.target[row])
+    found = post(server, rows)
+    assert [set(row) for row in found] == [{"label", "probability"}] * 20
+    assert np.mean([row["label"] == str(truth) for row, truth in zip(found, digits.target[40:60], strict=True)]) > 0.7
+    assert all(0.5 <= row["probability"] <= 1 for row in found)
+    for unfit, message in [
+        (rows[:40], "40 with a label and 0 without"),
+        ([{"image": base64.b64encode(b"no image").decode(), "label": "0"}, *rows], "row 0: 'image' is no image file"),
+    ]:
+        status, text = post(server, unfit)
+        assert status == 400 and message in text
 
 
 def test_a_search_killed_half_way_goes_on_and_ends_as_one_that_was_not(repro, tmp_path):
