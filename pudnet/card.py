@@ -10,7 +10,7 @@ from pathlib import Path
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from pudnet.config import parse
@@ -53,7 +53,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], card: Card) -> None:
     """
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with replacing(path) as partial:
-        save_file(plain, partial, metadata={METADATA: card.json()})
+        partial.write_bytes(save(plain, metadata={METADATA: card.json()}))  # `save_file` is for the owner's eyes only
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], Card]:
