@@ -7,7 +7,7 @@ import io
 import logging
 import os
 from collections.abc import Iterator
-from importlib.metadata import version
+from importlib import metadata
 from pathlib import Path
 
 import mlflow
@@ -48,13 +48,27 @@ def register(tracking: Tracking, run_id: str, path: Path, name: str) -> str:
             python_model=str(SERVING),
             artifacts={"pudnet": str(path)},
             code_paths=CODE,
-            pip_requirements=[f"{package}=={version(package)}" for package in REQUIREMENTS],
+            pip_requirements=[f"{package}=={metadata.version(package)}" for package in REQUIREMENTS],
             signature=SIGNATURE,
             input_example=example_group(card),
             registered_model_name=name,
         )
-    tracking.client.set_registered_model_alias(name, "newest", logged.registered_model_version)
-    return str(logged.registered_model_version)
+    version = str(logged.registered_model_version)
+    tracking.client.update_model_version(name, version, _description(card))
+    tracking.client.set_registered_model_alias(name, "newest", version)
+    return version
+
+
+def _description(card: Card) -> str:
+    """What the UI says of a version."""
+    made = card.provenance
+    return (
+        f"PudNet ({made['variant']}) for {card.target}, {card.image_size}x{card.image_size} px, {card.channels} "
+        f"channel(s). Trained on {made['train_groups']:,} task groups of {made['setting']}, class split "
+        f"{made['split_seed']}, eta {made['eta']}, GRU depth {made['depth']}.\n\n"
+        "A request is one task group: rows of `image` (an image file) with a `label` to predict a network from, and "
+        "rows without a label to classify by it."
+    )
 
 
 def example_group(card: Card) -> pd.DataFrame:
