@@ -10,7 +10,7 @@ from pudnet.baselines import LEARNED, SCRATCH, Adapter, Scratch, ScratchConfig, 
 from pudnet.baselines.gradient_centralization import centralized
 from pudnet.baselines.learners import Pretraining
 from pudnet.baselines.meta_deepbdc import BDCNetwork, MetaDeepBDCConfig, bdc
-from pudnet.baselines.scratch import augmented, one_cycle, scratch_network
+from pudnet.baselines.scratch import augmented, one_cycle, scratch_network, train
 from pudnet.card import Card, write_tensors
 from pudnet.cca import canonical_correlations
 from pudnet.config import TrainConfig
@@ -208,14 +208,13 @@ def test_musml_writes_weights_and_losses_in_fp32_under_autocast():
 
 def test_scratch_centralises_all_that_gc_changes(toy):
     """The mean of each output's weights is where it began, whatever Adam did: without weight decay."""
-    store, images, train, _ = toy
+    store, images, train_table, _ = toy
     for gc in (True, False):
         config = ScratchConfig(epochs=2, weight_decay=0.0)
-        scratch = Scratch(config, build_target("convnet3", 1, 8), CPU, bf16=False, gc=gc)
         torch.manual_seed(0)
-        network = scratch_network(scratch.target, 2, CPU)
+        network = scratch_network(build_target("convnet3", 1, 8), 2, CPU)
         before = [p.detach().clone() for p in network.parameters() if p.ndim > 1]
-        scratch.train(network, images(train[0]), torch.arange(2).repeat_interleave(20))
+        train(network, images(train_table[0]), torch.arange(2).repeat_interleave(20), config, bf16=False, gc=gc)
         after = [p.detach() for p in network.parameters() if p.ndim > 1]
         assert all(not torch.equal(*pair) for pair in zip(before, after, strict=True))
         moved = [(a.flatten(1).mean(1) - b.flatten(1).mean(1)).abs().max() for a, b in zip(after, before, strict=True)]

@@ -140,7 +140,7 @@ def test_mlflow_has_one_finished_run_a_search_trial_training_and_evaluation(repr
         steps = [m.step for m in client.get_metric_history(trial.info.run_id, "validation_accuracy")]
         assert steps == [5, 10]
         assert {"eta", "depth", "seed"} <= set(trial.data.params)
-    assert client.get_model_version_by_alias("pudnet-digits-convnet3", "newest").version == "1"
+    assert client.get_model_version_by_alias("pudnet-digits-convnet3", "newest").version == 1
     evaluation = next(run for run in runs if run.info.run_name == "evaluate-pudnet")
     kept = client.list_artifacts(evaluation.info.run_id, "weights/split-0")
     assert len(kept) == 2
