@@ -26,6 +26,7 @@ from sklearn.metrics import ConfusionMatrixDisplay
 from pudnet import PredictedNetwork, Predictor
 from pudnet.data.own import open_folder
 from pudnet.errors import exit_code
+from pudnet.files import check_writable
 
 FILTERS = 64  # of the first layer that are drawn
 
@@ -33,7 +34,7 @@ FILTERS = 64  # of the first layer that are drawn
 def main() -> None:
     """Predict, classify, plot; everything is written to the folder `--out`."""
     options = parse_arguments()
-    options.out.mkdir(parents=True, exist_ok=True)
+    check_writable(options.out / "weights.safetensors")
     data, new = options.data, options.new
     if data is None:
         data, new = write_digits(options.out / "digits")
@@ -41,20 +42,19 @@ def main() -> None:
     predictor = Predictor.load(options.model)
     start = time.perf_counter()
     network = predictor.predict(data)
-    print(
-        f"predicted {network.card.target} for {', '.join(map(str, network.classes))} in "
-        f"{1000 * (time.perf_counter() - start):.0f} ms, images read from disk"
-    )
+    milliseconds = 1000 * (time.perf_counter() - start)
+    classes = ", ".join(map(str, network.classes))
+    print(f"predicted {network.card.target} for {classes} in {milliseconds:.0f} ms, images read from disk")
     network.save(options.out / "weights.safetensors")
+    plot_filters(network, options.out / "filters.png")
 
     images = open_folder(new or data, network.card)
     found = network.classify(images)
-    right = np.mean([label == truth for label, truth in zip(found, images.labels, strict=True)])
-    print(f"classified {images.count} images of {new or data}: {100 * right:.1f} % right")
-
-    plot_filters(network, options.out / "filters.png")
-    plot_confusion(list(images.labels), found, network, options.out / "confusion.png")
-    print(f"{options.out}: weights.safetensors, filters.png, confusion.png")
+    pairs = [pair for pair in zip(images.labels or [], found, strict=False) if pair[0] in network.classes]
+    print(f"classified {images.count} images of {new or data}, {len(pairs)} of them of a known class")
+    if pairs:
+        print(f"{100 * np.mean([truth == label for truth, label in pairs]):.1f} % right")
+        plot_confusion(pairs, network, options.out / "confusion.png")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -93,8 +93,9 @@ def plot_filters(network: PredictedNetwork, path: Path) -> None:
     plt.close(figure)
 
 
-def plot_confusion(truth: list, found: list, network: PredictedNetwork, path: Path) -> None:
+def plot_confusion(pairs: list[tuple[str, str]], network: PredictedNetwork, path: Path) -> None:
     """Which class was taken for which."""
+    truth, found = zip(*pairs, strict=True)
     figure, axis = plt.subplots(figsize=(1.5 + 0.6 * len(network.classes),) * 2)
     ConfusionMatrixDisplay.from_predictions(
         truth, found, labels=list(network.classes), xticks_rotation="vertical", colorbar=False, ax=axis

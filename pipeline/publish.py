@@ -21,13 +21,13 @@ LICENCES = {
 TEXT = """# {name}
 
 A PudNet that predicts {target} for images of {size}x{size} px with {channels} channel(s). Made by
-`models/pretrained/make.sh`, from commit {commit}.
+`models/pretrained/make.sh`, which says with what params, from commit {commit}.
 
 | | |
 |---|---|
 | accuracy on unseen classes | {accuracy:.2f} ± {ci95:.2f} % (95% interval over {test_groups} test groups; 1 split) |
 | a group | {k} classes, {images} images; weights and centroids from one, accuracy on its twin (no image in common) |
-| trained on | {train_groups:,} task groups of {source}, one update each |
+| trained on | {train_groups:,} task groups of {source}, one update each; L1{losses} |
 | hypernetwork | eta {eta}, GRU depth {depth}, extractor {extractor} |
 | class split | seed {split_seed} |
 | training classes | {train_classes} |
@@ -69,6 +69,7 @@ def _read(name: str) -> dict:
 
 def _text(name: str, params: Params, card: Card, split: dict, timing: dict) -> str:
     made = card.provenance
+    weights = {"L2": params.train.full_weight, "L3": params.train.kl_weight}
     return TEXT.format(
         name=name,
         target=card.target,
@@ -79,6 +80,7 @@ def _text(name: str, params: Params, card: Card, split: dict, timing: dict) -> s
         images=params.groups.images_per_group,
         train_groups=made["train_groups"],
         source=params.setting,
+        losses="".join(f" + {weight:g} {name}" for name, weight in weights.items() if weight) or " alone",
         eta=made["eta"],
         depth=made["depth"],
         extractor=card.model["extractor"],

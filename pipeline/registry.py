@@ -37,13 +37,23 @@ SIGNATURE = ModelSignature(
 
 def register(tracking: Tracking, run_id: str, path: Path, name: str) -> str:
     """Log a trained model to a run as an MLflow model and register it, once a run. Returns its version."""
-    versions = tracking.client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
-    if versions:
-        return versions[0].version
     _, card = read_tensors(path)
+    client = tracking.client
+    if not (found := client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")):
+        _log(tracking, run_id, path, name, card)
+        found = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
+    newest = max(int(version.version) for version in client.search_model_versions(f"name = '{name}'"))
+    version = int(found[0].version)
+    client.update_model_version(name, str(version), _description(card))
+    if version == newest:
+        client.set_registered_model_alias(name, "newest", str(version))
+    return str(version)
+
+
+def _log(tracking: Tracking, run_id: str, path: Path, name: str, card: Card) -> None:
     mlflow.set_tracking_uri(tracking.uri)
     with _quiet(), mlflow.start_run(run_id=run_id):
-        logged = mlflow.pyfunc.log_model(
+        mlflow.pyfunc.log_model(
             name="model",
             python_model=str(SERVING),
             artifacts={"pudnet": str(path)},
@@ -53,10 +63,6 @@ def register(tracking: Tracking, run_id: str, path: Path, name: str) -> str:
             input_example=example_group(card),
             registered_model_name=name,
         )
-    version = str(logged.registered_model_version)
-    tracking.client.update_model_version(name, version, _description(card))
-    tracking.client.set_registered_model_alias(name, "newest", version)
-    return version
 
 
 def _description(card: Card) -> str:

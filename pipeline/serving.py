@@ -15,7 +15,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import set_model
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from mlflow.pyfunc import PythonModel, PythonModelContext
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from pudnet import Predictor
 from pudnet.errors import UserError
@@ -59,7 +59,7 @@ def _decoded(content: bytes, row: int) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(content))
         image.load()
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, TypeError) as error:
+    except Exception as error:  # Pillow's decoders raise nearly every type for a damaged file
         raise UserError(f"row {row}: 'image' is no image file ({' '.join(str(error).split())[:100]})") from None
     return image
 

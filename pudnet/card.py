@@ -7,13 +7,13 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from pydantic import ConfigDict
+from pydantic import ConfigDict, model_validator
 from pydantic.dataclasses import dataclass
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from pudnet.config import parse
+from pudnet.config import Positive, PositiveFloat, parse
 from pudnet.data.own import Label
 from pudnet.errors import UserError
 from pudnet.files import replacing
@@ -32,14 +32,22 @@ class Card:
     channels: int
     image_size: int
     mean: tuple[float, ...]
-    std: tuple[float, ...]
-    temperature: float
-    support_per_class: int
+    std: tuple[PositiveFloat, ...]
+    temperature: PositiveFloat
+    support_per_class: Positive
     model: dict | None = None  # ModelConfig, for kind "pudnet"
     classes: tuple[Label, ...] = ()  # for kind "network"
     predicted: tuple[str, ...] = ()  # for kind "network": the tensors that were predicted, in the order of use
     provenance: dict = dataclasses.field(default_factory=dict)  # setting, class split, seeds, commit, ...
     format: int = FORMAT
+
+    @model_validator(mode="after")
+    def _fits_itself(self) -> Card:
+        if not len(self.mean) == len(self.std) == self.channels:
+            raise ValueError(f"mean and std must have a value a channel ({self.channels})")
+        if len(set(map(str, self.classes))) < len(self.classes):
+            raise ValueError("two classes have the same name")
+        return self
 
     def json(self) -> str:
         """As one line of JSON, the same for the same card."""
@@ -59,13 +67,13 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], card: Card) -> None:
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], Card]:
     """Read what `write_tensors` wrote. Raises `UserError`, in one line, for any other file."""
     if not path.is_file():
-        raise UserError(f"{path}: no such file")
+        raise UserError(f"{path}: {'is a folder, not a file' if path.is_dir() else 'no such file'}")
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        values = json.loads(metadata[METADATA])
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        values = json.loads(metadata.get(METADATA) or "")
+    except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path}: not a PudNet file, or a damaged one ({error})") from None
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         found = values.get("format") if isinstance(values, dict) else None

@@ -5,14 +5,16 @@ from __future__ import annotations
 import argparse
 import csv
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pudnet.errors import exit_code
-from pudnet.files import replacing
+from pudnet.errors import UserError, exit_code
+from pudnet.files import check_writable, replacing
 
 if TYPE_CHECKING:
+    from pudnet.card import Card
     from pudnet.network import PredictedNetwork
 
 # What is slow to import (torch) is imported by the commands, so that --help is quick.
@@ -23,6 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     if getattr(options, "target", None):
         sys.path.insert(0, "")  # a network of the user's own is looked for where they are, as by `python -m`
+    warnings.filterwarnings("ignore", message="images of .* as the model's training data")  # the commands say it
     return exit_code(lambda: options.run(options))
 
 
@@ -55,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_weights(finetune)
     _add_data(finetune, "a folder with a subfolder of images a class")
     finetune.add_argument("--epochs", type=int, default=10, help="(%(default)s)")
+    finetune.add_argument("--learning-rate", type=float, default=3e-3, help="the highest of the run (%(default)s)")
     finetune.add_argument("--held-out", type=float, default=0.2, help="part of each class to test on (%(default)s)")
     finetune.add_argument("--out", type=Path, required=True, help="the .safetensors file to write")
     finetune.add_argument("--curve", type=Path, help="write loss and accuracy by epoch, of both, as CSV")
@@ -72,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_weights(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--weights", type=Path, required=True, help="a file that `predict` wrote")
+    command.add_argument("--weights", required=True, help="a file that `predict` wrote, or its URI in MLflow")
     _add_target(command)
 
 
@@ -100,8 +104,7 @@ def _predict(options: argparse.Namespace) -> None:
     network.save(options.out)
     print(
         f"{options.out}: {card.target} for {len(network.classes)} classes, predicted from {_looked_at(network)} of "
-        f"{images.count} images, converted to {card.image_size}x{card.image_size} px and {card.channels} "
-        f"channel(s) as the model's training data{_skipped(images.skipped)}"
+        f"{images.count} images{_as_trained(card)}{_skipped(images.skipped)}"
     )
 
 
@@ -119,7 +122,7 @@ def _classify(options: argparse.Namespace) -> None:
         _write_csv(options.out, ("file", "class", "label"), rows)
     right = [predicted == label for predicted, label in zip(found, truth, strict=True) if label]
     accuracy = f", accuracy {100 * sum(right) / len(right):.2f} % of {len(right)} labelled" if right else ""
-    print(f"{len(rows)} images{accuracy}{_skipped(images.skipped)}")
+    print(f"{len(rows)} images{_as_trained(network.card)}{accuracy}{_skipped(images.skipped)}")
 
 
 def _finetune(options: argparse.Namespace) -> None:
@@ -131,7 +134,10 @@ def _finetune(options: argparse.Namespace) -> None:
 
     network = PredictedNetwork.load(options.weights, options.target)
     images = open_folder(options.data, network.card, options.skip_bad)
-    found = finetune(network, images, epochs=options.epochs, held_out=options.held_out)
+    for path in (options.out, options.curve):
+        if path:
+            check_writable(path)
+    found = finetune(network, images, None, options.epochs, options.held_out, options.learning_rate)
     found.network.save(options.out)
     if options.curve:
         _write_csv(options.curve, [field.name for field in fields(Epoch)], [astuple(point) for point in found.curve])
@@ -139,14 +145,16 @@ def _finetune(options: argparse.Namespace) -> None:
         points = [point for point in found.curve if point.start == start]
         print(f"from {start} weights: {points[0].accuracy:.2f} % -> {points[-1].accuracy:.2f} %")
     print(
-        f"{options.out}: trained on {found.trained_on} images, accuracies on {found.held_out} others"
-        f"{_skipped(images.skipped)}"
+        f"{options.out}: trained on {found.trained_on} images{_as_trained(network.card)}, accuracies on "
+        f"{found.held_out} others{_skipped(images.skipped)}"
     )
 
 
 def _export(options: argparse.Namespace) -> None:
     from pudnet.network import PredictedNetwork
 
+    if options.out.exists() and Path(options.weights).exists() and options.out.samefile(options.weights):
+        raise UserError(f"{options.out}: is the file that is exported; give another --out")
     network = PredictedNetwork.load(options.weights, options.target)
     network.export(options.out)
     print(f"{options.out}: gives the same logits as {options.weights}")
@@ -171,6 +179,11 @@ def _looked_at(network: PredictedNetwork) -> int:
     return max(network.card.provenance[f"{use}_images"] for use in ("sketch", "calibration", "support"))
 
 
+def _as_trained(card: Card) -> str:
+    colour = "grey" if card.channels == 1 else "colour"
+    return f" (made {card.image_size}x{card.image_size} px, {colour}, as the model's training data was)"
+
+
 def _truth(file: Path, classes: set[str]) -> str:
     """The label that an image's top folder gives it, empty where the folder is none of the classes."""
     return file.parts[0] if len(file.parts) > 1 and file.parts[0] in classes else ""
@@ -181,7 +194,7 @@ def _skipped(files: Sequence[Path]) -> str:
 
 
 def _write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence]) -> None:
-    with replacing(path) as partial, partial.open("w", newline="") as file:
+    with replacing(path) as partial, partial.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         csv.writer(file).writerows([header, *rows])
 
 

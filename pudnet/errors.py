@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -18,6 +19,9 @@ def exit_code(command: Callable[[], object]) -> int:
     """Run a command; what ends it badly is said in one line, and its exit code returned (130: interrupted)."""
     try:
         command()
+        sys.stdout.flush()
+    except BrokenPipeError:  # who reads our output has seen enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except UserError as error:
         return _say(error, 2)
     except RunFailed as error:

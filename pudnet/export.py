@@ -72,7 +72,9 @@ def export(network: PredictedNetwork, path: Path) -> None:
         except Exception as error:  # torch's exporters raise many types for a network of a user's own
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             raise RunFailed(f"{path}: this network cannot be exported so ({reason})") from None
-        difference = (exported(images[1:]) - network(images[1:]).cpu()).abs().max().item()  # of another batch size
+        difference = (
+            (exported(images[1:]).cpu() - network(images[1:]).cpu()).abs().max().item()
+        )  # of another batch size
         if not difference <= LARGEST_DIFFERENCE:
             raise RunFailed(f"{path}: the exported network's logits differ by {difference:.2g}; nothing was written")
 

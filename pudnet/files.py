@@ -16,11 +16,15 @@ from pudnet.errors import UserError
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path to write to, which takes the place of `path` once the block has ended well.
 
-    Its folder is made where there is none. Raises `UserError` where the file cannot be written; then nothing is left.
+    Its folder is made where there is none. Raises `UserError` where the file cannot be written, before the block is
+    entered if that can be seen then; what the block has written is removed.
     """
+    if not path.name or path.is_dir():
+        raise UserError(f"{path}: cannot be written (it is a folder)")
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        partial.touch()
         yield partial
         partial.replace(path)
     except (OSError, SafetensorError) as error:
@@ -28,3 +32,13 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+def check_writable(path: Path) -> None:
+    """Raise `UserError` for a path that cannot be written, before hours of work for it."""
+    with contextlib.suppress(_Untouched), replacing(path):
+        raise _Untouched
+
+
+class _Untouched(Exception):
+    """Leaves a file as it is."""

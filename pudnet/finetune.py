@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import time
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import torch
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
@@ -17,11 +19,13 @@ from pudnet.baselines.scratch import ScratchConfig, train
 from pudnet.card import Label
 from pudnet.cpu import accelerate
 from pudnet.data.images import normalize
-from pudnet.data.own import Images, ImageSet, Pixels, encode_labels, image_set, images_at_a_time
+from pudnet.data.own import Images, ImageSet, Pixels, images_at_a_time, labelled_set
 from pudnet.device import wants_bf16
 from pudnet.errors import UserError
+from pudnet.evaluation import clock
 from pudnet.network import PredictedNetwork
 from pudnet.objective import centroids, metric_logits
+from pudnet.predictor import CALIBRATION_IMAGES, first_rows, spread_rows
 from pudnet.targets import calibrate
 
 
@@ -44,6 +48,16 @@ class FineTuned:
     curve: tuple[Epoch, ...]
     trained_on: int  # images
     held_out: int
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Normalised images (N, C, H, W) and the column of each one's class: those trained on, and those held out."""
+
+    images: Tensor
+    columns: Tensor
+    test_images: Tensor
+    test_columns: Tensor
 
 
 class CentroidHead(nn.Module):
@@ -70,46 +84,59 @@ def finetune(
 ) -> FineTuned:
     """Train a predicted network's weights and centroids on labelled images, and the same target from random weights.
 
-    Both get the same images, batches, loss (cross-entropy of Eq. 6's logits) and schedule (`ScratchConfig`:
-    AdamW, a rate that rises and falls to zero). A part `held_out` of each class is kept from training and gives
-    the accuracies, at least one image of it. All images are in memory at the network's size.
+    A part `held_out` of each class is kept from training and gives the accuracies, at least one image of it. Both
+    starts get BatchNorm statistics and centroids from the images that are left, and then the same batches, loss
+    (cross-entropy of Eq. 6's logits) and schedule (`ScratchConfig`: AdamW, a rate that rises and falls to zero).
+    The predicted convolution weights are as they come: their sketch saw images that are held out here, if those
+    were among the images predicted from, but no label. All images are in memory at the network's size.
 
     Raises:
-        UserError: for unfit images, labels that the network does not know, classes with too few images to hold
-            any out, or an `epochs`, `held_out` or `learning_rate` out of range.
+        UserError: for unfit images, labels that the network does not know, classes without images or with too few
+            to hold any out, or an `epochs`, `held_out` or `learning_rate` out of range.
     """
-    if not (isinstance(epochs, int) and epochs >= 1):
-        raise UserError(f"epochs: must be an integer of at least 1, got {epochs!r}")
-    if not 0 < held_out < 1:
-        raise UserError(f"held_out: must lie between 0 and 1, got {held_out!r}")
-    if not learning_rate > 0:
-        raise UserError(f"learning_rate: must be positive, got {learning_rate!r}")
+    config = _config(epochs, held_out, learning_rate)
     normalized, columns = _all_images(network, images, labels)
-    config = ScratchConfig(epochs=epochs, learning_rate=learning_rate, batch=min(50, len(columns)))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         kept, tested = _hold_out(columns, held_out, network.classes)
-        parts = (normalized[kept], columns[kept], normalized[tested], columns[tested])
+        parts = Parts(normalized[kept], columns[kept], normalized[tested], columns[tested])
+        starts = {"predicted": _ready(network, parts), "random": _ready(_random(network), parts)}
+        _train_epoch(starts["random"], parts, config)  # what a process does once is in nobody's time
+        found, curve = {}, []
         with _progress() as progress:
-            predicted, curve = _train(network, "predicted", parts, config, progress)
-            _, other = _train(_random_start(network, *parts[:2]), "random", parts, config, progress)
-    return FineTuned(predicted, (*curve, *other), len(kept), len(tested))
+            for name, start in starts.items():
+                torch.manual_seed(seed)
+                found[name], points = _train(start, name, parts, config, progress)
+                curve += points
+    return FineTuned(found["predicted"], tuple(curve), len(kept), len(tested))
+
+
+def _config(epochs: int, held_out: float, learning_rate: float) -> ScratchConfig:
+    """The training run, its arguments checked."""
+    if isinstance(epochs, bool) or not isinstance(epochs, Integral) or epochs < 1:
+        raise UserError(f"epochs: must be an integer of at least 1, got {epochs!r}")
+    if not isinstance(held_out, Real) or not 0 < held_out < 1:
+        raise UserError(f"held_out: must lie between 0 and 1, got {held_out!r}")
+    if not isinstance(learning_rate, Real) or not 0 < learning_rate < math.inf:
+        raise UserError(f"learning_rate: must be positive, got {learning_rate!r}")
+    return ScratchConfig(epochs=int(epochs), learning_rate=float(learning_rate))
 
 
 def _all_images(
     network: PredictedNetwork, images: Images | ImageSet, labels: Sequence | Pixels | None
 ) -> tuple[Tensor, Tensor]:
     """Normalised images (N, C, H, W), and of each the column of its label in the network's logits."""
-    own = image_set(images, network.card, labels)
-    encoded, names = encode_labels(own.labels, own.count)
-    unknown = [name for name in names if name not in network.classes]
-    if unknown:
+    own, encoded, names = labelled_set(images, labels, network.card)
+    column = {str(name): position for position, name in enumerate(network.classes)}  # a folder's are strings
+    if unknown := [name for name in names if str(name) not in column]:
         known = ", ".join(map(str, network.classes))
         raise UserError(f"labels: the network does not know {unknown[0]!r}; it knows {known}")
+    if absent := set(column) - set(map(str, names)):
+        raise UserError(f"labels: no images of class {min(absent)!r}, which the network knows")
     device = network.mean.device
     chunks = own.chunks(images_at_a_time(network.card.image_size))
     normalized = torch.cat([normalize(chunk.to(device), network.mean, network.std) for chunk in chunks])
-    return normalized, torch.tensor([network.classes.index(name) for name in names])[encoded].to(device)
+    return normalized, torch.tensor([column[str(name)] for name in names])[encoded].to(device)
 
 
 def _hold_out(columns: Tensor, part: float, classes: Sequence[Label]) -> tuple[Tensor, Tensor]:
@@ -126,79 +153,87 @@ def _hold_out(columns: Tensor, part: float, classes: Sequence[Label]) -> tuple[T
     return torch.cat(kept), torch.cat(tested)
 
 
-def _random_start(network: PredictedNetwork, images: Tensor, columns: Tensor) -> PredictedNetwork:
-    """The same target, He-initialised anew, with the centroids that it gives the classes."""
+def _random(network: PredictedNetwork) -> PredictedNetwork:
+    """The same target, He-initialised anew, and all that its layers have besides as they begin."""
     body = copy.deepcopy(network.body)
     for module in body.modules():
-        if isinstance(module, nn.Conv2d):
-            weight = torch.empty_like(module.weight)
-            nn.init.kaiming_normal_(weight, nonlinearity="relu")
-            module.weight = nn.Parameter(weight)
-        elif isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if hasattr(module, "reset_parameters"):
             module.reset_parameters()
-    start = network.centroids.clone()
-    rows = _spread(images)
-    seen = columns[rows].unique()  # a class without images keeps its centroid
-    features = calibrate(body, images[rows])
-    start[seen] = centroids(features, torch.searchsorted(seen, columns[rows]), len(seen))
-    return PredictedNetwork(body, start, network.card)
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+    return PredictedNetwork(body, network.centroids, network.card)
+
+
+def _ready(network: PredictedNetwork, parts: Parts) -> PredictedNetwork:
+    """A copy with BatchNorm's statistics and the centroids from the images that are trained on."""
+    body = copy.deepcopy(network.body)
+    _calibrate(body, parts)
+    rows = first_rows(parts.columns, network.card.support_per_class)
+    with torch.no_grad():
+        chunks = rows.split(images_at_a_time(parts.images.shape[-1]))
+        features = torch.cat([body(parts.images[chunk]).flatten(1) for chunk in chunks])
+    return PredictedNetwork(body, centroids(features, parts.columns[rows], len(network.classes)), network.card)
+
+
+def _calibrate(body: nn.Module, parts: Parts) -> None:
+    """BatchNorm's running statistics from training images, spread over the classes, in one batch."""
+    count = max(CALIBRATION_IMAGES, images_at_a_time(parts.images.shape[-1]))
+    calibrate(body.eval(), parts.images[spread_rows(parts.columns, count)])
+
+
+def _trainable(start: PredictedNetwork) -> nn.Sequential:
+    """A copy of a network whose weights and centroids learn."""
+    body = copy.deepcopy(start.body).requires_grad_(True)
+    if start.mean.device.type == "cpu":
+        accelerate(body)
+    head = CentroidHead(start.centroids.float(), start.card.temperature)
+    return nn.Sequential(OrderedDict(body=body, flat=nn.Flatten(), head=head)).to(start.mean.device)
+
+
+def _train_epoch(start: PredictedNetwork, parts: Parts, config: ScratchConfig) -> None:
+    """Train a copy for one epoch, for nothing but its warmth."""
+    train(_trainable(start), parts.images, parts.columns, dataclasses.replace(config, epochs=1), _bf16(parts))
 
 
 def _train(
-    start: PredictedNetwork,
-    name: str,
-    parts: tuple[Tensor, Tensor, Tensor, Tensor],
-    config: ScratchConfig,
-    progress: Progress,
+    start: PredictedNetwork, name: str, parts: Parts, config: ScratchConfig, progress: Progress
 ) -> tuple[PredictedNetwork, list[Epoch]]:
     """Train a copy; the curve begins with what it starts from."""
-    images, columns, test_images, test_columns = parts
-    body = copy.deepcopy(start.body)
-    for parameter in body.parameters():
-        parameter.requires_grad_(True)
-    if images.device.type == "cpu":
-        accelerate(body)
-    head = CentroidHead(start.centroids.float(), start.card.temperature)
-    model = nn.Sequential(OrderedDict(body=body, flat=nn.Flatten(), head=head)).to(images.device)
+    model, curve, spent = _trainable(start), [], 0.0
     task = progress.add_task(f"from {name} weights", total=config.epochs, accuracy=0.0)
-    curve, spent, begun = [], 0.0, time.perf_counter()
 
     def measure(epoch: int, loss: float) -> None:
         nonlocal spent, begun
-        spent += time.perf_counter() - begun
-        accuracy = _accuracy(model, images, test_images, test_columns)
-        curve.append(Epoch(name, epoch, spent, loss, accuracy))
+        spent += (clock(parts.images.device) - begun) / 1000
+        accuracy = _accuracy(model, parts)
+        curve.append(Epoch(name, epoch, round(spent, 4), loss, round(accuracy, 4)))
         progress.update(task, completed=epoch, accuracy=accuracy)
-        begun = time.perf_counter()
+        begun = clock(parts.images.device)
 
-    measure(0, float("nan"))
-    curve[0] = dataclasses.replace(curve[0], seconds=0.0)
-    spent = 0.0
-    train(model, images, columns, config, wants_bf16("auto", images.device), after_epoch=measure)
-    calibrate(body.eval(), images[_spread(images)])
-    provenance = {**start.card.provenance, "finetuned_epochs": config.epochs}
+    begun = clock(parts.images.device)
+    measure(0, math.nan)
+    spent, curve[0] = 0.0, dataclasses.replace(curve[0], seconds=0.0)
+    train(model, parts.images, parts.columns, config, _bf16(parts), after_epoch=measure)
+    _calibrate(model.body, parts)
+    provenance = {**start.card.provenance, "finetuned_epochs": config.epochs, "finetuned_on": len(parts.images)}
     card = dataclasses.replace(start.card, provenance=provenance)
-    for parameter in body.parameters():
-        parameter.requires_grad_(False)
-    return PredictedNetwork(body, head.centroids.detach(), card), curve
+    return PredictedNetwork(model.body.requires_grad_(False), model.head.centroids.detach(), card), curve
 
 
-def _accuracy(model: nn.Sequential, images: Tensor, test_images: Tensor, test_columns: Tensor) -> float:
+@torch.no_grad()
+def _accuracy(model: nn.Sequential, parts: Parts) -> float:
     """Accuracy in percent on the held-out images, with BatchNorm's statistics from the training images."""
-    with torch.no_grad():
-        model.eval()
-        calibrate(model.body, images[_spread(images)])
-        found = [model(part).argmax(1) for part in test_images.split(images_at_a_time(images.shape[-1]))]
-    return 100 * (torch.cat(found) == test_columns).float().mean().item()
+    model.eval()
+    _calibrate(model.body, parts)
+    found = [model(part).argmax(1) for part in parts.test_images.split(images_at_a_time(parts.images.shape[-1]))]
+    return 100 * int((torch.cat(found) == parts.test_columns).sum()) / len(parts.test_columns)
 
 
-def _spread(images: Tensor) -> Tensor:
-    """Rows of the images, spread over all of them, that BatchNorm's running statistics are taken from."""
-    count = min(len(images), images_at_a_time(images.shape[-1]))
-    return torch.arange(count, device=images.device) * len(images) // count
+def _bf16(parts: Parts) -> bool:
+    return wants_bf16("auto", parts.images.device)
 
 
 def _progress() -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("epochs"))
     accuracy = TextColumn("held out {task.fields[accuracy]:.1f} %")
-    return Progress(*columns, accuracy, TimeRemainingColumn())
+    return Progress(*columns, accuracy, TimeRemainingColumn(), console=Console(stderr=True))

@@ -31,9 +31,13 @@ def local_file(location: str | Path) -> Path:
         if not found:
             raise UserError(f"{text}: nothing is installed that reads {scheme}:/ (the project's set-up does it)")
         return found[0].load()(text)
-    if Path(location).exists() or Path(location).suffix:
+    if text in (known := shipped()):
+        return known[text]
+    try:
+        there = Path(location).exists()
+    except OSError:  # a name that no file can have
+        there = False
+    if there or Path(location).suffix:
         return Path(location)
-    known = shipped()
-    if text not in known:
-        raise UserError(f"{text}: no such file, nor a model that ships with the project ({', '.join(known) or 'none'})")
-    return known[text]
+    names = ", ".join(known) or "none"
+    raise UserError(f"{text[:200]}: no such file, nor a model that ships with the project ({names})")

@@ -12,6 +12,7 @@ from pudnet.card import Card, card_target, loaded, read_tensors, write_tensors
 from pudnet.data.images import normalize
 from pudnet.data.own import Images, ImageSet, Label, image_set, images_at_a_time
 from pudnet.errors import UserError
+from pudnet.locations import local_file
 from pudnet.objective import metric_logits
 
 
@@ -49,7 +50,8 @@ class PredictedNetwork(nn.Module):
 
     def classify(self, images: Images | ImageSet) -> list[Label]:
         """The class of each image."""
-        return [self.classes[column] for column in self(images).argmax(1).tolist()]
+        columns = [self._logits(chunk).argmax(1) for chunk in self._chunks(images)]
+        return [self.classes[column] for column in torch.cat(columns).tolist()]
 
     def logits(self, normalized: Tensor) -> Tensor:
         """`forward` on images (N, C, H, W) that are normalised already."""
@@ -84,8 +86,11 @@ class PredictedNetwork(nn.Module):
 
     @classmethod
     def load(cls, path: str | Path, target: str | nn.Module | None = None) -> PredictedNetwork:
-        """Read a network that `save` wrote; `UserError` for another file. `target`: as for `Predictor.load`."""
-        tensors, card = read_tensors(Path(path))
+        """Read a network that `save` wrote; `UserError` for another file.
+
+        `path` may be a URI, and a `target` may be needed, as for `Predictor.load`.
+        """
+        tensors, card = read_tensors(local_file(path))
         if card.kind != "network":
             raise UserError(f"{path}: holds a {card.kind}, not a predicted network (`pudnet predict` makes one)")
         with torch.random.fork_rng(devices=[]):

@@ -17,7 +17,7 @@ from pudnet.config import ModelConfig, default_extractor, parse
 from pudnet.controls import StaticTrunk
 from pudnet.cpu import accelerate, keep_freed_memory
 from pudnet.data.images import normalize
-from pudnet.data.own import Images, ImageSet, Pixels, encode_labels, image_set, images_at_a_time
+from pudnet.data.own import Images, ImageSet, Pixels, images_at_a_time, labelled_set
 from pudnet.device import wants_bf16
 from pudnet.errors import UserError
 from pudnet.hypernet import PudNet
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 SKETCH_IMAGES = 50  # how few are enough: benchmarks/README.md
 CALIBRATION_IMAGES = 50
-WEIGHTS_AT_A_TIME = 2**26
+WEIGHTS_AT_A_TIME, GROUPS_AT_A_TIME = 2**26, 100
 
 
 def first_rows(labels: Tensor, per_class: int) -> Tensor:
@@ -134,7 +134,11 @@ class Predictor:
     ) -> Predictor:
         """The untrained model that a card describes. Raises `UserError` for a card that describes none."""
         model, built = build_model(card, target)
-        return cls(model.to(device), card, built)
+        try:
+            model.to(device)
+        except (RuntimeError, AssertionError) as error:
+            raise UserError(f"device: {device} cannot be used ({' '.join(str(error).split())[:100]})") from None
+        return cls(model, card, built)
 
     def save(self, path: str | Path) -> None:
         """Write the model and its card as .safetensors."""
@@ -159,17 +163,18 @@ class Predictor:
         labels: Sequence | Pixels | None = None,
         epochs: int = 10,
         held_out: float = 0.2,
+        learning_rate: float = 3e-3,
     ) -> FineTuned:
         """Train a predicted network on labelled images, beside the same from random weights (`pudnet.finetune`)."""
         from pudnet.finetune import finetune  # here: it needs the baselines, which need this
 
-        return finetune(network, images, labels, epochs, held_out)
+        return finetune(network, images, labels, epochs, held_out, learning_rate)
 
     def predict_many(
         self, groups: Sequence[tuple[Images | ImageSet, Sequence | Pixels | None]]
     ) -> list[PredictedNetwork]:
-        """`predict` for each of several groups; the hypernetwork runs once for as many as have 64 M weights."""
-        networks, batch = [], max(1, WEIGHTS_AT_A_TIME // self.target.predicted)
+        """`predict` for each of several groups; the hypernetwork runs once for up to 100, of 64 M weights."""
+        networks, batch = [], max(1, min(GROUPS_AT_A_TIME, WEIGHTS_AT_A_TIME // self.target.predicted))
         for first in range(0, len(groups), batch):
             prepared = [self._prepare(images, labels) for images, labels in groups[first : first + batch]]
             sketches = torch.stack([self.sketch(images, labels) for images, labels, _ in prepared])
@@ -182,10 +187,7 @@ class Predictor:
 
     def _prepare(self, images: Images | ImageSet, labels: Sequence | Pixels | None) -> tuple:
         """What a prediction looks at: normalised images (N, C, H, W), labels (N,) and the k classes."""
-        own = image_set(images, self.card, labels)
-        if own.labels is not labels and labels is not None:
-            raise UserError("labels: a folder and a Dataset bring their own; leave these out")
-        encoded, classes = encode_labels(own.labels, own.count)
+        own, encoded, classes = labelled_set(images, labels, self.card)
         rows = self.rows(encoded)
         looked_at = Streamed(own, rows, self.mean, self.std)
         if len(rows) <= images_at_a_time(self.card.image_size):

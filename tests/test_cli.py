@@ -54,21 +54,22 @@ def test_predict_and_classify_work_right_after_set_up(photos, weights, capsys):
     rows = list(csv.DictReader(out.open()))
     right = [row["class"] == row["label"] for row in rows]
     assert len(rows) == 60 and np.mean(right) > 0.8  # digits, with a model that was trained on photos
-    assert f"60 images, accuracy {100 * np.mean(right):.2f} % of 60 labelled" in said
+    assert "60 images (made 32x32 px, colour, as the model's training data was)" in said
+    assert f"accuracy {100 * np.mean(right):.2f} % of 60 labelled" in said
 
 
 def test_predict_says_what_it_looked_at(photos, tmp_path, capsys):
     command = ["predict", "--data", str(photos / "new"), "--support", "5", "--out", str(tmp_path / "w.safetensors")]
     assert main(command) == 0
     said = capsys.readouterr().out
-    assert "convnet3 for 3 classes, predicted from 51 of 60 images, converted to 32x32 px and 3 channel(s)" in said
+    assert "convnet3 for 3 classes, predicted from 51 of 60 images (made 32x32 px, colour, as" in said
     assert PredictedNetwork.load(tmp_path / "w.safetensors").card.provenance["support_images"] == 15
 
 
 def test_images_without_labels_are_classified_too(photos, weights, tmp_path, capsys):
     command = ["classify", "--weights", str(weights), "--data", str(photos / "flat"), "--out", str(tmp_path / "c.csv")]
     assert main(command) == 0
-    assert capsys.readouterr().out == "60 images\n"
+    assert capsys.readouterr().out.startswith("60 images (made ")
     assert {row["label"] for row in csv.DictReader((tmp_path / "c.csv").open())} == {""}
 
 
@@ -80,7 +81,7 @@ def test_finetune_writes_a_better_network_and_both_curves(photos, weights, tmp_p
     assert [(row["start"], int(row["epoch"])) for row in rows] == [
         (s, e) for s in ("predicted", "random") for e in range(4)
     ]
-    assert "trained on 48 images, accuracies on 12 others" in capsys.readouterr().out
+    assert "accuracies on 12 others" in capsys.readouterr().out
     assert PredictedNetwork.load(out).card.provenance["finetuned_epochs"] == 3
 
 
@@ -148,7 +149,13 @@ CLASSIFY = "classify --weights {weights} --data {data}"
         ("predict --data {tmp}/none --out {tmp}/o", "none has no images"),
         ("predict --data {tmp}/absent --out {tmp}/o", "absent: no such folder"),
         ("predict --data {data} --out {tmp}/text.safetensors/o", "text.safetensors/o: cannot be written"),
-        ("predict --data {flat} --out {tmp}/o", "labels: one an image is needed"),
+        ("predict --data {flat} --out {tmp}/o", "flat: has no subfolders; it needs one subfolder of images a class"),
+        ("predict --data {data} --out .", ".: cannot be written (it is a folder)"),
+        ("predict --data {data} --out {tmp}/none", "none: cannot be written (it is a folder)"),
+        (PREDICT + " --model {tmp}", "is a folder, not a file"),
+        (PREDICT + " --model " + 300 * "x", "xxx: no such file, nor a model"),
+        ("finetune --weights {weights} --data {data} --out {tmp}/o --curve {tmp}/none", "none: cannot be written"),
+        ("export --weights {weights} --out {weights}", "is the file that is exported; give another --out"),
         (PREDICT + " --model {weights}", "holds a network, not a trained model"),
         (PREDICT + " --model {tmp}/text.safetensors", "text.safetensors: not a PudNet file"),
         (PREDICT + " --model {tmp}/pickle.pt", "pickle.pt: not a PudNet file"),
@@ -165,6 +172,7 @@ CLASSIFY = "classify --weights {weights} --data {data}"
         ("finetune --weights {weights} --data {tmp}/one --out {tmp}/o", "two classes"),
         ("finetune --weights {weights} --data {data} --out {tmp}/o --epochs 0", "epochs: must be an integer"),
         ("finetune --weights {weights} --data {data} --out {tmp}/o --held-out 0.99", "too few to hold"),
+        ("finetune --weights {weights} --data {data} --out {tmp}/o --learning-rate 0", "learning_rate: must be"),
         ("export --weights {weights} --out {tmp}/o.h5", "exports end in .onnx, .pt2, .safetensors"),
         ("info {tmp}/pickle.pt", "pickle.pt: not a PudNet file"),
     ],

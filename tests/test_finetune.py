@@ -3,11 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from sklearn.datasets import load_digits
 
 from pudnet import Predictor
+from pudnet.baselines.scratch import ScratchConfig, train
 from pudnet.errors import UserError
-from pudnet.finetune import finetune
+from pudnet.finetune import _random, finetune
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +51,54 @@ def test_curve_starts_before_training_and_has_both_starts(tuned):
         assert points[-1].loss < points[1].loss and points[-1].accuracy > 90
 
 
+def test_nothing_of_the_held_out_images_is_known_at_the_start(predictor):
+    """Random labels: neither start does better than chance, though the network was predicted from those very images."""
+    accuracies = {"predicted": [], "random": []}
+    for seed in range(8):
+        rng = np.random.default_rng(seed)
+        images, labels = rng.integers(0, 256, (25, 8, 8), dtype=np.uint8), np.arange(25) % 5
+        found = finetune(predictor.predict(images, labels), images, labels, epochs=1, held_out=0.4, seed=seed)
+        for point in found.curve[::2]:
+            accuracies[point.start].append(point.accuracy)
+    for values in accuracies.values():  # of 80 images: chance is 20 %, four standard errors are 18
+        assert abs(np.mean(values) - 20) < 18
+
+
+def test_both_starts_see_the_same_batches(predictor, digits):
+    """From the very same start, the two curves are one."""
+    images, labels = digits
+    network = predictor.predict(images[:80], labels[:80])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pudnet.finetune._random", lambda network: network)
+        found = finetune(network, images[:80], labels[:80], epochs=2)
+    first, second = found.curve[:3], found.curve[3:]
+    assert [point.accuracy for point in first] == [point.accuracy for point in second]
+    assert [point.loss for point in first[1:]] == [point.loss for point in second[1:]]
+
+
+def test_random_start_has_nothing_of_the_predicted_one(predictor, digits):
+    network = predictor.predict(*digits)
+    fresh = _random(network).target_state_dict()
+    for name, tensor in network.target_state_dict().items():
+        same = "bias" in name or "norm.weight" in name  # zeros and ones, as they begin
+        assert same or "num_batches" in name or not torch.allclose(fresh[name], tensor)
+
+
+def test_no_batch_is_of_one_image():
+    """BatchNorm cannot be trained on one value a channel: 51 images are batches of 26 and 25, not of 50 and 1."""
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2))
+    train(network, torch.randn(51, 1, 2, 2), torch.arange(51) % 2, ScratchConfig(epochs=1, batch=50), bf16=False)
+
+
+def test_folders_labels_are_strings_and_are_matched(predictor, digits, tmp_path):
+    images, labels = digits
+    for row in range(40):
+        (tmp_path / str(labels[row])).mkdir(exist_ok=True)
+        Image.fromarray(images[row]).save(tmp_path / str(labels[row]) / f"{row}.png")
+    found = finetune(predictor.predict(images[:40], labels[:40]), tmp_path, epochs=1)
+    assert found.network.classes == (0, 1, 2, 3) and found.trained_on + found.held_out == 40
+
+
 def test_network_that_is_trained_on_is_left_as_it_was(predictor, digits):
     images, labels = digits
     network = predictor.predict(images, labels)
@@ -72,7 +122,10 @@ def test_same_seed_gives_the_same_weights(predictor, digits):
         ({"held_out": 1.0}, "held_out: must lie between 0 and 1"),
         ({"learning_rate": 0.0}, "learning_rate: must be positive"),
         ({"labels": ["cat", "dog"] * 40}, "labels: the network does not know 'cat'; it knows 0, 1, 2, 3"),
-        ({"labels": [0] * 79 + [1]}, r"labels: class 1 has 1 image\(s\), too few"),
+        ({"labels": [0, 1, 2] * 26 + [3, 0]}, r"labels: class 3 has 1 image\(s\), too few"),
+        ({"labels": [0, 1, 2, 1] * 20}, "labels: no images of class '3', which the network knows"),
+        ({"epochs": True}, "epochs: must be an integer"),
+        ({"held_out": "x"}, "held_out: must lie between 0 and 1, got 'x'"),
     ],
 )
 def test_unfit_input_is_refused(change, message, predictor, digits):

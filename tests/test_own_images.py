@@ -54,11 +54,13 @@ def test_every_form_of_the_same_images_gives_the_same_pixels(tmp_path):
         assert torch.equal(pixels(torch.tensor(images).movedim(3, 1))[order], source)
         assert torch.equal(pixels(images.astype(np.uint16) * 257)[order], source)
         assert torch.equal(pixels(torch.tensor(images.astype(np.uint16) * 257))[order], source)
-    assert torch.equal(pixels([Image.fromarray(image) for image in images])[order], source)
-    assert torch.equal(pixels(list(images))[order], source)
-    assert torch.equal(pixels(list(floats))[order], source)
-    assert torch.equal(pixels(TensorDataset(floats, torch.arange(4)))[order], source)
-    assert torch.equal(pixels(tmp_path), source) and torch.equal(pixels(str(tmp_path)), source)
+    same = ([Image.fromarray(image) for image in images], list(images), list(floats), TensorDataset(floats))
+    for form in same:
+        with pytest.warns(ConvertedImages, match="images of 40x24 px") as said:
+            assert torch.equal(pixels(form)[order], source)
+        assert said[0].filename == __file__  # it points at the user's line
+    with pytest.warns(ConvertedImages, match="images of 40x24 px"):
+        assert torch.equal(pixels(tmp_path), source) and torch.equal(pixels(str(tmp_path)), source)
 
 
 def test_images_of_the_models_form_are_left_as_they_are():
@@ -128,8 +130,10 @@ def test_datasets_are_read_by_row_and_bring_their_labels():
 
     predictor = Predictor.untrained("convnet3", 3, 16)
     assert predictor.predict(Words()).classes == ("cat", "dog")
-    with pytest.raises(UserError, match="labels: a folder and a Dataset bring their own"):
+    with pytest.raises(UserError, match="labels: a folder's are its subfolders, a Dataset's are with its images"):
         predictor.predict(Words(), ["cat"] * 6)
+    images = TensorDataset(torch.rand(5, 3, 16, 16))  # without labels
+    assert len(predictor.predict(Words()).classify(images)) == 5
 
 
 class Broken(Dataset):
@@ -151,7 +155,7 @@ class Endless(IterableDataset):
         (Broken(), "item 0 of the Dataset cannot be read .*the disk is gone"),
         (Endless(), "a Dataset must have a length"),
         (TensorDataset(torch.zeros(0, 3, 16, 16), torch.zeros(0)), "the Dataset has none"),
-        (TensorDataset(torch.zeros(4, 3, 16, 16)), "item 0 of the Dataset cannot be read as .image, label."),
+        (TensorDataset(torch.zeros(4, 3, 16, 16)), "item 0 of the Dataset is not .image, label."),
     ],
 )
 def test_unfit_datasets_are_refused(dataset, message):
@@ -176,11 +180,16 @@ class Shade(Enum):
         ([torch.tensor(2), torch.tensor(1), torch.tensor(2)], (1, 2)),
         ([Shade.LIGHT, Shade.DARK, Shade.LIGHT], ("Shade.DARK", "Shade.LIGHT")),
         ([("x", 1), ("a", 2), ("x", 1)], ("('a', 2)", "('x', 1)")),
+        ([b"b", b"a", b"b"], ("a", "b")),
+        (np.array(["2026-02-01", "2026-01-01", "2026-02-01"], "datetime64[ns]"), None),
     ],
 )
 def test_labels_of_any_type(labels, classes):
     encoded, names = encode_labels(labels, 3)
-    assert names == classes and [type(a) for a in names] == [type(a) for a in classes]
+    if classes is None:
+        assert [name[:10] for name in names] == ["2026-01-01", "2026-02-01"]
+    else:
+        assert names == classes and [type(a) for a in names] == [type(a) for a in classes]
     assert encoded[0] == encoded[2] != encoded[1] and sorted(set(encoded.tolist())) == [0, 1]
 
 
@@ -199,5 +208,40 @@ def test_bad_files_are_named_or_left_out_and_counted(tmp_path):
     assert predictor.predict(images).classes == ("a", "b")
     for row in (0, 2):
         (tmp_path / "a" / f"{row}.png").write_bytes(b"")
-    with pytest.raises(UserError, match=r"labels: need images of at least two classes, got 1 \(b\)"):
-        predictor.predict(open_folder(tmp_path, predictor.card, skip_bad=True))
+    with pytest.raises(UserError, match="none of the images of a can be read"):
+        open_folder(tmp_path, predictor.card, skip_bad=True)
+
+
+def test_loose_images_are_classified_but_not_predicted_from(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        Image.fromarray(picture(20, 20, 3)).save(tmp_path / name / "x.png")
+    predictor = Predictor.untrained("convnet3", 3, 16)
+    network = predictor.predict(tmp_path)
+    Image.fromarray(picture(20, 20, 3)).save(tmp_path / "loose.png")
+    for hidden in (tmp_path / ".thumbs", tmp_path / "a" / ".cache", tmp_path / "a" / "folder.png"):
+        hidden.mkdir()
+        Image.fromarray(picture(20, 20, 3)).save(hidden / ".x.png" if hidden.suffix == ".png" else hidden / "x.png")
+    images = open_folder(tmp_path, predictor.card)
+    assert [file.name for file in images.files] == ["x.png", "x.png", "loose.png"]
+    assert images.labels == ["a", "b", None] and len(network.classify(tmp_path)) == 3
+    with pytest.raises(UserError, match="loose.png: lies beside the subfolders, so it has no class"):
+        predictor.predict(tmp_path)
+    with pytest.raises(UserError, match="b has no subfolders; it needs one subfolder of images a class"):
+        predictor.predict(tmp_path / "b")
+
+
+@pytest.mark.parametrize("dtype", [">f4", "<f8", "f2", np.longdouble])
+def test_floats_of_any_kind_and_read_only_arrays_will_do(dtype):
+    images = picture(16, 16, 3)[None]
+    floats = (images.transpose(0, 3, 1, 2) / 255).astype(dtype)
+    floats.flags.writeable = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert close(pixels(floats), images, 0.2) and close(pixels([floats[0]]), images, 0.2)
+
+
+@pytest.mark.parametrize("image", [np.zeros((32, 32, 3), np.uint8), torch.zeros(3, 32, 32)])
+def test_one_image_is_not_taken_for_many(image):
+    with pytest.raises(UserError, match="looks like one image; give .N, ...., as `image.None.`"):
+        pixels(image)

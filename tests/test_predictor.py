@@ -1,7 +1,7 @@
 """The public surface: predict a network for labelled images, use it, save and load it, refuse what is unfit."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
-from pudnet.card import FORMAT, METADATA, read_tensors, write_tensors
+from pudnet.card import FORMAT, METADATA, Card, read_tensors, write_tensors
+from pudnet.config import parse
 from pudnet.errors import UserError
 from pudnet.network import PredictedNetwork
 from pudnet.predictor import Predictor, spread_rows
@@ -324,6 +325,28 @@ def test_bad_file_is_named(kind, write, message, predictor, network, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"std": (0.5, 0.0, 0.5)}, "card.std.1: input should be greater than 0"),
+        ({"mean": (0.5, 0.5)}, "card.*mean and std must have a value a channel"),
+        ({"temperature": float("nan")}, "card.temperature"),
+        ({"classes": (1, "1")}, "card.*two classes have the same name"),
+    ],
+)
+def test_card_that_contradicts_itself_is_refused(change, message, network):
+    values = {**asdict(network.card), **change}
+    with pytest.raises(UserError, match=message):
+        parse(Card, values, "card")
+
+
+@pytest.mark.parametrize("device", ["cuda:7", "gpu"])
+def test_device_that_is_not_there_is_named(device, predictor, tmp_path):
+    predictor.save(tmp_path / "m.safetensors")
+    with pytest.raises(UserError, match=f"device: {device} cannot be used"):
+        Predictor.load(tmp_path / "m.safetensors", device)
+
+
 @pytest.mark.parametrize("place", ["taken", "file/below.safetensors"])
 def test_path_that_cannot_be_written_is_named(place, predictor, network, tmp_path):
     (tmp_path / "taken").mkdir()
@@ -350,7 +373,7 @@ def test_path_that_cannot_be_written_is_named(place, predictor, network, tmp_pat
         (None, "labels: one an image is needed"),
         ("red" * 12, "labels: must be one an image, got a str"),
         (7, "labels: must be one an image, got a int"),
-        (["1", Word("1")] * 18, "labels: two of them have the same name"),
+        (["1", Word("1")] * 18, "labels: two classes have the same name"),
     ],
 )
 def test_unfit_labels_are_refused(labels, message, predictor):
@@ -374,6 +397,7 @@ def floats(value):
         (IMAGES > 3, "images: must be uint8 .* got bool"),
         (IMAGES[:0], r"images: .* got shape \(0, 16, 16, 3\)"),
         (IMAGES[0, 0], r"images: .* got shape \(16, 3\)"),
+        (IMAGES[0], r"images: shape \(16, 16, 3\) looks like one image"),
         (np.zeros((36, 16, 16, 5), np.uint8), r"images: .* 1 to 4 channels, got shape \(36, 16, 16, 5\)"),
         (None, "images: must be an array, a list of images, a Dataset or a folder, got a NoneType"),
         ([], "images: there are none"),

@@ -117,13 +117,14 @@ def train_epoch(
     bf16: bool,
     schedule: torch.optim.lr_scheduler.LRScheduler | None = None,
 ) -> float:
-    """One epoch of cross-entropy over shuffled batches; its mean loss.
+    """One epoch of cross-entropy over shuffled batches of one size, `batch` or a little less; its mean loss.
 
     Without autocast's cache, which keeps the weights that it has cast although the step changes them.
     """
     network.train()
     total = torch.zeros((), device=images.device)
-    for rows in torch.randperm(len(images), device=images.device).split(config.batch):
+    batches = math.ceil(len(images) / config.batch)
+    for rows in torch.randperm(len(images), device=images.device).tensor_split(batches):
         optimizer.zero_grad()
         batch = augmented(images[rows], config.augment)
         with torch.enable_grad():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from pudnet.data.sources import convert, image_files, labelled_files, read_image, to_array
+from pudnet.data.sources import convert, image_files, read_image, to_array
 from pudnet.errors import UserError
 
 AT_A_TIME = 500  # images where they do not depend on each other, of 32 px; fewer of larger ones
@@ -41,11 +43,11 @@ class ConvertedImages(UserWarning):
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
-    """Images that are read by their row, already in the form that a model takes; labels where they are known."""
+    """Images that are read by their row, already in the form that a model takes."""
 
     count: int
     read: Callable[[list[int]], Pixels]  # rows -> (n, S, S, C) of 0..255
-    labels: Sequence | Pixels | None = None
+    labels: Sequence[str | None] | None = None  # of a folder that has subfolders
     files: tuple[Path, ...] = ()  # of a folder
     skipped: tuple[Path, ...] = ()  # files that cannot be read
 
@@ -60,12 +62,12 @@ def images_at_a_time(image_size: int) -> int:
     return min(AT_A_TIME, max(1, AT_A_TIME * 32**2 // image_size**2))
 
 
-def image_set(images: Images | ImageSet, form: Form, labels: Sequence | Pixels | None = None) -> ImageSet:
+def image_set(images: Images | ImageSet, form: Form) -> ImageSet:
     """A user's images as an `ImageSet`, converted to the model's size and channels as its training data was.
 
     Takes an array or tensor: integers (N, H, W, C) or (N, H, W), uint8 or uint16, or floats (N, C, H, W) in 0..1
     (the channels may stand in the other place, where that is clear); a list of PIL images or arrays of any
-    sizes; a torch Dataset of (image, label); a folder, with a subfolder of images a class or of images alone.
+    sizes; a torch Dataset of images or of (image, label); a folder.
 
     Raises:
         UserError: for anything else, floats that are not in 0..1, no images, or a folder without any.
@@ -77,44 +79,83 @@ def image_set(images: Images | ImageSet, form: Form, labels: Sequence | Pixels |
     if isinstance(images, Dataset):
         return _of_dataset(images, form)
     if isinstance(images, list | tuple):
-        return _of_list(images, form, labels)
-    return _of_array(images, form, labels)
+        return _of_list(images, form)
+    return _of_array(images, form)
+
+
+def labelled_set(
+    images: Images | ImageSet, labels: Sequence | Pixels | None, form: Form
+) -> tuple[ImageSet, Tensor, tuple[Label, ...]]:
+    """Labelled images: the `ImageSet`, the labels (N,) in 0..k-1, and the k classes.
+
+    A folder (a subfolder of images a class) and a Dataset of (image, label) bring their labels, other images need
+    them. Raises `UserError` as `image_set` and `encode_labels` do, and where labels are given to what has its own.
+    """
+    own = image_set(images, form)
+    if labels is not None and (own.files or isinstance(images, Dataset)):
+        raise UserError("labels: a folder's are its subfolders, a Dataset's are with its images; leave these out")
+    if own.files and own.labels is None:
+        raise UserError(
+            f"{images if isinstance(images, str | Path) else own.files[0].parent}: has no subfolders; "
+            "it needs one subfolder of images a class"
+        )
+    if isinstance(images, Dataset):
+        labels = _dataset_labels(images)
+    elif own.labels is not None:
+        labels = own.labels
+        if None in labels:
+            raise UserError(f"{own.files[list(labels).index(None)]}: lies beside the subfolders, so it has no class")
+    return own, *encode_labels(labels, own.count)
 
 
 # Arrays and tensors
 
 
-def _of_array(images: Pixels, form: Form, labels: Sequence | Pixels | None) -> ImageSet:
+def _of_array(images: Pixels, form: Form) -> ImageSet:
     if not isinstance(images, np.ndarray | Tensor):
         raise UserError(f"images: must be an array, a list of images, a Dataset or a folder, got {_kind(images)}")
     if isinstance(images, Tensor) and images.dtype == torch.uint16:
         images = images.cpu().numpy()  # torch cannot take rows of these
     _check_array(images)
     size, channels = _image_shape(images)
-    if (*size, channels) != (form.image_size, form.image_size, form.channels):
-        warnings.warn(
-            f"images of {size[1]}x{size[0]} px and {channels} channel(s) become {form.image_size}x{form.image_size} "
-            f"px and {form.channels}, as the model's training data",
-            ConvertedImages,
-            stacklevel=4,
-        )
-    return ImageSet(len(images), lambda rows: _pixels(images[rows], form), labels)
+    _say_converted(*size, channels, form)
+    return ImageSet(len(images), lambda rows: _pixels(images[rows], form))
+
+
+def _say_converted(height: int, width: int, channels: int, form: Form) -> None:
+    """Warn, at the user's line, of images of another form than the model's."""
+    if (height, width, channels) == (form.image_size, form.image_size, form.channels):
+        return
+    frame, level = sys._getframe(1), 2
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("pudnet", "torch"):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(
+        f"images of {width}x{height} px and {channels} channel(s) become {form.image_size}x{form.image_size} px and "
+        f"{form.channels}, as the model's training data",
+        ConvertedImages,
+        stacklevel=level,
+    )
 
 
 def _check_array(images: Pixels) -> None:
     """Raise `UserError` for an array that holds no images; floats are looked at a part at a time."""
-    floating = images.is_floating_point() if isinstance(images, Tensor) else images.dtype.kind == "f"
-    if not floating and str(images.dtype).removeprefix("torch.") not in ("uint8", "uint16"):
+    if not _is_float(images) and str(images.dtype).removeprefix("torch.") not in ("uint8", "uint16"):
         raise UserError(f"images: must be uint8 (N, H, W, C) or float (N, C, H, W), got {images.dtype}")
+    if images.ndim == 3 and images.shape[0 if _is_float(images) else 2] in (3, 4):
+        raise UserError(f"images: shape {tuple(images.shape)} looks like one image; give (N, ...), as `image[None]`")
     if _channel_axis(images) is None or 0 in images.shape:
         raise UserError(
             f"images: must be uint8 (N, H, W, C) or float (N, C, H, W) with 1 to 4 channels, "
             f"got shape {tuple(images.shape)}"
         )
-    for first in range(0, len(images) if floating else 0, AT_A_TIME):
+    for first in range(0, len(images) if _is_float(images) else 0, AT_A_TIME):
         part = images[first : first + AT_A_TIME]
         if not bool(((part >= 0) & (part <= 1)).all()):
             raise UserError("images: floats must lie in 0..1, these hold other values (or NaN)")
+
+
+def _is_float(images: Pixels) -> bool:
+    return images.is_floating_point() if isinstance(images, Tensor) else images.dtype.kind == "f"
 
 
 def _channel_axis(images: Pixels) -> int | None:
@@ -123,8 +164,7 @@ def _channel_axis(images: Pixels) -> int | None:
         return 3
     if images.ndim != 4:
         return None
-    floating = images.is_floating_point() if isinstance(images, Tensor) else images.dtype.kind == "f"
-    usual, other = (1, 3) if floating else (3, 1)
+    usual, other = (1, 3) if _is_float(images) else (3, 1)
     return next((axis for axis in (usual, other) if images.shape[axis] in CHANNELS), None)
 
 
@@ -139,7 +179,9 @@ def _image_shape(images: Pixels) -> tuple[tuple[int, int], int]:
 def _pixels(images: Pixels, form: Form) -> Tensor:
     """An array of images that `_check_array` has passed -> (n, S, S, C) of 0..255."""
     axis = _channel_axis(images)
-    pixels = torch.as_tensor(np.ascontiguousarray(images) if isinstance(images, np.ndarray) else images)
+    if isinstance(images, np.ndarray):  # of any byte order, read-only or not
+        images = torch.from_numpy(images.astype(np.float32 if _is_float(images) else images.dtype.newbyteorder("=")))
+    pixels = images
     pixels = pixels.unsqueeze(3) if pixels.ndim == 3 else pixels.movedim(axis, 3)
     if pixels.is_floating_point():
         pixels = pixels.float() * 255
@@ -154,21 +196,22 @@ def _pixels(images: Pixels, form: Form) -> Tensor:
 # Lists and Datasets
 
 
-def _of_list(images: Sequence, form: Form, labels: Sequence | Pixels | None) -> ImageSet:
+def _of_list(images: Sequence, form: Form) -> ImageSet:
     if not images:
         raise UserError("images: there are none")
-    return ImageSet(len(images), lambda rows: torch.stack([_one(images[row], row, form) for row in rows]), labels)
+    return ImageSet(len(images), lambda rows: torch.stack([_one(images[row], row, form) for row in rows]))
 
 
 def _one(image: Pixels | Image.Image, row: int, form: Form) -> Tensor:
     """One image, (H, W, C), (H, W) or float (C, H, W), or a PIL image -> (S, S, C) of 0..255."""
     try:
         if isinstance(image, Image.Image):
+            _say_converted(image.height, image.width, len(image.getbands()), form)
             return torch.from_numpy(to_array(image, form.image_size, form.channels))
         if not isinstance(image, np.ndarray | Tensor):
             raise UserError(f"images: must be PIL images, arrays or tensors, got {_kind(image)}")
-        _check_array(image[None])
-        return _pixels(image[None], form)[0]
+        one = _of_array(image[None], form)
+        return torch.as_tensor(one.read([0]))[0]
     except (UserError, ValueError) as error:
         raise UserError(f"image {row}: {str(error).removeprefix('images: ')}") from None
 
@@ -179,10 +222,11 @@ def _of_dataset(dataset: Dataset, form: Form) -> ImageSet:
     if not len(dataset):
         raise UserError("images: the Dataset has none")
 
-    def read(rows: list[int]) -> Tensor:
-        return torch.stack([_one(_item(dataset, row)[0], row, form) for row in rows])
+    def image(row: int) -> Pixels | Image.Image:
+        item = _item(dataset, row)
+        return item[0] if isinstance(item, tuple | list) else item
 
-    return ImageSet(len(dataset), read, _dataset_labels(dataset))
+    return ImageSet(len(dataset), lambda rows: torch.stack([_one(image(row), row, form) for row in rows]))
 
 
 def _dataset_labels(dataset: Dataset) -> Sequence:
@@ -191,45 +235,64 @@ def _dataset_labels(dataset: Dataset) -> Sequence:
     own = isinstance(targets, list | np.ndarray | Tensor) and len(targets) == len(dataset)
     if own and getattr(dataset, "target_transform", None) is None:
         return targets
-    return [_item(dataset, row)[1] for row in range(len(dataset))]
+    labels = []
+    for row in range(len(dataset)):
+        item = _item(dataset, row)
+        if not isinstance(item, tuple | list) or len(item) != 2:
+            raise UserError(f"images: item {row} of the Dataset is not (image, label)")
+        labels.append(item[1])
+    return labels
 
 
-def _item(dataset: Dataset, row: int) -> tuple[Any, Any]:
+def _item(dataset: Dataset, row: int) -> Any:
     try:
-        image, label = dataset[row]
+        return dataset[row]
     except Exception as error:  # a user's own code
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        raise UserError(f"images: item {row} of the Dataset cannot be read as (image, label) ({reason})") from None
-    return image, label
+        raise UserError(f"images: item {row} of the Dataset cannot be read ({reason})") from None
 
 
 # Folders
 
 
 def open_folder(folder: Path, form: Form, skip_bad: bool = False) -> ImageSet:
-    """The images of a folder; their labels are the names of its subfolders, where it has any.
+    """All images of a folder, hidden ones left aside; their labels are the names of its subfolders, if it has any.
 
-    `skip_bad`: files that cannot be read as images are left out (and counted), which reads every file once.
+    An image beside the subfolders has no label (None). `skip_bad`: files that cannot be read as images are left
+    out, and counted, which reads every file once.
 
     Raises:
-        UserError: for a folder without images; without `skip_bad`, when a file that cannot be read is looked at.
+        UserError: for a folder, or a subfolder, without images; when a file that is looked at cannot be read;
+            with `skip_bad`, when none of a class can.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
-    flat = not any(child.is_dir() and not child.name.startswith(".") for child in folder.iterdir())
-    files, names = (image_files(folder), []) if flat else labelled_files(folder)
+    files = image_files(folder)
+    subfolders = {child.name for child in folder.iterdir() if child.is_dir() and not child.name.startswith(".")}
+    names = [_subfolder(file, folder) for file in files]
+    if empty := sorted(subfolders - set(names)):
+        raise UserError(f"{folder / empty[0]}: has no images; add some or remove the folder")
     bad = _unreadable(files) if skip_bad else set()
     kept = [row for row, file in enumerate(files) if file not in bad]
-    if not kept:
-        raise UserError(f"{folder}: none of its {len(files)} images can be read")
-    files, names = [files[row] for row in kept], [names[row] for row in kept] if names else None
-    decode = partial(read_image, image_size=form.image_size, channels=form.channels)
+    if lost := sorted(set(map(str, names)) - {str(names[row]) for row in kept}):
+        raise UserError(f"{folder}: none of the images of {lost[0] if subfolders else 'it'} can be read")
+    files, names = [files[row] for row in kept], [names[row] for row in kept]
+
+    with contextlib.suppress(Exception), Image.open(files[0]) as first:  # one that cannot be read is named when read
+        _say_converted(first.height, first.width, len(first.getbands()), form)
 
     def read(rows: list[int]) -> np.ndarray:
         with ThreadPoolExecutor() as pool:  # Pillow decodes outside Python's lock
             return np.stack(list(pool.map(decode, [files[row] for row in rows])))
 
-    return ImageSet(len(files), read, names, tuple(files), tuple(sorted(bad)))
+    decode = partial(read_image, image_size=form.image_size, channels=form.channels)
+    return ImageSet(len(files), read, names if subfolders else None, tuple(files), tuple(sorted(bad)))
+
+
+def _subfolder(file: Path, folder: Path) -> str | None:
+    """The name of the folder's child that a file lies below."""
+    parts = file.relative_to(folder).parts
+    return parts[0] if len(parts) > 1 else None
 
 
 def _unreadable(files: Sequence[Path]) -> set[Path]:
@@ -262,14 +325,15 @@ def encode_labels(labels: Sequence | Pixels | None, images: int) -> tuple[Tensor
     lacking = next((row for row, value in enumerate(values) if _is_missing(value)), None)
     if lacking is not None:
         raise UserError(f"labels: image {lacking} has none ({values[lacking]})")
-    distinct = _sorted_distinct(values)
-    if len(distinct) < 2:
-        raise UserError(f"labels: need images of at least two classes, got {len(distinct)} ({distinct[0]})")
-    names = tuple(value if isinstance(value, Label) else str(value) for value in distinct)
-    if len(set(names)) < len(names):
-        raise UserError("labels: two of them have the same name; use strings or integers")
-    column = {value: position for position, value in enumerate(distinct)}
-    return torch.tensor([column[value] for value in values]), names
+    keys = [(type(value), value) for value in values]  # 1 and True are two labels
+    distinct = _sorted_distinct(keys)
+    names = tuple(value if isinstance(value, Label) else str(value) for _, value in distinct)
+    if len(names) < 2:
+        raise UserError(f"labels: need images of at least two classes, got {len(names)} ({names[0]})")
+    if len(set(map(str, names))) < len(names):
+        raise UserError("labels: two classes have the same name; use strings or integers")
+    column = {key: position for position, key in enumerate(distinct)}
+    return torch.tensor([column[key] for key in keys]), names
 
 
 def _plain_labels(labels: Sequence | Pixels) -> list:
@@ -277,25 +341,34 @@ def _plain_labels(labels: Sequence | Pixels) -> list:
     if isinstance(labels, np.ndarray | Tensor):
         if labels.ndim != 1:
             raise UserError(f"labels: must be one an image, got shape {tuple(labels.shape)}")
-        return labels.tolist()
-    if isinstance(labels, str | bytes) or not isinstance(labels, Sequence) and not hasattr(labels, "__iter__"):
+        dated = isinstance(labels, np.ndarray) and labels.dtype.kind in "mM"
+        return [_plain_label(label) for label in (labels.astype(str) if dated else labels).tolist()]
+    if isinstance(labels, str | bytes) or not hasattr(labels, "__iter__"):
         raise UserError(f"labels: must be one an image, got {_kind(labels)}")
-    return [value.item() if isinstance(value, np.generic | Tensor) and not value.ndim else value for value in labels]
+    return [_plain_label(label) for label in labels]
+
+
+def _plain_label(label: Any) -> Any:
+    if isinstance(label, np.datetime64 | np.timedelta64):
+        return str(label)
+    if isinstance(label, np.generic | Tensor) and not label.ndim:
+        return label.item()
+    return label.decode(errors="replace") if isinstance(label, bytes) else label
 
 
 def _is_missing(value: Any) -> bool:
     return value is None or isinstance(value, float) and math.isnan(value)
 
 
-def _sorted_distinct(values: list) -> list:
+def _sorted_distinct(keys: list[tuple[type, Any]]) -> list[tuple[type, Any]]:
     try:
-        distinct = set(values)
+        distinct = set(keys)
     except TypeError:
         raise UserError("labels: must be one an image, as an integer or a string; these are collections") from None
     try:
-        return sorted(distinct)
+        return sorted(distinct, key=lambda key: key[1])
     except TypeError:  # of several types
-        return sorted(distinct, key=lambda value: (type(value).__name__, str(value)))
+        return sorted(distinct, key=lambda key: (key[0].__name__, str(key[1])))
 
 
 def _kind(value: Any) -> str:

@@ -227,8 +227,14 @@ def _how_to_get(dataset_class: type, raw: Path, error: Exception) -> str:
 
 def _open_folder(folder: Path, image_size: int, channels: int) -> Source:
     """One subfolder a class, by sorted name; images are found at any depth and decoded batch by batch."""
-    paths, owners = labelled_files(folder)
-    names, labels = np.unique(owners, return_inverse=True)
+    if not folder.is_dir():
+        raise UserError(f"folder:{folder} does not exist or is no folder; it needs one subfolder of images a class")
+    classes = sorted(child for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
+    if not classes:
+        raise UserError(f"folder:{folder} has no subfolders; it needs one subfolder of images a class")
+    files = [image_files(child) for child in classes]
+    labels = np.repeat(np.arange(len(classes)), [len(paths) for paths in files])
+    paths = [path for paths in files for path in paths]
 
     def batches() -> Iterator[np.ndarray]:
         read = partial(read_image, image_size=image_size, channels=channels)
@@ -236,30 +242,19 @@ def _open_folder(folder: Path, image_size: int, channels: int) -> Source:
             for start in range(0, len(paths), BATCH):
                 yield np.stack(list(pool.map(read, paths[start : start + BATCH])))
 
-    return Source(f"folder:{folder}", tuple(names.tolist()), labels.astype(np.int64), batches)
-
-
-def labelled_files(folder: Path) -> tuple[list[Path], list[str]]:
-    """Image files of a folder with a subfolder a class, class by class, and the class of each.
-
-    Raises UserError where there is no such folder, no subfolder, or one without images.
-    """
-    if not folder.is_dir():
-        raise UserError(f"folder:{folder} does not exist or is no folder; it needs one subfolder of images a class")
-    classes = sorted(child for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
-    if not classes:
-        raise UserError(f"folder:{folder} has no subfolders; it needs one subfolder of images a class")
-    files = [image_files(child) for child in classes]
-    return [path for paths in files for path in paths], [
-        child.name for child, paths in zip(classes, files, strict=True) for _ in paths
-    ]
+    names = tuple(child.name for child in classes)
+    return Source(f"folder:{folder}", names, labels.astype(np.int64), batches)
 
 
 def image_files(folder: Path) -> list[Path]:
-    """Sorted image files at any depth below a folder; UserError where there are none."""
+    """Sorted image files at any depth below a folder, hidden ones left aside; UserError where there are none."""
     suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     paths = sorted(
-        path for path in folder.rglob("*") if path.suffix.lower() in suffixes and not path.name.startswith(".")
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in suffixes
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        and path.is_file()
     )
     if not paths:
         raise UserError(f"folder {folder} has no images; add some or remove the folder")
