@@ -227,7 +227,7 @@ def test_loose_images_are_classified_but_not_predicted_from(tmp_path):
     assert images.labels == ["a", "b", None] and len(network.classify(tmp_path)) == 3
     with pytest.raises(UserError, match="loose.png: lies beside the subfolders, so it has no class"):
         predictor.predict(tmp_path)
-    with pytest.raises(UserError, match="b has no subfolders; it needs one subfolder of images a class"):
+    with pytest.raises(UserError, match="b: has no subfolders; it needs one subfolder of images a class"):
         predictor.predict(tmp_path / "b")
 
 
