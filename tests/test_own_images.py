@@ -28,7 +28,7 @@ def picture(height, width, channels, seed=0):
     image = Image.fromarray(coarse[..., 0] if channels == 1 else coarse).resize(
         (width, height), Image.Resampling.BICUBIC
     )
-    return np.asarray(image).reshape(height, width, channels)
+    return np.array(image).reshape(height, width, channels)
 
 
 def pixels(images, form=None):
