@@ -18,7 +18,7 @@ Each folder holds what one run of the pipeline left: its `params.yaml`, the sear
 Made by `python reference/table.py` from those files; the runs by `dvc repro` with the `params.yaml` of the folder
 (`prepare.source: npz:data/raw/cifar100.npz` is torchvision's CIFAR100 as arrays, training part and test part together,
 `labels` of its 100 fine classes; `prepare.source: null` downloads the same),
-on 2 CPU cores (bf16, AMX), no GPU. Accuracy in percent, ± its 95% interval over test groups with the class splits
+on 2 CPU cores (bf16, AMX, unless the run says otherwise), no GPU. Accuracy in percent, ± its 95% interval over test groups with the class splits
 held fixed; differences to PudNet are paired over the same test groups (the first ones, where a method has fewer).
 
 Defaults that were decided by measurement, on validation groups of CIFAR-100 (split 0, ConvNet-3, 200 training groups,
@@ -41,9 +41,9 @@ def section(folder: Path) -> str:
     own, times = {"pudnet": metrics, **methods}, _times(folder)
     seeds = list(metrics["splits"])
     lines = [
-        f"## {metrics['setting']}, {metrics['target']}",
+        f"## {metrics['setting']}, {metrics['target']}: {metrics['train_groups']:,} training groups",
         "",
-        f"{metrics['train_groups']:,} training groups, one update each; {metrics['test_groups']:,} test groups of "
+        f"One update a training group; {metrics['test_groups']:,} test groups of "
         f"{len(seeds)} class split(s). The paper's PudNet: {_paper(paper.get('pudnet'))}"
         f"{_by_groups(metrics, reported['table10'])}.",
         *_remarks(folder),
