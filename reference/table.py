@@ -18,8 +18,9 @@ Each folder holds what one run of the pipeline left: its `params.yaml`, the sear
 Made by `python reference/table.py` from those files; the runs by `dvc repro` with the `params.yaml` of the folder
 (`prepare.source: npz:data/raw/cifar100.npz` is torchvision's CIFAR100 as arrays, training part and test part together,
 `labels` of its 100 fine classes; `prepare.source: null` downloads the same),
-on 2 CPU cores (bf16, AMX, unless the run says otherwise), no GPU. Accuracy in percent, ± its 95% interval over test groups with the class splits
-held fixed; differences to PudNet are paired over the same test groups (the first ones, where a method has fewer).
+on 2 CPU cores (bf16, AMX, unless the run says otherwise), no GPU. Accuracy in percent, ± its 95% interval over test
+groups with the class splits held fixed; differences to PudNet are paired over the same test groups (the first ones,
+where a method has fewer).
 
 Defaults that were decided by measurement, on validation groups of CIFAR-100 (split 0, ConvNet-3, 200 training groups,
 `search.space` over the key; ± over 40 validation groups, 60 for the first):
