@@ -16,7 +16,7 @@ from pudnet.targets import is_import_path, target_code
 CODE = Path(__file__).resolve().parent.parent
 TRAINING_CODE = ("config", "cpu", "device", "targets", "controls", "objective", "learner", "training", "hypernet")
 TRAINING_CODE += ("data/images",)
-VALIDATION_CODE = ("evaluation", "predictor", "network", "data/own")
+VALIDATION_CODE = ("evaluation", "predictor", "network", "card", "data/own")
 
 
 def digest(plain: Any, files: Iterable[Path]) -> str:

@@ -93,7 +93,7 @@ def _text(name: str, params: Params, card: Card, split: dict, timing: dict) -> s
         timing_images=timing["images"],
         licence=LICENCES.get(params.setting, f"As its source ({made['source']}) says."),
         setting=params.setting,
-        **{key: split[key] for key in ("accuracy", "ci95", "test_groups")},
+        **made["test"],
     )
 
 

@@ -39,21 +39,20 @@ def register(tracking: Tracking, run_id: str, path: Path, name: str) -> str:
     """Log a trained model to a run as an MLflow model and register it, once a run. Returns its version."""
     _, card = read_tensors(path)
     client = tracking.client
-    if not (found := client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")):
-        _log(tracking, run_id, path, name, card)
-        found = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
-    newest = max(int(version.version) for version in client.search_model_versions(f"name = '{name}'"))
-    version = int(found[0].version)
+    found = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
+    version = int(found[0].version) if found else _log(tracking, run_id, path, name, card)
+    newest = max(int(other.version) for other in client.search_model_versions(f"name = '{name}'"))
     client.update_model_version(name, str(version), _description(card))
     if version == newest:
         client.set_registered_model_alias(name, "newest", str(version))
     return str(version)
 
 
-def _log(tracking: Tracking, run_id: str, path: Path, name: str, card: Card) -> None:
+def _log(tracking: Tracking, run_id: str, path: Path, name: str, card: Card) -> int:
+    """Log and register; the version."""
     mlflow.set_tracking_uri(tracking.uri)
     with _quiet(), mlflow.start_run(run_id=run_id):
-        mlflow.pyfunc.log_model(
+        logged = mlflow.pyfunc.log_model(
             name="model",
             python_model=str(SERVING),
             artifacts={"pudnet": str(path)},
@@ -63,6 +62,7 @@ def _log(tracking: Tracking, run_id: str, path: Path, name: str, card: Card) -> 
             input_example=example_group(card),
             registered_model_name=name,
         )
+    return int(logged.registered_model_version)
 
 
 def _description(card: Card) -> str:

@@ -44,7 +44,7 @@ class PudNetModel(PythonModel):
         images = [_decoded(content, row) for row, content in enumerate(rows["image"])]
         labels = list(rows["label"]) if "label" in rows else []
         known = [row for row, label in enumerate(labels) if isinstance(label, str) and label]
-        queries = [row for row in range(len(images)) if row not in set(known)]
+        queries = sorted(set(range(len(images))) - set(known))
         if not known or not queries:
             raise UserError(
                 f"rows: {len(known)} with a label and {len(queries)} without; a group needs labelled images and queries"

@@ -116,7 +116,7 @@ def _classify(options: argparse.Namespace) -> None:
     images = open_folder(options.data, network.card, options.skip_bad)
     known = set(map(str, network.classes))
     found = [str(label) for label in network.classify(images)]
-    truth = [_truth(file.relative_to(options.data), known) for file in images.files]
+    truth = [label if label in known else "" for label in images.labels or [None] * images.count]
     rows = list(zip(map(str, images.files), found, truth, strict=True))
     if options.out:
         _write_csv(options.out, ("file", "class", "label"), rows)
@@ -182,11 +182,6 @@ def _looked_at(network: PredictedNetwork) -> int:
 def _as_trained(card: Card) -> str:
     colour = "grey" if card.channels == 1 else "colour"
     return f" (made {card.image_size}x{card.image_size} px, {colour}, as the model's training data was)"
-
-
-def _truth(file: Path, classes: set[str]) -> str:
-    """The label that an image's top folder gives it, empty where the folder is none of the classes."""
-    return file.parts[0] if len(file.parts) > 1 and file.parts[0] in classes else ""
 
 
 def _skipped(files: Sequence[Path]) -> str:

@@ -7,8 +7,6 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from pudnet.errors import UserError
 
 
@@ -27,7 +25,7 @@ def replacing(path: Path) -> Iterator[Path]:
         partial.touch()
         yield partial
         partial.replace(path)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise UserError(f"{path}: cannot be written ({error})") from None
     finally:
         with contextlib.suppress(OSError):

@@ -18,12 +18,11 @@ from torch import Tensor, nn
 from pudnet.baselines.scratch import ScratchConfig, train
 from pudnet.card import Label
 from pudnet.cpu import accelerate
-from pudnet.data.images import normalize
 from pudnet.data.own import Images, ImageSet, Pixels, images_at_a_time, labelled_set
 from pudnet.device import wants_bf16
 from pudnet.errors import UserError
 from pudnet.evaluation import clock
-from pudnet.network import PredictedNetwork
+from pudnet.network import PredictedNetwork, features_in_parts
 from pudnet.objective import centroids, metric_logits
 from pudnet.predictor import CALIBRATION_IMAGES, first_rows, spread_rows
 from pudnet.targets import calibrate
@@ -133,10 +132,7 @@ def _all_images(
         raise UserError(f"labels: the network does not know {unknown[0]!r}; it knows {known}")
     if absent := set(column) - set(map(str, names)):
         raise UserError(f"labels: no images of class {min(absent)!r}, which the network knows")
-    device = network.mean.device
-    chunks = own.chunks(images_at_a_time(network.card.image_size))
-    normalized = torch.cat([normalize(chunk.to(device), network.mean, network.std) for chunk in chunks])
-    return normalized, torch.tensor([column[str(name)] for name in names])[encoded].to(device)
+    return network.normalize(own), torch.tensor([column[str(name)] for name in names])[encoded].to(network.mean.device)
 
 
 def _hold_out(columns: Tensor, part: float, classes: Sequence[Label]) -> tuple[Tensor, Tensor]:
@@ -169,9 +165,7 @@ def _ready(network: PredictedNetwork, parts: Parts) -> PredictedNetwork:
     body = copy.deepcopy(network.body)
     _calibrate(body, parts)
     rows = first_rows(parts.columns, network.card.support_per_class)
-    with torch.no_grad():
-        chunks = rows.split(images_at_a_time(parts.images.shape[-1]))
-        features = torch.cat([body(parts.images[chunk]).flatten(1) for chunk in chunks])
+    features = features_in_parts(body, parts.images[rows])
     return PredictedNetwork(body, centroids(features, parts.columns[rows], len(network.classes)), network.card)
 
 
@@ -220,13 +214,12 @@ def _train(
     return PredictedNetwork(model.body.requires_grad_(False), model.head.centroids.detach(), card), curve
 
 
-@torch.no_grad()
 def _accuracy(model: nn.Sequential, parts: Parts) -> float:
     """Accuracy in percent on the held-out images, with BatchNorm's statistics from the training images."""
     model.eval()
     _calibrate(model.body, parts)
-    found = [model(part).argmax(1) for part in parts.test_images.split(images_at_a_time(parts.images.shape[-1]))]
-    return 100 * int((torch.cat(found) == parts.test_columns).sum()) / len(parts.test_columns)
+    found = features_in_parts(model, parts.test_images).argmax(1)  # with the head on, logits
+    return 100 * int((found == parts.test_columns).sum()) / len(parts.test_columns)
 
 
 def _bf16(parts: Parts) -> bool:

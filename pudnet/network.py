@@ -16,6 +16,12 @@ from pudnet.locations import local_file
 from pudnet.objective import metric_logits
 
 
+@torch.no_grad()
+def features_in_parts(body: nn.Module, images: Tensor) -> Tensor:
+    """A network's output (N, d) for normalised images (N, C, H, W), so many at a time as fit in memory."""
+    return torch.cat([body(part).flatten(1) for part in images.split(images_at_a_time(images.shape[-1]))])
+
+
 class PredictedNetwork(nn.Module):
     """A target network with predicted weights and class centroids, ready to classify, in eval mode.
 
@@ -55,8 +61,7 @@ class PredictedNetwork(nn.Module):
 
     def logits(self, normalized: Tensor) -> Tensor:
         """`forward` on images (N, C, H, W) that are normalised already."""
-        chunks = normalized.split(images_at_a_time(self.card.image_size))
-        return torch.cat([self._logits(chunk) for chunk in chunks])
+        return metric_logits(features_in_parts(self.body, normalized), self.centroids, self.card.temperature)
 
     @torch.no_grad()
     def _features(self, normalized: Tensor) -> Tensor:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from pudnet.card import Card
 from pudnet.controls import StaticTrunk
-from pudnet.data.own import images_at_a_time
 from pudnet.learner import Learner
+from pudnet.network import features_in_parts
 from pudnet.predictor import Predictor
 from pudnet.targets import Target, Weights
 
@@ -60,8 +60,7 @@ class Classifier:
     @torch.no_grad()
     def logits(self, images: Tensor) -> Tensor:
         """Normalised images (N, C, H, W) -> logits (N, k)."""
-        chunks = images.split(images_at_a_time(images.shape[-1]))
-        features = torch.cat([self.body(chunk).flatten(1) for chunk in chunks])
+        features = features_in_parts(self.body, images)
         with torch.autocast(images.device.type, enabled=False):
             return self.rule(features.float())
 

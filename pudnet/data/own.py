@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from pudnet.data.sources import convert, image_files, read_image, to_array
+from pudnet.data.sources import convert, eight_bits, image_files, read_image, read_images, to_array
 from pudnet.errors import UserError
 
 AT_A_TIME = 500  # images where they do not depend on each other, of 32 px; fewer of larger ones
@@ -180,17 +179,15 @@ def _pixels(images: Pixels, form: Form) -> Tensor:
     """An array of images that `_check_array` has passed -> (n, S, S, C) of 0..255."""
     axis = _channel_axis(images)
     if isinstance(images, np.ndarray):  # of any byte order, read-only or not
-        images = torch.from_numpy(images.astype(np.float32 if _is_float(images) else images.dtype.newbyteorder("=")))
-    pixels = images
-    pixels = pixels.unsqueeze(3) if pixels.ndim == 3 else pixels.movedim(axis, 3)
+        narrowed = eight_bits(images) if images.dtype == np.uint16 else images
+        images = torch.from_numpy(narrowed.astype(np.float32 if _is_float(narrowed) else np.uint8))
+    pixels = images.unsqueeze(3) if images.ndim == 3 else images.movedim(axis, 3)
     if pixels.is_floating_point():
         pixels = pixels.float() * 255
-    elif pixels.dtype == torch.uint16:
-        pixels = ((pixels.int() * 255 + 32_767) // 65_535).to(torch.uint8)
     if tuple(pixels.shape[1:]) == (form.image_size, form.image_size, form.channels):
         return pixels
-    eight_bits = pixels.round().to(torch.uint8).cpu().numpy()
-    return torch.from_numpy(convert(eight_bits, form.image_size, form.channels))
+    rounded = pixels.round().to(torch.uint8).cpu().numpy()
+    return torch.from_numpy(convert(rounded, form.image_size, form.channels))
 
 
 # Lists and Datasets
@@ -282,10 +279,8 @@ def open_folder(folder: Path, form: Form, skip_bad: bool = False) -> ImageSet:
         _say_converted(first.height, first.width, len(first.getbands()), form)
 
     def read(rows: list[int]) -> np.ndarray:
-        with ThreadPoolExecutor() as pool:  # Pillow decodes outside Python's lock
-            return np.stack(list(pool.map(decode, [files[row] for row in rows])))
+        return read_images([files[row] for row in rows], form.image_size, form.channels)
 
-    decode = partial(read_image, image_size=form.image_size, channels=form.channels)
     return ImageSet(len(files), read, names if subfolders else None, tuple(files), tuple(sorted(bad)))
 
 

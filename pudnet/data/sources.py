@@ -6,7 +6,7 @@ import io
 import struct
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -89,7 +89,12 @@ def _to_eight_bits(image: Image.Image) -> Image.Image:
     wide = np.asarray(image)
     if wide.min() < 0 or wide.max() > 65_535:
         raise ValueError("32-bit pixels have no known range; save it with 8 or 16 bits")
-    return Image.fromarray(((wide.astype(np.uint32) * 255 + 32_767) // 65_535).astype(np.uint8))
+    return Image.fromarray(eight_bits(wide))
+
+
+def eight_bits(wide: np.ndarray) -> np.ndarray:
+    """Values 0..65,535 as uint8, rounded."""
+    return ((wide.astype(np.uint32) * 255 + 32_767) // 65_535).astype(np.uint8)
 
 
 def read_image(path: Path, image_size: int, channels: int) -> np.ndarray:
@@ -99,6 +104,13 @@ def read_image(path: Path, image_size: int, channels: int) -> np.ndarray:
             return to_array(image, image_size, channels)
     except Exception as error:  # Pillow's decoders raise nearly every type for a damaged file
         raise UserError(f"{path} cannot be read as an image ({error}); repair or remove it") from error
+
+
+def read_images(paths: Sequence[Path], image_size: int, channels: int) -> np.ndarray:
+    """`read_image` of several files at once: uint8 (B, image_size, image_size, channels)."""
+    read = partial(read_image, image_size=image_size, channels=channels)
+    with ThreadPoolExecutor() as pool:  # Pillow decodes outside Python's lock
+        return np.stack(list(pool.map(read, paths)))
 
 
 def convert(images: np.ndarray, image_size: int, channels: int) -> np.ndarray:
@@ -237,10 +249,8 @@ def _open_folder(folder: Path, image_size: int, channels: int) -> Source:
     paths = [path for paths in files for path in paths]
 
     def batches() -> Iterator[np.ndarray]:
-        read = partial(read_image, image_size=image_size, channels=channels)
-        with ThreadPoolExecutor() as pool:  # Pillow decodes outside Python's lock
-            for start in range(0, len(paths), BATCH):
-                yield np.stack(list(pool.map(read, paths[start : start + BATCH])))
+        for start in range(0, len(paths), BATCH):
+            yield read_images(paths[start : start + BATCH], image_size, channels)
 
     names = tuple(child.name for child in classes)
     return Source(f"folder:{folder}", names, labels.astype(np.int64), batches)
