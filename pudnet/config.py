@@ -40,6 +40,14 @@ class ModelConfig:
     hidden: Positive = 128
     eta: Fraction = 0.2
     generator_hidden: Positive = 16
+    base: bool = False  # a learned kernel a layer, which what is predicted changes, from no change on
+    change: bool = True  # whether sketch, context and generators predict anything (without: class filters alone)
+    class_filters: Annotated[int, Field(ge=0)] = 0  # how many of the last convolutions get a group's class filters
+    sketch_images: Positive = 50  # of a group, spread over its classes, when it is predicted for
+
+    def __post_init__(self) -> None:
+        if not (self.base or self.change):
+            raise ValueError("change: false leaves no weights; set base: true")
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -48,7 +56,7 @@ class TrainConfig:
 
     groups_per_step: Positive = 1  # Algorithm 1 has one; several share the hypernetwork's cost
     learning_rate: PositiveFloat = 1e-3
-    schedule: Literal["constant", "cosine"] = "constant"
+    schedule: Literal["constant", "cosine", "one_cycle"] = "constant"
     clip_norm: PositiveFloat = 10.0
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     temperature: PositiveFloat = 10.0  # tau of Eq. 6: fixed in A.2, learnable in 3.5
@@ -60,9 +68,22 @@ class TrainConfig:
     report_every: Positive = 100  # groups between two reports, checkpoints and NaN checks
 
 
-# Table 4's ablations and the controls, each as what it changes.
+# The method as the paper has it, ours, table 4's ablations and a control, each as what it changes.
 VARIANTS: dict[str, dict[str, Any]] = {
     "pudnet": {},
+    "pudnet_plus": {
+        "base": True,
+        "change": False,
+        "eta": 0.0,  # without a change there is no residual
+        "depth": 1,
+        "class_filters": 1,
+        "sketch_images": 150,
+        "full_weight": 0.0,
+        "kl_weight": 0.0,
+        "learning_rate": 3e-3,
+        "schedule": "one_cycle",
+        "clip_norm": 1.0,
+    },
     "without_context": {"context": "none"},
     "random_hidden": {"initial_state": "random"},
     "without_initial_residual": {"eta": 0.0},

@@ -20,13 +20,15 @@ class StaticTrunk(nn.Module):
     `random_weights`.
     """
 
+    class_aware = False  # labels make no difference to its weights
+
     def __init__(self, target: Target) -> None:
         super().__init__()
         self.shared = SharedTarget(target)
         plain = target.network.state_dict()
         self.kernels = nn.ParameterList(plain[conv.name].clone() for conv in target.convs)
 
-    def sketch(self, images: Tensor) -> Tensor:
+    def sketch(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
         """Look at nothing: images (..., N, C, H, W) -> an empty tensor (..., 0)."""
         return torch.empty(*images.shape[:-4], 0, device=images.device)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -47,7 +49,21 @@ class MetaLearner(Learner):
 
     def losses(self, images: Tensor, labels: Tensor, done: float) -> list[Losses]:
         """Eq. 10 of each group; its images stand in k blocks of one class."""
-        features = self.model.shared(images, self.model.generate(self.model.sketch(images)))
+        sketch, seen = self._sketch(images)
+        features = self.model.shared(images, self.model.generate(sketch))
         columns = labels.unflatten(1, (self.k, -1))[..., 0]  # (B, k)
         with torch.autocast(images.device.type, enabled=False):
-            return [self.objective(*group) for group in zip(features, columns, strict=True)]
+            return [self.objective(*group, seen) for group in zip(features, columns, strict=True)]
+
+    def _sketch(self, images: Tensor) -> tuple[Tensor, int]:
+        """The groups' sketches, and of how many images of each class the labels are in them.
+
+        A sketch is of all images; where labels enter it, of as many as a prediction looks at, and of half at most,
+        since those cannot be classified by it any more.
+        """
+        if not self.model.class_aware:
+            return self.model.sketch(images), 0
+        blocks = images.unflatten(1, (self.k, -1))  # (B, k, n, C, H, W)
+        seen = min(math.ceil(self.model.config.sketch_images / self.k), blocks.shape[2] // 2)
+        labels = torch.arange(self.k, device=images.device).repeat_interleave(seen)
+        return self.model.sketch(blocks[:, :, :seen].flatten(1, 2), labels.expand(len(blocks), -1)), seen

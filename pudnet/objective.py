@@ -64,20 +64,24 @@ class Objective(nn.Module):
         tau = torch.tensor(config.temperature)
         self.temperature = nn.Parameter(tau) if config.learn_temperature else tau.item()
 
-    def forward(self, features: Tensor, columns: Tensor) -> Losses:
-        """Features (k * n, d) in blocks of n images a class; `columns` (k,) are the classes in 0..K-1."""
+    def forward(self, features: Tensor, columns: Tensor, seen: int = 0) -> Losses:
+        """Features (k * n, d) in blocks of n images a class; `columns` (k,) are the classes in 0..K-1.
+
+        Of the first `seen` images of each class the labels made the weights, so that they are no queries.
+        """
         k, support = len(columns), self.config.support_per_class
+        seen = max(seen, support)
         blocks = features.float().view(k, -1, features.shape[-1])  # (k, n, d)
         class_centroids = blocks[:, :support].mean(1)  # (k, d)
-        queries = blocks[:, support:].flatten(0, 1)  # (k * (n - support), d)
-        labels = torch.arange(k, device=features.device).repeat_interleave(blocks.shape[1] - support)
+        queries = blocks[:, seen:].flatten(0, 1)  # (k * (n - seen), d)
+        labels = torch.arange(k, device=features.device).repeat_interleave(blocks.shape[1] - seen)
         metric = metric_logits(queries, class_centroids, self.temperature)
         loss = F.cross_entropy(metric, labels)
         full_loss = kl = torch.zeros_like(loss)
         if self.config.full_weight > 0 or self.config.kl_weight > 0:
             full = self.head(blocks)  # (k, n, K)
             full_loss = F.cross_entropy(full.flatten(0, 1), columns.repeat_interleave(blocks.shape[1]))
-            kl = self._consistency(full[:, support:].flatten(0, 1), metric, columns)
+            kl = self._consistency(full[:, seen:].flatten(0, 1), metric, columns)
         total = loss + self.config.full_weight * full_loss + self.config.kl_weight * kl
         accuracy = (metric.argmax(1) == labels).float().mean()
         return Losses(total, *(x.detach() for x in (loss, full_loss, kl)), accuracy)

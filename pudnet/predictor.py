@@ -29,8 +29,7 @@ from pudnet.targets import Calibrator, Target, Weights, target_name
 if TYPE_CHECKING:
     from pudnet.finetune import FineTuned
 
-SKETCH_IMAGES = 50  # how few are enough: benchmarks/README.md
-CALIBRATION_IMAGES = 50
+SKETCH_IMAGES, CALIBRATION_IMAGES = 50, 50  # how few are enough: benchmarks/README.md
 WEIGHTS_AT_A_TIME, GROUPS_AT_A_TIME = 2**26, 100
 
 
@@ -74,8 +73,8 @@ class Predictor:
 
     `predict` is the one call; its steps stand alone, on normalised images, for evaluation and timing. The sketch
     and BatchNorm's statistics are averages, and a part of a group's images is enough for them: `sketch_images`
-    and `calibration_images` are how many, spread evenly over its classes; the first `support_per_class` of each
-    class make its centroid.
+    (None: as many as the model was made for) and `calibration_images` are how many, spread evenly over its
+    classes; the first `support_per_class` of each class make its centroid.
     Statistics are taken in bf16 where the device has it; the network itself is fp32, as it is exported. On a
     CPU the process keeps the memory that it frees (`keep_freed_memory`).
     """
@@ -85,11 +84,13 @@ class Predictor:
         model: PudNet | StaticTrunk,
         card: Card,
         target: Target,
-        sketch_images: int = SKETCH_IMAGES,
+        sketch_images: int | None = None,
         calibration_images: int = CALIBRATION_IMAGES,
     ) -> None:
         self.model, self.card, self.target = model.eval(), card, target
-        self.sketch_images, self.calibration_images = sketch_images, calibration_images
+        own = model.config.sketch_images if isinstance(model, PudNet) else SKETCH_IMAGES
+        self.sketch_images = own if sketch_images is None else sketch_images
+        self.calibration_images = calibration_images
         self.support_per_class = card.support_per_class
         self.device = next(model.parameters()).device
         self.bf16 = wants_bf16("auto", self.device)
@@ -177,13 +178,19 @@ class Predictor:
         networks, batch = [], max(1, min(GROUPS_AT_A_TIME, WEIGHTS_AT_A_TIME // self.target.predicted))
         for first in range(0, len(groups), batch):
             prepared = [self._prepare(images, labels) for images, labels in groups[first : first + batch]]
-            sketches = torch.stack([self.sketch(images, labels) for images, labels, _ in prepared])
-            with torch.no_grad():
-                weights = self.model.generate(sketches)
+            sketches = [self.sketch(images, labels) for images, labels, _ in prepared]
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-                for g, (images, labels, classes) in enumerate(prepared):
-                    networks.append(self.network({n: w[g] for n, w in weights.items()}, images, labels, classes))
+                for weights, (images, labels, classes) in zip(self._generate(sketches), prepared, strict=True):
+                    networks.append(self.network(weights, images, labels, classes))
         return networks
+
+    @torch.no_grad()
+    def _generate(self, sketches: list[Tensor]) -> list[Weights]:
+        """Each group's weights. A class-aware sketch is as long as its group has classes, so it goes alone."""
+        if self.model.class_aware:
+            return [self.model.generate(sketch) for sketch in sketches]
+        weights = self.model.generate(torch.stack(sketches))
+        return [{name: weight[g] for name, weight in weights.items()} for g in range(len(sketches))]
 
     def _prepare(self, images: Images | ImageSet, labels: Sequence | Pixels | None) -> tuple:
         """What a prediction looks at: normalised images (N, C, H, W), labels (N,) and the k classes."""
@@ -213,12 +220,14 @@ class Predictor:
 
     @torch.no_grad()
     def sketch(self, images: Tensor | Streamed, labels: Tensor) -> Tensor:
-        """The sketch (l, m) of a group, from `sketch_images` of its normalised images (N, C, H, W).
+        """The sketch of a group, from `sketch_images` of its normalised images (N, C, H, W) and their labels (N,).
 
         In fp32: to cast the extractor's weights would cost more than so few images save.
         """
         with torch.autocast(self.device.type, enabled=False):
-            return self.model.sketch(images[spread_rows(labels, self.sketch_images)])
+            rows = spread_rows(labels, self.sketch_images)
+            _, columns = labels[rows].unique(return_inverse=True)  # of the classes that are looked at
+            return self.model.sketch(images[rows], columns)
 
     @torch.no_grad()
     def network(self, weights: Weights, images: Tensor | Streamed, labels: Tensor, classes: tuple) -> PredictedNetwork:

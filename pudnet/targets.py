@@ -12,7 +12,7 @@ import importlib
 import inspect
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,6 +81,11 @@ class ConvShape:
     shape: tuple[int, int, int, int]
 
     @property
+    def module(self) -> str:
+        """The layer's name in the target."""
+        return self.name.removesuffix(".weight")
+
+    @property
     def he_std(self) -> float:
         """The standard deviation that He initialisation gives it: sqrt(2 / fan_in)."""
         return math.sqrt(2 / math.prod(self.shape[1:]))
@@ -95,6 +100,11 @@ class Target:
     channels: int
     image_size: int
     features: int  # d, values of an image's feature vector
+
+    @property
+    def dense(self) -> tuple[ConvShape, ...]:
+        """The convolutions whose output channels each see all input channels."""
+        return tuple(conv for conv in self.convs if self.network.get_submodule(conv.module).groups == 1)
 
     @property
     def predicted(self) -> int:
@@ -336,6 +346,17 @@ class SharedTarget(nn.Module):
             if "vmap" not in str(error):
                 raise
             raise UserError(f"train.groups_per_step: this target takes 1 only on a GPU ({_one_line(error)})") from None
+
+    def inputs(self, images: Tensor, weights: Weights, convs: Sequence[nn.Conv2d]) -> list[Tensor]:
+        """What some of the body's convolutions are given when a group's images (N, C, H, W) pass: (N, d_in, H', W')."""
+        seen: dict[nn.Module, Tensor] = {}
+        hooks = [conv.register_forward_pre_hook(lambda module, args: seen.update({module: args[0]})) for conv in convs]
+        try:
+            self._one(images, weights)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return [seen[conv] for conv in convs]
 
     def _one(self, images: Tensor, weights: Weights) -> Tensor:
         return functional_call(self.body, dict(weights), (images,)).flatten(1)

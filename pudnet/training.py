@@ -24,6 +24,19 @@ from pudnet.objective import Losses
 logger = logging.getLogger(__name__)
 
 MAX_ROLLBACKS = 3  # in a row
+WARM_UP, START = 0.2, 0.04  # of a one-cycle schedule: the share in which the rate rises, and what it rises from
+
+
+def half_cosine(done: float) -> float:
+    """From 1 at 0 to 0 at 1."""
+    return (1 + math.cos(math.pi * done)) / 2
+
+
+def one_cycle(done: float) -> float:
+    """Up to 1 in the first part of a training, down to 0 in the rest."""
+    if done < WARM_UP:
+        return 1 - (1 - START) * half_cosine(done / WARM_UP)
+    return half_cosine((done - WARM_UP) / (1 - WARM_UP))
 
 
 @dataclass(frozen=True)
@@ -77,6 +90,7 @@ class Trainer:
         self.optimizer = torch.optim.Adam(self.parameters, lr=config.learning_rate, fused=True)
         self.autocast = wants_bf16(config.precision, self.device)
         self.groups, self.rollbacks = 0, 0
+        self._schedule()
         self.last: Report | None = None  # the last report of finite losses
 
     def run(self) -> Iterator[Report]:
@@ -152,7 +166,9 @@ class Trainer:
         done = min(1.0, self.groups / len(self.table))
         rate = self.config.learning_rate * self.learner.rate(done)
         if self.config.schedule == "cosine":
-            rate *= (1 + math.cos(math.pi * done)) / 2
+            rate *= half_cosine(done)
+        if self.config.schedule == "one_cycle":
+            rate *= one_cycle(done)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
 

@@ -93,7 +93,7 @@ def test_every_variant_learns_all_that_it_has(variant, digits):
     assert np.isfinite(report.loss)
     unchanged = {name for name, p in trainer.learner.model.named_parameters() if torch.equal(p, before[name])}
     assert not unchanged
-    assert (report.full_loss == 0) == (variant == "metric_only")
+    assert (report.full_loss == 0) == (config.full_weight == 0)
 
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine"])

@@ -1,0 +1,133 @@
+"""Class filters against what they are by definition, and the variant that is made with them."""
+
+import pytest
+import torch
+from sklearn.linear_model import Ridge
+from torch import nn
+from torch.nn import functional as F
+from torch.testing import assert_close
+
+from pudnet.config import ModelConfig, TrainConfig, apply_variant
+from pudnet.hypernet import PudNet
+from pudnet.hypernet.class_filters import ClassFilters, class_filters, mean_patches
+from pudnet.learner import MetaLearner
+from pudnet.objective import Objective
+from pudnet.targets import ConvShape, build_target
+
+
+def noise(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def plus(target="convnet3", channels=1, size=8, **changes):
+    config, train = apply_variant("pudnet_plus", ModelConfig(hidden=16, generator_hidden=4), TrainConfig())
+    torch.manual_seed(0)
+    target = build_target(target, channels, size)
+    return PudNet(ModelConfig(**{**vars(config), **changes}), target), target, train
+
+
+def labelled(k=3, n=4, seed=0):
+    """Images (k n, 1, 8, 8), a class brighter than the next, and their labels."""
+    labels = torch.arange(k).repeat_interleave(n)
+    return noise(k * n, 1, 8, 8, seed=seed) + labels.view(-1, 1, 1, 1), labels
+
+
+@pytest.mark.parametrize(
+    "conv",
+    [
+        nn.Conv2d(3, 5, 3, padding=1),
+        nn.Conv2d(3, 5, 3, stride=2),
+        nn.Conv2d(3, 5, (3, 1), padding=(2, 0), dilation=2),
+        nn.Conv2d(3, 5, 4, padding="same"),
+        nn.Conv2d(3, 5, 1, padding="valid"),
+    ],
+    ids=str,
+)
+def test_mean_patches_answer_a_filter_with_its_mean_response(conv):
+    maps = noise(2, 3, 7, 8)
+    with torch.no_grad():
+        expected = (conv(maps) - conv.bias[:, None, None]).mean((2, 3))
+        assert_close(mean_patches(maps, conv) @ conv.weight.flatten(1).T, expected)
+
+
+@pytest.mark.parametrize("size", [5, 40])  # fewer values than images, and more
+def test_class_filters_are_ridge_regression_of_the_classes(size):
+    labels = torch.tensor([0, 1, 2, 1, 0, 2, 2, 2, 1, 0, 0])
+    patches = 3 + noise(len(labels), size)
+    centred = patches - patches.mean(0)
+    scaled = (centred / centred.square().sum(1).mean().sqrt()).numpy()
+    coefficients = Ridge(alpha=0.3).fit(scaled, F.one_hot(labels).float().numpy()).coef_
+    expected = F.normalize(torch.from_numpy(coefficients), dim=1)
+    assert_close(class_filters(patches, labels, 3, 0.3), expected, rtol=1e-3, atol=1e-4)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    assert_close(class_filters(patches[order], labels[order], 3, 0.3), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_one_image_a_class_and_equal_images_are_no_trouble():
+    for patches in (noise(2, 9), torch.ones(2, 9)):
+        assert class_filters(patches, torch.tensor([0, 1]), 2, 0.3).isfinite().all()
+
+
+def test_channels_get_the_filters_of_the_classes_in_turn():
+    layer = ClassFilters(ConvShape("conv.weight", (7, 2, 3, 3)))
+    filters = F.normalize(noise(3, 18), dim=1)
+    added = layer(filters).flatten(1)
+    norm = 2**0.5  # He's: sqrt(2 / fan_in) sqrt(fan_in)
+    assert_close(added, norm * filters[[0, 1, 2, 0, 1, 2, 0]])
+    assert_close(layer(torch.stack([filters, -filters])), torch.stack([layer(filters), -layer(filters)]))
+
+
+def test_with_more_classes_than_channels_each_class_has_a_share():
+    layer = ClassFilters(ConvShape("conv.weight", (4, 2, 1, 1)))
+    orthogonal = torch.eye(10)[:, :2]
+    added = layer(orthogonal).flatten(1).detach() / 2**0.5
+    assert_close(added[:2], torch.eye(2) / torch.tensor([[3.0], [3.0]]).sqrt())  # classes 0, 4, 8 and 1, 5, 9
+    assert not added[2:].any()
+
+
+def test_weights_follow_the_classes_and_not_the_order_of_the_images():
+    model, *_ = plus()
+    images, labels = labelled()
+    own = model.generate(model.sketch(images, labels))
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(1))
+    again = model.generate(model.sketch(images[order], labels[order]))
+    other = model.generate(model.sketch(images, labels[order]))
+    assert_close(again["block3.conv.weight"], own["block3.conv.weight"], rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(other["block3.conv.weight"], own["block3.conv.weight"], atol=0.1)
+    assert all(torch.equal(other[f"block{b}.conv.weight"], own[f"block{b}.conv.weight"]) for b in (1, 2))
+
+
+@pytest.mark.parametrize("change", [False, True])
+def test_several_groups_have_the_weights_that_each_has_alone(change):
+    model, *_ = plus(change=change, class_filters=2)
+    groups = [labelled(seed=seed) for seed in range(2)]
+    together = model.generate(model.sketch(*(torch.stack(part) for part in zip(*groups, strict=True))))
+    for g, group in enumerate(groups):
+        for name, weight in model.generate(model.sketch(*group)).items():
+            assert_close(together[name][g], weight)
+
+
+def test_a_predicted_change_starts_at_zero():
+    model, target, _ = plus(change=True, class_filters=0)
+    weights = model.generate(model.sketch(noise(5, 1, 8, 8)))
+    assert all(torch.equal(weights[conv.name], target.network.get_parameter(conv.name)) for conv in target.convs)
+
+
+def test_only_convolutions_that_see_all_channels_get_filters():
+    network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3, groups=4), nn.ReLU(), nn.Flatten())
+    model, *_ = plus(network, class_filters=2)
+    assert [own.conv.name for own in model.filters] == ["0.weight"]
+
+
+def test_an_image_whose_label_made_the_weights_is_no_query():
+    model, target, train = plus(sketch_images=6)
+    learner = MetaLearner(model, target, train, 5, k=2)
+    images = noise(1, 40, 1, 8, 8)
+    (found,) = learner.losses(images, torch.tensor([[1] * 20 + [3] * 20]), 0.0)
+    blocks = images[0].unflatten(0, (2, 20))
+    sketch = model.sketch(blocks[:, :3].flatten(0, 1), torch.tensor([0, 0, 0, 1, 1, 1]))
+    features = model.shared(images[0], model.generate(sketch))
+    expected = Objective(train, target.features, 5)(features, torch.tensor([1, 3]))  # support: 10 of a class, 3 seen
+    assert_close(found.total, expected.total)
+    seen = MetaLearner(*plus(sketch_images=1000)[:2], train, 5, k=2)._sketch(images)[1]
+    assert seen == 10
