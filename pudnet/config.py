@@ -42,12 +42,13 @@ class ModelConfig:
     generator_hidden: Positive = 16
     base: bool = False  # a learned kernel a layer, which what is predicted changes, from no change on
     change: bool = True  # whether sketch, context and generators predict anything (without: class filters alone)
-    class_filters: Annotated[int, Field(ge=0)] = 0  # how many of the last convolutions get a group's class filters
+    class_filters: bool = False  # whether the last convolution gets filters solved for the group's classes
+    filter_grid: Positive = 2  # class filters of the whole map and of grid x grid windows of it; 1: the whole alone
     sketch_images: Positive = 50  # of a group, spread over its classes, when it is predicted for
 
     def __post_init__(self) -> None:
-        if not (self.base or self.change):
-            raise ValueError("change: false leaves no weights; set base: true")
+        if not self.base and (self.class_filters or not self.change):
+            raise ValueError("class_filters: true and change: false need base: true")
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -76,8 +77,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "change": False,
         "eta": 0.0,  # without a change there is no residual
         "depth": 1,
-        "class_filters": 1,
-        "sketch_images": 150,
+        "class_filters": True,
+        "sketch_images": 90,  # as many as take 1.5 times the time of a prediction by `pudnet`
         "full_weight": 0.0,
         "kl_weight": 0.0,
         "learning_rate": 3e-3,

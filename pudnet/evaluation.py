@@ -140,7 +140,7 @@ class Timing:
     images: int  # in memory
     sketch_images: int  # of them used
     calibration_images: int
-    sketch_ms: float  # with normalising the images
+    sketch_ms: float  # with normalising the images; of class filters: the pass up to their layer
     generation_ms: float
     calibration_ms: float  # with the centroids, which come from the same pass
     total_ms: float
@@ -186,15 +186,14 @@ def clock(device: torch.device) -> float:
 @torch.no_grad()
 def _prediction_steps(predictor: Predictor, images: StoreImages, group: np.ndarray) -> list[float]:
     """Milliseconds of sketch, generation and calibration."""
-    classes = _classes(images, group)
     marks = [clock(images.device)]
+
+    def mark() -> None:
+        marks.append(clock(images.device))
+
     batch, labels = adapt_input(predictor, images, group)
-    sketch = predictor.sketch(batch, labels)
-    marks.append(clock(images.device))
-    weights = predictor.model.generate(sketch)
-    marks.append(clock(images.device))
-    predictor.network(weights, batch, labels, classes)
-    marks.append(clock(images.device))
+    predictor.adapt(batch, labels, _classes(images, group), mark=mark)
+    mark()
     return np.diff(marks).tolist()
 
 

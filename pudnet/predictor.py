@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -56,6 +57,11 @@ def spread_rows(labels: Tensor, count: int) -> Tensor:
     return rows[torch.isin(labels[rows], chosen)]
 
 
+def _columns(labels: Tensor) -> Tensor:
+    """Labels (N,) as 0..k-1 of those classes alone that occur."""
+    return labels.unique(return_inverse=True)[1]
+
+
 class Streamed:
     """Normalised images by their row, read when they are asked for: more than fit in memory can be adapted to."""
 
@@ -73,8 +79,9 @@ class Predictor:
 
     `predict` is the one call; its steps stand alone, on normalised images, for evaluation and timing. The sketch
     and BatchNorm's statistics are averages, and a part of a group's images is enough for them: `sketch_images`
-    (None: as many as the model was made for) and `calibration_images` are how many, spread evenly over its
-    classes; the first `support_per_class` of each class make its centroid.
+    (None: as many as the model was made for) and `calibration_images` (None: 50, or where labels enter the sketch
+    those that it is of) are how many, spread evenly over its classes; the first `support_per_class` of each class
+    make its centroid.
     Statistics are taken in bf16 where the device has it; the network itself is fp32, as it is exported. On a
     CPU the process keeps the memory that it frees (`keep_freed_memory`).
     """
@@ -85,11 +92,13 @@ class Predictor:
         card: Card,
         target: Target,
         sketch_images: int | None = None,
-        calibration_images: int = CALIBRATION_IMAGES,
+        calibration_images: int | None = None,
     ) -> None:
         self.model, self.card, self.target = model.eval(), card, target
         own = model.config.sketch_images if isinstance(model, PudNet) else SKETCH_IMAGES
         self.sketch_images = own if sketch_images is None else sketch_images
+        if calibration_images is None:
+            calibration_images = self.sketch_images if model.class_aware else CALIBRATION_IMAGES
         self.calibration_images = calibration_images
         self.support_per_class = card.support_per_class
         self.device = next(model.parameters()).device
@@ -178,19 +187,16 @@ class Predictor:
         networks, batch = [], max(1, min(GROUPS_AT_A_TIME, WEIGHTS_AT_A_TIME // self.target.predicted))
         for first in range(0, len(groups), batch):
             prepared = [self._prepare(images, labels) for images, labels in groups[first : first + batch]]
-            sketches = [self.sketch(images, labels) for images, labels, _ in prepared]
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-                for weights, (images, labels, classes) in zip(self._generate(sketches), prepared, strict=True):
-                    networks.append(self.network(weights, images, labels, classes))
+                if self.model.class_aware:  # a sketch is as long as its group has classes
+                    networks += [self.adapt(*group) for group in prepared]
+                    continue
+                sketches = torch.stack([self.sketch(images, labels) for images, labels, _ in prepared])
+                with torch.no_grad():
+                    weights = self.model.generate(sketches)
+                for g, (images, labels, classes) in enumerate(prepared):
+                    networks.append(self.network({n: w[g] for n, w in weights.items()}, images, labels, classes))
         return networks
-
-    @torch.no_grad()
-    def _generate(self, sketches: list[Tensor]) -> list[Weights]:
-        """Each group's weights. A class-aware sketch is as long as its group has classes, so it goes alone."""
-        if self.model.class_aware:
-            return [self.model.generate(sketch) for sketch in sketches]
-        weights = self.model.generate(torch.stack(sketches))
-        return [{name: weight[g] for name, weight in weights.items()} for g in range(len(sketches))]
 
     def _prepare(self, images: Images | ImageSet, labels: Sequence | Pixels | None) -> tuple:
         """What a prediction looks at: normalised images (N, C, H, W), labels (N,) and the k classes."""
@@ -212,11 +218,39 @@ class Predictor:
 
     @torch.no_grad()
     def adapt(
-        self, images: Tensor | Streamed, labels: Tensor, classes: tuple, sketch: Tensor | None = None
+        self,
+        images: Tensor | Streamed,
+        labels: Tensor,
+        classes: tuple,
+        sketch: Tensor | None = None,
+        mark: Callable[[], None] = lambda: None,
     ) -> PredictedNetwork:
-        """`predict` on normalised images (N, C, H, W) and labels (N,) in 0..k-1; a given sketch replaces theirs."""
-        weights = self.model.generate(self.sketch(images, labels) if sketch is None else sketch)
+        """`predict` on normalised images (N, C, H, W) and labels (N,) in 0..k-1; a given sketch replaces theirs.
+
+        `mark` is called when the sketch is there, and when the weights are. Where class filters are all that is
+        predicted, and of the images that calibrate, one pass of those gives both: the filters are solved for when it
+        comes to their layer.
+        """
+        alone = self.model.class_aware and not self.model.config.change
+        if sketch is None and alone and self.sketch_images == self.calibration_images:
+            writes = {self.model.filters.conv.name: partial(self._class_kernels, labels, mark)}
+            return self.network(self.model.base_weights(), images, labels, classes, writes)
+        if sketch is None:
+            sketch = self.sketch(images, labels)
+        mark()
+        weights = self.model.generate(sketch)
+        mark()
         return self.network(weights, images, labels, classes)
+
+    def _class_kernels(self, labels: Tensor, mark: Callable[[], None], maps: Tensor) -> Tensor:
+        """The weight of the layer that has class filters, from what it is given for the images that calibrate."""
+        mark()
+        filters, rows = self.model.filters, spread_rows(labels, self.calibration_images)
+        with torch.autocast(self.device.type, enabled=False):
+            solved = filters.solve(maps, filters.layer(self.calibrate.empty), _columns(labels[rows]))
+            weight = self.model.base_weights()[filters.conv.name] + filters(solved)
+        mark()
+        return weight
 
     @torch.no_grad()
     def sketch(self, images: Tensor | Streamed, labels: Tensor) -> Tensor:
@@ -226,13 +260,22 @@ class Predictor:
         """
         with torch.autocast(self.device.type, enabled=False):
             rows = spread_rows(labels, self.sketch_images)
-            _, columns = labels[rows].unique(return_inverse=True)  # of the classes that are looked at
-            return self.model.sketch(images[rows], columns)
+            return self.model.sketch(images[rows], _columns(labels[rows]))
 
     @torch.no_grad()
-    def network(self, weights: Weights, images: Tensor | Streamed, labels: Tensor, classes: tuple) -> PredictedNetwork:
-        """Weights -> a network in eval mode: BatchNorm calibrated, class centroids of the support images."""
-        body, features, own = self.support(weights, images, labels)
+    def network(
+        self,
+        weights: Weights,
+        images: Tensor | Streamed,
+        labels: Tensor,
+        classes: tuple,
+        writes: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
+    ) -> PredictedNetwork:
+        """Weights -> a network in eval mode: BatchNorm calibrated, class centroids of the support images.
+
+        `writes` are those that are made in passing (`Calibrator`).
+        """
+        body, features, own = self.support(weights, images, labels, writes)
         card = self.network_card(classes, labels, len(own))
         return PredictedNetwork(body, centroids(features, own, len(classes)), card)
 
@@ -241,10 +284,16 @@ class Predictor:
         return first_rows(labels, self.support_per_class)
 
     @torch.no_grad()
-    def support(self, weights: Weights, images: Tensor | Streamed, labels: Tensor) -> tuple[nn.Module, Tensor, Tensor]:
+    def support(
+        self,
+        weights: Weights,
+        images: Tensor | Streamed,
+        labels: Tensor,
+        writes: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
+    ) -> tuple[nn.Module, Tensor, Tensor]:
         """Weights -> a calibrated network in eval mode, and the support set's features (S, d) and labels (S,)."""
         chosen = spread_rows(labels, self.calibration_images)
-        body, features = self.calibrate(weights, images[chosen])
+        body, features = self.calibrate(weights, images[chosen], writes)
         support = self.support_rows(labels)
         if not bool(torch.isin(support, chosen).all()):
             at_a_time = images_at_a_time(self.card.image_size)

@@ -12,7 +12,7 @@ import importlib
 import inspect
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from torch.func import functional_call, vmap
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
 from pudnet.errors import UserError
 
@@ -306,6 +307,14 @@ def _forget_statistics(network: nn.Module) -> None:
         norm.running_mean = norm.running_var = norm.num_batches_tracked = None
 
 
+class _Reached(Exception):
+    """Ends a pass at the layer whose input is wanted: what comes after it is work for nothing."""
+
+    def __init__(self, maps: Tensor) -> None:
+        super().__init__()
+        self.maps = maps
+
+
 class SharedTarget(nn.Module):
     """What all groups share of a target: its structure, BatchNorm's affine parameters, biases.
 
@@ -347,16 +356,20 @@ class SharedTarget(nn.Module):
                 raise
             raise UserError(f"train.groups_per_step: this target takes 1 only on a GPU ({_one_line(error)})") from None
 
-    def inputs(self, images: Tensor, weights: Weights, convs: Sequence[nn.Conv2d]) -> list[Tensor]:
-        """What some of the body's convolutions are given when a group's images (N, C, H, W) pass: (N, d_in, H', W')."""
-        seen: dict[nn.Module, Tensor] = {}
-        hooks = [conv.register_forward_pre_hook(lambda module, args: seen.update({module: args[0]})) for conv in convs]
+    def input_of(self, conv: nn.Conv2d, images: Tensor, weights: Weights) -> Tensor:
+        """What a convolution of the body is given when a group's images (N, C, H, W) pass: (N, d_in, H', W')."""
+
+        def stop(module: nn.Module, args: tuple[Tensor]) -> None:
+            raise _Reached(args[0])
+
+        hook = conv.register_forward_pre_hook(stop)
         try:
             self._one(images, weights)
+        except _Reached as reached:
+            return reached.maps
         finally:
-            for hook in hooks:
-                hook.remove()
-        return [seen[conv] for conv in convs]
+            hook.remove()
+        raise AssertionError("a target's convolutions all take part in its forward pass")
 
     def _one(self, images: Tensor, weights: Weights) -> Tensor:
         return functional_call(self.body, dict(weights), (images,)).flatten(1)
@@ -379,12 +392,21 @@ class Calibrator:
             _put(self.empty, name, tensor)  # the very same, so that they stay as the model has them
 
     @torch.no_grad()
-    def __call__(self, weights: Weights, images: Tensor) -> tuple[nn.Module, Tensor]:
-        """One group's weights and images (N, C, H, W) -> its network, and the images' features (N, d)."""
+    def __call__(
+        self, weights: Weights, images: Tensor, writes: Mapping[str, Callable[[Tensor], Tensor]] | None = None
+    ) -> tuple[nn.Module, Tensor]:
+        """One group's weights and images (N, C, H, W) -> its network, and the images' features (N, d).
+
+        What `writes` names is made in passing, from what its convolution is given: (N, d_in, H', W') -> its weight.
+        """
         network = _copied(self.empty)
         for name, weight in weights.items():
             _put(network, name, nn.Parameter(weight, requires_grad=False))
-        return network, calibrate(network, images)
+        hooks = [_write_in_passing(network, name, write) for name, write in (writes or {}).items()]
+        features = calibrate(network, images)
+        for hook in hooks:
+            hook.remove()
+        return network, features
 
 
 @torch.no_grad()
@@ -411,6 +433,13 @@ def _copied(network: nn.Module) -> nn.Module:
 def _put(network: nn.Module, name: str, tensor: Tensor) -> None:
     path, _, attribute = name.rpartition(".")
     setattr(network.get_submodule(path), attribute, tensor)
+
+
+def _write_in_passing(network: nn.Module, name: str, write: Callable[[Tensor], Tensor]) -> RemovableHandle:
+    def before(conv: nn.Module, args: tuple[Tensor]) -> None:
+        conv.weight = nn.Parameter(write(args[0]), requires_grad=False)
+
+    return network.get_submodule(name.rpartition(".")[0]).register_forward_pre_hook(before)
 
 
 def _make_biased(norm: _BatchNorm, inputs: tuple[Tensor], output: Tensor) -> None:

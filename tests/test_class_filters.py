@@ -7,11 +7,13 @@ from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 
+from pudnet.card import Card
 from pudnet.config import ModelConfig, TrainConfig, apply_variant
 from pudnet.hypernet import PudNet
-from pudnet.hypernet.class_filters import ClassFilters, class_filters, mean_patches
+from pudnet.hypernet.class_filters import ClassFilters, class_filters, mean_patches, regions
 from pudnet.learner import MetaLearner
 from pudnet.objective import Objective
+from pudnet.predictor import Predictor
 from pudnet.targets import ConvShape, build_target
 
 
@@ -32,6 +34,7 @@ def labelled(k=3, n=4, seed=0):
     return noise(k * n, 1, 8, 8, seed=seed) + labels.view(-1, 1, 1, 1), labels
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 @pytest.mark.parametrize(
     "conv",
     [
@@ -47,7 +50,18 @@ def test_mean_patches_answer_a_filter_with_its_mean_response(conv):
     maps = noise(2, 3, 7, 8)
     with torch.no_grad():
         expected = (conv(maps) - conv.bias[:, None, None]).mean((2, 3))
-        assert_close(mean_patches(maps, conv) @ conv.weight.flatten(1).T, expected)
+        assert_close(mean_patches(maps, conv)[:, 0] @ conv.weight.flatten(1).T, expected)
+
+
+def test_regions_are_the_whole_map_and_windows_of_half_its_sides():
+    conv = nn.Conv2d(3, 5, 3, padding=1, bias=False)
+    maps = noise(2, 3, 8, 4)
+    with torch.no_grad():
+        response = conv(maps)
+        corners = [response[:, :, i : i + 4, j : j + 2] for i in (0, 4) for j in (0, 2)]
+        expected = torch.stack([part.mean((2, 3)) for part in (response, *corners)], 1)
+        assert_close(mean_patches(maps, conv, 2) @ conv.weight.flatten(1).T, expected)
+    assert [len(regions(side, side, grid)) for side, grid in ((8, 3), (3, 2), (8, 1))] == [10, 1, 1]
 
 
 @pytest.mark.parametrize("size", [5, 40])  # fewer values than images, and more
@@ -69,7 +83,7 @@ def test_one_image_a_class_and_equal_images_are_no_trouble():
 
 
 def test_channels_get_the_filters_of_the_classes_in_turn():
-    layer = ClassFilters(ConvShape("conv.weight", (7, 2, 3, 3)))
+    layer = ClassFilters(ConvShape("conv.weight", (7, 2, 3, 3)), 1)
     filters = F.normalize(noise(3, 18), dim=1)
     added = layer(filters).flatten(1)
     norm = 2**0.5  # He's: sqrt(2 / fan_in) sqrt(fan_in)
@@ -78,7 +92,7 @@ def test_channels_get_the_filters_of_the_classes_in_turn():
 
 
 def test_with_more_classes_than_channels_each_class_has_a_share():
-    layer = ClassFilters(ConvShape("conv.weight", (4, 2, 1, 1)))
+    layer = ClassFilters(ConvShape("conv.weight", (4, 2, 1, 1)), 1)
     orthogonal = torch.eye(10)[:, :2]
     added = layer(orthogonal).flatten(1).detach() / 2**0.5
     assert_close(added[:2], torch.eye(2) / torch.tensor([[3.0], [3.0]]).sqrt())  # classes 0, 4, 8 and 1, 5, 9
@@ -99,7 +113,7 @@ def test_weights_follow_the_classes_and_not_the_order_of_the_images():
 
 @pytest.mark.parametrize("change", [False, True])
 def test_several_groups_have_the_weights_that_each_has_alone(change):
-    model, *_ = plus(change=change, class_filters=2)
+    model, *_ = plus(change=change)
     groups = [labelled(seed=seed) for seed in range(2)]
     together = model.generate(model.sketch(*(torch.stack(part) for part in zip(*groups, strict=True))))
     for g, group in enumerate(groups):
@@ -108,15 +122,15 @@ def test_several_groups_have_the_weights_that_each_has_alone(change):
 
 
 def test_a_predicted_change_starts_at_zero():
-    model, target, _ = plus(change=True, class_filters=0)
+    model, target, _ = plus(change=True, class_filters=False)
     weights = model.generate(model.sketch(noise(5, 1, 8, 8)))
     assert all(torch.equal(weights[conv.name], target.network.get_parameter(conv.name)) for conv in target.convs)
 
 
 def test_only_convolutions_that_see_all_channels_get_filters():
     network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3, groups=4), nn.ReLU(), nn.Flatten())
-    model, *_ = plus(network, class_filters=2)
-    assert [own.conv.name for own in model.filters] == ["0.weight"]
+    model, *_ = plus(network)
+    assert model.filters.conv.name == "0.weight"
 
 
 def test_an_image_whose_label_made_the_weights_is_no_query():
@@ -131,3 +145,26 @@ def test_an_image_whose_label_made_the_weights_is_no_query():
     assert_close(found.total, expected.total)
     seen = MetaLearner(*plus(sketch_images=1000)[:2], train, 5, k=2)._sketch(images)[1]
     assert seen == 10
+
+
+def test_one_pass_predicts_what_sketch_generation_and_calibration_do():
+    model, target, _ = plus(sketch_images=12)
+    card = Card("pudnet", "convnet3", 1, 8, (0.5,), (0.5,), 10.0, 3, vars(model.config))
+    predictor = Predictor(model, card, target)
+    images, labels = labelled(n=6)
+    steps: list[str] = []
+    passing = predictor.adapt(images, labels, (0, 1, 2), mark=lambda: steps.append("mark"))
+    stepwise = predictor.adapt(images, labels, (0, 1, 2), predictor.sketch(images, labels))
+    assert len(steps) == 2
+    for name, expected in stepwise.state_dict().items():
+        assert_close(passing.state_dict()[name], expected, rtol=1e-3, atol=1e-4)
+    (together,) = predictor.predict_many([(images.sigmoid(), labels)])
+    assert together.classes == (0, 1, 2)
+
+
+def test_more_classes_than_are_looked_at(tmp_path):
+    model, target, _ = plus(sketch_images=4)
+    card = Card("pudnet", "convnet3", 1, 8, (0.5,), (0.5,), 10.0, 1, vars(model.config))
+    Predictor(model, card, target).save(tmp_path / "plus.safetensors")
+    network = Predictor.load(tmp_path / "plus.safetensors").predict(noise(7, 1, 8, 8).sigmoid(), list("abcdefg"))
+    assert network.classes == tuple("abcdefg") and network.centroids.isfinite().all()

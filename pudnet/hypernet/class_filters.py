@@ -7,6 +7,7 @@ themselves: no gradient at test time, and nothing to learn but what they are add
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -16,17 +17,37 @@ from torch import Tensor, nn
 from pudnet.targets import ConvShape
 
 
-def mean_patches(maps: Tensor, conv: nn.Conv2d) -> Tensor:
-    """The patch that a convolution sees of its input maps (N, d_in, H, W), averaged over positions: (N, p) in fp32.
+def mean_patches(maps: Tensor, conv: nn.Conv2d, grid: int = 1) -> Tensor:
+    """The patch that a convolution sees of its input maps (N, d_in, H, W), averaged over each region: (N, R, p), fp32.
 
-    p = d_in f f, in the order of the convolution's weights.
+    p = d_in f f, in the order of the convolution's weights. The regions are those of `regions`, of its output.
     """
     side = maps.shape[2:]
     pixels = torch.eye(math.prod(side), device=maps.device).view(-1, 1, *side)
     before, after = _padding(conv)
     padded = F.pad(pixels, (before[1], after[1], before[0], after[0]))
-    windows = F.unfold(padded, conv.kernel_size, conv.dilation, stride=conv.stride)  # (H W, f f, positions)
-    return (maps.float().flatten(2) @ windows.mean(2)).flatten(1)
+    seen = F.unfold(padded, conv.kernel_size, conv.dilation, stride=conv.stride)  # (H W, f f, positions)
+    sizes = zip(padded.shape[2:], conv.kernel_size, conv.dilation, conv.stride, strict=True)
+    height, width = ((size - d * (f - 1) - 1) // s + 1 for size, f, d, s in sizes)
+    weights = (seen @ regions(height, width, grid).to(seen).T).permute(2, 0, 1)  # (R, H W, f f)
+    return (maps.float().flatten(2).unsqueeze(1) @ weights).flatten(2)
+
+
+def regions(height: int, width: int, grid: int) -> Tensor:
+    """Averages over the whole of a map and over grid x grid windows of half its sides, evenly spread: (R, H W).
+
+    Of a map with a side of less than 4, and with a grid of 1, the whole alone.
+    """
+    whole = torch.ones(1, height, width)
+    parts = [whole]
+    if grid > 1 and min(height, width) >= 4:
+        rows, columns = ([round(i * (n - n // 2) / (grid - 1)) for i in range(grid)] for n in (height, width))
+        for i, j in itertools.product(rows, columns):
+            part = torch.zeros_like(whole)
+            part[:, i : i + height // 2, j : j + width // 2] = 1
+            parts.append(part)
+    weights = torch.cat(parts).flatten(1)
+    return weights / weights.sum(1, keepdim=True)
 
 
 def _padding(conv: nn.Conv2d) -> tuple[list[int], list[int]]:
@@ -38,48 +59,56 @@ def _padding(conv: nn.Conv2d) -> tuple[list[int], list[int]]:
 
 
 def class_filters(patches: Tensor, labels: Tensor, classes: int, ridge: Tensor | float) -> Tensor:
-    r"""Ridge regression of the classes on mean patches (N, p) with labels (N,) in 0..k-1: unit vectors (k, p).
+    r"""Ridge regression of the classes on mean patches (..., N, p), labels (N,) in 0..k-1: unit vectors (..., k, p).
 
     :math:`R = Y^T (X X^T + \lambda I)^{-1} X` with X the patches about their mean, of unit mean square norm, and Y
     the one-hot labels about theirs. It is an N x N system, or, where images are more than values, the equal p x p one.
     """
-    x = patches - patches.mean(0)
-    x = x / x.square().sum(1).mean().clamp_min(1e-12).sqrt()
+    x = patches - patches.mean(-2, keepdim=True)
+    x = x / x.square().sum(-1, keepdim=True).mean(-2, keepdim=True).clamp_min(1e-12).sqrt()
     y = F.one_hot(labels, classes).float()
-    y = y - y.mean(0)
-    few = len(x) <= x.shape[1]
-    solved = _solve(x @ x.T, ridge, y).T @ x if few else _solve(x.T @ x, ridge, x.T @ y).T
-    return F.normalize(solved, dim=1)
+    y = (y - y.mean(0)).expand(*x.shape[:-1], classes)
+    few = x.shape[-2] <= x.shape[-1]
+    solved = _solve(x @ x.mT, ridge, y).mT @ x if few else _solve(x.mT @ x, ridge, x.mT @ y).mT
+    return F.normalize(solved, dim=-1)
 
 
 def _solve(gram: Tensor, ridge: Tensor | float, right: Tensor) -> Tensor:
-    """(gram + ridge I)^-1 right."""
-    return torch.cholesky_solve(right, torch.linalg.cholesky(gram + ridge * torch.eye(len(gram), device=gram.device)))
+    """(gram + ridge I)^-1 right, of systems (..., n, n) and right sides (..., n, k)."""
+    added = ridge * torch.eye(gram.shape[-1], device=gram.device)
+    return torch.cholesky_solve(right, torch.linalg.cholesky(gram + added))
 
 
 class ClassFilters(nn.Module):
-    r"""Adds a group's class filters to one layer's kernels, those of the classes in turn to its output channels.
+    r"""Adds a group's class filters to one layer's kernels, one after the other to its output channels.
 
-    :math:`W_o = B_o + \alpha_o\, r_{o \bmod k}`, with :math:`\alpha` learned, from He's norm on. Of more classes
-    than channels each channel gets several, averaged so that its share stays of one size.
+    Each class has a filter for every one of R regions of the map, since what tells classes apart differs between
+    them and the target's features keep their positions. :math:`W_o = B_o + \alpha_o\, r_{o \bmod R k}`, with
+    :math:`\alpha` learned, from He's norm on. Of more filters than channels each channel gets several, averaged so
+    that its share stays of one size.
     """
 
-    def __init__(self, conv: ConvShape) -> None:
+    def __init__(self, conv: ConvShape, grid: int) -> None:
         super().__init__()
-        self.conv = conv
+        self.conv, self.grid = conv, grid
         norm = conv.he_std * math.sqrt(math.prod(conv.shape[1:]))
         self.strength = nn.Parameter(torch.full((conv.shape[0], 1), norm))
         self.log_ridge = nn.Parameter(torch.tensor(-1.0))
 
-    def solve(self, patches: Tensor, labels: Tensor, classes: int) -> Tensor:
-        """Mean patches (N, p) and labels (N,) in 0..k-1 -> class filters (k, p)."""
-        return class_filters(patches, labels, classes, self.log_ridge.exp())
+    def layer(self, network: nn.Module) -> nn.Conv2d:
+        """The convolution of a target network that the filters are of."""
+        return network.get_submodule(self.conv.module)
+
+    def solve(self, maps: Tensor, conv: nn.Conv2d, labels: Tensor) -> Tensor:
+        """Maps (N, d_in, H, W) that `conv` is given, and labels (N,) in 0..k-1 -> class filters (R k, p)."""
+        patches = mean_patches(maps, conv, self.grid).transpose(0, 1)  # (R, N, p)
+        return class_filters(patches, labels, int(labels.max()) + 1, self.log_ridge.exp()).flatten(0, 1)
 
     def forward(self, filters: Tensor) -> Tensor:
-        """Class filters (..., k, p) -> what they add to the kernels (..., d_out, d_in, f, f)."""
-        channels, classes = len(self.strength), filters.shape[-2]
-        place = torch.arange(channels, device=filters.device)[:, None] - torch.arange(classes, device=filters.device)
-        share = (place % min(channels, classes) == 0).float()  # (d_out, k)
+        """Class filters (..., R k, p) -> what they add to the kernels (..., d_out, d_in, f, f)."""
+        channels, count = len(self.strength), filters.shape[-2]
+        place = torch.arange(channels, device=filters.device)[:, None] - torch.arange(count, device=filters.device)
+        share = (place % min(channels, count) == 0).float()  # (d_out, R k)
         share = share / share.sum(1, keepdim=True).sqrt()
         added = self.strength * (share @ filters)  # (..., d_out, p)
         return added.unflatten(-1, self.conv.shape[1:])

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from pudnet.config import ModelConfig
-from pudnet.hypernet.class_filters import ClassFilters, mean_patches
+from pudnet.errors import UserError
+from pudnet.hypernet.class_filters import ClassFilters
 from pudnet.hypernet.context import CONTEXTS
 from pudnet.hypernet.generator import WeightGenerator
 from pudnet.hypernet.sketch import Sketch
@@ -23,7 +23,7 @@ class PudNet(nn.Module):
     unless the configuration says so (the variant `pudnet_plus` does):
 
     - `base`: :math:`w_t = b_t + g_t(\hat a_t)`, a learned kernel that the generator changes, from no change on;
-    - `class_filters`: the last convolutions get filters that tell the group's classes apart.
+    - `class_filters`: the last convolution gets filters that tell the group's classes apart.
     """
 
     def __init__(self, config: ModelConfig, target: Target) -> None:
@@ -42,20 +42,21 @@ class PudNet(nn.Module):
         )
         plain = target.network.state_dict()
         self.base = nn.ParameterList(plain[conv.name].clone() for conv in target.convs if config.base)
-        filtered = target.dense[max(0, len(target.dense) - config.class_filters) :]
-        self.filters = nn.ModuleList(ClassFilters(conv) for conv in filtered)
+        if config.class_filters and not target.dense:
+            raise UserError("model.class_filters: the target has no convolution that sees all of its input's channels")
+        self.filters = ClassFilters(target.dense[-1], config.filter_grid) if config.class_filters else None
         self._set_scales(torch.randn(64, target.channels, target.image_size, target.image_size))
 
     @property
     def class_aware(self) -> bool:
         """Whether a group's labels enter its sketch."""
-        return len(self.filters) > 0
+        return self.filters is not None
 
     def sketch(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
         """Compress normalised images (..., N, C, H, W) to a sketch (..., l, m); the control returns its constant.
 
-        A class-aware one takes their labels (..., N) in 0..k-1, and is flat: (..., l m + k p), of which the second
-        part is the class filters; no l m where there is no change to predict.
+        A class-aware one takes their labels (..., N) in 0..k-1, and is flat: the paper's (l m; nothing where there is
+        no change to predict), then the class filters (R k p).
         """
         if not self.class_aware:
             return self._summary(images)
@@ -71,45 +72,36 @@ class PudNet(nn.Module):
         return self.constant.expand(*images.shape[:-4], *self.constant.shape)
 
     def _solve(self, images: Tensor, labels: Tensor) -> Tensor:
-        """One group's class filters (k, p), those of all layers that have some side by side."""
-        convs = [self.shared.body.get_submodule(own.conv.module) for own in self.filters]
-        base = {conv.name: kernel for conv, kernel in zip(self.shared.convs, self.base, strict=True)}
-        maps = self.shared.inputs(images, base, convs)
-        classes = int(labels.max()) + 1
+        """One group's class filters (R k, p), from what the layer is given under the base."""
+        conv = self.filters.layer(self.shared.body)
+        maps = self.shared.input_of(conv, images, self.base_weights())
         with torch.autocast(images.device.type, enabled=False):
-            patches = [mean_patches(*layer) for layer in zip(maps, convs, strict=True)]
-            solved = [own.solve(x, labels, classes) for own, x in zip(self.filters, patches, strict=True)]
-        return torch.cat(solved, 1)
+            return self.filters.solve(maps, conv, labels)
+
+    def base_weights(self) -> dict[str, Tensor]:
+        """The learned kernels that predictions are a change of."""
+        return {conv.name: kernel for conv, kernel in zip(self.shared.convs, self.base, strict=True)}
 
     def generate(self, sketch: Tensor) -> Weights:
         """Predict all convolution weights from a sketch, in fp32 whatever the autocast."""
         with torch.autocast(sketch.device.type, enabled=False):
-            summary, filters = self._parts(sketch.float())
-            weights = self._changed(summary)
-            for own, solved in zip(self.filters, filters, strict=True):
-                weights[own.conv.name] = weights[own.conv.name] + own(solved)
-            return weights
-
-    def _parts(self, sketch: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
-        """The paper's sketch (..., l, m) in a sketch (empty where no change is predicted), and each layer's filters."""
-        if not self.class_aware:
-            return sketch, ()
-        size = self.config.depth * self.config.hidden if self.config.change else 0
-        summary = sketch[..., :size].unflatten(-1, (self.config.depth, self.config.hidden)) if size else sketch[..., :0]
-        widths = [math.prod(own.conv.shape[1:]) for own in self.filters]
-        return summary, sketch[..., size:].unflatten(-1, (-1, sum(widths))).split(widths, -1)
+            sketch = sketch.float()
+            if not self.class_aware:
+                return self._changed(sketch)
+            shape = (self.config.depth if self.config.change else 0, self.config.hidden)
+            summary, filters = sketch[..., : math.prod(shape)], sketch[..., math.prod(shape) :]
+            weights, name = self._changed(summary.unflatten(-1, shape)), self.filters.conv.name
+            filters = filters.unflatten(-1, (-1, math.prod(self.filters.conv.shape[1:])))
+            return weights | {name: weights[name] + self.filters(filters)}
 
     def _changed(self, summary: Tensor) -> dict[str, Tensor]:
-        """The base under a group's change, or whichever of the two there is."""
-        convs = self.shared.convs
+        """The base under a group's change, or whichever of the two there is, from the paper's sketch (..., l, m)."""
+        base = self.base_weights() if self.config.base else {}
         if not self.config.change:
-            groups = summary.shape[:-1]
-            return {c.name: kernel.expand(*groups, *c.shape) for c, kernel in zip(convs, self.base, strict=True)}
+            return {name: kernel.expand(*summary.shape[:-2], *kernel.shape) for name, kernel in base.items()}
         contexts = self._contexts(summary)
-        made = [generator(context) for generator, context in zip(self.generators, contexts, strict=True)]
-        if self.config.base:
-            made = [change + kernel for change, kernel in zip(made, self.base, strict=True)]
-        return {conv.name: weight for conv, weight in zip(convs, made, strict=True)}
+        made = {own.conv.name: own(context) for own, context in zip(self.generators, contexts, strict=True)}
+        return {name: base[name] + change for name, change in made.items()} if base else made
 
     def _contexts(self, sketch: Tensor) -> list[Tensor]:
         initial = sketch if self.random_state is None else self.random_state.expand_as(sketch)
