@@ -44,6 +44,10 @@ TARGETS = {"convnet3": "ConvNet-3", "resnet18": "ResNet-18", "resnet34": "ResNet
 # Method -> how the page calls it, and what it is. A method that is not listed goes by its own name.
 METHODS = {
     "pudnet": ("PudNet", "weights predicted from the group’s images, in one forward pass"),
+    "pudnet_plus": (
+        "PudNet+",
+        "one learned set of weights, its last convolution given filters that tell the group’s classes apart",
+    ),
     "static_trunk": (
         "Static trunk",
         "same losses and training groups; the convolution weights are plain parameters that never see the group",
