@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from pipeline import cluster
-from pipeline.bench import summary
+from pipeline.bench import compare
 from pipeline.final import read_best, train_all, write_curves
 from pipeline.measure import measure_all, time_all
 from pipeline.params import Params
@@ -30,7 +30,7 @@ def baselines(params: Params) -> None:
         curves = _train(params, methods, choices, fresh)
         measured, keys = measure_all(params, methods, choices, fresh)
         times = time_all(params, methods, choices)
-    compared = {name: _compare(rows, pudnet) for name, rows in measured.groupby("method", sort=False)}
+    compared = {name: compare(rows, pudnet) for name, rows in measured.groupby("method", sort=False)}
     accuracies = pd.concat([pudnet, measured], ignore_index=True)
     write(RESULTS / "accuracies.csv", accuracies.to_csv(index=False, float_format="%.4f"))
     write(RESULTS / "tuning.csv", tuning.to_csv(index=False, float_format="%.6g"))
@@ -65,14 +65,6 @@ def _train(
         cells["static_trunk"] = read_best()  # PudNet's own choice, as far as it is one of training
     BASELINES.mkdir(parents=True, exist_ok=True)  # an output of the stage, even where nothing is trained
     return pd.concat([curves, train_all(params, "baselines", cells, fresh)]) if cells else curves
-
-
-def _compare(own: pd.DataFrame, pudnet: pd.DataFrame) -> dict[str, Any]:
-    """A method's accuracy, and its difference to PudNet paired over the same test groups."""
-    paired = own.merge(pudnet, on=["split_seed", "group"], suffixes=("", "_pudnet"), validate="one_to_one")
-    paired["difference"] = paired.accuracy - paired.accuracy_pudnet
-    difference = summary(paired, "difference")
-    return {**summary(own), "difference": difference["accuracy"], "difference_ci95": difference["ci95"]}
 
 
 def _log(

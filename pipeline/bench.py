@@ -118,6 +118,15 @@ def summary(frame: pd.DataFrame, column: str = "accuracy") -> dict[str, object]:
     return {"accuracy": round(mean, 4), "ci95": round(half, 4), "test_groups": len(frame), "splits": splits}
 
 
+def compare(own: pd.DataFrame, reference: pd.DataFrame) -> dict[str, object]:
+    """A method's accuracy, and its difference to another's paired over the same test groups."""
+    keys = ["split_seed", "group"]
+    paired = own.merge(reference, on=keys, suffixes=("", "_reference"), validate="one_to_one")
+    paired["difference"] = paired.accuracy - paired.accuracy_reference
+    difference = summary(paired, "difference")
+    return {**summary(own), "difference": difference["accuracy"], "difference_ci95": difference["ci95"]}
+
+
 @contextlib.contextmanager
 def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
     """A progress bar in a terminal; in a log, one line at the end. Yields what to call with the count done."""

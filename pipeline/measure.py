@@ -76,8 +76,8 @@ def measure_all(
     tables = read_tables(keys)
     if tables:
         print(f"  {len(tables)} of {len(jobs)} measurements are done already", flush=True)
-    task = _task(params, _measure)
-    running = {task(job): job for job in jobs if job not in tables}
+    measure = task(params, _measure)
+    running = {measure(job): job for job in jobs if job not in tables}
     while running:
         (done,), _ = ray.wait(list(running))
         job = running.pop(done)
@@ -90,10 +90,10 @@ def measure_all(
 
 def time_all(params: Params, methods: Sequence[str], choices: Choices) -> dict[str, float]:
     """Median milliseconds that PudNet and each method that adapts take for a group: in turns, with nothing beside."""
-    return ray.get(_task(params, _time)([m for m in methods if m not in OF_PUDNET], choices))
+    return ray.get(task(params, _time)([m for m in methods if m not in OF_PUDNET], choices))
 
 
-def _task(params: Params, function: Callable[..., Any]) -> Callable[..., ray.ObjectRef]:
+def task(params: Params, function: Callable[..., Any]) -> Callable[..., ray.ObjectRef]:
     """A function of this file as a Ray task with a trial's share, given this folder and the params before its own."""
     share = cluster.share(params)
     remote = ray.remote(num_cpus=share["cpu"], num_gpus=share["gpu"])(function)
@@ -110,18 +110,18 @@ def _jobs(params: Params, method: str, seed: int, choices: Choices) -> list[Job]
 
 def _measure(folder: str, params: Params, job: Job) -> pd.DataFrame:
     """What a Ray task runs."""
-    bench = _open(folder, params, job.seed, params.baselines.test_groups)
+    bench = open_worker(folder, params, job.seed, params.baselines.test_groups)
     if job.method in SCRATCH:
         return _scratch_accuracies(bench, params, job)
     if job.method in OF_PUDNET:
-        sketches = {"constant_sketch": _constant, "shuffled_sketch": _shuffled}[job.method]
+        sketches = {"constant_sketch": constant_sketches, "shuffled_sketch": shuffled_sketches}[job.method]
         predictor = bench.load(split_model("pudnet", job.seed))
         return bench.accuracies(job.method, predictor, sketches=sketches(bench, predictor, params))
     return bench.accuracies(job.method, open_method(bench, job.method))
 
 
 def _time(folder: str, params: Params, methods: Sequence[str], choices: Choices) -> dict[str, float]:
-    bench = _open(folder, params, params.seed, params.evaluate.timing_groups)
+    bench = open_worker(folder, params, params.seed, params.evaluate.timing_groups)
     short = {m: open_method(bench, m) for m in ["pudnet", *methods] if m not in SCRATCH}
     long = {
         f"{method}_{epochs}": scratch
@@ -130,19 +130,19 @@ def _time(folder: str, params: Params, methods: Sequence[str], choices: Choices)
         for epochs, scratch in open_scratch(bench, params, method, choices[method, params.seed]).items()
     }
     groups = bench.tables["test"][:, FROM]
-    times = _in_turns(short, bench, [*groups[:WARM_UP], *groups])
+    times = in_turns(short, bench, [*groups[:WARM_UP], *groups])
     if long:
         warm = {
             name: scratch
             for name, scratch in long.items()
             if scratch.config.epochs == min(params.baselines.scratch_epochs)
         }
-        _in_turns(warm, bench, groups[:1])
-        times |= _in_turns(long, bench, groups[:SCRATCH_TIMINGS], warm_up=0)
+        in_turns(warm, bench, groups[:1])
+        times |= in_turns(long, bench, groups[:SCRATCH_TIMINGS], warm_up=0)
     return times
 
 
-def _in_turns(
+def in_turns(
     methods: Mapping[str, Adapts], bench: Bench, groups: Sequence[np.ndarray], warm_up: int = WARM_UP
 ) -> dict[str, float]:
     """Median milliseconds of each method over the groups (the first of them to warm up), one after the other."""
@@ -153,7 +153,7 @@ def _in_turns(
     return pd.DataFrame(rows[warm_up:] or rows).median().to_dict()
 
 
-def _open(folder: str, params: Params, seed: int, test_groups: int | None) -> Bench:
+def open_worker(folder: str, params: Params, seed: int, test_groups: int | None) -> Bench:
     os.chdir(folder)  # a worker starts elsewhere
     torch.set_num_threads(params.resources.cpus)
     return open_bench(params, seed, test_groups)
@@ -195,14 +195,14 @@ def _scratch_accuracies(bench: Bench, params: Params, job: Job) -> pd.DataFrame:
     return pd.concat(rows, ignore_index=True)
 
 
-def _constant(bench: Bench, predictor: Predictor, params: Params) -> list[torch.Tensor]:
+def constant_sketches(bench: Bench, predictor: Predictor, params: Params) -> list[torch.Tensor]:
     """For every test group the mean sketch of training groups."""
     groups = bench.tables["train"][: params.baselines.sketch_groups]
     constant = torch.stack(group_sketches(predictor, bench.train_images, groups, bench.bf16)).mean(0)
     return [constant] * len(bench.tables["test"])
 
 
-def _shuffled(bench: Bench, predictor: Predictor, params: Params) -> list[torch.Tensor]:
+def shuffled_sketches(bench: Bench, predictor: Predictor, params: Params) -> list[torch.Tensor]:
     """For every test group the sketch of another one, of other classes."""
     groups = bench.tables["test"][:, FROM]
     sketches = group_sketches(predictor, bench.images, groups, bench.bf16)

@@ -140,7 +140,7 @@ class Params:
     def configured(self, changes: Mapping[str, Any]) -> tuple[ModelConfig, TrainConfig]:
         """Model and training configuration with a cell of the grid, then the variant, applied."""
         return apply_variant(
-            self.variant, *(_changed(base, changes, "search.space") for base in (self.model, self.train))
+            self.variant, *(changed(base, changes, "search.space") for base in (self.model, self.train))
         )
 
     def baseline_grid(self, method: str) -> list[dict[str, Any]]:
@@ -150,7 +150,7 @@ class Params:
     def baseline(self, method: str, changes: Mapping[str, Any]) -> tuple[Any, TrainConfig]:
         """A baseline's own configuration and that of its training, with a cell of its grid applied."""
         where = f"baselines.space.{method}"
-        return _changed(config_type(method)(), changes, where), _changed(self.train, changes, where)
+        return changed(config_type(method)(), changes, where), changed(self.train, changes, where)
 
 
 def combinations(space: Grid) -> list[dict[str, Any]]:
@@ -158,8 +158,8 @@ def combinations(space: Grid) -> list[dict[str, Any]]:
     return [dict(zip(space, values, strict=True)) for values in itertools.product(*space.values())]
 
 
-def _changed(base: Any, changes: Mapping[str, Any], where: str) -> Any:
-    """A configuration with those of the changes that are its own."""
+def changed(base: Any, changes: Mapping[str, Any], where: str) -> Any:
+    """A configuration with those of the changes that are its own. Raises `UserError` for a value that is none."""
     own = {key: value for key, value in changes.items() if key in asdict(base)}
     return parse(type(base), {**asdict(base), **own}, where)
 
@@ -187,6 +187,11 @@ Yaml12Floats.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+012
 
 def load_params(path: Path = PARAMS) -> Params:
     """Read and check params.yaml. Raises `UserError` with one line for whatever is wrong in it."""
+    return resolve(read_yaml(path))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file of blocks. Raises `UserError` with one line for another."""
     try:
         raw = yaml.load(path.read_text(), Loader=Yaml12Floats)
     except FileNotFoundError:
@@ -195,7 +200,7 @@ def load_params(path: Path = PARAMS) -> Params:
         raise UserError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path}: must be a mapping of blocks")
-    return resolve(raw)
+    return raw
 
 
 def resolve(raw: Mapping[str, Any]) -> Params:

@@ -9,6 +9,7 @@ import dataclasses
 import json
 
 from pipeline.params import Params
+from pipeline.registry import hypernetwork
 from pipeline.stage import PUDNET, RESULTS, run_stage, write
 from pudnet.card import Card, read_tensors, write_tensors
 from pudnet.errors import UserError
@@ -28,7 +29,7 @@ A PudNet that predicts {target} for images of {size}x{size} px with {channels} c
 | accuracy on unseen classes | {accuracy:.2f} ± {ci95:.2f} % (95% interval over {test_groups} test groups; 1 split) |
 | a group | {k} classes, {images} images; weights and centroids from one, accuracy on its twin (no image in common) |
 | trained on | {train_groups:,} task groups of {source}, one update each; L1{losses} |
-| hypernetwork | eta {eta}, GRU depth {depth}, extractor {extractor} |
+| hypernetwork | {hypernetwork} |
 | class split | seed {split_seed} |
 | training classes | {train_classes} |
 | test classes, never trained on | {test_classes} |
@@ -69,7 +70,8 @@ def _read(name: str) -> dict:
 
 def _text(name: str, params: Params, card: Card, split: dict, timing: dict) -> str:
     made = card.provenance
-    weights = {"L2": params.train.full_weight, "L3": params.train.kl_weight}
+    _, train = params.configured({key: made[key] for key in params.search.space if key in made})
+    weights = {"L2": train.full_weight, "L3": train.kl_weight}
     return TEXT.format(
         name=name,
         target=card.target,
@@ -81,9 +83,7 @@ def _text(name: str, params: Params, card: Card, split: dict, timing: dict) -> s
         train_groups=made["train_groups"],
         source=params.setting,
         losses="".join(f" + {weight:g} {name}" for name, weight in weights.items() if weight) or " alone",
-        eta=made["eta"],
-        depth=made["depth"],
-        extractor=card.model["extractor"],
+        hypernetwork=hypernetwork(card),
         split_seed=made["split_seed"],
         train_classes=", ".join(split["train_classes"]),
         test_classes=", ".join(split["test_classes"]),

@@ -21,6 +21,7 @@ from PIL import Image
 
 from pipeline.tracking import Tracking, tracking_uri
 from pudnet.card import Card, read_tensors
+from pudnet.config import ModelConfig
 from pudnet.errors import UserError
 
 SERVING = Path(__file__).with_name("serving.py")
@@ -65,13 +66,20 @@ def _log(tracking: Tracking, run_id: str, path: Path, name: str, card: Card) -> 
     return int(logged.registered_model_version)
 
 
+def hypernetwork(card: Card) -> str:
+    """In a few words, what makes a PudNet's weights."""
+    model = ModelConfig(**card.model)
+    parts = [f"extractor {model.extractor}, eta {model.eta}, GRU depth {model.depth}"] if model.change else []
+    return ", ".join(parts + (["class filters"] if model.class_filters else []))
+
+
 def _description(card: Card) -> str:
     """What the UI says of a version."""
     made = card.provenance
     return (
         f"PudNet ({made['variant']}) for {card.target}, {card.image_size}x{card.image_size} px, {card.channels} "
         f"channel(s). Trained on {made['train_groups']:,} task groups of {made['setting']}, class split "
-        f"{made['split_seed']}, eta {made['eta']}, GRU depth {made['depth']}.\n\n"
+        f"{made['split_seed']}, {hypernetwork(card)}.\n\n"
         "A request is one task group: rows of `image` (an image file) with a `label` to predict a network from, and "
         "rows without a label to classify by it."
     )

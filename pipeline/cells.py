@@ -1,0 +1,99 @@
+"""What a study's cell is once it is trained: its accuracies and its time, measured as Ray tasks."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pandas as pd
+import ray
+import torch
+
+from pipeline.bench import Bench
+from pipeline.dependencies import CODE, TRAINING_CODE, VALIDATION_CODE, code_files, digest, method_files, trial_key
+from pipeline.kept import keep_table, read_tables
+from pipeline.measure import constant_sketches, in_turns, open_worker, shuffled_sketches, task
+from pipeline.params import Params
+from pipeline.stage import STORE, TEST_STORE, group_folder
+from pipeline.trial import TrialSpec, card_of, load_state
+from pudnet.baselines import LEARNED, Adapter, make_method
+from pudnet.data.store import open_store
+from pudnet.evaluation import FROM, Adapts
+from pudnet.predictor import Predictor
+from pudnet.targets import build_target
+
+SKETCHES = {"constant": constant_sketches, "shuffled": shuffled_sketches}
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """A trained model (`checkpoint`; None: as it is initialised) and how it is to be measured."""
+
+    spec: TrialSpec = dataclasses.field(hash=False)
+    checkpoint: Path | None
+    sketch: str = "own"  # or constant, shuffled
+    sketch_images: int | None = None  # at prediction; None: the model's own
+    support_per_class: int | None = None  # at prediction; None: as in training
+
+    def key(self, params: Params) -> str:
+        """A hash of all that the cell's accuracies depend on."""
+        told = [self.sketch, self.sketch_images, self.support_per_class, self.checkpoint is None]
+        plain = [*told, trial_key(self.spec), params.evaluate.precision, params.baselines.sketch_groups]
+        data = [STORE / "meta.json", TEST_STORE / "meta.json", *group_folder(self.spec.split_seed).iterdir()]
+        code = code_files(TRAINING_CODE + VALIDATION_CODE) + method_files(self.spec.kind, params.target)
+        code += [CODE / "pipeline" / name for name in ("bench.py", "cells.py", "measure.py")]
+        return f"cell-{digest(plain, [*data, *code])}"
+
+
+def measure_cells(params: Params, cells: Sequence[Cell]) -> list[pd.DataFrame]:
+    """Each cell's rows, as `Bench.accuracies` gives them. What is kept is not run again."""
+    keys = {cell: cell.key(params) for cell in cells}
+    tables = read_tables(keys)
+    measure = task(params, _measure)
+    running = {measure(cell): cell for cell in keys if cell not in tables}
+    while running:
+        (done,), _ = ray.wait(list(running))
+        cell = running.pop(done)
+        tables[cell] = ray.get(done)
+        keep_table(keys[cell], tables[cell])
+        print(f"  {cell.spec.name}: {len(tables[cell])} test groups done", flush=True)
+    return [tables[cell] for cell in cells]
+
+
+def time_cells(params: Params, cells: Mapping[str, Cell]) -> dict[str, float]:
+    """Median milliseconds that each takes for a group of the first split: in turns, with nothing beside."""
+    return ray.get(task(params, _time)(cells))
+
+
+def _measure(folder: str, params: Params, cell: Cell) -> pd.DataFrame:
+    bench = open_worker(folder, params, cell.spec.split_seed, None)
+    adapts = _open(cell, bench)
+    sketches = SKETCHES[cell.sketch](bench, adapts, params) if cell.sketch != "own" else None
+    return bench.accuracies(cell.spec.name, adapts, sketches=sketches)
+
+
+def _time(folder: str, params: Params, cells: Mapping[str, Cell]) -> dict[str, float]:
+    bench = open_worker(folder, params, params.seed, params.evaluate.timing_groups)
+    opened = {name: _open(cell, bench) for name, cell in cells.items()}
+    return in_turns(opened, bench, bench.tables["test"][:, FROM])
+
+
+def _open(cell: Cell, bench: Bench) -> Adapts:
+    """The cell's model, ready to adapt to groups."""
+    card = card_of(cell.spec, open_store(Path(cell.spec.store), verify=False))
+    if cell.support_per_class is not None:
+        card = dataclasses.replace(card, support_per_class=cell.support_per_class)
+    torch.manual_seed(cell.spec.split_seed)  # of what is measured as it is initialised
+    if cell.spec.kind in LEARNED:
+        plain = build_target(card.target, card.channels, card.image_size)
+        model, target = make_method(cell.spec.kind, cell.spec.model, plain)
+    else:
+        drawn = Predictor.from_card(card)
+        model, target = drawn.model, drawn.target
+    if cell.checkpoint is not None:
+        model.load_state_dict(load_state(cell.checkpoint)["model"])
+    model.to(bench.images.device)
+    if cell.spec.kind in LEARNED:
+        return Adapter(model, card, target)
+    return Predictor(model, card, target, sketch_images=cell.sketch_images)
