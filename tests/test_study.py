@@ -54,7 +54,7 @@ def test_a_study_trains_once_what_rows_share_and_measures_each_row(project, tmp_
     table = pd.read_csv(tmp_path / "studies" / "results" / "tiny.csv")
     assert table.row.tolist() == list(TINY["rows"]) and (table.test_groups == 6).all()
     assert table.set_index("row").difference["static trunk"] == 0
-    assert table.accuracy.nunique() == 5 and table.accuracy.between(50, 100).all()
+    assert table.accuracy.nunique() >= 4 and table.accuracy.between(50, 100).all()
     assert table.set_index("row").milliseconds.notna().tolist() == [True, True, False, True, True]
     page = (tmp_path / "studies" / "results" / "tiny.md").read_text()
     assert all(f"| {row} | " in page for row in TINY["rows"])
