@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -22,15 +23,28 @@ def mean_patches(maps: Tensor, conv: nn.Conv2d, grid: int = 1) -> Tensor:
 
     p = d_in f f, in the order of the convolution's weights. The regions are those of `regions`, of its output.
     """
-    side = maps.shape[2:]
-    pixels = torch.eye(math.prod(side), device=maps.device).view(-1, 1, *side)
     before, after = _padding(conv)
-    padded = F.pad(pixels, (before[1], after[1], before[0], after[0]))
-    seen = F.unfold(padded, conv.kernel_size, conv.dilation, stride=conv.stride)  # (H W, f f, positions)
-    sizes = zip(padded.shape[2:], conv.kernel_size, conv.dilation, conv.stride, strict=True)
+    around = (before[1], after[1], before[0], after[0])
+    weights = _patch_weights(tuple(maps.shape[2:]), around, conv.kernel_size, conv.dilation, conv.stride, grid)
+    patches = maps.float().flatten(2) @ weights.to(maps.device)  # (N, d_in, R f f)
+    return patches.unflatten(2, (-1, math.prod(conv.kernel_size))).transpose(1, 2).flatten(2)
+
+
+@cache
+def _patch_weights(
+    side: tuple[int, int],
+    around: tuple[int, ...],
+    kernel: tuple[int, int],
+    dilation: tuple[int, int],
+    stride: tuple[int, int],
+    grid: int,
+) -> Tensor:
+    """How much each pixel counts in each region's mean patch: (H W, R f f)."""
+    pixels = F.pad(torch.eye(math.prod(side)).view(-1, 1, *side), around)
+    seen = F.unfold(pixels, kernel, dilation, stride=stride)  # (H W, f f, positions)
+    sizes = zip(pixels.shape[2:], kernel, dilation, stride, strict=True)
     height, width = ((size - d * (f - 1) - 1) // s + 1 for size, f, d, s in sizes)
-    weights = (seen @ regions(height, width, grid).to(seen).T).permute(2, 0, 1)  # (R, H W, f f)
-    return (maps.float().flatten(2).unsqueeze(1) @ weights).flatten(2)
+    return (regions(height, width, grid) @ seen.mT).flatten(1)
 
 
 def regions(height: int, width: int, grid: int) -> Tensor:
