@@ -247,6 +247,24 @@ def to_svg(figure: Figure, name: str) -> str:
     return f'<svg role="img" aria-label="{name}" {view_box}>{body}'
 
 
+@matplotlib.rc_context(STYLE | {"axes.grid.axis": "x"})
+def differences_figure(table: pd.DataFrame, reference: str) -> Figure:
+    """Draw a study: for each row its difference to the reference in points, with its 95% interval, a panel a column."""
+    columns = list(table.groupby("column", sort=False))
+    rows = table.row.nunique()
+    figure = new_figure(280 + 260 * len(columns), 70 + 24 * rows)
+    panels = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
+    for axes, (column, part) in zip(panels, columns, strict=True):
+        colors = [LIGHT["s4"] if row == reference else LIGHT["s0"] for row in part.row]
+        axes.axvline(0, color=SOFT, lw=0.9)
+        axes.hlines(part.row, part.difference - part.difference_ci95, part.difference + part.difference_ci95, colors)
+        axes.scatter(part.difference, part.row, c=colors, s=26, zorder=3)
+        axes.set(title=column, xlabel=f"points above “{reference}”")
+    panels[0].invert_yaxis()
+    panels[0].tick_params(axis="y", labelcolor=INK)
+    return figure
+
+
 def to_png(figure: Figure) -> bytes:
     """Render on white at twice the page's resolution: the same bytes every time."""
     buffer = io.BytesIO()

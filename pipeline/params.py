@@ -61,6 +61,7 @@ class GroupsParams:
     search_groups: Positive
     validation_groups: Annotated[int, Field(ge=2)]
     images_per_group: Positive | None = None
+    test_whole: bool = False
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -129,8 +130,7 @@ class Params:
     @property
     def sizes(self) -> GroupSizes:
         """What the group tables are built from."""
-        sizes = {key: value for key, value in asdict(self.groups).items() if key != "train_classes"}
-        return GroupSizes(**sizes, test_whole=self.prepare.test_source is not None)
+        return GroupSizes(**{key: value for key, value in asdict(self.groups).items() if key != "train_classes"})
 
     def grid(self) -> list[dict[str, Any]]:
         """Every combination of the search space, as changes to `model` and `train`."""
@@ -211,6 +211,7 @@ def resolve(raw: Mapping[str, Any]) -> Params:
     if raw["variant"] not in VARIANTS:
         raise UserError(f"variant: unknown name {raw['variant']!r}; known: {', '.join(VARIANTS)}")
     own = _of_setting(setting, raw["target"])
+    own["groups"]["test_whole"] = (raw["prepare"].get("test_source") or setting.test_source) is not None
     values: dict[str, Any] = {key: raw[key] for key in SCALARS}
     for name, kind in BLOCKS.items():
         given = {key: value for key, value in raw[name].items() if value is not None}

@@ -1,7 +1,7 @@
 """Studies: a table of rows (methods, variants, ingredients) by columns (settings, budgets), from one YAML file.
 
 `python -m pipeline.study NAME` reads studies/NAME.yaml, trains and measures every cell that is not done yet on every
-class split, and writes studies/results/NAME.csv and NAME.md. A training is a Ray trial, a cell an MLflow run.
+class split, and writes studies/results/NAME.csv, NAME.md and NAME.png. A training is a Ray trial, a cell an MLflow run.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from pipeline.bench import compare
 from pipeline.cells import SKETCHES, Cell, measure_cells, time_cells
 from pipeline.dependencies import digest, trial_key
 from pipeline.experiment import Experiment, run_missing
+from pipeline.figures import differences_figure, to_png
 from pipeline.groups import build
 from pipeline.kept import Finished
 from pipeline.params import PARAMS, Params, changed, read_yaml, resolve
@@ -133,6 +134,7 @@ def run(name: str) -> None:
     table = pd.concat(frames, ignore_index=True)
     folder = STUDIES / "results"
     write(folder / f"{name}.csv", table.to_csv(index=False, float_format="%.4f"))
+    write(folder / f"{name}.png", to_png(differences_figure(table, study.reference)))
     write(folder / f"{name}.md", render(name, study, table))
     print(f"study: {name}: {len(table)} cells in {folder / name}.md")
 
@@ -229,6 +231,7 @@ def render(name: str, study: Study, table: pd.DataFrame) -> str:
         f"Made by `python -m pipeline.study {name}`. Accuracy in percent, with its 95% interval over test groups;"
     ]
     lines += [f"differences to the row “{study.reference}” are paired over the same test groups.", ""]
+    lines += [f"![Each row's difference to {study.reference}]({name}.png)", ""]
     for column, part in table.groupby("column", sort=False):
         first = part.iloc[0]
         lines += [

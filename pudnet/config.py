@@ -127,4 +127,6 @@ def _complaint(error: Mapping[str, Any], kind: type) -> str:
         return f"unknown key; known: {', '.join(kind.__dataclass_fields__)}"
     if error["type"] == "missing":
         return "missing"
+    if error["type"] == "value_error":  # of a check of ours, which says it all
+        return str(error["ctx"]["error"])
     return f"{error['msg'].lower()}, got {error['input']!r}"

@@ -30,6 +30,14 @@ def test_a_setting_brings_its_own_protocol(raw, name):
     assert params.model.depth == setting.depth["convnet3"]
 
 
+def test_another_set_is_one_test_group_unless_groups_are_asked_for(raw):
+    assert not resolve(raw).sizes.test_whole
+    raw["prepare"]["test_source"] = "folder:photos"
+    assert resolve(raw).sizes.test_whole
+    raw["groups"]["test_whole"] = False
+    assert not resolve(raw).sizes.test_whole
+
+
 def test_a_target_brings_its_extractor_eta_and_depth(raw):
     expected = {"convnet3": ("1conv-1linear", 0.3, 2), "resnet18": ("5conv", 0.5, 4), "my.nets:Net": ("5conv", 0.5, 4)}
     raw["setting"] = "imagenet"
@@ -107,6 +115,7 @@ MISTAKES = {
     "model.pooling": ("model.pooling", "median"),
     "model.extractor": ("model.extractor", "tenconv"),
     "model.etaa": ("model.etaa", 0.5),
+    "model: class_filters: true and change: false need base: true": ("model.change", False),
     "train.learning_rate": ("train.learning_rate", float("nan")),
     "train.learn_temperature": ("train.learn_temperature", "yes please"),
     "groups.train_groups": ("groups.train_groups", 2.5),
