@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import ray
 import torch
@@ -19,11 +20,21 @@ from pipeline.stage import STORE, TEST_STORE, group_folder
 from pipeline.trial import TrialSpec, card_of, load_state
 from pudnet.baselines import LEARNED, Adapter, make_method
 from pudnet.data.store import open_store
-from pudnet.evaluation import FROM, Adapts
+from pudnet.diagnosis import movement, probe
+from pudnet.evaluation import FROM, Adapts, group_sketches
 from pudnet.predictor import Predictor
 from pudnet.targets import build_target
 
+MOVED_GROUPS = 50  # whose weights are compared
 SKETCHES = {"constant": constant_sketches, "shuffled": shuffled_sketches}
+
+
+@dataclasses.dataclass(frozen=True)
+class Diagnosis:
+    """Percent that weights move between groups (mean over layers), and the AUC of a probe of the sketch for classes."""
+
+    movement: float
+    probe: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,11 +77,29 @@ def time_cells(params: Params, cells: Mapping[str, Cell]) -> dict[str, float]:
     return ray.get(task(params, _time)(cells))
 
 
+def diagnose_cells(params: Params, cells: Sequence[Cell]) -> list[Diagnosis]:
+    """What each hypernetwork's sketches and weights say of the test groups of its split."""
+    diagnose = task(params, _diagnose)
+    return ray.get([diagnose(cell) for cell in cells])
+
+
 def _measure(folder: str, params: Params, cell: Cell) -> pd.DataFrame:
     bench = open_worker(folder, params, cell.spec.split_seed, None)
     adapts = _open(cell, bench)
     sketches = SKETCHES[cell.sketch](bench, adapts, params) if cell.sketch != "own" else None
     return bench.accuracies(cell.spec.name, adapts, sketches=sketches)
+
+
+def _diagnose(folder: str, params: Params, cell: Cell) -> Diagnosis:
+    bench = open_worker(folder, params, cell.spec.split_seed, None)
+    predictor, groups = _open(cell, bench), bench.tables["test"][:, FROM]
+    sketches = group_sketches(predictor, bench.images, groups, bench.bf16)
+    with torch.no_grad():
+        moved = movement([predictor.model.generate(sketch) for sketch in sketches[:MOVED_GROUPS]])
+    share = 100 * float(np.mean([layer.mean() for layer in moved.values()]))
+    if predictor.model.class_aware:  # its sketch has the classes in the order of the group
+        return Diagnosis(share, float("nan"))
+    return Diagnosis(share, probe(sketches, [bench.images.block_classes(group).tolist() for group in groups]))
 
 
 def _time(folder: str, params: Params, cells: Mapping[str, Cell]) -> dict[str, float]:

@@ -18,6 +18,7 @@ from markupsafe import Markup
 from pipeline import figures
 from pipeline.params import CONTROLS, Params
 from pipeline.stage import RESULTS, git_commit, run_stage, write
+from pudnet import diagnosis
 from pudnet.card import read_tensors
 from pudnet.errors import UserError
 from pudnet.evaluation import stratified_interval
@@ -242,13 +243,8 @@ def movement(predicted: list[Predicted]) -> Movement | None:
         return None
     split = min(group.split_seed for group in predicted)
     groups = [group for group in predicted if group.split_seed == split]
-    layers = {layer: np.stack([group.weights[layer] for group in groups]) for layer in groups[0].weights}
-    relative = {}
-    for layer, stacked in layers.items():
-        flat = stacked.reshape(len(groups), -1)
-        mean = flat.mean(axis=0)
-        relative[layer] = np.linalg.norm(flat - mean, axis=1) / np.linalg.norm(mean)
-    first = next(iter(layers.values()))
+    first = np.stack([next(iter(group.weights.values())) for group in groups])
+    relative = diagnosis.movement([group.weights for group in groups])
     return Movement(split, [group.classes for group in groups], first, first - first.mean(axis=0), relative)
 
 

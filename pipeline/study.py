@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import math
 import os
 import re
 import sys
@@ -23,7 +24,7 @@ from pydantic.dataclasses import dataclass
 
 from pipeline import cluster
 from pipeline.bench import compare
-from pipeline.cells import SKETCHES, Cell, measure_cells, time_cells
+from pipeline.cells import SKETCHES, Cell, Diagnosis, diagnose_cells, measure_cells, time_cells
 from pipeline.dependencies import digest, trial_key
 from pipeline.experiment import Experiment, run_missing
 from pipeline.figures import differences_figure, to_png
@@ -175,6 +176,8 @@ def _run_column(name: str, study: Study, column: str, params: Params) -> pd.Data
     frames = {row: pd.concat([tables[row, seed] for seed in params.split_seeds]) for row in study.rows}
     timed = {row: cells[row, params.seed] for row, own in study.rows.items() if own.sketch == "own"}
     times = time_cells(params, timed)
+    diagnosed = [row for row in timed if study.rows[row].method == "pudnet"]
+    diagnoses = dict(zip(diagnosed, diagnose_cells(params, [timed[row] for row in diagnosed]), strict=True))
     lines = []
     for row, frame in frames.items():
         numbers = compare(frame, frames[study.reference])
@@ -188,6 +191,7 @@ def _run_column(name: str, study: Study, column: str, params: Params) -> pd.Data
                 "test_groups": numbers["test_groups"],
                 **{key: numbers[key] for key in ("accuracy", "ci95", "difference", "difference_ci95")},
                 "milliseconds": times.get(row),
+                **asdict(diagnoses.get(row, Diagnosis(math.nan, math.nan))),
             }
         )
         _log(tracking, lines[-1], cells[row, params.seed].key(params), study.rows[row])
@@ -224,29 +228,50 @@ def _log(tracking: Tracking, line: Mapping[str, Any], key: str, row: Row) -> Non
     tracking.finish(run_id)
 
 
+PAGE = """# {title}
+
+{text}
+
+Made by `python -m pipeline.study {name}`. Accuracy in percent, with its 95% interval over test groups; differences to
+the row “{reference}” are paired over the same test groups. *Weights move*: how far predicted weights are from their
+mean over groups, relative to its size, mean over layers. *Probe*: how well a linear probe reads from the sketch which
+classes a group has (area under the ROC curve; 50 is chance).
+
+![Each row's difference to {reference}]({name}.png)
+"""
+COLUMN = """
+## {column}
+
+{train_groups:,} training groups, {test_groups:,} test groups, {splits} class split(s).
+
+| | accuracy | difference | time a group | weights move | probe |
+|---|---|---|---|---|---|
+"""
+
+
 def render(name: str, study: Study, table: pd.DataFrame) -> str:
     """The study as Markdown: a table a column."""
-    lines = [f"# {study.title}", "", *([study.text.strip(), ""] if study.text.strip() else [])]
-    lines += [
-        f"Made by `python -m pipeline.study {name}`. Accuracy in percent, with its 95% interval over test groups;"
-    ]
-    lines += [f"differences to the row “{study.reference}” are paired over the same test groups.", ""]
-    lines += [f"![Each row's difference to {study.reference}]({name}.png)", ""]
+    page = PAGE.format(title=study.title, text=study.text.strip(), name=name, reference=study.reference)
     for column, part in table.groupby("column", sort=False):
         first = part.iloc[0]
-        lines += [
-            f"## {column}",
-            "",
-            f"{part.train_groups.max():,} training groups, {first.test_groups:,} test groups, ",
-        ]
-        lines[-1] += f"{first.splits} class split(s)."
-        lines += ["", "| | accuracy | difference | time a group |", "|---|---|---|---|"]
+        page += COLUMN.format(
+            column=column, train_groups=part.train_groups.max(), test_groups=first.test_groups, splits=first.splits
+        )
         for line in part.itertuples():
-            difference = f"{line.difference:+.2f} ± {line.difference_ci95:.2f}" if line.row != study.reference else ""
-            time = f"{line.milliseconds:.0f} ms" if pd.notna(line.milliseconds) else ""
-            lines.append(f"| {line.row} | {line.accuracy:.2f} ± {line.ci95:.2f} | {difference} | {time} |")
-        lines.append("")
-    return "\n".join(lines)
+            cells = (
+                line.row,
+                f"{line.accuracy:.2f} ± {line.ci95:.2f}",
+                f"{line.difference:+.2f} ± {line.difference_ci95:.2f}" if line.row != study.reference else "",
+                _number(line.milliseconds, "{:.0f} ms"),
+                _number(line.movement, "{:.1f} %"),
+                _number(line.probe, "{:.0f}"),
+            )
+            page += f"| {' | '.join(cells)} |\n"
+    return page
+
+
+def _number(value: float, form: str) -> str:
+    return form.format(value) if pd.notna(value) else ""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
