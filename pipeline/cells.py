@@ -97,7 +97,7 @@ def _diagnose(folder: str, params: Params, cell: Cell) -> Diagnosis:
     with torch.no_grad():
         moved = movement([predictor.model.generate(sketch) for sketch in sketches[:MOVED_GROUPS]])
     share = 100 * float(np.mean([layer.mean() for layer in moved.values()]))
-    if predictor.model.class_aware:  # its sketch has the classes in the order of the group
+    if predictor.class_aware:  # its sketch has the classes in the order of the group
         return Diagnosis(share, float("nan"))
     return Diagnosis(share, probe(sketches, [bench.images.block_classes(group).tolist() for group in groups]))
 

@@ -95,10 +95,12 @@ class Predictor:
         calibration_images: int | None = None,
     ) -> None:
         self.model, self.card, self.target = model.eval(), card, target
-        own = model.config.sketch_images if isinstance(model, PudNet) else SKETCH_IMAGES
+        hypernetwork = isinstance(model, PudNet)  # and not a trunk of a control or baseline
+        self.class_aware = hypernetwork and model.class_aware
+        own = model.config.sketch_images if hypernetwork else SKETCH_IMAGES
         self.sketch_images = own if sketch_images is None else sketch_images
         if calibration_images is None:
-            calibration_images = self.sketch_images if model.class_aware else CALIBRATION_IMAGES
+            calibration_images = self.sketch_images if self.class_aware else CALIBRATION_IMAGES
         self.calibration_images = calibration_images
         self.support_per_class = card.support_per_class
         self.device = next(model.parameters()).device
@@ -188,7 +190,7 @@ class Predictor:
         for first in range(0, len(groups), batch):
             prepared = [self._prepare(images, labels) for images, labels in groups[first : first + batch]]
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-                if self.model.class_aware:  # a sketch is as long as its group has classes
+                if self.class_aware:  # a sketch is as long as its group has classes
                     networks += [self.adapt(*group) for group in prepared]
                     continue
                 sketches = torch.stack([self.sketch(images, labels) for images, labels, _ in prepared])
@@ -231,7 +233,7 @@ class Predictor:
         predicted, and of the images that calibrate, one pass of those gives both: the filters are solved for when it
         comes to their layer.
         """
-        alone = self.model.class_aware and not self.model.config.change
+        alone = self.class_aware and not self.model.config.change
         if sketch is None and alone and self.sketch_images == self.calibration_images:
             writes = {self.model.filters.conv.name: partial(self._class_kernels, labels, mark)}
             return self.network(self.model.base_weights(), images, labels, classes, writes)
