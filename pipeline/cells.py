@@ -13,17 +13,15 @@ import torch
 
 from pipeline.bench import Bench
 from pipeline.dependencies import CODE, TRAINING_CODE, VALIDATION_CODE, code_files, digest, method_files, trial_key
-from pipeline.kept import keep_table, read_tables
-from pipeline.measure import constant_sketches, in_turns, open_worker, shuffled_sketches, task
+from pipeline.measure import constant_sketches, in_turns, measure_missing, open_worker, shuffled_sketches, task
 from pipeline.params import Params
 from pipeline.stage import STORE, TEST_STORE, group_folder
-from pipeline.trial import TrialSpec, card_of, load_state
-from pudnet.baselines import LEARNED, Adapter, make_method
+from pipeline.trial import TrialSpec, card_of, load_state, untrained
+from pudnet.baselines import LEARNED, Adapter
 from pudnet.data.store import open_store
 from pudnet.diagnosis import movement, probe
 from pudnet.evaluation import FROM, Adapts, group_sketches
 from pudnet.predictor import Predictor
-from pudnet.targets import build_target
 
 MOVED_GROUPS = 50  # whose weights are compared
 SKETCHES = {"constant": constant_sketches, "shuffled": shuffled_sketches}
@@ -60,15 +58,7 @@ class Cell:
 def measure_cells(params: Params, cells: Sequence[Cell]) -> list[pd.DataFrame]:
     """Each cell's rows, as `Bench.accuracies` gives them. What is kept is not run again."""
     keys = {cell: cell.key(params) for cell in cells}
-    tables = read_tables(keys)
-    measure = task(params, _measure)
-    running = {measure(cell): cell for cell in keys if cell not in tables}
-    while running:
-        (done,), _ = ray.wait(list(running))
-        cell = running.pop(done)
-        tables[cell] = ray.get(done)
-        keep_table(keys[cell], tables[cell])
-        print(f"  {cell.spec.name}: {len(tables[cell])} test groups done", flush=True)
+    tables = measure_missing(params, _measure, keys, lambda cell: cell.spec.name)
     return [tables[cell] for cell in cells]
 
 
@@ -114,12 +104,7 @@ def _open(cell: Cell, bench: Bench) -> Adapts:
     if cell.support_per_class is not None:
         card = dataclasses.replace(card, support_per_class=cell.support_per_class)
     torch.manual_seed(cell.spec.split_seed)  # of what is measured as it is initialised
-    if cell.spec.kind in LEARNED:
-        plain = build_target(card.target, card.channels, card.image_size)
-        model, target = make_method(cell.spec.kind, cell.spec.model, plain)
-    else:
-        drawn = Predictor.from_card(card)
-        model, target = drawn.model, drawn.target
+    model, target = untrained(cell.spec, card)
     if cell.checkpoint is not None:
         model.load_state_dict(load_state(cell.checkpoint)["model"])
     model.to(bench.images.device)

@@ -73,19 +73,27 @@ def measure_all(
     keys = {job: job.key(params) for job in jobs}
     if fresh:
         forget_tables(keys.values())
-    tables = read_tables(keys)
-    if tables:
-        print(f"  {len(tables)} of {len(jobs)} measurements are done already", flush=True)
-    measure = task(params, _measure)
-    running = {measure(job): job for job in jobs if job not in tables}
-    while running:
-        (done,), _ = ray.wait(list(running))
-        job = running.pop(done)
-        tables[job] = ray.get(done)
-        keep_table(keys[job], tables[job])
-        print(f"  {job.method}, split {job.seed}: {tables[job].group.nunique()} test groups done", flush=True)
+    tables = measure_missing(params, _measure, keys, lambda job: f"{job.method}, split {job.seed}")
     of_method = {method: "+".join(keys[job] for job in jobs if job.method == method) for method in methods}
     return pd.concat([tables[job] for job in jobs], ignore_index=True), {m: digest(k, []) for m, k in of_method.items()}
+
+
+def measure_missing(
+    params: Params, function: Callable[..., pd.DataFrame], keys: Mapping[Any, str], name: Callable[[Any], str]
+) -> dict[Any, pd.DataFrame]:
+    """A table for each thing to measure, by `function` as Ray tasks. What is kept under its key is not run again."""
+    tables = read_tables(keys)
+    if tables:
+        print(f"  {len(tables)} of {len(keys)} measurements are done already", flush=True)
+    measure = task(params, function)
+    running = {measure(one): one for one in keys if one not in tables}
+    while running:
+        (done,), _ = ray.wait(list(running))
+        one = running.pop(done)
+        tables[one] = ray.get(done)
+        keep_table(keys[one], tables[one])
+        print(f"  {name(one)}: {tables[one].group.nunique()} test groups done", flush=True)
+    return tables
 
 
 def time_all(params: Params, methods: Sequence[str], choices: Choices) -> dict[str, float]:
@@ -94,7 +102,7 @@ def time_all(params: Params, methods: Sequence[str], choices: Choices) -> dict[s
 
 
 def task(params: Params, function: Callable[..., Any]) -> Callable[..., ray.ObjectRef]:
-    """A function of this file as a Ray task with a trial's share, given this folder and the params before its own."""
+    """A function of a module as a Ray task with a trial's share, given this folder and the params before its own."""
     share = cluster.share(params)
     remote = ray.remote(num_cpus=share["cpu"], num_gpus=share["gpu"])(function)
     return partial(remote.remote, str(Path.cwd()), params)

@@ -53,6 +53,11 @@ class Row:
     sketch_images: Annotated[int, Field(ge=1)] | None = None  # at prediction
     support_per_class: Annotated[int, Field(ge=1)] | None = None  # at prediction
 
+    @property
+    def trained(self) -> bool:
+        """Whether it is measured after a training, not as it is initialised."""
+        return self.method != "random_weights"
+
 
 @dataclass(frozen=True, config=STRICT)
 class Study:
@@ -108,7 +113,7 @@ def row_spec(params: Params, name: str, row: Row, seed: int) -> TrialSpec:
     """The training that a row's cell takes on one class split. Its own changes win over its variant's."""
     where = f"rows.{name}.changes"
     params = dataclasses.replace(params, variant=row.variant)
-    kind = "static_trunk" if row.method == "random_weights" else row.method
+    kind = row.method if row.trained else "static_trunk"
     learned = kind in LEARNED
     slug = re.sub("[^a-z0-9+]+", "-", f"{name} split{seed}".lower())  # a folder is called so
     spec = make_spec(params, slug, kind, seed, row.changes if learned else {}, "train", 0)
@@ -187,7 +192,7 @@ def _run_column(name: str, study: Study, column: str, params: Params) -> pd.Data
                 "row": row,
                 "column": column,
                 "splits": params.splits,
-                "train_groups": params.groups.train_groups if study.rows[row].method != "random_weights" else 0,
+                "train_groups": params.groups.train_groups if study.rows[row].trained else 0,
                 "test_groups": numbers["test_groups"],
                 **{key: numbers[key] for key in ("accuracy", "ci95", "difference", "difference_ci95")},
                 "milliseconds": times.get(row),
@@ -204,7 +209,7 @@ def _train(
     """Every training that is not done, each once, whatever number of rows it serves."""
     wanted: dict[str, TrialSpec] = {}
     for (row, _), spec in specs.items():
-        if study.rows[row].method != "random_weights":
+        if study.rows[row].trained:
             wanted.setdefault(trial_key(spec), spec)
     print(f"study: {name}: {len(wanted)} training(s) on {params.groups.train_groups:,} groups")
     finished = run_missing(Experiment(f"study-{name}", list(wanted.values())), params, tracking)
@@ -212,7 +217,7 @@ def _train(
 
 
 def _cell(row: Row, spec: TrialSpec, trained: Finished | None) -> Cell:
-    checkpoint = trained.checkpoint if trained and row.method != "random_weights" else None
+    checkpoint = trained.checkpoint if trained and row.trained else None
     return Cell(spec, checkpoint, row.sketch, row.sketch_images, row.support_per_class)
 
 

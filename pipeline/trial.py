@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from pipeline.params import Params
 from pipeline.stage import STORE, group_folder
@@ -149,12 +150,17 @@ class MetaTraining:
 
 def make_learner(spec: TrialSpec, card: Card, config: TrainConfig, classes: int, k: int) -> tuple[Learner, Target]:
     """What the trial trains, and the target network in it."""
+    model, target = untrained(spec, card)
     if spec.kind in LEARNED:
-        plain = build_target(spec.target, card.channels, card.image_size)
-        method, target = make_method(spec.kind, spec.model, plain)
-        return method.learner(classes, k, config.support_per_class), target
-    model, target = build_model(card, spec.target)
+        return model.learner(classes, k, config.support_per_class), target
     return MetaLearner(model, target, config, classes, k), target
+
+
+def untrained(spec: TrialSpec, card: Card) -> tuple[nn.Module, Target]:
+    """The model of a trial as it is initialised, and the target network in it."""
+    if spec.kind in LEARNED:
+        return make_method(spec.kind, spec.model, build_target(spec.target, card.channels, card.image_size))
+    return build_model(card, spec.target)
 
 
 class FromScratch:

@@ -30,7 +30,7 @@ from pudnet.targets import Calibrator, Target, Weights, target_name
 if TYPE_CHECKING:
     from pudnet.finetune import FineTuned
 
-SKETCH_IMAGES, CALIBRATION_IMAGES = 50, 50  # how few are enough: benchmarks/README.md
+CALIBRATION_IMAGES = 50  # how few are enough: benchmarks/README.md
 WEIGHTS_AT_A_TIME, GROUPS_AT_A_TIME = 2**26, 100
 
 
@@ -97,7 +97,7 @@ class Predictor:
         self.model, self.card, self.target = model.eval(), card, target
         hypernetwork = isinstance(model, PudNet)  # and not a trunk of a control or baseline
         self.class_aware = hypernetwork and model.class_aware
-        own = model.config.sketch_images if hypernetwork else SKETCH_IMAGES
+        own = model.config.sketch_images if hypernetwork else CALIBRATION_IMAGES
         self.sketch_images = own if sketch_images is None else sketch_images
         if calibration_images is None:
             calibration_images = self.sketch_images if self.class_aware else CALIBRATION_IMAGES
@@ -250,9 +250,9 @@ class Predictor:
         filters, rows = self.model.filters, spread_rows(labels, self.calibration_images)
         with torch.autocast(self.device.type, enabled=False):
             solved = filters.solve(maps, filters.layer(self.calibrate.empty), _columns(labels[rows]))
-            weight = self.model.base_weights()[filters.conv.name] + filters(solved)
+        weights = self.model.generate(solved.flatten())
         mark()
-        return weight
+        return weights[filters.conv.name]
 
     @torch.no_grad()
     def sketch(self, images: Tensor | Streamed, labels: Tensor) -> Tensor:
