@@ -265,6 +265,68 @@ def differences_figure(table: pd.DataFrame, reference: str) -> Figure:
     return figure
 
 
+@matplotlib.rc_context(STYLE)
+def lines_figure(points: pd.DataFrame, x_label: str, y_label: str, log: bool = False) -> Figure:
+    """Draw y over x: a panel for each `panel`, a line for each `line`, `ci95` and `reference` (dashed) where given."""
+    panels = list(points.groupby("panel", sort=False))
+    figure = new_figure(60 + 400 * len(panels), 310)
+    for axes, (panel, part) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for (line, own), color in zip(part.groupby("line", sort=False), SERIES, strict=False):
+            _series(axes, own.sort_values("x"), str(line), LIGHT[color])
+        if log:
+            axes.set_xscale("log")
+            axes.set_xticks(sorted(part.x.unique()))
+            axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+            axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.set(title=str(panel), xlabel=x_label, ylabel=y_label)
+        if len(axes.get_legend_handles_labels()[0]) > 1:
+            axes.legend(labelcolor=INK)
+    return figure
+
+
+def _series(axes: Axes, points: pd.DataFrame, label: str, color: str) -> None:
+    """One line, with its interval and, dashed, what it is compared with."""
+    axes.plot(points.x, points.y, color=color, marker="o" if len(points) < 20 else None, ms=4, label=label)
+    if "ci95" in points:
+        low, high = points.y - points.ci95, points.y + points.ci95
+        axes.fill_between(points.x, low, high, color=color, alpha=0.15, lw=0)
+    if "reference" in points and points.reference.notna().any():
+        name = f"{label}, the paper's" if label else "the paper's"
+        axes.plot(points.x, points.reference.astype(float), color=color, ls="--", lw=1.2, label=name)
+
+
+@matplotlib.rc_context(STYLE | {"axes.grid.axis": "x"})
+def bars_figure(table: pd.DataFrame, x_label: str) -> Figure:
+    """Draw each row's accuracy with its interval, and the paper's as a diamond, a panel a column."""
+    columns = list(table.groupby("column", sort=False))
+    figure = new_figure(280 + 260 * len(columns), 70 + 24 * table.row.nunique())
+    panels = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
+    for axes, (column, part) in zip(panels, columns, strict=True):
+        axes.errorbar(part.accuracy, part.row, xerr=part.ci95, fmt="o", ms=5, color=LIGHT["s0"])
+        axes.scatter(part.paper.astype(float), part.row, marker="D", s=22, color=LIGHT["s1"], label="the paper's")
+        axes.set(title=column, xlabel=x_label)
+    panels[0].invert_yaxis()
+    panels[0].tick_params(axis="y", labelcolor=INK)
+    return figure
+
+
+@matplotlib.rc_context(STYLE | {"axes.grid.axis": "x"})
+def correlations_figure(table: pd.DataFrame) -> Figure:
+    """Draw each layer's correlation as a dot, and as a bar the range that shuffled pairs have, a panel a column."""
+    columns = list(table.assign(label=table.row + ", " + table.layer).groupby("column", sort=False))
+    figure = new_figure(240 + 260 * len(columns), 80 + 24 * len(columns[0][1]))
+    panels = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
+    for axes, (column, part) in zip(panels, columns, strict=True):
+        axes.hlines(part.label, part.shuffled_low, part.shuffled_high, LIGHT["s4"], lw=5, alpha=0.5, label="shuffled")
+        axes.scatter(part.correlation, part.label, color=LIGHT["s0"], s=26, zorder=3, label="own")
+        axes.axvline(0, color=SOFT, lw=0.9)
+        axes.set(title=column, xlabel="held-out canonical correlation")
+    panels[0].legend(labelcolor=INK)
+    panels[0].invert_yaxis()
+    panels[0].tick_params(axis="y", labelcolor=INK)
+    return figure
+
+
 def to_png(figure: Figure) -> bytes:
     """Render on white at twice the page's resolution: the same bytes every time."""
     buffer = io.BytesIO()

@@ -26,6 +26,7 @@ def _build_split(params: Params, store: Store, other: Store | None, seed: int, f
         params.groups.classes_per_group,
         seed,
         len(other.class_names) if other else None,
+        params.groups.test_classes,
     )
     tables = build_groups(split, params.sizes, store, other)
     test_names = (other or store).class_names

@@ -70,12 +70,12 @@ def forget_trials(specs: Iterable[TrialSpec]) -> None:
 def read_tables(keys: Mapping[Any, str]) -> dict[Any, pd.DataFrame]:
     """The tables that are kept, of those that stand under these keys."""
     paths = {name: _table_path(key) for name, key in keys.items()}
-    return {name: pd.read_csv(path) for name, path in paths.items() if path.is_file()}
+    return {name: pd.read_parquet(path) for name, path in paths.items() if path.is_file()}
 
 
 def keep_table(key: str, table: pd.DataFrame) -> None:
     """Keep a table."""
-    write(_table_path(key), table.to_csv(index=False))
+    write(_table_path(key), table.to_parquet(index=False))
 
 
 def forget_tables(keys: Iterable[str]) -> None:
@@ -93,4 +93,4 @@ def _trial_path(spec: TrialSpec) -> Path:
 
 
 def _table_path(key: str) -> Path:
-    return _folder() / f"{key}.csv"
+    return _folder() / f"{key}.parquet"

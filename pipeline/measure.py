@@ -73,27 +73,37 @@ def measure_all(
     keys = {job: job.key(params) for job in jobs}
     if fresh:
         forget_tables(keys.values())
-    tables = measure_missing(params, _measure, keys, lambda job: f"{job.method}, split {job.seed}")
+    tables = measure_missing(params, _measure, keys, _done)
     of_method = {method: "+".join(keys[job] for job in jobs if job.method == method) for method in methods}
     return pd.concat([tables[job] for job in jobs], ignore_index=True), {m: digest(k, []) for m, k in of_method.items()}
 
 
 def measure_missing(
-    params: Params, function: Callable[..., pd.DataFrame], keys: Mapping[Any, str], name: Callable[[Any], str]
+    params: Params,
+    function: Callable[..., pd.DataFrame],
+    keys: Mapping[Any, str],
+    done: Callable[[Any, pd.DataFrame], str],
 ) -> dict[Any, pd.DataFrame]:
-    """A table for each thing to measure, by `function` as Ray tasks. What is kept under its key is not run again."""
+    """A table for each thing to measure, by `function` as Ray tasks. What is kept under its key is not run again.
+
+    `done` words what to say of each that is done.
+    """
     tables = read_tables(keys)
     if tables:
         print(f"  {len(tables)} of {len(keys)} measurements are done already", flush=True)
     measure = task(params, function)
     running = {measure(one): one for one in keys if one not in tables}
     while running:
-        (done,), _ = ray.wait(list(running))
-        one = running.pop(done)
-        tables[one] = ray.get(done)
+        (ended,), _ = ray.wait(list(running))
+        one = running.pop(ended)
+        tables[one] = ray.get(ended)
         keep_table(keys[one], tables[one])
-        print(f"  {name(one)}: {tables[one].group.nunique()} test groups done", flush=True)
+        print(f"  {done(one, tables[one])}", flush=True)
     return tables
+
+
+def _done(job: Job, table: pd.DataFrame) -> str:
+    return f"{job.method}, split {job.seed}: {table.group.nunique()} test groups done"
 
 
 def time_all(params: Params, methods: Sequence[str], choices: Choices) -> dict[str, float]:

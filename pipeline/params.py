@@ -61,6 +61,7 @@ class GroupsParams:
     search_groups: Positive
     validation_groups: Annotated[int, Field(ge=2)]
     images_per_group: Positive | None = None
+    test_classes: Positive | None = None  # None: all that are not trained on
     test_whole: bool = False
 
 
@@ -97,6 +98,17 @@ class BaselinesParams:
 
 
 @dataclass(frozen=True, config=STRICT)
+class StudyParams:
+    """What holds for every study (studies/*.yaml), whatever its file says."""
+
+    sources: dict[str, str]  # where a source lies: torchvision:CIFAR100 -> npz:data/raw/cifar100.npz
+    budget: Annotated[float, Field(gt=0, le=1)] | None = None  # training groups, as a part of the paper's number
+    test_groups: Annotated[int, Field(ge=2)] | None = None
+    settings: Annotated[list[str], Field(min_length=1)] | None = None  # columns of other settings are left out
+    targets: Annotated[list[str], Field(min_length=1)] | None = None  # likewise
+
+
+@dataclass(frozen=True, config=STRICT)
 class ResourcesParams:
     """What one trial gets; `gpus` counts only where Ray sees GPUs."""
 
@@ -120,6 +132,7 @@ class Params:
     search: SearchParams
     evaluate: EvaluateParams
     baselines: BaselinesParams
+    study: StudyParams
     resources: ResourcesParams
 
     @property
@@ -130,7 +143,8 @@ class Params:
     @property
     def sizes(self) -> GroupSizes:
         """What the group tables are built from."""
-        return GroupSizes(**{key: value for key, value in asdict(self.groups).items() if key != "train_classes"})
+        classes = ("train_classes", "test_classes")
+        return GroupSizes(**{key: value for key, value in asdict(self.groups).items() if key not in classes})
 
     def grid(self) -> list[dict[str, Any]]:
         """Every combination of the search space, as changes to `model` and `train`."""
@@ -172,6 +186,7 @@ BLOCKS = {
     "search": SearchParams,
     "evaluate": EvaluateParams,
     "baselines": BaselinesParams,
+    "study": StudyParams,
     "resources": ResourcesParams,
 }
 SCALARS = {"setting": str, "target": str, "variant": str, "seed": int, "splits": int}

@@ -17,6 +17,7 @@ from markupsafe import Markup
 
 from pipeline import figures
 from pipeline.params import CONTROLS, Params
+from pipeline.reported import Reported, load_reported, paper_figures
 from pipeline.stage import RESULTS, git_commit, run_stage, write
 from pudnet import diagnosis
 from pudnet.card import read_tensors
@@ -90,47 +91,6 @@ CURVES = {
 
 FILTERS_SHOWN = 16
 GROUPS_SHOWN = 6
-
-
-# --- What the paper reports ---------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Reported:
-    """One figure of the paper: accuracy and its +/- in %, GPU seconds, and where it stands."""
-
-    accuracy: float
-    ci95: float | None
-    seconds: float | None
-    table: str
-
-
-def load_reported() -> dict[str, Any]:
-    """The paper's tables as data."""
-    return yaml.safe_load((HERE / "reported.yaml").read_text())
-
-
-def paper_figures(reported: Mapping[str, Any], setting: str, target: str) -> dict[str, Reported]:
-    """All that the paper reports for a setting and target, by method; empty where it has nothing.
-
-    The first table that has a method wins.
-    """
-    found: dict[str, Reported] = {}
-    for name, table in reported.items():
-        rows = _rows(table, setting, target) if isinstance(table, Mapping) else {}
-        for method, row in rows.items():
-            figure = Reported(row["acc"], row.get("ci"), row.get("time"), name.replace("table", "table "))
-            found.setdefault(method, figure)
-    return found
-
-
-def _rows(table: Mapping[str, Any], setting: str, target: str) -> Mapping[str, Any]:
-    """A table's rows for a setting and target: it is fixed to one of them and keyed by the other, or by both."""
-    if "target" in table:
-        return table.get(setting, {}) if table["target"] == target else {}
-    if "setting" in table:
-        return table.get(target, {}) if table["setting"] == setting else {}
-    return table.get(target, {}).get(setting, {})
 
 
 # --- What the run found -------------------------------------------------------------------------------------

@@ -51,6 +51,15 @@ def stratified_interval(strata: Sequence[np.ndarray]) -> tuple[float, float]:
     return float(np.mean([m for m, _ in parts])), float(np.sqrt(sum(h**2 for _, h in parts)) / len(parts))
 
 
+def mean_half_width(measured: Sequence[tuple[float, int]]) -> float:
+    """Half-width of the 95% interval of the mean of accuracies in percent, each of so many images (Wilson's)."""
+    z, halves = 1.959964, []
+    for accuracy, images in measured:
+        p = accuracy / 100
+        halves.append(z / (1 + z**2 / images) * np.sqrt(p * (1 - p) / images + z**2 / (4 * images**2)))
+    return 100 * float(np.linalg.norm(halves)) / len(halves)
+
+
 def block_labels(images: StoreImages, indices: np.ndarray) -> tuple[Tensor, np.ndarray]:
     """A group's labels (N,) as positions in its class ids (k,), and those ids."""
     classes = images.block_classes(indices)

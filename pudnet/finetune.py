@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import math
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 
@@ -193,25 +193,38 @@ def _train(
     start: PredictedNetwork, name: str, parts: Parts, config: ScratchConfig, progress: Progress
 ) -> tuple[PredictedNetwork, list[Epoch]]:
     """Train a copy; the curve begins with what it starts from."""
-    model, curve, spent = _trainable(start), [], 0.0
+    model = _trainable(start)
     task = progress.add_task(f"from {name} weights", total=config.epochs, accuracy=0.0)
-
-    def measure(epoch: int, loss: float) -> None:
-        nonlocal spent, begun
-        spent += (clock(parts.images.device) - begun) / 1000
-        accuracy = _accuracy(model, parts)
-        curve.append(Epoch(name, epoch, round(spent, 4), loss, round(accuracy, 4)))
-        progress.update(task, completed=epoch, accuracy=accuracy)
-        begun = clock(parts.images.device)
-
-    begun = clock(parts.images.device)
-    measure(0, math.nan)
-    spent, curve[0] = 0.0, dataclasses.replace(curve[0], seconds=0.0)
-    train(model, parts.images, parts.columns, config, _bf16(parts), after_epoch=measure)
-    _calibrate(model.body, parts)
+    curve = train_on(
+        model, name, parts, config, lambda point: progress.update(task, completed=point.epoch, accuracy=point.accuracy)
+    )
     provenance = {**start.card.provenance, "finetuned_epochs": config.epochs, "finetuned_on": len(parts.images)}
     card = dataclasses.replace(start.card, provenance=provenance)
     return PredictedNetwork(model.body.requires_grad_(False), model.head.centroids.detach(), card), curve
+
+
+def train_on(
+    model: nn.Sequential,
+    name: str,
+    parts: Parts,
+    config: ScratchConfig,
+    heard: Callable[[Epoch], None] = lambda point: None,
+) -> list[Epoch]:
+    """Train a network of `body`, `flat` and `head` in place, BatchNorm calibrated at the end -> its curve, from
+    what it starts with; `heard` is told each point."""
+    curve, spent, begun = [], 0.0, clock(parts.images.device)
+
+    def measure(epoch: int, loss: float) -> None:
+        nonlocal spent, begun
+        spent += (clock(parts.images.device) - begun) / 1000 if epoch else 0.0
+        curve.append(Epoch(name, epoch, round(spent, 4), loss, round(_accuracy(model, parts), 4)))
+        heard(curve[-1])
+        begun = clock(parts.images.device)
+
+    measure(0, math.nan)
+    train(model, parts.images, parts.columns, config, _bf16(parts), after_epoch=measure)
+    _calibrate(model.body, parts)
+    return curve
 
 
 def _accuracy(model: nn.Sequential, parts: Parts) -> float:

@@ -12,7 +12,7 @@ from pudnet.baselines.learners import Pretraining
 from pudnet.baselines.meta_deepbdc import BDCNetwork, MetaDeepBDCConfig, bdc
 from pudnet.baselines.scratch import augmented, one_cycle, scratch_network, train
 from pudnet.card import Card, write_tensors
-from pudnet.cca import canonical_correlations
+from pudnet.cca import canonical_correlations, held_out_correlation
 from pudnet.config import TrainConfig
 from pudnet.data.images import StoreImages
 from pudnet.data.store import Store
@@ -407,3 +407,15 @@ def test_scratch_gives_the_same_for_the_same_seed_and_leaves_the_target_alone(to
         found.append(adapted.logits(images(test[0, ON])))
     assert torch.equal(*found)
     assert all(torch.equal(tensor, before[name]) for name, tensor in scratch.target.network.state_dict().items())
+
+
+def test_held_out_correlation_finds_what_is_shared_and_nothing_where_nothing_is():
+    rng = np.random.default_rng(0)
+    shared, alone = rng.normal(size=(200, 2)), rng.normal(size=(200, 40))
+    x = shared @ rng.normal(size=(2, 30)) + 0.1 * rng.normal(size=(200, 30))
+    y = shared @ rng.normal(size=(2, 40)) + 0.1 * alone
+    assert held_out_correlation(x, y, 5) > 0.95
+    chance = [held_out_correlation(x, rng.permutation(alone), 5) for _ in range(20)]
+    assert abs(np.mean(chance)) < 0.1 < canonical_correlations(x[:, :5], alone[:, :5])[0]  # which was fit to them
+    with pytest.raises(UserError, match="too few"):
+        held_out_correlation(x[:20], y[:20], 5)

@@ -411,3 +411,11 @@ def test_missing_and_damaged_groups_are_named(tmp_path):
     (tmp_path / "groups" / "train.npy").write_bytes(b"short")
     with pytest.raises(UserError, match="train.npy is damaged"):
         open_groups(tmp_path / "groups")
+
+
+def test_test_classes_stay_the_same_whatever_is_trained_on():
+    few, many = (split_classes(100, train, 5, 0, test_classes=20) for train in (20, 80))
+    assert few.test_classes == many.test_classes and len(few.test_classes) == 20
+    assert set(few.train_classes) < set(many.train_classes)
+    with pytest.raises(UserError, match="test_classes is 21, but 20 are left"):
+        split_classes(100, 80, 5, 0, test_classes=21)

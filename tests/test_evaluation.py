@@ -7,11 +7,13 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 import torch
+from scipy.stats import binomtest
 from torch.testing import assert_close
 
 from pudnet.card import Card
 from pudnet.evaluation import (
     group_sketches,
+    mean_half_width,
     mean_interval,
     shuffled,
     stratified_interval,
@@ -129,3 +131,10 @@ def test_time_of_a_prediction_is_that_of_its_parts(warm_up, digits, predictor):
     assert timing.total_ms == pytest.approx(sum(parts))  # one group: medians add up
     assert timing.epoch_ratio == pytest.approx(timing.epoch_ms / timing.total_ms)
     assert (timing.images, timing.device) == (40, "cpu")
+
+
+def test_an_accuracy_over_images_has_wilsons_interval():
+    known = binomtest(180, 200).proportion_ci(method="wilson")
+    assert mean_half_width([(90.0, 200)]) == pytest.approx(50 * (known.high - known.low), abs=1e-4)
+    assert mean_half_width([(90.0, 200)] * 4) == pytest.approx(mean_half_width([(90.0, 200)]) / 2)
+    assert mean_half_width([(100.0, 200)]) > 0.9

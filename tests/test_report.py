@@ -15,13 +15,12 @@ from pipeline.report import (
     duration,
     histogram,
     label,
-    load_reported,
-    paper_figures,
     plus_minus,
     read_results,
     report,
     verdict,
 )
+from pipeline.reported import load_reported, paper_figures
 from pudnet.errors import UserError
 from pudnet.predictor import Predictor
 

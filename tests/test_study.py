@@ -4,18 +4,22 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from mlflow import MlflowClient
+from PIL import Image
+from sklearn.datasets import load_digits
 
-from pipeline.study import column_params, load_study, row_spec
+from pipeline.studies.definition import column_params, load_study, row_spec, wanted
 from pudnet.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 TINY = {
     "title": "Tiny",
     "over": {"groups.train_groups": 4, "groups.test_groups": 6, "evaluate.timing_groups": 1},
-    "columns": {"digits": {"setting": "digits"}},
+    "columns": {"digits": {"setting": "digits", "baselines.scratch_groups": 2}},
     "reference": "static trunk",
     "rows": {
         "static trunk": {"method": "static_trunk", "variant": "pudnet_plus"},
@@ -23,6 +27,55 @@ TINY = {
         "another group's": {"variant": "pudnet_plus", "sketch": "shuffled"},
         "few images": {"variant": "pudnet_plus", "sketch_images": 4},
         "untrained": {"method": "random_weights"},
+        "from scratch": {"method": "scratch_adam", "changes": {"epochs": 1}},
+    },
+}
+
+
+SMALL = {"groups.train_groups": 4, "groups.test_groups": 6, "evaluate.timing_groups": 1}
+KINDS = {  # one of each other kind, over cells that they share with the first
+    "axis": {
+        "title": "Axis",
+        "over": SMALL,
+        "axis": "columns",
+        "columns": {
+            "digits / 2": {"setting": "digits", "groups.train_groups": 2, "paper": "table10.{row}.0"},
+            "digits / 4": {"setting": "digits", "groups.train_groups": 4, "paper": "table10.{row}.1"},
+            "digits / 900": {"setting": "digits", "groups.train_groups": 900, "paper": "table10.{row}.2"},
+            "animals / 4": {"setting": "digits", "prepare.source": "folder:data/raw/animals"},
+        },
+        "rows": {"PudNet": {"paper": "train_c80"}},
+    },
+    "curve": {
+        "title": "Curve",
+        "over": {**SMALL, "train.report_every": 2},
+        "measure": "losses",
+        "columns": {"digits": {"setting": "digits"}},
+        "rows": {"PudNet": {}},
+    },
+    "start": {
+        "title": "Start",
+        "over": SMALL,
+        "measure": "finetune",
+        "finetune": {"images": 100, "test_images": 50, "epochs": 2},
+        "columns": {"digits": {"setting": "digits", "paper": "table5.convnet3.{row}"}},
+        "rows": {"random": {"method": "random_weights"}, "PudNet": {"paper": "pudnet"}},
+    },
+    "chance": {
+        "title": "Chance",
+        "over": {**SMALL, "groups.train_groups": 24, "groups.images_per_group": 40},
+        "measure": "correlation",
+        "correlation": {"groups": 24, "components": 3, "pairings": 20},
+        "columns": {"digits": {"setting": "digits"}},
+        "rows": {"trained": {"method": "scratch_adam", "changes": {"epochs": 1}}},
+    },
+    "many": {
+        "title": "Many",
+        "over": SMALL,
+        "measure": "whole",
+        "whole": {"images": "data/raw/here", "test_images": "data/raw/there", "top": 2, "classes": 3},
+        "columns": {"digits": {"setting": "digits", "paper": "imagenet1k.{row}"}},
+        "rows": {"PudNet": {"paper": "pudnet"}, "PudNet+": {"variant": "pudnet_plus"}},
     },
 }
 
@@ -34,35 +87,76 @@ def project(tmp_path, monkeypatch):
     (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text())
     monkeypatch.chdir(tmp_path)
 
-    def write(study):
-        (tmp_path / "studies" / "tiny.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
+    def write(study, name="tiny"):
+        (tmp_path / "studies" / f"{name}.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
 
     write(TINY)
     return write
 
 
-def run_tiny(folder):
-    command = [sys.executable, "-m", "pipeline.study", "tiny"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
+def run_studies(folder, *names):
+    command = [sys.executable, "-m", "pipeline.study", *names]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-def test_a_study_trains_once_what_rows_share_and_measures_each_row(project, tmp_path):
-    first = run_tiny(tmp_path)
-    assert "2 training(s) on 4 groups" in first and first.count("6 test groups done") == 5
-    table = pd.read_csv(tmp_path / "studies" / "results" / "tiny.csv")
-    assert table.row.tolist() == list(TINY["rows"]) and (table.test_groups == 6).all()
+def results(folder, name):
+    written = folder / "studies" / "results"
+    assert (written / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    return pd.read_csv(written / f"{name}.csv"), (written / f"{name}.md").read_text()
+
+
+def write_digits(folder):
+    digits = load_digits()
+    for name, rows in (("here", slice(0, 300)), ("there", slice(300, 500))):
+        for row in np.flatnonzero(digits.target < 3):
+            if row in range(*rows.indices(len(digits.target))):
+                path = folder / "data" / "raw" / name / f"class {digits.target[row]}" / f"{row}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray((digits.images[row] * 15).astype(np.uint8)).save(path)
+
+
+def test_every_kind_of_study_runs_and_what_is_done_is_not_done_again(project, tmp_path):
+    for name, study in KINDS.items():
+        project(study, name)
+    write_digits(tmp_path)
+    first = run_studies(tmp_path, "tiny", *KINDS)
+    assert "2 training(s) on 4 groups" in first
+    table, page = results(tmp_path, "tiny")
+    assert table.row.tolist() == list(TINY["rows"]) and table.test_groups.tolist() == [6] * 5 + [2]
     assert table.set_index("row").difference["static trunk"] == 0
     assert table.accuracy.nunique() >= 4 and table.accuracy.between(50, 100).all()
-    assert table.set_index("row").milliseconds.notna().tolist() == [True, True, False, True, True]
-    page = (tmp_path / "studies" / "results" / "tiny.md").read_text()
+    assert table.set_index("row").milliseconds.notna().tolist() == [True, True, False, True, True, True]
     assert all(f"| {row} | " in page for row in TINY["rows"])
+    _check_kinds(tmp_path, first)
     project({**TINY, "rows": {row: own for row, own in TINY["rows"].items() if row != "untrained"}})
-    again = run_tiny(tmp_path)
+    again = run_studies(tmp_path, "tiny")
     assert "2 of 2 trials are finished already" in again and "test groups done" not in again
-    rest = pd.read_csv(tmp_path / "studies" / "results" / "tiny.csv")
-    assert rest.accuracy.tolist() == table.accuracy[:4].tolist()
+    rest, _ = results(tmp_path, "tiny")
+    assert rest.accuracy.tolist() == table.accuracy[table.row != "untrained"].tolist()
+
+
+def _check_kinds(folder, output):
+    axis, page = results(folder, "axis")
+    assert axis.column.tolist() == ["digits / 2", "digits / 4"] and axis.paper.tolist() == [45.37, 51.99]
+    assert "- digits / 900: 900 training groups are over the budget of 4" in page
+    assert "- animals / 4: folder:data/raw/animals does not exist" in page and "animals / 4: not run" in output
+    curve, _ = results(folder, "curve")
+    assert curve.groups.tolist() == [2, 4] and (curve.loss > curve.metric_loss).all()
+    start, page = results(folder, "start")
+    assert start.epoch.tolist() == [0, 1, 2] * 2 and (start.images == 100).all() and (start.ci95 < 15).all()
+    assert start.groupby("row").accuracy.agg(lambda of_row: of_row.iloc[-1] > of_row.iloc[0]).all()
+    assert start.paper.notna().tolist() == [False] * 5 + [True] and "55.21 ± 0.19" in page
+    chance, _ = results(folder, "chance")
+    assert chance.layer.nunique() == 3 and chance.correlation.between(-1, 1).all() and chance.p.between(0.04, 1).all()
+    many, page = results(folder, "many")
+    assert many.accuracy.between(60, 100).all() and (many.classes == 3).all() and "44.92" in page
+    runs = MlflowClient(f"sqlite:///{folder}/mlflow.db").search_runs(["1"], "tags.study = 'start'")
+    assert {(run.data.tags["row"], run.data.tags["column"], run.data.tags["seed"]) for run in runs} == {
+        ("random", "digits", "0"),
+        ("PudNet", "digits", "0"),
+    }
 
 
 def test_a_rows_own_changes_win_over_its_variants(project):
@@ -86,6 +180,12 @@ def test_a_rows_own_changes_win_over_its_variants(project):
         ({"rows": {"static trunk": {}, "same": {}}}, "rows.same: stands twice"),
         ({"columns": {"a": {"setting": "digits"}, "b": {"setting": "digits"}}}, "columns.b: stands twice"),
         ({"columns": {}}, "columns: "),
+        ({"columns": {"a": 3}}, "columns.a: must be a block"),
+        ({"measure": "speed"}, "measure: "),
+        ({"measure": "whole"}, "whole: missing"),
+        ({"finetune": {"epochs": 0}}, "finetune.epochs: "),
+        ({"axis": "columns"}, "columns.digits: must be called NUMBER or PANEL / NUMBER"),
+        ({"rows": {"static trunk": {"paper": "best"}}, "columns": {"a": {"paper": "table9.{row}"}}}, "'table9.best'"),
         ({"size": 3}, "size: unknown key"),
     ],
 )
@@ -111,6 +211,37 @@ def test_what_a_study_asks_for_in_vain_is_said_in_one_line(over, changes, messag
     study = load_study("tiny")
     with pytest.raises(UserError) as error:
         row_spec(column_params(study, "digits"), "PudNet", study.rows["PudNet"], 0)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_budget_is_a_part_of_the_papers_number_of_groups(project, tmp_path):
+    columns = {"all": {"setting": "fashion"}, "ten": {"setting": "fashion", "groups.train_groups": 10}}
+    project({**TINY, "columns": columns})
+    (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text().replace("budget: null", "budget: 0.25"))
+    study = load_study("tiny")
+    params = {column: column_params(study, column) for column in columns}
+    assert [own.groups.train_groups for own in params.values()] == [500, 10]
+    assert wanted(study, params) == (params, {})
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("budget: 0.0001", "study.budget: 0.0001 of the 400 groups of digits leaves none; give at least 0.0025"),
+        ("budget: 2", "study.budget: "),
+        ("settings: [fashion]", "study: nothing is left to run: no column is of study.settings"),
+        ("settings: [magic]", "setting: unknown name 'magic'"),
+        ("targets: [magic]", "target: "),
+        ("sources: 3", "study.sources: "),
+    ],
+)
+def test_what_params_ask_of_studies_in_vain_is_said_in_one_line(line, message, project, tmp_path):
+    text, key = (ROOT / "params.yaml").read_text(), line.partition(":")[0]
+    lines = [f"  {line}" if own.startswith(f"  {key}: ") else own for own in text.splitlines()]
+    (tmp_path / "params.yaml").write_text("\n".join(lines))
+    study = load_study("tiny")
+    with pytest.raises(UserError) as error:
+        wanted(study, {column: column_params(study, column) for column in study.columns})
     assert message in str(error.value) and "\n" not in str(error.value)
 
 

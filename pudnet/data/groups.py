@@ -58,16 +58,25 @@ class GroupSizes:
 
 
 def split_classes(
-    classes: int, train_classes: int, classes_per_group: int, seed: int, test_store_classes: int | None = None
+    classes: int,
+    train_classes: int,
+    classes_per_group: int,
+    seed: int,
+    test_store_classes: int | None = None,
+    test_classes: int | None = None,
 ) -> Split:
     """Split `classes` class ids at random into `train_classes` for training and the rest for test.
 
-    With `test_store_classes` the test classes are all those of another store instead. About a fifth of the
-    training classes validates the search. Raises UserError where a part has fewer classes than a group.
+    With `test_store_classes` the test classes are all those of another store instead. Of the rest the last
+    `test_classes` are for test (None: all), whatever `train_classes` is. About a fifth of the training classes
+    validates the search. Raises UserError where a part has fewer classes than a group.
     """
     order = np.random.default_rng([seed, SPLIT_STREAM]).permutation(classes).tolist()
     train, rest = order[:train_classes], order[train_classes:]
     test = rest if test_store_classes is None else list(range(test_store_classes))
+    if test_classes is not None and test_classes > len(test):
+        raise UserError(f"test_classes is {test_classes}, but {len(test)} are left for test; lower it or train_classes")
+    test = test if test_classes is None else test[-test_classes:]
     validating = max(classes_per_group, round(train_classes / 5))
     if train_classes > classes:
         raise UserError(f"train_classes is {train_classes}, but the training set has {classes} classes; lower it")

@@ -1,4 +1,4 @@
-"""What a study's cell is once it is trained: its accuracies and its time, measured as Ray tasks."""
+"""What a study's cell is once it is trained: a method that adapts to groups; measured and timed as Ray tasks."""
 
 from __future__ import annotations
 
@@ -13,18 +13,29 @@ import torch
 
 from pipeline.bench import Bench
 from pipeline.dependencies import CODE, TRAINING_CODE, VALIDATION_CODE, code_files, digest, method_files, trial_key
-from pipeline.measure import constant_sketches, in_turns, measure_missing, open_worker, shuffled_sketches, task
+from pipeline.measure import (
+    SCRATCH_TIMINGS,
+    constant_sketches,
+    in_turns,
+    measure_missing,
+    open_worker,
+    shuffled_sketches,
+    task,
+)
 from pipeline.params import Params
 from pipeline.stage import STORE, TEST_STORE, group_folder
-from pipeline.trial import TrialSpec, card_of, load_state, untrained
-from pudnet.baselines import LEARNED, Adapter
+from pipeline.trial import TrialSpec, card_of, group_seed, load_state, untrained
+from pudnet.baselines import LEARNED, SCRATCH, Adapter, Scratch, ScratchConfig
 from pudnet.data.store import open_store
+from pudnet.device import wants_bf16
 from pudnet.diagnosis import movement, probe
 from pudnet.evaluation import FROM, Adapts, group_sketches
 from pudnet.predictor import Predictor
+from pudnet.targets import build_target
 
 MOVED_GROUPS = 50  # whose weights are compared
 SKETCHES = {"constant": constant_sketches, "shuffled": shuffled_sketches}
+HERE = Path(__file__).parent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,20 +56,23 @@ class Cell:
     sketch_images: int | None = None  # at prediction; None: the model's own
     support_per_class: int | None = None  # at prediction; None: as in training
 
-    def key(self, params: Params) -> str:
-        """A hash of all that the cell's accuracies depend on."""
+    def key(self, params: Params, *more: object) -> str:
+        """A hash of all that the cell's results depend on, `more` of it told by who measures."""
         told = [self.sketch, self.sketch_images, self.support_per_class, self.checkpoint is None]
-        plain = [*told, trial_key(self.spec), params.evaluate.precision, params.baselines.sketch_groups]
+        told += [params.baselines.scratch_groups] if self.spec.kind in SCRATCH else []
+        plain = [*told, *more, trial_key(self.spec), params.evaluate.precision, params.baselines.sketch_groups]
         data = [STORE / "meta.json", TEST_STORE / "meta.json", *group_folder(self.spec.split_seed).iterdir()]
         code = code_files(TRAINING_CODE + VALIDATION_CODE) + method_files(self.spec.kind, params.target)
-        code += [CODE / "pipeline" / name for name in ("bench.py", "cells.py", "measure.py")]
+        code += [CODE / "pipeline" / name for name in ("bench.py", "measure.py")] + sorted(HERE.glob("*.py"))
         return f"cell-{digest(plain, [*data, *code])}"
 
 
 def measure_cells(params: Params, cells: Sequence[Cell]) -> list[pd.DataFrame]:
     """Each cell's rows, as `Bench.accuracies` gives them. What is kept is not run again."""
     keys = {cell: cell.key(params) for cell in cells}
-    tables = measure_missing(params, _measure, keys, lambda cell: cell.spec.name)
+    tables = measure_missing(
+        params, _measure, keys, lambda cell, table: f"{cell.spec.name}: {len(table)} test groups done"
+    )
     return [tables[cell] for cell in cells]
 
 
@@ -73,33 +87,10 @@ def diagnose_cells(params: Params, cells: Sequence[Cell]) -> list[Diagnosis]:
     return ray.get([diagnose(cell) for cell in cells])
 
 
-def _measure(folder: str, params: Params, cell: Cell) -> pd.DataFrame:
-    bench = open_worker(folder, params, cell.spec.split_seed, None)
-    adapts = _open(cell, bench)
-    sketches = SKETCHES[cell.sketch](bench, adapts, params) if cell.sketch != "own" else None
-    return bench.accuracies(cell.spec.name, adapts, sketches=sketches)
-
-
-def _diagnose(folder: str, params: Params, cell: Cell) -> Diagnosis:
-    bench = open_worker(folder, params, cell.spec.split_seed, None)
-    predictor, groups = _open(cell, bench), bench.tables["test"][:, FROM]
-    sketches = group_sketches(predictor, bench.images, groups, bench.bf16)
-    with torch.no_grad():
-        moved = movement([predictor.model.generate(sketch) for sketch in sketches[:MOVED_GROUPS]])
-    share = 100 * float(np.mean([layer.mean() for layer in moved.values()]))
-    if predictor.class_aware:  # its sketch has the classes in the order of the group
-        return Diagnosis(share, float("nan"))
-    return Diagnosis(share, probe(sketches, [bench.images.block_classes(group).tolist() for group in groups]))
-
-
-def _time(folder: str, params: Params, cells: Mapping[str, Cell]) -> dict[str, float]:
-    bench = open_worker(folder, params, params.seed, params.evaluate.timing_groups)
-    opened = {name: _open(cell, bench) for name, cell in cells.items()}
-    return in_turns(opened, bench, bench.tables["test"][:, FROM])
-
-
-def _open(cell: Cell, bench: Bench) -> Adapts:
+def open_cell(cell: Cell, bench: Bench) -> Adapts:
     """The cell's model, ready to adapt to groups."""
+    if cell.spec.kind in SCRATCH:
+        return _scratch(cell.spec, bench)
     card = card_of(cell.spec, open_store(Path(cell.spec.store), verify=False))
     if cell.support_per_class is not None:
         card = dataclasses.replace(card, support_per_class=cell.support_per_class)
@@ -111,3 +102,50 @@ def _open(cell: Cell, bench: Bench) -> Adapts:
     if cell.spec.kind in LEARNED:
         return Adapter(model, card, target)
     return Predictor(model, card, target, sketch_images=cell.sketch_images)
+
+
+def _scratch(spec: TrialSpec, bench: Bench) -> Scratch:
+    device = bench.images.device
+    target = build_target(spec.target, len(bench.images.mean), bench.images.image_size)
+    bf16 = wants_bf16(spec.train["precision"], device)
+    return Scratch(ScratchConfig(**spec.model), target, device, bf16, spec.kind == "scratch_gc")
+
+
+def _measure(folder: str, params: Params, cell: Cell) -> pd.DataFrame:
+    bench = open_worker(folder, params, cell.spec.split_seed, None)
+    adapts = open_cell(cell, bench)
+    if cell.spec.kind in SCRATCH:
+        return _from_scratch(cell, adapts, bench, params)
+    sketches = SKETCHES[cell.sketch](bench, adapts, params) if cell.sketch != "own" else None
+    return bench.accuracies(cell.spec.name, adapts, sketches=sketches)
+
+
+def _from_scratch(cell: Cell, scratch: Adapts, bench: Bench, params: Params) -> pd.DataFrame:
+    """Of the first so many groups, each with a seed of its own."""
+    rows = []
+    for g in range(min(params.baselines.scratch_groups, len(bench.tables["test"]))):
+        torch.manual_seed(group_seed(cell.spec.split_seed, g))
+        rows.append(bench.accuracies(cell.spec.name, scratch, range(g, g + 1)))
+    return pd.concat(rows, ignore_index=True)
+
+
+def _diagnose(folder: str, params: Params, cell: Cell) -> Diagnosis:
+    bench = open_worker(folder, params, cell.spec.split_seed, None)
+    predictor, groups = open_cell(cell, bench), bench.tables["test"][:, FROM]
+    sketches = group_sketches(predictor, bench.images, groups, bench.bf16)
+    with torch.no_grad():
+        moved = movement([predictor.model.generate(sketch) for sketch in sketches[:MOVED_GROUPS]])
+    share = 100 * float(np.mean([layer.mean() for layer in moved.values()]))
+    if predictor.class_aware:  # its sketch has the classes in the order of the group
+        return Diagnosis(share, float("nan"))
+    return Diagnosis(share, probe(sketches, [bench.images.block_classes(group).tolist() for group in groups]))
+
+
+def _time(folder: str, params: Params, cells: Mapping[str, Cell]) -> dict[str, float]:
+    bench = open_worker(folder, params, params.seed, params.evaluate.timing_groups)
+    groups = bench.tables["test"][:, FROM]
+    short, long = (
+        {name: open_cell(cell, bench) for name, cell in cells.items() if (cell.spec.kind in SCRATCH) == from_scratch}
+        for from_scratch in (False, True)
+    )
+    return in_turns(short, bench, groups) | in_turns(long, bench, groups[:SCRATCH_TIMINGS], warm_up=1)

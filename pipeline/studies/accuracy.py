@@ -1,0 +1,139 @@
+"""A study of accuracies: each row adapted to test groups, measured on their twins, beside the paper's figure."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from typing import Any
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from pipeline.bench import compare, summary
+from pipeline.figures import bars_figure, differences_figure, lines_figure
+from pipeline.studies.cells import Diagnosis, diagnose_cells, measure_cells, time_cells
+from pipeline.studies.definition import Study, point, reported
+from pipeline.studies.page import number, plus_minus, table_of
+from pipeline.studies.work import Work
+
+
+def measure(work: Work) -> pd.DataFrame:
+    """A line a row."""
+    study, params = work.study, work.params
+    tables = dict(zip(work.cells, measure_cells(params, list(work.cells.values())), strict=True))
+    frames = {row: pd.concat([tables[row, seed] for seed in params.split_seeds]) for row in study.rows}
+    times, diagnoses = _times(work), _diagnoses(work)
+    for row, seed in work.cells:
+        _log(work, row, seed, tables, times.get(row))
+    return pd.DataFrame(
+        [
+            {
+                "row": row,
+                "column": work.column,
+                "splits": params.splits,
+                "train_groups": work.groups(row),
+                **_numbers(frame, frames.get(study.reference)),
+                **_paper(work, row),
+                "milliseconds": times.get(row),
+                **asdict(diagnoses.get(row, Diagnosis(math.nan, math.nan))),
+            }
+            for row, frame in frames.items()
+        ]
+    )
+
+
+def _times(work: Work) -> dict[str, float]:
+    """What adapting to a group takes, of rows whose sketch is their own."""
+    own = [row for row, cell in work.study.rows.items() if cell.sketch == "own"]
+    return time_cells(work.params, {row: work.cells[row, work.params.seed] for row in own})
+
+
+def _diagnoses(work: Work) -> dict[str, Diagnosis]:
+    if not work.study.diagnose:
+        return {}
+    rows = [row for row, own in work.study.rows.items() if own.sketch == "own" and own.method == "pudnet"]
+    found = diagnose_cells(work.params, [work.cells[row, work.params.seed] for row in rows])
+    return dict(zip(rows, found, strict=True))
+
+
+def _numbers(frame: pd.DataFrame, reference: pd.DataFrame | None) -> dict[str, Any]:
+    numbers = summary(frame) if reference is None else compare(frame, reference)
+    return {key: value for key, value in numbers.items() if key != "splits"}
+
+
+def _paper(work: Work, row: str) -> dict[str, float | None]:
+    figure = reported(work.own, work.study.rows[row])
+    return {"paper": figure and figure.accuracy, "paper_ci95": figure and figure.ci95}
+
+
+def _log(work: Work, row: str, seed: int, tables: dict[tuple[str, int], pd.DataFrame], time: float | None) -> None:
+    numbers = _numbers(tables[row, seed], tables.get((work.study.reference, seed)))
+    named = {"accuracy": "test_accuracy", "ci95": "test_ci95"}
+    metrics = {named.get(key, key): value for key, value in numbers.items() if not pd.isna(value)}
+    work.log(row, seed, metrics | ({} if time is None else {"adapt_ms": time}), {})
+
+
+def figure(study: Study, table: pd.DataFrame) -> Figure:
+    """Lines over the axis; without one, each row's difference to the reference, if there is one."""
+    if study.axis is None and study.reference is not None:
+        return differences_figure(table, study.reference)
+    if study.axis is None:
+        return bars_figure(table, "accuracy, %")
+    return lines_figure(_points(study, table), study.axis_name, "accuracy, %", log=study.axis == "columns")
+
+
+def _points(study: Study, table: pd.DataFrame) -> pd.DataFrame:
+    """Lines as `lines_figure` takes them: a panel a set of columns, a line a row, or the other way round."""
+    named = table.row if study.axis == "rows" else table.column
+    panels, places = zip(*map(point, named), strict=True)
+    other = table.column if study.axis == "rows" else table.row
+    parts = {"panel": other, "line": panels} if study.axis == "rows" else {"panel": panels, "line": other}
+    numbers = table[["paper", "paper_ci95"]].rename(columns={"paper": "reference", "paper_ci95": "reference_ci95"})
+    return pd.DataFrame({**parts, "x": places, "y": table.accuracy, "ci95": table.ci95}).join(numbers)
+
+
+def tables(study: Study, table: pd.DataFrame) -> str:
+    """A table a column, or where columns are an axis a table a panel."""
+    if study.axis == "columns":
+        panels = table.column.map(lambda column: point(column)[0])
+        return "".join(_grid(study, panel, part) for panel, part in table.groupby(panels, sort=False))
+    return "".join(_table(study, column, part) for column, part in table.groupby("column", sort=False))
+
+
+def _table(study: Study, column: str, part: pd.DataFrame) -> str:
+    first = part.iloc[0]
+    told = (
+        f"{part.train_groups.max():,} training groups, {part.test_groups.max():,} test groups, "
+        f"{first.splits} class split(s)."
+    )
+    columns = {
+        study.axis_name if study.axis == "rows" else "": part.row,
+        "accuracy": [plus_minus(line.accuracy, line.ci95) for line in part.itertuples()],
+        "the paper's": [plus_minus(line.paper, line.paper_ci95) for line in part.itertuples()],
+        "less the paper's": (part.accuracy - part.paper.astype(float)).map(lambda value: number(value, "{:+.2f}")),
+        "groups": part.test_groups.map("{:,}".format) if part.test_groups.nunique() > 1 else None,
+        f"less {study.reference}": _differences(study, part),
+        "time a group": part.milliseconds.map(lambda value: number(value, "{:,.0f} ms")),
+        "weights move": part.movement.map(lambda value: number(value, "{:.1f} %")),
+        "probe": part.probe.map(lambda value: number(value, "{:.0f}")),
+    }
+    return f"\n## {column}\n\n{told}\n\n{table_of(columns)}"
+
+
+def _differences(study: Study, part: pd.DataFrame) -> list[str] | None:
+    if study.reference is None:
+        return None
+    return [
+        "" if line.row == study.reference else plus_minus(line.difference, line.difference_ci95, "+")
+        for line in part.itertuples()
+    ]
+
+
+def _grid(study: Study, panel: str, part: pd.DataFrame) -> str:
+    """Places on the axis by rows, each with the paper's figure below."""
+    columns = {study.axis_name: [f"{point(column)[1]:,.0f}" for column in part.column.unique()]}
+    for row, own in part.groupby("row", sort=False):
+        columns[row] = [plus_minus(line.accuracy, line.ci95) for line in own.itertuples()]
+        columns[f"{row}, the paper's"] = [plus_minus(line.paper, line.paper_ci95) for line in own.itertuples()]
+    told = f"{part.test_groups.iloc[0]:,} test groups, {part.splits.iloc[0]} class split(s)."
+    return f"\n## {panel or 'All'}\n\n{told}\n\n{table_of(columns)}"

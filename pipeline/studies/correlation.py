@@ -1,0 +1,142 @@
+"""A study of what weights have to do with data (Fig. 1): canonical correlations of groups and networks, held out.
+
+A point is a training group: on one side its mean image, on the other the weights of one layer of the network that
+a row's method makes of it. Networks that are trained from scratch all start from one initialisation and see batches
+in one order: else their channels would stand in orders of their own, and nothing could correlate. The same with
+weights paired with other groups says what there would be by chance.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+from torch import nn
+
+from pipeline.figures import correlations_figure
+from pipeline.measure import measure_missing, open_worker
+from pipeline.params import Params
+from pipeline.studies.cells import Cell, open_cell
+from pipeline.studies.definition import Study
+from pipeline.studies.page import table_of
+from pipeline.studies.work import Work
+from pudnet.cca import held_out_correlation
+from pudnet.data.images import StoreImages
+from pudnet.evaluation import adapt_input
+
+PART = 20  # groups in one task: what an interruption costs
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some of the groups of a cell."""
+
+    cell: Cell
+    first: int
+    end: int
+
+
+def measure(work: Work) -> pd.DataFrame:
+    """A line a row, class split and layer."""
+    plan, lines = work.study.correlation, []
+    count = min(plan.groups, work.params.groups.train_groups)
+    parts = {
+        at: [Part(cell, first, min(first + PART, count)) for first in range(0, count, PART)]
+        for at, cell in work.cells.items()
+    }
+    keys = {part: part.cell.key(work.params, part.first, part.end) for of_cell in parts.values() for part in of_cell}
+    tables = measure_missing(
+        work.params, _points, keys, lambda part, table: f"{part.cell.spec.name}: groups up to {part.end} done"
+    )
+    for (row, seed), of_cell in parts.items():
+        points = pd.concat([tables[part] for part in of_cell])
+        found = _correlations(points, plan.components, plan.pairings, seed)
+        work.log(row, seed, {f"correlation_{line['layer']}": line["correlation"] for line in found}, {})
+        own = {"row": row, "column": work.column, "seed": seed, "groups": count, "components": plan.components}
+        lines += [{**own, **line} for line in found]
+    return pd.DataFrame(lines)
+
+
+@torch.no_grad()
+def _points(folder: str, params: Params, part: Part) -> pd.DataFrame:
+    """What a Ray task runs: for each group of the part its mean image, and each layer's weights."""
+    seed = part.cell.spec.split_seed
+    bench = open_worker(folder, params, seed, None)
+    adapts, images, rows = open_cell(part.cell, bench), bench.train_images, []
+    for g in range(part.first, part.end):
+        group = bench.tables["train"][g]
+        classes = tuple(images.block_classes(group).tolist())
+        torch.manual_seed(seed)  # one initialisation, one order of batches
+        with torch.enable_grad(), torch.autocast(images.device.type, torch.bfloat16, enabled=bench.bf16):
+            body = adapts.adapt(*adapt_input(adapts, images, group), classes).body
+        rows.append({"group": g, "what": "images", "values": _mean_image(images, group)})
+        convs = {name: module for name, module in body.named_modules() if isinstance(module, nn.Conv2d)}
+        rows += [{"group": g, "what": name, "values": _flat(conv.weight)} for name, conv in convs.items()]
+    return pd.DataFrame(rows)
+
+
+def _mean_image(images: StoreImages, group: np.ndarray) -> np.ndarray:
+    return _flat(images(group).mean(0))
+
+
+def _flat(values: torch.Tensor) -> np.ndarray:
+    return values.detach().float().flatten().cpu().numpy()
+
+
+def _correlations(points: pd.DataFrame, components: int, pairings: int, seed: int) -> list[dict[str, float | str]]:
+    """For each layer the held-out correlation, and the mean and the 95% range of it for shuffled pairs."""
+    sides = {what: _coordinates(np.stack(own["values"])) for what, own in points.groupby("what", sort=False)}
+    images, rng, lines = sides.pop("images"), np.random.default_rng(seed), []
+    for layer, weights in sides.items():
+        shuffled = [held_out_correlation(images, rng.permutation(weights), components) for _ in range(pairings)]
+        low, high = np.quantile(shuffled, [0.025, 0.975])
+        own = held_out_correlation(images, weights, components)
+        beyond = sum(value >= own for value in shuffled)
+        lines.append(
+            {
+                "layer": layer,
+                "correlation": own,
+                "shuffled": float(np.mean(shuffled)),
+                "shuffled_low": low,
+                "shuffled_high": high,
+                "p": (1 + beyond) / (1 + pairings),
+            }
+        )
+    return lines
+
+
+def _coordinates(points: np.ndarray) -> np.ndarray:
+    """Points (n, p) in a basis of the n - 1 directions that they span: all distances stay, p does not matter."""
+    basis, values, _ = np.linalg.svd(points - points.mean(0), full_matrices=False)
+    return basis[:, : len(points) - 1] * values[: len(points) - 1]
+
+
+def figure(study: Study, table: pd.DataFrame) -> Figure:
+    """A panel a column: for each row and layer the correlation, and what shuffled pairs have."""
+    return correlations_figure(table)
+
+
+def tables(study: Study, table: pd.DataFrame) -> str:
+    """A table a column."""
+    page = ""
+    for column, part in table.groupby("column", sort=False):
+        lines = list(part.itertuples())
+        columns = {
+            "weights": [line.row for line in lines],
+            "layer": [line.layer for line in lines],
+            "split": [str(line.seed) for line in lines] if part.seed.nunique() > 1 else None,
+            "correlation": [f"{line.correlation:.3f}" for line in lines],
+            "shuffled pairs": [
+                f"{line.shuffled:.3f} ({line.shuffled_low:.2f} to {line.shuffled_high:.2f})" for line in lines
+            ],
+            "p": [f"{line.p:.3f}" for line in lines],
+        }
+        told = (
+            f"{part.groups.iloc[0]:,} training groups, half of them to fit and half to test, in turn; each side "
+            f"reduced to {part.components.iloc[0]} principal components."
+        )
+        page += f"\n## {column}\n\n{told}\n\n{table_of(columns)}"
+    return page

@@ -1,0 +1,259 @@
+"""What studies/NAME.yaml says: rows (methods, variants, ingredients) by columns (settings, budgets, class counts)."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from pipeline.params import PARAMS, Params, changed, read_yaml, resolve
+from pipeline.reported import Reported, paper_figure
+from pipeline.trial import TrialSpec, make_spec
+from pudnet.baselines import LEARNED, SCRATCH
+from pudnet.config import STRICT, VARIANTS, ModelConfig, Positive, TrainConfig, parse
+from pudnet.errors import UserError
+from pudnet.settings import SETTINGS, get_setting
+from pudnet.targets import check_target_name
+
+STUDIES = Path("studies")
+GROUPS_KEY = "groups.train_groups"
+OTHERS_SKETCHES = ("constant", "shuffled")
+
+
+@dataclass(frozen=True, config=STRICT)
+class Row:
+    """One line of the table: a method, and what of it is not as `params.yaml` and the study's `over` say."""
+
+    method: Literal[("pudnet", *LEARNED, *SCRATCH, "static_trunk", "random_weights")] = "pudnet"
+    variant: Literal[tuple(VARIANTS)] = "pudnet"
+    changes: dict[str, Any] = field(default_factory=dict)  # keys of `model` and `train`, or of the baseline
+    sketch: Literal[("own", *OTHERS_SKETCHES)] = "own"
+    sketch_images: Positive | None = None  # at prediction
+    support_per_class: Positive | None = None  # at prediction
+    paper: str | None = None  # its name in the paper's table
+
+    @property
+    def trained(self) -> bool:
+        """Whether it is trained on task groups."""
+        return self.method not in (*SCRATCH, "random_weights")
+
+
+@dataclass(frozen=True, config=STRICT)
+class Column:
+    """What a column changes in params.yaml, and where the paper reports it (`{row}`: there a row's name goes)."""
+
+    changes: dict[str, Any]
+    paper: str | None = None
+
+
+@dataclass(frozen=True, config=STRICT)
+class FineTuning:
+    """Of `measure: finetune`: training on from each row's weights, with a linear head on all test classes."""
+
+    images: Positive = 10_000
+    test_images: Positive = 2_000
+    epochs: Positive = 50
+    learning_rate: Annotated[float, Field(gt=0)] = 3e-3
+
+
+@dataclass(frozen=True, config=STRICT)
+class Correlation:
+    """Of `measure: correlation`: as many training groups, each side reduced to so many principal components."""
+
+    groups: Annotated[int, Field(ge=20)] = 200
+    components: Positive = 10
+    pairings: Annotated[int, Field(ge=20)] = 200  # of groups and weights that do not belong together
+
+
+@dataclass(frozen=True, config=STRICT)
+class Whole:
+    """Of `measure: whole`: one labelled set with far more classes than a group, read as it is needed."""
+
+    images: str  # folder with a subfolder a class, that weights and centroids come from
+    test_images: str
+    top: Positive = 5
+    classes: Positive = 1000  # what the folders are expected to have
+
+
+@dataclass(frozen=True, config=STRICT)
+class Study:
+    """studies/NAME.yaml. `over` and each column change keys of params.yaml, named with dots."""
+
+    title: str
+    columns: Annotated[dict[str, Column], Field(min_length=1)]
+    rows: Annotated[dict[str, Row], Field(min_length=1)]
+    reference: str | None = None  # the row that others are compared with, paired over test groups
+    over: dict[str, Any] = field(default_factory=dict)
+    text: str = ""  # what a reader should know, above the table
+    measure: Literal["accuracy", "losses", "finetune", "correlation", "whole"] = "accuracy"
+    axis: Literal["rows", "columns"] | None = None  # which of them are numbers (`PANEL / NUMBER`): a line, not a table
+    axis_name: str = ""
+    diagnose: bool = False  # how far weights move, and what a probe reads from the sketch
+    finetune: FineTuning = field(default_factory=FineTuning)
+    correlation: Correlation = field(default_factory=Correlation)
+    whole: Whole | None = None
+
+
+def load_study(name: str) -> Study:
+    """Read and check a study. Raises `UserError` with one line for whatever is wrong in it."""
+    path = STUDIES / f"{name}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(file.stem for file in STUDIES.glob("*.yaml") if file.stem != "dvc"))
+        raise UserError(f"study: unknown name {name!r}; known: {known}")
+    raw = read_yaml(path)
+    for key in ("rows", "columns"):
+        _check_blocks(path, key, raw.get(key))
+    raw["rows"] = {row: parse(Row, values, f"{path}: rows.{row}") for row, values in raw.get("rows", {}).items()}
+    raw["columns"] = {
+        column: Column({key: value for key, value in values.items() if key != "paper"}, values.get("paper"))
+        for column, values in raw.get("columns", {}).items()
+    }
+    for key, kind in (("finetune", FineTuning), ("correlation", Correlation), ("whole", Whole)):
+        if key in raw:
+            _check_blocks(path, key, {"": raw[key]})
+            raw[key] = parse(kind, raw[key], f"{path}: {key}")
+    study = parse(Study, raw, f"{path}:")
+    _check(path, study)
+    return study
+
+
+def _check_blocks(path: Path, where: str, blocks: Any) -> None:
+    """Raise `UserError` for what is no mapping of names to blocks; what is not there at all is found later."""
+    if blocks is None:
+        return
+    if not isinstance(blocks, dict) or not all(isinstance(name, str) for name in blocks):
+        raise UserError(f"{path}: {where}: must be a block of named {where}, got {blocks!r}")
+    for name, values in blocks.items():
+        if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+            raise UserError(f"{path}: {'.'.join(filter(None, (where, name)))}: must be a block of keys, got {values!r}")
+
+
+def _check(path: Path, study: Study) -> None:
+    if study.reference is not None and study.reference not in study.rows:
+        raise UserError(f"{path}: reference: no row is called {study.reference!r}")
+    if study.measure == "whole" and study.whole is None:
+        raise UserError(f"{path}: whole: missing; `measure: whole` needs its images and test_images")
+    for what, cells in (("rows", study.rows), ("columns", study.columns)):
+        seen: list[Any] = []
+        for key, cell in cells.items():
+            if (plain := dataclasses.replace(cell, paper=None)) in seen:
+                raise UserError(f"{path}: {what}.{key}: stands twice")
+            seen.append(plain)
+    for name in {"rows": study.rows, "columns": study.columns}.get(study.axis, ()):
+        try:
+            point(name)
+        except ValueError:
+            raise UserError(f"{path}: axis: {study.axis}.{name}: must be called NUMBER or PANEL / NUMBER") from None
+    for column in study.columns.values():
+        for row in study.rows.values():
+            reported(column, row)
+
+
+def point(name: str) -> tuple[str, float]:
+    """The panel and the place on the axis that a row or column stands for: `fashion / 500` or `0.2`."""
+    panel, _, number = name.rpartition(" / ")
+    return panel, float(number.replace(",", ""))
+
+
+def reported(column: Column, row: Row) -> Reported | None:
+    """The paper's figure of a cell, where both its row and its column say where it is. `UserError` if it is not."""
+    if column.paper is None or row.paper is None:
+        return None
+    return paper_figure(column.paper.replace("{row}", row.paper))
+
+
+# What a cell is in plain parameters
+
+
+def column_params(study: Study, column: str) -> Params:
+    """params.yaml with the study's and the column's keys changed, and the budget and test groups that are asked for.
+
+    A column's own number of training groups is its own; any other is the budget's.
+    """
+    raw, own = read_yaml(PARAMS), study.columns[column].changes
+    for where, changes in (("over", study.over), (f"columns.{column}", own)):
+        for key, value in changes.items():
+            block, _, name = key.rpartition(".")
+            place = raw.get(block) if block else raw
+            if not isinstance(place, dict) or name not in place:
+                raise UserError(f"{where}: {key}: no such key in {PARAMS}")
+            place[name] = value
+    params = resolve(raw)
+    settings = params.study
+    for name in settings.settings or ():
+        get_setting(name)
+    for name in settings.targets or ():
+        check_target_name(name)
+    groups = {} if GROUPS_KEY in own else {"train_groups": budget(study, params)}
+    if settings.test_groups is not None:
+        groups["test_groups"] = settings.test_groups
+    prepare = {
+        key: settings.sources.get(source, source)
+        for key, source in asdict(params.prepare).items()
+        if key in ("source", "test_source")
+    }
+    return dataclasses.replace(
+        params,
+        groups=dataclasses.replace(params.groups, **groups),
+        prepare=dataclasses.replace(params.prepare, **prepare),
+    )
+
+
+def budget(study: Study, params: Params) -> int:
+    """How many training groups a column may have. Raises `UserError` for a budget that leaves none."""
+    paper = SETTINGS[params.setting].train_groups
+    if params.study.budget is None:
+        return study.over.get(GROUPS_KEY) or paper
+    groups = round(params.study.budget * paper)
+    if groups < 1:
+        raise UserError(
+            f"study.budget: {params.study.budget} of the {paper:,} groups of {params.setting} leaves none; "
+            f"give at least {1 / paper:g}"
+        )
+    return groups
+
+
+def wanted(study: Study, params: Mapping[str, Params]) -> tuple[dict[str, Params], dict[str, str]]:
+    """The columns that are to run, and why the others are not. Raises `UserError` where none is."""
+    chosen, left_out = {}, {}
+    for column, own in params.items():
+        limit, groups = budget(study, own), own.groups.train_groups
+        asked = own.study
+        if own.setting not in (asked.settings or [own.setting]) or own.target not in (asked.targets or [own.target]):
+            continue
+        if groups > limit:
+            part = min(1.0, groups / SETTINGS[own.setting].train_groups)
+            left_out[column] = (
+                f"{groups:,} training groups are over the budget of {limit:,}; study.budget: {part:g} runs it"
+            )
+        else:
+            chosen[column] = own
+    if not chosen:
+        first = next(iter(left_out.values()), "no column is of study.settings and study.targets")
+        raise UserError(f"study: nothing is left to run: {first}")
+    return chosen, left_out
+
+
+def row_spec(params: Params, name: str, row: Row, seed: int) -> TrialSpec:
+    """The training that a row's cell takes on one class split. Its own changes win over its variant's."""
+    where = f"rows.{name}.changes"
+    params = dataclasses.replace(params, variant=row.variant)
+    kind = "static_trunk" if row.method == "random_weights" else row.method
+    baseline = kind in LEARNED or kind in SCRATCH
+    slug = re.sub("[^a-z0-9+]+", "-", f"{name} split{seed}".lower())  # a folder is called so
+    spec = make_spec(params, slug, kind, seed, row.changes if baseline else {}, "train", 0)
+    parts = {"model": ModelConfig, "train": TrainConfig}
+    known = {**spec.model, **spec.train}
+    for key in row.changes:
+        if key not in known:
+            raise UserError(f"{where}.{key}: unknown key; known: {', '.join(known)}")
+    if baseline:
+        return spec
+    own = {part: asdict(changed(kind(**getattr(spec, part)), row.changes, where)) for part, kind in parts.items()}
+    return dataclasses.replace(spec, train=own["train"], model=own["model"] if spec.model else {})

@@ -1,0 +1,131 @@
+"""A study of weights as an initialisation (Table 5): trained on from each row's, with a linear head, epoch by epoch."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from dataclasses import asdict
+
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+from torch import nn
+
+from pipeline.bench import Bench
+from pipeline.figures import lines_figure
+from pipeline.measure import measure_missing, open_worker
+from pipeline.params import Params
+from pipeline.studies.cells import Cell, open_cell
+from pipeline.studies.definition import FineTuning, Study, reported
+from pipeline.studies.page import number, plus_minus, table_of
+from pipeline.studies.work import Work
+from pudnet.baselines import ScratchConfig
+from pudnet.cpu import accelerate
+from pudnet.evaluation import mean_half_width
+from pudnet.finetune import Parts, train_on
+
+SHOWN = (1, 5, 10, 20, 30, 50)  # epochs of the table, and the last
+IMAGES_STREAM = 5  # of random numbers, apart from those of the group tables
+
+
+def measure(work: Work) -> pd.DataFrame:
+    """A line a row and epoch: mean accuracy over class splits, its 95% interval over test images."""
+    plan, rows = work.study.finetune, []
+    keys = {(cell, plan): cell.key(work.params, asdict(plan)) for cell in work.cells.values()}
+    tables = measure_missing(
+        work.params, _finetune, keys, lambda one, table: f"{one[0].spec.name}: {table.epoch.max()} epochs done"
+    )
+    for row, own in work.study.rows.items():
+        curves = [tables[work.cells[row, seed], plan] for seed in work.params.split_seeds]
+        for seed, curve in zip(work.params.split_seeds, curves, strict=True):
+            work.log(row, seed, {}, {"test_accuracy": dict(zip(curve.epoch, curve.accuracy, strict=True))})
+        figure = reported(work.own, own)
+        for points in zip(*(curve.itertuples() for curve in curves), strict=True):
+            last = points[0].epoch == plan.epochs
+            rows.append(
+                {
+                    "row": row,
+                    "column": work.column,
+                    "splits": work.params.splits,
+                    "train_groups": work.groups(row),
+                    "epoch": points[0].epoch,
+                    "accuracy": np.mean([point.accuracy for point in points]),
+                    "ci95": mean_half_width([(point.accuracy, point.test_images) for point in points]),
+                    "seconds": np.median([point.seconds for point in points]),
+                    "images": points[0].images,
+                    "test_images": points[0].test_images,
+                    "paper": figure.accuracy if figure and last else None,
+                    "paper_ci95": figure.ci95 if figure and last else None,
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def _finetune(folder: str, params: Params, one: tuple[Cell, FineTuning]) -> pd.DataFrame:
+    """What a Ray task runs: a cell's curve."""
+    cell, plan = one
+    bench = open_worker(folder, params, cell.spec.split_seed, None)
+    parts = _parts(bench, plan)
+    adapts, classes = open_cell(cell, bench), bench.split.test_classes
+    rows = adapts.rows(parts.columns)
+    with torch.autocast(bench.images.device.type, torch.bfloat16, enabled=bench.bf16):
+        adapted = adapts.adapt(parts.images[rows], parts.columns[rows], classes)
+    torch.manual_seed(cell.spec.split_seed)  # the same head and batches for each row
+    model = _with_linear_head(adapted.body, len(classes), parts)
+    config = ScratchConfig(epochs=plan.epochs, learning_rate=plan.learning_rate)
+    curve = pd.DataFrame([asdict(point) for point in train_on(model, cell.spec.name, parts, config)])
+    return curve.assign(images=len(parts.images), test_images=len(parts.test_images))
+
+
+def _parts(bench: Bench, plan: FineTuning) -> Parts:
+    """Images of all test classes, drawn at random: `test_images` to test on, and `images` others to train on."""
+    labels, classes = bench.images.labels, bench.split.test_classes
+    rows = np.flatnonzero(np.isin(labels, classes))
+    rows = np.random.default_rng([bench.seed, IMAGES_STREAM]).permutation(rows)
+    test_count = min(plan.test_images, len(rows) // 2)
+    tested, kept = rows[:test_count], rows[test_count : test_count + plan.images]
+    device = bench.images.device
+    columns = [torch.as_tensor(np.searchsorted(classes, labels[part]), device=device) for part in (kept, tested)]
+    return Parts(bench.images(kept), columns[0], bench.images(tested), columns[1])
+
+
+def _with_linear_head(body: nn.Module, classes: int, parts: Parts) -> nn.Sequential:
+    """A network whose weights learn, and a new linear layer on its features."""
+    body, device = copy.deepcopy(body).requires_grad_(True), parts.images.device
+    with torch.no_grad():
+        features = body(parts.images[:1]).flatten(1).shape[1]
+    if device.type == "cpu":
+        accelerate(body)
+    return nn.Sequential(OrderedDict(body=body, flat=nn.Flatten(), head=nn.Linear(features, classes, device=device)))
+
+
+def figure(study: Study, table: pd.DataFrame) -> Figure:
+    """A panel a column, a line a row."""
+    points = table[table.epoch > 0].rename(columns={"column": "panel", "row": "line", "epoch": "x", "accuracy": "y"})
+    return lines_figure(points, "epochs", "accuracy, %")
+
+
+def tables(study: Study, table: pd.DataFrame) -> str:
+    """A table a column: rows by some of the epochs."""
+    page = ""
+    for column, part in table.groupby("column", sort=False):
+        last, first = part.epoch.max(), part.iloc[0]
+        shown = sorted({epoch for epoch in SHOWN if epoch < last} | {last})
+        columns = {"start": part.row.unique().tolist()}
+        for epoch in shown:
+            at = part[part.epoch == epoch].itertuples()
+            columns["1 epoch" if epoch == 1 else f"{epoch} epochs"] = [
+                plus_minus(line.accuracy, line.ci95) for line in at
+            ]
+        at_end = part[part.epoch == last]
+        columns["the paper's"] = [plus_minus(line.paper, line.paper_ci95) for line in at_end.itertuples()]
+        columns["less the paper's"] = [
+            number(line.accuracy - line.paper if line.paper else None, "{:+.2f}") for line in at_end.itertuples()
+        ]
+        told = (
+            f"{part.train_groups.max():,} training groups for those that are trained on groups; fine-tuned on "
+            f"{first.images:,} images, measured on {first.test_images:,}, {first.splits} class split(s)."
+        )
+        page += f"\n## {column}\n\n{told}\n\n{table_of(columns)}"
+    return page

@@ -1,0 +1,51 @@
+"""A study of training: the losses of each row, by the number of groups seen (Fig. 9)."""
+
+from __future__ import annotations
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from pipeline.figures import lines_figure
+from pipeline.studies.definition import Study
+from pipeline.studies.page import number, table_of
+from pipeline.studies.work import Work
+
+NAMES = {"metric_loss": "metric loss, L1", "loss": "total loss"}
+SHOWN = 12  # lines of a table
+
+
+def measure(work: Work) -> pd.DataFrame:
+    """A line a report of a training."""
+    lines = []
+    for (row, seed), trained in work.trained.items():
+        reports = trained.history
+        work.log(row, seed, {}, {loss: {int(r["groups"]): r[loss] for r in reports} for loss in NAMES})
+        own = {"row": row, "column": work.column, "seed": seed, "train_groups": work.groups(row)}
+        lines += [{**own, "groups": int(r["groups"]), **{loss: r[loss] for loss in NAMES}} for r in reports]
+    return pd.DataFrame(lines)
+
+
+def figure(study: Study, table: pd.DataFrame) -> Figure:
+    """A panel a column, a line a row and loss."""
+    points = _means(table).melt(["column", "row", "groups"], list(NAMES), var_name="loss", value_name="y")
+    points["line"] = points.row + ": " + points.loss.map(NAMES) if len(study.rows) > 1 else points.loss.map(NAMES)
+    return lines_figure(points.rename(columns={"column": "panel", "groups": "x"}), "training groups seen", "loss")
+
+
+def tables(study: Study, table: pd.DataFrame) -> str:
+    """A table a column, of some of the reports."""
+    page = ""
+    for column, part in _means(table).groupby("column", sort=False):
+        reports = sorted(part.groups.unique())
+        shown = reports[:: max(1, len(reports) // SHOWN)]
+        columns = {"groups seen": [f"{groups:,}" for groups in shown]}
+        for row, own in part.set_index("groups").groupby("row", sort=False):
+            for loss, name in NAMES.items():
+                columns[f"{row}: {name}"] = [number(own[loss].get(groups), "{:.3f}") for groups in shown]
+        page += f"\n## {column}\n\n{table.seed.nunique()} class split(s).\n\n{table_of(columns)}"
+    return page
+
+
+def _means(table: pd.DataFrame) -> pd.DataFrame:
+    """Over class splits."""
+    return table.groupby(["column", "row", "groups"], sort=False, as_index=False)[list(NAMES)].mean()

@@ -1,0 +1,69 @@
+"""What every study's page has: its title and text, the command, the picture, and what was not run and why."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import pandas as pd
+
+from pipeline.studies.definition import Study
+
+PAGE = """# {title}
+
+{text}Made by `python -m pipeline.study {name}`{budget}. {legend}
+
+![{title}]({name}.png)
+"""
+LEGENDS = {
+    "accuracy": "Accuracy in percent, with its 95% interval over test groups.",
+    "losses": "Losses of training, mean over the groups since the line before.",
+    "finetune": "Accuracy in percent on test images that were not trained on, with its 95% interval over them.",
+    "correlation": "Canonical correlations on groups that they were not fitted to; beside them, with 95% of them, "
+    "those of weights paired with other groups.",
+    "whole": "Accuracy in percent, with its 95% interval over test images.",
+}
+PAIRED = " Differences to “{reference}” are paired over the same test groups."
+PAPER = " The paper's figures are of its own class split and its full number of groups."
+DIAGNOSED = """ *Weights move*: how far
+predicted weights are from their mean over groups, relative to its size, mean over layers. *Probe*: how well a linear
+probe reads from the sketch which classes a group has (area under the ROC curve; 50 is chance)."""
+
+
+def render(name: str, study: Study, tables: str, left_out: Mapping[str, str], budget: float | None) -> str:
+    """The study as Markdown."""
+    legend = LEGENDS[study.measure]
+    legend += PAIRED.format(reference=study.reference) if study.reference else ""
+    legend += PAPER if any(column.paper for column in study.columns.values()) else ""
+    legend += DIAGNOSED if study.diagnose else ""
+    page = PAGE.format(
+        title=study.title,
+        text=f"{study.text.strip()}\n\n" if study.text.strip() else "",
+        name=name,
+        budget=f" with `study.budget: {budget:g}`" if budget is not None else "",
+        legend=legend,
+    )
+    reasons = "".join(f"- {column}: {reason}\n" for column, reason in left_out.items())
+    return page + tables + (f"\n## Not run\n\n{reasons}" if reasons else "")
+
+
+def table_of(columns: Mapping[str, Sequence[str] | pd.Series | None]) -> str:
+    """A Markdown table; columns after the first that are None or empty throughout are left out."""
+    titles, cells = [], []
+    for position, (title, values) in enumerate(columns.items()):
+        if position == 0 or (values is not None and any(values)):
+            titles.append(title)
+            cells.append(list(values))
+    lines = [titles, ["---"] * len(titles), *zip(*cells, strict=True)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def plus_minus(value: float | None, half: float | None, sign: str = "") -> str:
+    """`12.34 ± 0.56`; without the half-width where there is none, empty without a value."""
+    if pd.isna(value):
+        return ""
+    return f"{value:{sign}.2f}" + ("" if pd.isna(half) else f" ± {half:.2f}")
+
+
+def number(value: float | None, form: str) -> str:
+    """A number in a form; empty where there is none."""
+    return "" if pd.isna(value) else form.format(value)

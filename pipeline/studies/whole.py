@@ -1,0 +1,111 @@
+"""A study of one labelled set with far more classes than a group, as ImageNet-1K: weights, and centroids of all its
+classes, from one folder; top-k accuracy on another. Images are read as they are needed, never all at once."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+
+from pipeline.figures import bars_figure
+from pipeline.measure import measure_missing, open_worker
+from pipeline.params import Params
+from pipeline.stage import root
+from pipeline.studies.cells import Cell, open_cell
+from pipeline.studies.definition import Study, Whole, reported
+from pipeline.studies.page import number, plus_minus, table_of
+from pipeline.studies.work import Work
+from pudnet.data.images import normalize
+from pudnet.data.own import images_at_a_time, labelled_set
+from pudnet.errors import UserError
+from pudnet.evaluation import clock, mean_half_width
+
+
+def check(plan: Whole) -> None:
+    """Raise `UserError` where a folder is not there."""
+    for folder in (plan.images, plan.test_images):
+        if not (root() / folder).is_dir():
+            raise UserError(
+                f"folder {folder}: not there; put images of {plan.classes:,} classes there, a folder a class"
+            )
+
+
+def measure(work: Work) -> pd.DataFrame:
+    """A line a row."""
+    plan, lines = work.study.whole, []
+    there = replace(plan, images=str(root() / plan.images), test_images=str(root() / plan.test_images))
+    keys = {(cell, there): cell.key(work.params, asdict(plan)) for cell in work.cells.values()}
+    tables = measure_missing(
+        work.params, _accuracy, keys, lambda one, table: f"{one[0].spec.name}: {table.images[0]:,} test images done"
+    )
+    for row, own in work.study.rows.items():
+        found = pd.concat([tables[work.cells[row, seed], there] for seed in work.params.split_seeds])
+        for seed, accuracy in zip(work.params.split_seeds, found.accuracy, strict=True):
+            work.log(row, seed, {f"top{plan.top}_accuracy": accuracy}, {})
+        figure = reported(work.own, own)
+        lines.append(
+            {
+                "row": row,
+                "column": work.column,
+                "splits": work.params.splits,
+                "train_groups": work.groups(row),
+                "top": plan.top,
+                "classes": found.classes.iloc[0],
+                "images": found.images.iloc[0],
+                "accuracy": found.accuracy.mean(),
+                "ci95": mean_half_width(list(zip(found.accuracy, found.images, strict=True))),
+                "paper": figure and figure.accuracy,
+                "seconds": found.seconds.median(),
+                "paper_seconds": figure and figure.seconds,
+            }
+        )
+    return pd.DataFrame(lines)
+
+
+def _accuracy(folder: str, params: Params, one: tuple[Cell, Whole]) -> pd.DataFrame:
+    """What a Ray task runs: a cell's top-k accuracy, and the seconds from folder to network."""
+    cell, plan = one
+    bench = open_worker(folder, params, cell.spec.split_seed, None)
+    predictor = open_cell(cell, bench)
+    start = clock(bench.images.device)
+    network = predictor.predict(plan.images)
+    seconds = (clock(bench.images.device) - start) / 1000
+    images, columns, names = labelled_set(plan.test_images, None, network.card)
+    if unknown := set(names) - set(network.classes):
+        raise UserError(f"{plan.test_images}: class {min(unknown)!r} is not in {plan.images}")
+    truth = torch.tensor([network.classes.index(name) for name in names])[columns]
+    hits = done = 0
+    for pixels in images.chunks(images_at_a_time(network.card.image_size)):
+        logits = network.logits(normalize(pixels.to(network.mean.device), network.mean, network.std))
+        best = logits.topk(min(plan.top, len(names)), dim=1).indices.cpu()
+        hits += int((best == truth[done : done + len(best), None]).any(1).sum())
+        done += len(best)
+    accuracy = 100 * hits / images.count
+    return pd.DataFrame([{"accuracy": accuracy, "images": images.count, "classes": len(names), "seconds": seconds}])
+
+
+def figure(study: Study, table: pd.DataFrame) -> Figure:
+    """A bar a row, the paper's figure beside it."""
+    return bars_figure(table, f"top-{study.whole.top} accuracy, %")
+
+
+def tables(study: Study, table: pd.DataFrame) -> str:
+    """A table a column."""
+    page = ""
+    for column, part in table.groupby("column", sort=False):
+        first, lines = part.iloc[0], list(part.itertuples())
+        told = (
+            f"{part.train_groups.max():,} training groups, {first.classes:,} classes, {first.images:,} test images, "
+            f"{first.splits} class split(s)."
+        )
+        columns = {
+            "": [line.row for line in lines],
+            f"top-{first.top} accuracy": [plus_minus(line.accuracy, line.ci95) for line in lines],
+            "the paper's": [number(line.paper, "{:.2f}") for line in lines],
+            "time": [number(line.seconds, "{:,.2f} s") for line in lines],
+            "the paper's, on its GPU": [number(line.paper_seconds, "{:,.2f} s") for line in lines],
+        }
+        page += f"\n## {column}\n\n{told}\n\n{table_of(columns)}"
+    return page

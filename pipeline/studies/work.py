@@ -1,0 +1,120 @@
+"""A study's column at work: its data and groups prepared, its trainings run, its cells ready to be measured."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from pipeline.dependencies import digest, trial_key
+from pipeline.experiment import Experiment, run_missing
+from pipeline.groups import build
+from pipeline.kept import Finished
+from pipeline.params import Params
+from pipeline.prepare import prepare
+from pipeline.stage import GROUPS, PREPARED, root
+from pipeline.studies.cells import Cell
+from pipeline.studies.definition import Column, Study, row_spec
+from pipeline.tracking import Tracking, open_tracking
+from pipeline.trial import TrialSpec
+
+
+@dataclass(frozen=True)
+class Work:
+    """One column of a study, trained: a cell a row and class split."""
+
+    name: str  # of the study
+    study: Study
+    column: str
+    params: Params
+    cells: Mapping[tuple[str, int], Cell]
+    trained: Mapping[tuple[str, int], Finished]  # those that were trained
+    tracking: Tracking
+
+    @property
+    def own(self) -> Column:
+        """What the study's file says of the column."""
+        return self.study.columns[self.column]
+
+    def groups(self, row: str) -> int:
+        """How many groups a row is trained on."""
+        return self.params.groups.train_groups if self.study.rows[row].trained else 0
+
+    def log(self, row: str, seed: int, metrics: Mapping[str, float], curve: Mapping[str, Mapping[int, float]]) -> None:
+        """The MLflow run of a cell: its metrics, and its curves by step."""
+        key = self.cells[row, seed].key(self.params)
+        label = f"{self.name}: {row}, {self.column}" + (f", split {seed}" if self.params.splits > 1 else "")
+        run_id = self.tracking.find_or_create(f"study/{digest([self.name, row, self.column], [])}/{key}", label)
+        tags = {"study": self.name, "row": row, "column": self.column, "seed": str(seed)}
+        self.tracking.log_tags(run_id, tags)
+        own = self.study.rows[row]
+        plain = {"method": own.method, "variant": own.variant, "train_groups": self.groups(row), **own.changes}
+        self.tracking.log_params(run_id, plain)
+        self.tracking.log_metrics(run_id, metrics)
+        for metric, points in curve.items():
+            last = self.tracking.last_step(run_id, metric)
+            for step in sorted(step for step in points if step > last):
+                self.tracking.log_metrics(run_id, {metric: points[step]}, step)
+        self.tracking.finish(run_id)
+
+
+def train(name: str, study: Study, column: str, params: Params) -> Work:
+    """Every training of a column that is not done, each once, whatever number of rows it serves."""
+    tracking = open_tracking(params)
+    rows = study.rows.items()
+    specs = {(row, seed): row_spec(params, row, own, seed) for row, own in rows for seed in params.split_seeds}
+    wanted: dict[str, TrialSpec] = {}
+    for (row, _), spec in specs.items():
+        if study.rows[row].trained:
+            wanted.setdefault(trial_key(spec), spec)
+    print(f"study: {name}, {column}: {len(wanted)} training(s) on {params.groups.train_groups:,} groups")
+    ended = run_missing(Experiment(f"study-{name}", list(wanted.values())), params, tracking) if wanted else []
+    of_key = dict(zip(wanted, ended, strict=True))
+    trained = {at: of_key[trial_key(spec)] for at, spec in specs.items() if study.rows[at[0]].trained}
+    cells = {at: _cell(study, at, spec, trained.get(at)) for at, spec in specs.items()}
+    return Work(name, study, column, params, cells, trained, tracking)
+
+
+def _cell(study: Study, at: tuple[str, int], spec: TrialSpec, trained: Finished | None) -> Cell:
+    row = study.rows[at[0]]
+    return Cell(spec, trained and trained.checkpoint, row.sketch, row.sketch_images, row.support_per_class)
+
+
+def get_data(params: Params) -> None:
+    """The data of a column, prepared; columns share what is the same. Raises `UserError` where it is not there."""
+    with _working_in(_data_folder(params), "raw", root() / "data" / "raw"):
+        if not PREPARED.is_dir():
+            prepare(params)
+
+
+@contextlib.contextmanager
+def workspace(params: Params) -> Iterator[None]:
+    """A folder with the data and groups of a column, the working directory meanwhile."""
+    data = _data_folder(params)
+    folder = data / digest([asdict(params.groups), params.split_seeds], [])
+    with _working_in(folder, PREPARED.name, data / PREPARED):
+        if not GROUPS.is_dir():
+            build(params)
+        yield
+
+
+def _data_folder(params: Params) -> Path:
+    return root() / ".pud" / "studies" / digest(asdict(params.prepare), [])
+
+
+@contextlib.contextmanager
+def _working_in(folder: Path, link: str, to: Path) -> Iterator[None]:
+    """Work in a folder whose data/LINK leads elsewhere; the project's root stays what it is."""
+    (folder / "data").mkdir(parents=True, exist_ok=True)
+    if not (folder / "data" / link).is_symlink():
+        (folder / "data" / link).symlink_to(to)
+    before, project = os.environ.get("DVC_ROOT"), root()
+    os.environ["DVC_ROOT"] = str(project)
+    try:
+        with contextlib.chdir(folder):
+            yield
+    finally:
+        if before is None:
+            del os.environ["DVC_ROOT"]
