@@ -11,6 +11,7 @@ from typing import Any
 
 from pipeline.trial import TrialSpec
 from pudnet.baselines import LEARNED, SCRATCH
+from pudnet.data.groups import open_groups
 from pudnet.targets import is_import_path, target_code
 
 CODE = Path(__file__).resolve().parent.parent
@@ -29,16 +30,18 @@ def digest(plain: Any, files: Iterable[Path]) -> str:
 
 def trial_key(spec: TrialSpec) -> str:
     """A hash of all that one trial depends on; not of what it is called nor of where the project lies."""
+    split, _ = open_groups(Path(spec.groups))  # of its classes those that are not trained on do not matter
     plain = {key: value for key, value in asdict(spec).items() if key not in ("name", "store", "groups")}
-    return f"{spec.kind}-split{spec.split_seed}-{digest(plain, trial_files(spec))}"
+    plain |= {"train_classes": split.train_classes, "validation_classes": split.validation_classes}
+    return f"{spec.kind}-split{spec.split_seed}-{digest(plain, _trial_files(spec))}"
 
 
-def trial_files(spec: TrialSpec) -> list[Path]:
+def _trial_files(spec: TrialSpec) -> list[Path]:
     """What a trial reads: data (a store's checksums stand for it) and code."""
     tables = [spec.table, *(["validation"] if spec.validate else [])]
     names = TRAINING_CODE + (VALIDATION_CODE if spec.validate else ())
     groups = Path(spec.groups)
-    data = [Path(spec.store) / "meta.json", groups / "split.json", *(groups / f"{t}.npy" for t in tables)]
+    data = [Path(spec.store) / "meta.json", *(groups / f"{t}.npy" for t in tables)]
     return [*data, CODE / "pipeline" / "trial.py", *code_files(names), *method_files(spec.kind, spec.target)]
 
 

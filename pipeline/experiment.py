@@ -16,7 +16,7 @@ import torch
 from ray import tune
 
 from pipeline.callback import TrialProgress
-from pipeline.dependencies import digest, trial_files
+from pipeline.dependencies import digest, trial_key
 from pipeline.kept import Finished, forget_trials, keep_trial, read_trial, reports
 from pipeline.params import Params
 from pipeline.stage import root
@@ -45,8 +45,8 @@ class Experiment:
 
         Ray would restore an experiment under changed settings without a word; under another name it cannot.
         """
-        files = [path for spec in self.specs for path in trial_files(spec)]
-        return f"{self.stage}-{digest([self.stage, self.asha, *map(asdict, self.specs)], files)}"
+        specs = [[asdict(spec), trial_key(spec)] for spec in self.specs]
+        return f"{self.stage}-{digest([self.stage, self.asha, specs], [])}"
 
     @property
     def folder(self) -> Path:

@@ -97,7 +97,24 @@ def tables(study: Study, table: pd.DataFrame) -> str:
     if study.axis == "columns":
         panels = table.column.map(lambda column: point(column)[0])
         return "".join(_grid(study, panel, part) for panel, part in table.groupby(panels, sort=False))
-    return "".join(_table(study, column, part) for column, part in table.groupby("column", sort=False))
+    columns = [_table(study, column, part) for column, part in table.groupby("column", sort=False)]
+    return (f"\n{overview(study, table)}" if len(columns) > 1 else "") + "".join(columns)
+
+
+def overview(study: Study, table: pd.DataFrame) -> str:
+    """Rows by columns: accuracies, and in brackets the differences to the reference."""
+    lines = {(line.row, line.column): line for line in table.itertuples()}
+    columns = {"": table.row.unique().tolist()}
+    for column in table.column.unique():
+        columns[column] = [_overview_cell(study, lines[row, column]) for row in columns[""]]
+    return table_of(columns)
+
+
+def _overview_cell(study: Study, line: Any) -> str:
+    accuracy = plus_minus(line.accuracy, line.ci95)
+    if study.reference in (None, line.row):
+        return accuracy
+    return f"{accuracy} ({plus_minus(line.difference, line.difference_ci95, '+')})"
 
 
 def _table(study: Study, column: str, part: pd.DataFrame) -> str:
