@@ -12,10 +12,10 @@ from pipeline.studies.definition import Study, load_study
 ROOT = Path(__file__).parent.parent
 NAME = "matters"
 BEGIN, END = "<!-- from here: python studies/opening.py -->\n", "<!-- to here -->\n"
-TOLD = """Each method was trained on the same {train_groups:,} task groups, one update each, and measured on {test_groups:,}
-task groups of classes that it has never seen ({splits} class split(s), ConvNet-3, fp32 on 2 CPU cores): accuracy in percent ± its 95%
-interval over test groups, in brackets the difference to the static trunk, paired over them
-(`dvc repro studies/dvc.yaml:study@{name}`; [times, and what each row is](studies/results/{name}.md)):
+TOLD = """Each method was trained on the same {train_groups:,} task groups, one update each, and measured on
+{test_groups:,} task groups of classes that it has never seen ({splits} class split(s), ConvNet-3, fp32 on 2 CPU cores):
+accuracy in percent ± its 95% interval over test groups, in brackets the difference to the static trunk, paired over
+them (`dvc repro studies/dvc.yaml:study@{name}`; [times, and what each row is](studies/results/{name}.md)):
 
 """
 
