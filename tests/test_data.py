@@ -1,14 +1,19 @@
 """What the data package promises: sources, prepared stores, class splits and task groups."""
 
 import gzip
+import hashlib
 import struct
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline.groups import build
+from pipeline.params import load_params
+from pipeline.prepare import prepare
 from pudnet.data.groups import (
     GroupSizes,
     Split,
@@ -419,3 +424,14 @@ def test_test_classes_stay_the_same_whatever_is_trained_on():
     assert set(few.train_classes) < set(many.train_classes)
     with pytest.raises(UserError, match="test_classes is 21, but 20 are left"):
         split_classes(100, 80, 5, 0, test_classes=21)
+
+
+def test_the_default_group_tables_are_the_same_on_every_machine(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "params.yaml").write_text((Path(__file__).parent.parent / "params.yaml").read_text())
+    prepare(load_params())
+    build(load_params())
+    tables = sorted((tmp_path / "data" / "groups" / "split-0").glob("*.npy"))
+    found = hashlib.sha256(b"".join(path.read_bytes() for path in tables)).hexdigest()
+    assert [path.stem for path in tables] == ["search_train", "test", "train", "validation"]
+    assert found.startswith("c6476e422a2a2c62")

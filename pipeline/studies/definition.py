@@ -102,10 +102,10 @@ class Study:
 
 def load_study(name: str) -> Study:
     """Read and check a study. Raises `UserError` with one line for whatever is wrong in it."""
+    known = sorted(file.stem for file in STUDIES.glob("*.yaml") if file.stem != "dvc")
+    if name not in known:
+        raise UserError(f"study: unknown name {name!r}; known: {', '.join(known)}")
     path = STUDIES / f"{name}.yaml"
-    if not path.is_file():
-        known = ", ".join(sorted(file.stem for file in STUDIES.glob("*.yaml") if file.stem != "dvc"))
-        raise UserError(f"study: unknown name {name!r}; known: {known}")
     raw = read_yaml(path)
     for key in ("rows", "columns"):
         _check_blocks(path, key, raw.get(key))
