@@ -11,6 +11,7 @@ from ray.tune import Callback
 from ray.tune.experiment import Trial
 
 from pipeline.kept import Finished, keep_trial, reports
+from pipeline.parallel import checkpoint_folder
 from pipeline.params import Params
 from pipeline.tracking import Tracking, open_tracking
 from pipeline.trial import METRICS, TrialSpec
@@ -69,7 +70,8 @@ class TrialProgress(Callback):
         written = path / "result.json"  # Ray's own, which lags behind
         earlier = [json.loads(line) for line in written.read_text().splitlines()] if written.is_file() else []
         rows = reports([*earlier, *self.reported.get(trial.trial_id, [])])
-        keep_trial(Finished(spec, rows, Path(trial.checkpoint.path), f"{self.key}/{spec.name}"))
+        checkpoint = checkpoint_folder(trial.checkpoint, trial.last_result)
+        keep_trial(Finished(spec, rows, checkpoint, f"{self.key}/{spec.name}"))
         self._end(trial, "FINISHED")
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:

@@ -18,6 +18,7 @@ from ray import tune
 from pipeline.callback import TrialProgress
 from pipeline.dependencies import digest, trial_key
 from pipeline.kept import Finished, forget_trials, keep_trial, read_trial, reports
+from pipeline.parallel import checkpoint_folder, run_parallel
 from pipeline.params import Params
 from pipeline.stage import root
 from pipeline.tracking import Tracking
@@ -25,19 +26,22 @@ from pipeline.trial import TrialSpec, open_trial, run_trial
 from pudnet.errors import RunFailed, UserError
 
 ATTEMPTS_AFTER_A_FAULT = 2
+DRIVER = {"memory": 2**28}  # of a trial whose workers have the cores: Tune wants some resource, and it has a process
 
 
 @dataclass(frozen=True)
 class Experiment:
     """Trials that run, stop and go on together.
 
-    `keep_going`: trials that fail are left out of the result, as long as one finishes.
+    `keep_going`: trials that fail are left out of the result, as long as one finishes. `workers`: how many processes,
+    each with a trial's share, split the groups of a step.
     """
 
     stage: str
     specs: Sequence[TrialSpec]
     asha: bool = False
     keep_going: bool = False
+    workers: int = 1  # processes of one trial
 
     @property
     def key(self) -> str:
@@ -115,7 +119,8 @@ def _all(experiment: Experiment, done: Sequence[TrialSpec], failed: Sequence[tun
 def _finished(experiment: Experiment, spec: TrialSpec, result: tune.Result) -> Finished:
     """A trial that is done; kept, in case it was not when it ended."""
     rows = result.metrics_dataframe.to_dict("records")
-    trial = Finished(spec, reports(rows), Path(result.checkpoint.path), f"{experiment.key}/{spec.name}")
+    checkpoint = checkpoint_folder(result.checkpoint, result.metrics)
+    trial = Finished(spec, reports(rows), checkpoint, f"{experiment.key}/{spec.name}")
     keep_trial(trial)
     return trial
 
@@ -129,12 +134,14 @@ def _why(done: int, total: int, failed: Sequence[tune.Result]) -> str:
 
 
 def _tuner(experiment: Experiment, params: Params, progress: TrialProgress) -> tune.Tuner:
-    trainable = tune.with_resources(run_trial, cluster.share(params))
+    share, parallel = cluster.share(params), experiment.workers > 1
+    trainable = tune.with_resources(run_parallel if parallel else run_trial, DRIVER if parallel else share)
     if tune.Tuner.can_restore(str(experiment.folder)):
         print(f"  going on with {experiment.key}: finished trials are not run again", flush=True)
         return tune.Tuner.restore(str(experiment.folder), trainable, resume_errored=True)
     specs = [asdict(spec) for spec in experiment.specs]
-    space = {"spec": tune.grid_search(specs), **asdict(params.resources)}
+    space = {"spec": tune.grid_search(specs), "share": share, "storage": str(experiment.folder)}
+    space |= asdict(params.resources) | {"workers": experiment.workers}
     return tune.Tuner(
         trainable,
         param_space=space,

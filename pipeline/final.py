@@ -48,7 +48,9 @@ def train_all(params: Params, stage: str, methods: Mapping[str, Cells], fresh: b
     ]
     tracking = open_tracking(params)
     print(f"{stage}: {len(specs)} final training(s) on {params.groups.train_groups:,} groups")
-    finished = run_missing(Experiment(f"{stage}-final", specs), params, tracking, fresh=fresh)
+    finished = run_missing(
+        Experiment(f"{stage}-final", specs, workers=params.resources.workers), params, tracking, fresh=fresh
+    )
     for trial in finished:
         path = _write_model(params, trial)
         run_id = tracking.find_or_create(trial.run_key, trial.spec.name)

@@ -110,10 +110,11 @@ class StudyParams:
 
 @dataclass(frozen=True, config=STRICT)
 class ResourcesParams:
-    """What one trial gets; `gpus` counts only where Ray sees GPUs."""
+    """What one trial gets; `gpus` counts only where Ray sees GPUs. A final training gets it `workers` times."""
 
     cpus: Positive
     gpus: Annotated[float, Field(gt=0)]
+    workers: Positive
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -233,6 +234,11 @@ def resolve(raw: Mapping[str, Any]) -> Params:
         values[name] = parse(kind, {**own.get(name, {}), **given}, name)
     params = parse(Params, values, "")
     _check_spaces(params)
+    if params.resources.workers > params.train.groups_per_step:
+        raise UserError(
+            f"resources.workers: {params.resources.workers} workers split the groups of a step, of which there are "
+            f"{params.train.groups_per_step}; raise train.groups_per_step"
+        )
     if params.prepare.test_source == params.prepare.source:
         raise UserError(f"prepare.test_source: {params.prepare.source} is the training source too; leave it null")
     if len(set(params.baselines.methods)) < len(params.baselines.methods):

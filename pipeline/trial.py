@@ -110,7 +110,7 @@ def pick_device() -> torch.device:
 class MetaTraining:
     """A trial of a method that is trained on task groups. Raises `UserError` when its parts do not fit together."""
 
-    def __init__(self, spec: TrialSpec, device: torch.device) -> None:
+    def __init__(self, spec: TrialSpec, device: torch.device, rank: int = 0, workers: int = 1) -> None:
         torch.manual_seed(spec.seed)
         store = open_store(Path(spec.store), verify=False)
         split, tables = open_groups(Path(spec.groups))
@@ -119,7 +119,7 @@ class MetaTraining:
         self.card, self.validation = card_of(spec, store), tables["validation"][: spec.validate]
         k, config = len(images.block_classes(table[0])), TrainConfig(**spec.train)
         learner, self.target = make_learner(spec, self.card, config, len(classes), k)
-        self.trainer = Trainer(learner, images, table, classes, config)
+        self.trainer = Trainer(learner, images, table, classes, config, rank, workers)
         self.groups = len(table)
 
     def run(self) -> Iterator[dict[str, float]]:
@@ -213,11 +213,7 @@ def run_trial(config: dict[str, Any]) -> None:
     """Ray Tune's trainable: run the trial, and give each report with a checkpoint."""
     from ray import tune
 
-    spec = TrialSpec(**config["spec"])
-    torch.set_num_threads(config["cpus"])
-    device = pick_device()
-    if device.type == "cuda" and config["gpus"] < 1:
-        torch.cuda.set_per_process_memory_fraction(config["gpus"])  # Ray shares a card's time, not its memory
+    spec, device = TrialSpec(**config["spec"]), own_device(config)
     trial = open_trial(spec, device)
     if checkpoint := tune.get_checkpoint():
         with checkpoint.as_directory() as folder:
@@ -226,6 +222,15 @@ def run_trial(config: dict[str, Any]) -> None:
         with tempfile.TemporaryDirectory() as folder:
             torch.save(trial.state_dict(), Path(folder) / STATE)
             tune.report(metrics, checkpoint=tune.Checkpoint.from_directory(folder))
+
+
+def own_device(config: dict[str, Any]) -> torch.device:
+    """The device of this process, held to the `cpus` and `gpus` that are a trial's."""
+    torch.set_num_threads(config["cpus"])
+    device = pick_device()
+    if device.type == "cuda" and config["gpus"] < 1:
+        torch.cuda.set_per_process_memory_fraction(config["gpus"])  # Ray shares a card's time, not its memory
+    return device
 
 
 def load_state(folder: Path) -> dict:

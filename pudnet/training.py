@@ -60,6 +60,9 @@ class Trainer:
     `run` yields a report every `report_every` groups; between two of them `state_dict` is a checkpoint from
     which `load_state_dict` continues to the same weights, bit for bit on one CPU. Raises `UserError` when the
     support set takes all images of a group.
+
+    Of `workers` processes in one torch.distributed group each has a trainer of its own, alike but for its `rank`:
+    they split the groups of a step, and add up their gradients, so that all make the update that one would make.
     """
 
     def __init__(
@@ -69,8 +72,11 @@ class Trainer:
         table: np.ndarray,
         train_classes: tuple[int, ...],
         config: TrainConfig,
+        rank: int = 0,
+        workers: int = 1,
     ) -> None:
         self.config, self.images = config, images
+        self.rank, self.workers = rank, workers
         per_class = table.shape[1] // len(images.block_classes(table[0]))
         if per_class <= config.support_per_class:
             raise UserError(
@@ -130,8 +136,8 @@ class Trainer:
         start, begin = time.perf_counter(), self.groups
         end = min(len(self.table), (begin // self.config.report_every + 1) * self.config.report_every)
         starts = range(begin, end, self.config.groups_per_step)
-        rows = [self._step(self.table[first : min(first + self.config.groups_per_step, end)]) for first in starts]
-        means = torch.cat(rows).mean(0).tolist()
+        sums = [self._step(self.table[first : min(first + self.config.groups_per_step, end)]) for first in starts]
+        means = (self._added(torch.stack(sums).sum(0)) / (end - begin)).tolist()
         self.groups = end
         return Report(
             groups=end,
@@ -146,16 +152,38 @@ class Trainer:
         )
 
     def _step(self, groups: np.ndarray) -> Tensor:
-        """One update on groups (B, N); returns each one's losses and accuracy, and the gradient's norm (B, 6)."""
-        losses = self._losses(groups)
+        """One update on groups (B, N); sums over this worker's of losses, accuracy and the gradient's norm (6,)."""
+        own = groups[self.rank :: self.workers]
+        losses = self._losses(own) if len(own) else []  # a last step may have fewer groups than there are workers
         self.optimizer.zero_grad()
-        torch.stack([one.total for one in losses]).mean().backward()
+        if losses:
+            (torch.stack([one.total for one in losses]).sum() / len(groups)).backward()
+        self._add_gradients()
         norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm)
         self.optimizer.step()
         self.groups += len(groups)
         self._schedule()
         rows = [(one.total, one.metric, one.full, one.kl, one.accuracy, norm) for one in losses]
-        return torch.stack([torch.stack([part.detach().float() for part in row]) for row in rows])
+        found = [torch.stack([part.detach().float() for part in row]) for row in rows]
+        return torch.stack(found).sum(0) if found else torch.zeros(6, device=self.device)
+
+    def _add_gradients(self) -> None:
+        """Add up the workers' gradients, in one message."""
+        if self.workers == 1:
+            return
+        for parameter in self.parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        flat = self._added(torch.cat([parameter.grad.flatten() for parameter in self.parameters]))
+        parts = flat.split([parameter.numel() for parameter in self.parameters])
+        for parameter, part in zip(self.parameters, parts, strict=True):
+            parameter.grad.copy_(part.view_as(parameter))
+
+    def _added(self, values: Tensor) -> Tensor:
+        """The sum over the workers."""
+        if self.workers > 1:
+            torch.distributed.all_reduce(values)
+        return values
 
     def _losses(self, groups: np.ndarray) -> list[Losses]:
         labels = torch.from_numpy(self.columns[self.images.labels[groups]]).to(self.device)
