@@ -113,7 +113,7 @@ class ResourcesParams:
     """What one trial gets; `gpus` counts only where Ray sees GPUs. A final training gets it `workers` times."""
 
     cpus: Positive
-    gpus: Annotated[float, Field(gt=0)]
+    gpus: Annotated[float, Field(ge=0)]
     workers: Positive
 
 

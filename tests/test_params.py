@@ -124,7 +124,7 @@ MISTAKES = {
     "search.space.eta": ("search.space.eta", []),
     "search.space": ("search.space.eta", [0.1, 7]),
     "prepare.channels": ("prepare.channels", 4),
-    "resources.gpus": ("resources.gpus", 0),
+    "resources.gpus": ("resources.gpus", -1),
     "prepare.test_source": ("prepare.test_source", "sklearn:digits"),
     "baselines.methods": ("baselines.methods", ["static_trunk", "static_trunk"]),
     "baselines.methods.1": ("baselines.methods", ["static_trunk", "alexnet"]),
