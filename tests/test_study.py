@@ -177,6 +177,10 @@ def test_a_rows_own_changes_win_over_its_variants(project):
         ({"rows": {"a": {"colour": 1}}}, "rows.a.colour: unknown key"),
         ({"rows": {"a": None}}, "rows.a: must be a block"),
         ({"rows": {}}, "rows: "),
+        (
+            {"rows": {"static trunk": {}, "Static-trunk!": {"variant": "pudnet_plus"}}},
+            "rows.static trunk: needs letters",
+        ),
         ({"rows": {"static trunk": {}, "same": {}}}, "rows.same: stands twice"),
         ({"columns": {"a": {"setting": "digits"}, "b": {"setting": "digits"}}}, "columns.b: stands twice"),
         ({"columns": {}}, "columns: "),

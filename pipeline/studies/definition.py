@@ -145,6 +145,10 @@ def _check(path: Path, study: Study) -> None:
             if (plain := dataclasses.replace(cell, paper=None)) in seen:
                 raise UserError(f"{path}: {what}.{key}: stands twice")
             seen.append(plain)
+    slugs = [_slug(row) for row in study.rows]
+    for row, slug in zip(study.rows, slugs, strict=True):
+        if not slug or slugs.count(slug) > 1:
+            raise UserError(f"{path}: rows.{row}: needs letters or digits that no other row has in this order")
     for name in {"rows": study.rows, "columns": study.columns}.get(study.axis, ()):
         try:
             point(name)
@@ -240,14 +244,19 @@ def wanted(study: Study, params: Mapping[str, Params]) -> tuple[dict[str, Params
     return chosen, left_out
 
 
+def _slug(row: str) -> str:
+    """What a row's trials, and their folders, are called."""
+    return re.sub("[^a-z0-9+]+", "-", row.lower()).strip("-")
+
+
 def row_spec(params: Params, name: str, row: Row, seed: int) -> TrialSpec:
     """The training that a row's cell takes on one class split. Its own changes win over its variant's."""
     where = f"rows.{name}.changes"
     params = dataclasses.replace(params, variant=row.variant)
     kind = "static_trunk" if row.method == "random_weights" else row.method
     baseline = kind in LEARNED or kind in SCRATCH
-    slug = re.sub("[^a-z0-9+]+", "-", f"{name} split{seed}".lower())  # a folder is called so
-    spec = make_spec(params, slug, kind, seed, row.changes if baseline else {}, "train", 0)
+    trial = f"{_slug(name)}-split{seed}"
+    spec = make_spec(params, trial, kind, seed, row.changes if baseline else {}, "train", 0)
     parts = {"model": ModelConfig, "train": TrainConfig}
     known = {**spec.model, **spec.train}
     for key in row.changes:
