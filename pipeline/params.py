@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 import sys
 from collections.abc import Mapping
@@ -10,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 import yaml
 from pydantic import Field
 from pydantic.dataclasses import dataclass
@@ -29,14 +31,18 @@ from pudnet.data.groups import GroupSizes
 from pudnet.errors import UserError
 from pudnet.hypernet import PudNet
 from pudnet.settings import Setting, get_setting
-from pudnet.targets import build_target, check_target_name
+from pudnet.targets import Target, build_target, check_target_name
 
 PARAMS = Path("params.yaml")
+MOST_VALUES, MOST_LEVELS, MOST_DIGITS = 10_000, 20, 18  # of a YAML file, aliases followed; of an integer in it
+MOST_CELLS = 10_000  # of a grid
+MOST_SPLITS = 1000
+LARGEST = 10**9  # parameters of a hypernetwork: 4 GB, and 16 GB where it is trained
 MUCH_LARGER = 8.0  # generator parameters a weight; 3x3 layers have 4 at generator_hidden 16, 1x1 layers 33
 CONTROLS = ("static_trunk", "constant_sketch", "shuffled_sketch", "random_weights")
 METHODS = (*LEARNED, *SCRATCH, *CONTROLS)
 THE_SAME_FOR_ALL = ("support_per_class", "report_every", "epochs")  # not for one method to choose
-Seed = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Grid = dict[str, Annotated[list[Any], Field(min_length=1)]]  # values to try for each key
 
 
@@ -113,7 +119,7 @@ class ResourcesParams:
     """What one trial gets; `gpus` counts only where Ray sees GPUs. A final training gets it `workers` times."""
 
     cpus: Positive
-    gpus: Annotated[float, Field(ge=0)]
+    gpus: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     workers: Positive
 
 
@@ -125,7 +131,7 @@ class Params:
     target: str
     variant: str
     seed: Seed
-    splits: Positive
+    splits: Annotated[int, Field(ge=1, le=MOST_SPLITS)]
     prepare: PrepareParams
     groups: GroupsParams
     model: ModelConfig
@@ -193,12 +199,22 @@ BLOCKS = {
 SCALARS = {"setting": str, "target": str, "variant": str, "seed": int, "splits": int}
 
 
-class Yaml12Floats(yaml.SafeLoader):
-    """`safe_load` that reads 1e-5 as a number, as `dvc exp run -S` writes it, not as a string."""
+class Loader(yaml.SafeLoader):
+    """`safe_load` that reads 1e-5 as a number, as `dvc exp run -S` writes it, and refuses a key that stands twice."""
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        """A mapping as it is written, before aliases and merges."""
+        node, seen = super().compose_mapping_node(anchor), set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.MarkedYAMLError(problem=f"key {key.value!r} stands twice", problem_mark=key.start_mark)
+                seen.add(key.value)
+        return node
 
 
 FLOAT = re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$")
-Yaml12Floats.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+0123456789"))
+Loader.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+0123456789"))
 
 
 def load_params(path: Path = PARAMS) -> Params:
@@ -209,14 +225,36 @@ def load_params(path: Path = PARAMS) -> Params:
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML file of blocks. Raises `UserError` with one line for another."""
     try:
-        raw = yaml.load(path.read_text(), Loader=Yaml12Floats)
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=Loader)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; run from the project's root") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except Exception as error:  # PyYAML raises many types for a value that is not what its tag or form says
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{path}: not YAML ({reason})") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path}: must be a mapping of blocks")
+    _check_extent(path, raw)
     return raw
+
+
+def _check_extent(path: Path, raw: Any) -> None:
+    """Raise `UserError` for what no check could walk or quote: aliases of aliases make millions of a few lines."""
+    left, count = [((), raw)], 0
+    while left:
+        where, value = left.pop()
+        count, reason = count + 1, None
+        if count > MOST_VALUES or len(where) > MOST_LEVELS:
+            reason = f"more than {MOST_VALUES:,} values or {MOST_LEVELS} levels, aliases followed"
+        elif isinstance(value, int) and abs(value) >= 10**MOST_DIGITS:
+            reason = f"an integer of more than {MOST_DIGITS} digits"
+        if reason:
+            raise UserError(": ".join(filter(None, (str(path), ".".join(map(str, where)), reason))))
+        if isinstance(value, dict | list | set):
+            inner = value.items() if isinstance(value, dict) else enumerate(value)
+            left += [((*where, key), each) for key, each in inner]
+            left += [(where, key) for key in value if isinstance(value, dict)]  # looked at before it is quoted
 
 
 def resolve(raw: Mapping[str, Any]) -> Params:
@@ -301,6 +339,8 @@ def _check_spaces(params: Params) -> None:
 
 
 def _check_space(where: str, space: Grid, known: Mapping[str, Any]) -> None:
+    if (cells := math.prod(map(len, space.values()))) > MOST_CELLS:
+        raise UserError(f"{where}: {cells:,} combinations, more than {MOST_CELLS:,}; leave values out")
     for key, values in space.items():
         if key not in known:
             raise UserError(f"{where}.{key}: unknown key; known: {', '.join(known)}")
@@ -311,8 +351,10 @@ def _check_space(where: str, space: Grid, known: Mapping[str, Any]) -> None:
 def check(params: Params) -> None:
     """Build the hypernetwork once, so that a target which cannot be predicted stops here, and say how large it is."""
     target = build_target(params.target, params.prepare.channels, params.prepare.image_size)
-    model = PudNet(params.model, target)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    model, parameters = _outline(params.model, target)
+    sizes = {key: max(values) for key, values in params.search.space.items() if all(type(v) is int for v in values)}
+    if (largest := params.configured(sizes)[0]) != params.model:
+        _outline(largest, target)
     print(
         f"check: {params.setting}, {params.target}, {params.variant}: params.yaml is sound; a hypernetwork of "
         f"{parameters:,} parameters writes the {target.predicted:,} weights of {len(target.convs)} convolutions"
@@ -324,6 +366,25 @@ def check(params: Params) -> None:
             f"write; model.generator_hidden, now {params.model.generator_hidden}, is what to lower",
             file=sys.stderr,
         )
+
+
+def _outline(config: ModelConfig, target: Target) -> tuple[PudNet, int]:
+    """A hypernetwork without its numbers, and how many they are; `UserError` for one that could not be trained."""
+    if config.filter_grid > target.image_size:
+        raise UserError(f"model.filter_grid: must be at most prepare.image_size, {target.image_size}")
+    try:
+        with torch.device("meta"):
+            model = PudNet(config, target)
+    except (RuntimeError, TypeError) as error:  # sizes that overflow
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"model: no hypernetwork can be made of these sizes ({reason})") from None
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    if parameters > LARGEST:
+        sizes = ", ".join(
+            f"{name} {getattr(config, name)}" for name in ("hidden", "generator_hidden", "extractor_channels")
+        )
+        raise UserError(f"model: a hypernetwork of {parameters:,} parameters, more than {LARGEST:,}; lower {sizes}")
+    return model, parameters
 
 
 def main() -> None:

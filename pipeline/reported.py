@@ -61,10 +61,10 @@ def paper_figure(path: str) -> Reported:
     place: Any = load_reported()
     for part in parts:
         place = place.get(part) if isinstance(place, Mapping) else None
-    if isinstance(place, Mapping) and isinstance(place.get("acc"), list) and last.isdigit():
+    if isinstance(place, Mapping) and isinstance(place.get("acc"), list) and last in map(str, range(len(place["acc"]))):
         place = {last: {key: values[int(last)] for key, values in place.items() if int(last) < len(values)}}
     found = place.get(last) if isinstance(place, Mapping) else None
-    if not isinstance(found, Mapping) or not found.keys() & {"acc", "acc_top5"}:
+    accuracy = found.get("acc", found.get("acc_top5")) if isinstance(found, Mapping) else None
+    if not isinstance(accuracy, int | float):
         raise UserError(f"paper: nothing is reported at {path!r}; pipeline/reported.yaml has what is")
-    accuracy = found.get("acc", found.get("acc_top5"))
     return Reported(accuracy, found.get("ci"), found.get("time"), parts[0].replace("table", "table "))

@@ -2,21 +2,38 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
+import warnings
 from collections.abc import Callable
 
+LONGEST_LINE = 1000  # characters of an error that quotes what it was given
 
-class UserError(Exception):
+
+class _OneLine(Exception):
+    """An error whose text is one printable line, whatever names and values it quotes."""
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        if len(text) > LONGEST_LINE:
+            text = f"{text[:LONGEST_LINE]} ..."
+        return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+class UserError(_OneLine):
     """A mistake in usage, configuration or input: what is wrong, where, and what to do. Exit code 2."""
 
 
-class RunFailed(Exception):
+class RunFailed(_OneLine):
     """A run that started well and could not be finished: what failed, and what to do. Exit code 1."""
 
 
 def exit_code(command: Callable[[], object]) -> int:
     """Run a command; what ends it badly is said in one line, and its exit code returned (130: interrupted)."""
+    warnings.filterwarnings("ignore", module="PIL")  # what it says of files that it reads all the same, or refuses
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files and classes may hold any bytes
     try:
         command()
         sys.stdout.flush()
@@ -24,6 +41,10 @@ def exit_code(command: Callable[[], object]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except UserError as error:
         return _say(error, 2)
+    except OSError as error:
+        if error.filename is None:  # not of a file that the user named or may not touch
+            raise
+        return _say(UserError(f"{error.filename}: {error.strerror}"), 2)
     except RunFailed as error:
         return _say(error, 1)
     except KeyboardInterrupt:

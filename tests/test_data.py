@@ -389,6 +389,13 @@ def test_other_test_store_is_taken_whole():
     assert tables["test"].shape == (1, 2, 12)
 
 
+def test_a_class_of_one_image_has_no_halves():
+    split = split_classes(10, 6, 2, seed=0, test_store_classes=3)
+    sizes = GroupSizes(2, 10, 3, 3, 3, 1, test_whole=True)
+    with pytest.raises(UserError, match="a test class has fewer than 2 images"):
+        build_groups(split, sizes, make_store([20] * 10), make_store([6, 1, 10]))
+
+
 def test_images_that_do_not_divide_by_classes_are_refused():
     sizes = GroupSizes(2, 11, 3, 3, 3, 3, test_whole=False)
     with pytest.raises(UserError, match="images_per_group is 11"):

@@ -107,12 +107,13 @@ def load_study(name: str) -> Study:
         raise UserError(f"study: unknown name {name!r}; known: {', '.join(known)}")
     path = STUDIES / f"{name}.yaml"
     raw = read_yaml(path)
+    if odd := [key for key in raw if not isinstance(key, str)]:
+        raise UserError(f"{path}: {odd[0]!r}: unknown key")
     for key in ("rows", "columns"):
-        _check_blocks(path, key, raw.get(key))
-    raw["rows"] = {row: parse(Row, values, f"{path}: rows.{row}") for row, values in raw.get("rows", {}).items()}
+        _check_blocks(path, key, raw.setdefault(key, {}))
+    raw["rows"] = {row: parse(Row, values, f"{path}: rows.{row}") for row, values in raw["rows"].items()}
     raw["columns"] = {
-        column: Column({key: value for key, value in values.items() if key != "paper"}, values.get("paper"))
-        for column, values in raw.get("columns", {}).items()
+        column: parse(Column, _column(values), f"{path}: columns.{column}") for column, values in raw["columns"].items()
     }
     for key, kind in (("finetune", FineTuning), ("correlation", Correlation), ("whole", Whole)):
         if key in raw:
@@ -123,10 +124,14 @@ def load_study(name: str) -> Study:
     return study
 
 
+def _column(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A column's block, which mixes keys of params.yaml with its own, as what a `Column` is made from."""
+    changes = {key: value for key, value in values.items() if key != "paper"}
+    return {"changes": changes, "paper": values.get("paper")}
+
+
 def _check_blocks(path: Path, where: str, blocks: Any) -> None:
-    """Raise `UserError` for what is no mapping of names to blocks; what is not there at all is found later."""
-    if blocks is None:
-        return
+    """Raise `UserError` for what is no mapping of names to blocks."""
     if not isinstance(blocks, dict) or not all(isinstance(name, str) for name in blocks):
         raise UserError(f"{path}: {where}: must be a block of named {where}, got {blocks!r}")
     for name, values in blocks.items():

@@ -15,6 +15,8 @@ import numpy as np
 from pudnet.data.store import Store, whole_folder
 from pudnet.errors import UserError
 
+LARGEST_TABLE = 10**9  # indices, 4 GB; the paper's largest, 100,000 groups of 500 images, is a twentieth of it
+
 # Streams of random numbers, all of one seed: changing one table's size leaves the others as they are.
 SPLIT_STREAM = 0
 ROLE_STREAMS = {"search_train": 1, "validation": 2, "train": 3, "test": 4}
@@ -107,7 +109,7 @@ def sample_groups(
 
     N = classes_per_group x images_per_class: class blocks in the order drawn, images within a block in random
     order. A longer table of the same generator state begins with the shorter one. Raises UserError for a
-    class with too few images.
+    class with too few images, and for a table that no memory holds.
     """
     sides = 2 if twins else 1
     drawn = sides * images_per_class
@@ -120,6 +122,11 @@ def sample_groups(
                 f"class {label} ({class_names[label]}) has {len(members)} images, but its groups need "
                 f"{drawn}; lower images_per_group"
             )
+    if groups * sides * classes_per_group * images_per_class > LARGEST_TABLE:
+        raise UserError(
+            f"{groups:,} groups of {classes_per_group * images_per_class} images are more than the "
+            f"{LARGEST_TABLE:,} that a table may hold; lower the number of groups or images_per_group"
+        )
     table = np.empty((groups, sides, classes_per_group, images_per_class), dtype=_index_type(labels))
     for group in table:
         for block, which in enumerate(rng.choice(len(rows), classes_per_group, replace=False)):
@@ -171,6 +178,8 @@ def build_groups(split: Split, sizes: GroupSizes, train: Store, test: Store | No
         "train": sample("train", train, split.train_classes, sizes.train_groups, twins=False),
     }
     if sizes.test_whole:
+        if not whole_class_images(test.labels, split.test_classes):
+            raise UserError("a test class has fewer than 2 images, too few for two halves; add images to it")
         rng = np.random.default_rng([split.seed, ROLE_STREAMS["test"]])
         tables["test"] = halve(test.labels, split.test_classes, rng)
     else:

@@ -49,14 +49,17 @@ def open_source(spec: str, raw: Path, image_size: int, channels: int) -> Source:
     is 1 (grey) or 3 (RGB). Raises UserError for an unknown spec and for files that are missing or damaged.
     """
     kind, _, rest = spec.partition(":")
-    if spec == "sklearn:digits":
-        return _open_digits(image_size, channels)
-    if kind == "torchvision":
-        return _open_torchvision(rest, raw, image_size, channels)
-    if kind == "folder" and rest:
-        return _open_folder(Path(rest).expanduser(), image_size, channels)
-    if kind == "npz" and rest:
-        return _open_npz(Path(rest).expanduser(), image_size, channels)
+    try:
+        if spec == "sklearn:digits":
+            return _open_digits(image_size, channels)
+        if kind == "torchvision":
+            return _open_torchvision(rest, raw, image_size, channels)
+        if kind == "folder" and rest:
+            return _open_folder(Path(rest).expanduser(), image_size, channels)
+        if kind == "npz" and rest:
+            return _open_npz(Path(rest).expanduser(), image_size, channels)
+    except (OSError, RuntimeError) as error:  # may not be read, a name that no file can have, the home of nobody
+        raise UserError(f"source '{spec}' cannot be read ({error})") from error
     raise UserError(f"source '{spec}' is not known; use sklearn:digits, torchvision:NAME, folder:PATH or npz:PATH")
 
 
@@ -299,9 +302,10 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
         raise UserError(f"npz:{path} does not exist; give the path of an .npz file")
     try:
         with np.load(path, allow_pickle=False) as archive:
-            return {key: archive[key] for key in archive.files}
+            found = {key: archive[key] for key in archive.files}
     except Exception as error:  # zipfile, zlib and numpy raise many types for a damaged file
         raise UserError(f"{path} cannot be read as an .npz of plain arrays ({error}); write it again") from error
+    return {key: value for key, value in found.items() if isinstance(value, np.ndarray)}  # numpy gives others as bytes
 
 
 def _npz_class_names(path: Path, labels: np.ndarray, names: np.ndarray | None) -> tuple[str, ...]:
@@ -309,7 +313,11 @@ def _npz_class_names(path: Path, labels: np.ndarray, names: np.ndarray | None) -
     present = np.unique(labels).tolist()
     if names is None:
         names = np.array([str(label) for label in range(len(present))])
-    if names.ndim != 1 or names.dtype.kind != "U" or len(set(names.tolist())) != len(names):
+    try:
+        distinct = names.ndim == 1 and names.dtype.kind == "U" and len(set(names.tolist())) == len(names)
+    except SystemError:  # numpy's, for a code that is no character's
+        distinct = False
+    if not distinct:
         raise UserError(f"{path}: 'class_names' must be a one-dimensional array of distinct strings")
     if present != list(range(len(names))):
         raise UserError(

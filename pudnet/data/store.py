@@ -42,15 +42,20 @@ class Store:
 
 @contextlib.contextmanager
 def whole_folder(destination: Path) -> Iterator[Path]:
-    """A new folder to write into, which takes the place of `destination` only when the block ends well."""
+    """A new folder to write into, which takes the place of `destination` only when the block ends well.
+
+    Raises `UserError` where it cannot be written.
+    """
     partial = destination.with_name(f".{destination.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
-    partial.mkdir(parents=True)
     try:
+        partial.mkdir(parents=True)
         yield partial
         if destination.exists():
             shutil.rmtree(destination)
         partial.rename(destination)
+    except OSError as error:
+        raise UserError(f"{destination}: cannot be written ({error})") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
