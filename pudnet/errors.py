@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable
@@ -26,9 +27,17 @@ def exit_code(command: Callable[[], object]) -> int:
         return _say(error, 2)
     except RunFailed as error:
         return _say(error, 1)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        return _say(f"{_where(error)}the disk is full; make room, then the same command continues or starts again", 1)
     except KeyboardInterrupt:
         return _say("interrupted; the same command continues or starts again", 130)
     return 0
+
+
+def _where(error: OSError) -> str:
+    return f"{error.filename}: " if error.filename else ""
 
 
 def _say(message: object, code: int) -> int:
