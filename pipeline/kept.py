@@ -52,13 +52,25 @@ def keep_trial(trial: Finished) -> None:
 
 
 def read_trial(spec: TrialSpec) -> Finished | None:
-    """A finished trial; None where there is none, or its checkpoint is gone."""
+    """A finished trial; None where there is none, or its checkpoint is gone or damaged."""
     path = _trial_path(spec)
     if not path.is_file():
         return None
     values = json.loads(path.read_text())
     checkpoint = _folder() / values["checkpoint"]
-    return Finished(spec, values["history"], checkpoint, values["run_key"]) if checkpoint.is_dir() else None
+    if is_whole(checkpoint):
+        return Finished(spec, values["history"], checkpoint, values["run_key"])
+    print(f"  {spec.name}: its last checkpoint is gone or damaged; it is trained again", flush=True)
+    return None
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint can be read."""
+    try:
+        load_state(checkpoint)
+    except Exception:  # a damaged file can fail in nearly every way
+        return False
+    return True
 
 
 def forget_trials(specs: Iterable[TrialSpec]) -> None:
