@@ -32,7 +32,7 @@ class TrialProgress(Callback):
     def _open(self) -> None:
         self.reported: dict[str, list[dict[str, Any]]] = {}  # earlier, and by this process
         self.unlogged: dict[str, list[dict[str, Any]]] = {}
-        self.runs: dict[str, str] = {}
+        self.runs: dict[str, tuple[str, int]] = {}  # and the last step when it was opened
         self._tracking: Tracking | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -92,16 +92,16 @@ class TrialProgress(Callback):
 
     def _log_rows(self, trial: Trial, status: str | None) -> None:
         rows, spec = self.unlogged[trial.trial_id], TrialSpec(**trial.config["spec"])
-        run_id = self.runs.pop(trial.trial_id, None)
+        run_id, last = self.runs.pop(trial.trial_id, (None, -1))
         if run_id is None:
             run_id, last = open_run(self.tracking, self.params, spec, f"{self.key}/{spec.name}", self.parent)
-            rows[:] = [row for row in rows if row["groups"] > last]
         while rows:
-            log_row(self.tracking, run_id, rows[0])
+            if rows[0]["groups"] > last:
+                log_row(self.tracking, run_id, rows[0])
             del rows[0]
         if status:
             self.tracking.finish(run_id, status)
-        self.runs[trial.trial_id] = run_id  # after a failure it is found anew, with what it holds
+        self.runs[trial.trial_id] = (run_id, last)  # after a failure it is found anew, with what it holds
 
     def _say(self, trials: list[Trial], trial: Trial, result: dict[str, Any]) -> None:
         done = sum(t.status == "TERMINATED" for t in trials)

@@ -11,19 +11,20 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 from pipeline import cluster  # first: it sets Ray's environment
 
 # isort: split
 import torch
 from ray import tune
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from pipeline.callback import TrialProgress, log_finished
 from pipeline.dependencies import digest, trial_key
 from pipeline.kept import Finished, forget_trials, is_whole, keep_trial, read_trial, reports
 from pipeline.params import Params
-from pipeline.stage import root, write_json
+from pipeline.stage import root, write, write_json
 from pipeline.tracking import Tracking
 from pipeline.trial import STATE, FromScratch, MetaTraining, TrialSpec, load_state, open_trial, run_trial
 from pudnet.errors import RunFailed, UserError
@@ -76,8 +77,8 @@ def run_missing(
             tracking.attempt(partial(log_finished, tracking, params, kept[name], parent))
         if missing:
             rest = _begun(experiment, missing, fresh)
-            ran = run_trials(rest, params, tracking, parent, fresh, experiment.key)
-            kept = {trial.spec.name: trial for trial in ran} | kept
+            ran = run_trials(rest, params, tracking, parent, fresh, experiment.key, kept)
+            kept |= {trial.spec.name: trial for trial in ran}
     return [kept[spec.name] for spec in experiment.specs if spec.name in kept]
 
 
@@ -118,9 +119,22 @@ def _restorable(experiment: Experiment, names: Collection[str]) -> bool:
 
 def _statuses(folder: Path) -> dict[str, str]:
     """What Ray's newest snapshot of an experiment says of each trial."""
-    newest = max(folder.glob("experiment_state-*.json"))
-    trials = [json.loads(trial) for trial, _ in json.loads(newest.read_text())["trial_data"]]
+    trials = [json.loads(trial) for trial, _ in json.loads(_snapshot(folder).read_text())["trial_data"]]
     return {trial["config"]["spec"]["name"]: trial["status"] for trial in trials}
+
+
+def _note_finished(folder: Path, names: Collection[str]) -> None:
+    """Tell Ray of trials that finished after its newest snapshot: it would run them again from there."""
+    snapshot = json.loads(_snapshot(folder).read_text())
+    for pair in snapshot["trial_data"]:
+        trial = json.loads(pair[0])
+        if trial["config"]["spec"]["name"] in names:
+            pair[0] = json.dumps(trial | {"status": "TERMINATED"})
+    write(_snapshot(folder), json.dumps(snapshot))
+
+
+def _snapshot(folder: Path) -> Path:
+    return max(folder.glob("experiment_state-*.json"))
 
 
 def run_trials(
@@ -130,11 +144,12 @@ def run_trials(
     parent: str | None = None,
     fresh: bool = False,
     key: str | None = None,
+    kept: Mapping[str, Finished] = MappingProxyType({}),
 ) -> list[Finished]:
     """Run all trials in an open Ray session, going on where an earlier run stopped. Returns those that finished.
 
     `parent` names the MLflow run that the trials' runs are children of; `key` is what these runs go by, the
-    experiment's own where there is none.
+    experiment's own where there is none. Of an experiment that goes on, those in `kept` are finished.
 
     Raises:
         RunFailed: when a trial is unfinished at the end: interrupted, or failed for good.
@@ -148,10 +163,11 @@ def run_trials(
             for name in trials:  # runs of an experiment whose state is gone
                 tracking.attempt(partial(tracking.supersede, f"{key}/{name}"))
         else:
+            _note_finished(experiment.folder, kept)
             _mend(experiment, trials)
         progress = TrialProgress(params, key, len(experiment.specs), parent, keep=not experiment.asha)
         groups = {name: trial.groups for name, trial in trials.items()}
-        finished = _collect(experiment, key, groups, _tuner(experiment, params, progress).fit())
+        finished = _collect(experiment, key, groups, kept, _tuner(experiment, params, progress).fit())
     for trial in finished:
         tracking.attempt(partial(log_finished, tracking, params, trial, parent))
     return finished
@@ -184,7 +200,13 @@ def _mend(experiment: Experiment, trials: Mapping[str, MetaTraining | FromScratc
                 torch.save(state, whole)
 
 
-def _collect(experiment: Experiment, key: str, groups: Mapping[str, int], results: tune.ResultGrid) -> list[Finished]:
+def _collect(
+    experiment: Experiment,
+    key: str,
+    groups: Mapping[str, int],
+    kept: Mapping[str, Finished],
+    results: tune.ResultGrid,
+) -> list[Finished]:
     """The trials that saw all their `groups` (fewer where ASHA stopped them), in the order of the specs.
 
     Those that diverged are left out where the experiment is to keep going: they would again. What failed for want of
@@ -195,7 +217,7 @@ def _collect(experiment: Experiment, key: str, groups: Mapping[str, int], result
 
     def is_done(name: str) -> bool:
         ended = name in found and statuses.get(name) == "TERMINATED"
-        return ended and (experiment.asha or found[name].metrics["groups"] == groups[name])
+        return name in kept or (ended and (experiment.asha or found[name].metrics["groups"] == groups[name]))
 
     done = [spec for spec in experiment.specs if is_done(spec.name)]
     failed = [result for result in results if result.error]
@@ -204,8 +226,8 @@ def _collect(experiment: Experiment, key: str, groups: Mapping[str, int], result
     if len(ended) < len(experiment.specs):
         raise RunFailed(_why(len(done), len(experiment.specs), failed))
     for result in diverged:
-        print(f"  {result.config['spec']['name']} is left out: {_reason(result.error)}", flush=True)
-    return [_finished(experiment, key, spec, found[spec.name]) for spec in done]
+        print(f"  {_name(result)} is left out: {_reason(result.error)}", flush=True)
+    return [kept.get(spec.name) or _finished(experiment, key, spec, found[spec.name]) for spec in done]
 
 
 def _diverged(error: Exception) -> bool:
@@ -225,14 +247,19 @@ def _why(done: int, total: int, failed: Sequence[tune.Result]) -> str:
     state = f"{done} of {total} trials are done"
     if not failed:
         return f"{state}, the others were interrupted; the same command continues"
-    name, path = failed[0].config["spec"]["name"], failed[0].path
-    return f"{state}; {name}: {_reason(failed[0].error)} (all of it in {path}/error.txt); the same command continues"
+    reason, path = _reason(failed[0].error), failed[0].path
+    return f"{state}; {_name(failed[0])}: {reason} (all of it in {path}/error.txt); the same command continues"
+
+
+def _name(result: tune.Result) -> str:
+    """A trial's name, also of one that never reported."""
+    return Path(result.path).name
 
 
 def _reason(error: object) -> str:
-    """The line of an error that says most: of a traceback the last, of Ray's own account of a process the first."""
+    """The line of an error that says most: of a traceback the last, of what Ray says of a lost process the first."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    line = lines[0] if isinstance(error, RayActorError) else lines[-1]
+    line = lines[0] if isinstance(error, RayError) and not isinstance(error, RayTaskError) else lines[-1]
     return line.removeprefix("pudnet.errors.RunFailed: ")
 
 

@@ -40,8 +40,9 @@ class Finished:
 
 
 def reports(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A trial's reports without what Ray adds to them."""
-    return [{key: row[key] for key in ("groups", *METRICS) if key in row} for row in rows]
+    """A trial's reports without what Ray adds to them; of those made twice, after an interruption, the last."""
+    plain = [{key: row[key] for key in ("groups", *METRICS) if key in row} for row in rows]
+    return list({row["groups"]: row for row in plain}.values())
 
 
 def keep_trial(trial: Finished) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import getpass
+import logging
 import os
 import time
 import uuid
@@ -77,7 +78,8 @@ class Tracking:
         if start < self.asked_again:
             return
         try:
-            log()
+            with quiet():
+                log()
         except (UserError, RunFailed):
             raise
         except Exception as error:  # MLflow's layers (HTTP, SQL, files) each raise errors of their own
@@ -188,8 +190,23 @@ def _alone(uri: str) -> Iterator[None]:
         yield
 
 
-def _reason(error: Exception) -> str:
-    """In one short line."""
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without MLflow's notes on how it logs and downloads, and its tracebacks of errors that it raises too."""
+    logger = logging.getLogger("mlflow")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+def _reason(error: BaseException) -> str:
+    """The first cause, in one short line."""
+    while cause := error.__cause__ or error.__context__:
+        error = cause
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
 
 
