@@ -61,7 +61,13 @@ class Run:
         self.started: dict[int, psutil.Process] = {}
         with self.logs[0].open("w") as out, self.logs[1].open("w") as err:
             self.process = subprocess.Popen(
-                command, cwd=project, env=environment(ROOT) | extra, stdout=out, stderr=err, start_new_session=True
+                command,
+                cwd=project,
+                env=environment(ROOT) | extra,
+                stdout=out,
+                stderr=err,
+                start_new_session=True,
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored in a shell's background
             )
 
     @property
