@@ -4,13 +4,17 @@ VENV := .venv
 READY := $(VENV)/.ready
 IN_VENV := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 
-.PHONY: repro test lint ui
+.PHONY: repro test faults lint ui
 
 repro: $(READY)
 	$(IN_VENV) dvc repro
 
 test: $(READY)
 	$(IN_VENV) python -m pytest -n 2 --dist loadfile
+
+# Kills, full disks, lost servers and nodes, for real; some need root.
+faults: $(READY)
+	$(IN_VENV) python -m pytest tests/faults --durations=0
 
 lint: $(READY)
 	$(IN_VENV) ruff check .

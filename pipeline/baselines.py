@@ -6,6 +6,7 @@ Every part that is finished is kept (`kept.py`): the stage, run again, does what
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -38,7 +39,7 @@ def baselines(params: Params) -> None:
     write_json(RESULTS / "baselines.json", {"methods": compared})
     write_json(RESULTS / "adaptation.json", {"milliseconds": times})
     for method, key in keys.items():
-        _log(tracking, params, method, key, measured, compared, times)
+        tracking.attempt(partial(_log, tracking, params, method, key, measured, compared, times))
     for name, numbers in compared.items():
         print(
             f"baselines: {name}: {numbers['accuracy']:.2f} +/- {numbers['ci95']:.2f} %, "

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,19 +22,26 @@ from pipeline.trial import METRICS, TrialSpec
 class TrialProgress(Callback):
     """Prints and logs each report once, also when trials are replayed after an interruption.
 
-    Ray pickles callbacks into the experiment: the tracking client is opened again where it is missing.
+    Ray pickles callbacks into the experiment: what is open is opened again where it is missing.
     """
 
-    def __init__(self, params: Params, key: str, trials: int, parent: str | None) -> None:
-        self.params, self.key, self.trials, self.parent = params, key, trials, parent
-        self.runs: dict[str, str] = {}
-        self.logged: dict[str, int] = {}
+    def __init__(self, params: Params, key: str, trials: int, parent: str | None, keep: bool) -> None:
+        self.params, self.key, self.trials, self.parent, self.keep = params, key, trials, parent, keep
         self.rollbacks: dict[str, int] = {}
-        self.reported: dict[str, list[dict[str, Any]]] = {}  # by this process
+        self._open()
+
+    def _open(self) -> None:
+        self.reported: dict[str, list[dict[str, Any]]] = {}  # earlier, and by this process
+        self.unlogged: dict[str, list[dict[str, Any]]] = {}
+        self.runs: dict[str, tuple[str, int]] = {}  # and the last step when it was opened
         self._tracking: Tracking | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_tracking": None, "runs": {}, "logged": {}, "reported": {}}
+        return {key: getattr(self, key) for key in ("params", "key", "trials", "parent", "keep", "rollbacks")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        self._open()
 
     @property
     def tracking(self) -> Tracking:
@@ -42,36 +51,32 @@ class TrialProgress(Callback):
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """Find the trial's MLflow run, or create it."""
-        spec = trial.config["spec"]
-        run_id = self.tracking.find_or_create(f"{self.key}/{spec['name']}", spec["name"], self.parent)
-        self.runs[trial.trial_id] = run_id
-        self.logged[trial.trial_id] = self.tracking.last_step(run_id, "groups_per_second")
-        seeds = {"method": spec["kind"], "split_seed": spec["split_seed"], "seed": spec["seed"]}
-        self.tracking.log_params(run_id, {**spec["train"], **spec["model"], **asdict(self.params.groups), **seeds})
+        if trial.trial_id not in self.reported:
+            self.reported[trial.trial_id] = _written(trial)
+            self.unlogged[trial.trial_id] = _written(trial)
+        self._log(trial)
 
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
     ) -> None:
         """Print a line and log a step, unless they were before an interruption."""
-        self.reported.setdefault(trial.trial_id, []).append(result)
-        if result["groups"] <= self.logged[trial.trial_id]:
+        earlier = self.reported[trial.trial_id]
+        if result["groups"] <= max((row["groups"] for row in earlier), default=-1):
             return
-        self.logged[trial.trial_id] = result["groups"]
+        earlier.append(result)
         if result["rollbacks"] > self.rollbacks.get(trial.trial_id, 0):
             self.rollbacks[trial.trial_id] = result["rollbacks"]
             print(f"  {trial.config['spec']['name']}: the loss was not finite; went on from the last good weights")
-        metrics = {key: result[key] for key in METRICS if key in result}
-        self.tracking.log_metrics(self.runs[trial.trial_id], metrics, step=result["groups"])
         self._say(trials, trial, result)
+        self.unlogged[trial.trial_id].append(result)
+        self._log(trial)
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """Keep the trial at once, whatever becomes of the others, and close its run."""
-        spec, path = TrialSpec(**trial.config["spec"]), Path(trial.path)
-        written = path / "result.json"  # Ray's own, which lags behind
-        earlier = [json.loads(line) for line in written.read_text().splitlines()] if written.is_file() else []
-        rows = reports([*earlier, *self.reported.get(trial.trial_id, [])])
-        checkpoint = checkpoint_folder(trial.checkpoint, trial.last_result)
-        keep_trial(Finished(spec, rows, checkpoint, f"{self.key}/{spec.name}"))
+        spec, rows = TrialSpec(**trial.config["spec"]), self.reported.get(trial.trial_id, [])
+        if self.keep:
+            checkpoint = checkpoint_folder(trial.checkpoint, trial.last_result)
+            keep_trial(Finished(spec, reports(rows), checkpoint, f"{self.key}/{spec.name}"))
         self._end(trial, "FINISHED")
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
@@ -79,9 +84,26 @@ class TrialProgress(Callback):
         self._end(trial, "FAILED")
 
     def _end(self, trial: Trial, status: str) -> None:
-        if trial.trial_id in self.runs:
-            self.tracking.finish(self.runs[trial.trial_id], status)
+        self._log(trial, status)
         print(f"  {trial.config['spec']['name']}: {status.lower()}", flush=True)
+
+    def _log(self, trial: Trial, status: str | None = None) -> None:
+        """Log what MLflow does not have of a trial, as far as it answers."""
+        if trial.trial_id in self.unlogged:
+            self.tracking.attempt(lambda: self._log_rows(trial, status))
+
+    def _log_rows(self, trial: Trial, status: str | None) -> None:
+        rows, spec = self.unlogged[trial.trial_id], TrialSpec(**trial.config["spec"])
+        run_id, last = self.runs.pop(trial.trial_id, (None, -1))
+        if run_id is None:
+            run_id, last = open_run(self.tracking, self.params, spec, f"{self.key}/{spec.name}", self.parent)
+        while rows:
+            if rows[0]["groups"] > last:
+                log_row(self.tracking, run_id, rows[0])
+            del rows[0]
+        if status:
+            self.tracking.finish(run_id, status)
+        self.runs[trial.trial_id] = (run_id, last)  # after a failure it is found anew, with what it holds
 
     def _say(self, trials: list[Trial], trial: Trial, result: dict[str, Any]) -> None:
         done = sum(t.status == "TERMINATED" for t in trials)
@@ -95,3 +117,39 @@ class TrialProgress(Callback):
             f"{', '.join(parts)}, {result['groups_per_second']:.2f} groups/s",
             flush=True,
         )
+
+
+def _written(trial: Trial) -> list[dict[str, Any]]:
+    """The trial's reports of earlier sessions, as Ray writes them; the last line may be half there."""
+    path, rows = Path(trial.path) / "result.json", []
+    with contextlib.suppress(OSError, json.JSONDecodeError):
+        for line in path.read_text().splitlines():
+            rows.append(json.loads(line))  # noqa: PERF401
+    return rows
+
+
+def open_run(tracking: Tracking, params: Params, spec: TrialSpec, key: str, parent: str | None) -> tuple[str, int]:
+    """A trial's MLflow run, found or created, and the last step in it."""
+    parent_id = tracking.find_or_create(key.rpartition("/")[0], parent) if parent else None
+    run_id = tracking.find_or_create(key, spec.name, parent_id)
+    seeds = {"method": spec.kind, "split_seed": spec.split_seed, "seed": spec.seed}
+    tracking.log_params(run_id, {**spec.train, **spec.model, **asdict(params.groups), **seeds})
+    return run_id, tracking.last_step(run_id, "groups_per_second")
+
+
+def log_row(tracking: Tracking, run_id: str, row: Mapping[str, Any]) -> None:
+    """Log a trial's report."""
+    metrics = {key: row[key] for key in METRICS if key in row}
+    tracking.log_metrics(run_id, metrics, row["groups"], row.get("timestamp"))
+
+
+def log_finished(tracking: Tracking, params: Params, trial: Finished, parent: str | None) -> None:
+    """Log a finished trial, if that could not be done when it ended."""
+    found = tracking.find(trial.run_key)
+    if found and found.info.status == "FINISHED":
+        return
+    run_id, last = open_run(tracking, params, trial.spec, trial.run_key, parent)
+    for row in trial.history:
+        if row["groups"] > last:
+            log_row(tracking, run_id, row)
+    tracking.finish(run_id)

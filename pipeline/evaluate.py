@@ -35,7 +35,8 @@ def evaluate(params: Params) -> None:
     write(RESULTS / "pudnet.csv", frame.to_csv(index=False, float_format="%.4f"))
     write_json(RESULTS / "timing.json", timing)
     write_json(RESULTS / "metrics.json", metrics)
-    _log(open_tracking(params), params, metrics, timing)
+    tracking = open_tracking(params)
+    tracking.attempt(lambda: _log(tracking, params, metrics, timing))
     print(f"evaluate: {metrics['accuracy']:.2f} +/- {metrics['ci95']:.2f} % over {len(frame)} test groups")
     print(
         f"evaluate: prediction {timing['total_ms']:.1f} ms, one epoch from scratch {timing['epoch_ratio']:.1f} x that"

@@ -4,26 +4,32 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 from pipeline import cluster  # first: it sets Ray's environment
 
 # isort: split
 import torch
 from ray import tune
+from ray.exceptions import RayError, RayTaskError
 
-from pipeline.callback import TrialProgress
+from pipeline.callback import TrialProgress, log_finished
 from pipeline.dependencies import digest, trial_key
-from pipeline.kept import Finished, forget_trials, keep_trial, read_trial, reports
+from pipeline.kept import Finished, forget_trials, is_whole, keep_trial, read_trial, reports
 from pipeline.parallel import checkpoint_folder, run_parallel
 from pipeline.params import Params
-from pipeline.stage import root
+from pipeline.stage import root, write, write_json
 from pipeline.tracking import Tracking
-from pipeline.trial import TrialSpec, open_trial, run_trial
+from pipeline.trial import STATE, FromScratch, MetaTraining, TrialSpec, load_state, open_trial, run_trial
 from pudnet.errors import RunFailed, UserError
+from pudnet.files import replacing
 
 ATTEMPTS_AFTER_A_FAULT = 2
 DRIVER = {"memory": 2**28}  # of a trial whose workers have the cores: Tune wants some resource, and it has a process
@@ -33,8 +39,8 @@ DRIVER = {"memory": 2**28}  # of a trial whose workers have the cores: Tune want
 class Experiment:
     """Trials that run, stop and go on together.
 
-    `keep_going`: trials that fail are left out of the result, as long as one finishes. `workers`: how many processes,
-    each with a trial's share, split the groups of a step.
+    `keep_going`: trials that diverge are left out of the result. `workers`: how many processes, each with a trial's
+    share, split the groups of a step.
     """
 
     stage: str
@@ -62,66 +68,182 @@ def run_missing(
     experiment: Experiment, params: Params, tracking: Tracking, parent: str | None = None, fresh: bool = False
 ) -> list[Finished]:
     """`run_trials`, less the trials that are kept from earlier experiments, whatever else those ran."""
-    if fresh:
-        forget_trials(experiment.specs)
-    kept = {spec.name: found for spec in experiment.specs if (found := read_trial(spec))}
-    missing = [spec for spec in experiment.specs if spec.name not in kept]
-    if kept:
-        print(f"  {len(kept)} of {len(experiment.specs)} trials are finished already", flush=True)
-    if missing:
-        rest = replace(experiment, specs=missing)
-        kept |= {trial.spec.name: trial for trial in run_trials(rest, params, tracking, parent, fresh)}
+    with _alone(experiment.folder.with_suffix(".whole.lock")):
+        if fresh:
+            forget_trials(experiment.specs)
+        kept = {spec.name: found for spec in experiment.specs if (found := read_trial(spec))}
+        missing = [spec for spec in experiment.specs if spec.name not in kept]
+        if kept:
+            print(f"  {len(kept)} of {len(experiment.specs)} trials are finished already", flush=True)
+        for name, trial in kept.items():
+            if parent:
+                kept[name] = replace(trial, run_key=f"{experiment.key}/{name}")  # a child of this parent, too
+            tracking.attempt(partial(log_finished, tracking, params, kept[name], parent))
+        if missing:
+            rest = _begun(experiment, missing, fresh)
+            ran = run_trials(rest, params, tracking, parent, fresh, experiment.key, kept)
+            kept |= {trial.spec.name: trial for trial in ran}
     return [kept[spec.name] for spec in experiment.specs if spec.name in kept]
 
 
+def _begun(experiment: Experiment, missing: Sequence[TrialSpec], fresh: bool) -> Experiment:
+    """The experiment that can go on, where what is missing was begun; else a new one, of what is missing.
+
+    Ray goes on with an experiment as a whole, also with the trials that have finished since.
+    """
+    note, names = experiment.folder.with_suffix(".json"), {spec.name for spec in missing}
+    if note.is_file() and not fresh:
+        begun = json.loads(note.read_text())
+        specs = [spec for spec in experiment.specs if spec.name in begun["trials"]]
+        earlier = replace(experiment, stage=begun["stage"], specs=specs)
+        if names <= set(begun["trials"]) and _restorable(earlier, names):
+            return earlier
+    rest = replace(experiment, specs=missing)
+    if rest.folder.exists() and not _restorable(rest, names) and not fresh:
+        rest = replace(rest, stage=f"{rest.stage}-{int(time.time())}")  # what is finished in the old one is left there
+    write_json(note, {"stage": rest.stage, "trials": sorted(names)})
+    return rest
+
+
+def _restorable(experiment: Experiment, names: Collection[str]) -> bool:
+    """Whether Ray can go on with an experiment, and would run these trials of it."""
+    if not tune.Tuner.can_restore(str(experiment.folder)):
+        return False
+    pickles = [experiment.folder / "tuner.pkl", *experiment.folder.glob("basic-variant-state-*")]
+    try:
+        statuses = _statuses(experiment.folder)
+        is_cut_off = not all(path.read_bytes().endswith(b".") for path in pickles)  # as every pickle does
+    except (OSError, ValueError, KeyError, TypeError):
+        is_cut_off = True
+    if is_cut_off:
+        print(f"  {experiment.key}: its state is not whole; what is not finished begins again", flush=True)
+        return False
+    return not any(statuses.get(name) == "TERMINATED" for name in names)
+
+
+def _statuses(folder: Path) -> dict[str, str]:
+    """What Ray's newest snapshot of an experiment says of each trial."""
+    trials = [json.loads(trial) for trial, _ in json.loads(_snapshot(folder).read_text())["trial_data"]]
+    return {trial["config"]["spec"]["name"]: trial["status"] for trial in trials}
+
+
+def _note_finished(folder: Path, names: Collection[str]) -> None:
+    """Tell Ray of trials that finished after its newest snapshot: it would run them again from there."""
+    snapshot = json.loads(_snapshot(folder).read_text())
+    for pair in snapshot["trial_data"]:
+        trial = json.loads(pair[0])
+        if trial["config"]["spec"]["name"] in names:
+            pair[0] = json.dumps(trial | {"status": "TERMINATED"})
+    write(_snapshot(folder), json.dumps(snapshot))
+
+
+def _snapshot(folder: Path) -> Path:
+    return max(folder.glob("experiment_state-*.json"))
+
+
 def run_trials(
-    experiment: Experiment, params: Params, tracking: Tracking, parent: str | None = None, fresh: bool = False
+    experiment: Experiment,
+    params: Params,
+    tracking: Tracking,
+    parent: str | None = None,
+    fresh: bool = False,
+    key: str | None = None,
+    kept: Mapping[str, Finished] = MappingProxyType({}),
 ) -> list[Finished]:
     """Run all trials in an open Ray session, going on where an earlier run stopped. Returns those that finished.
 
-    `parent` names the MLflow run that the trials' runs are children of.
+    `parent` names the MLflow run that the trials' runs are children of; `key` is what these runs go by, the
+    experiment's own where there is none. Of an experiment that goes on, those in `kept` are finished.
 
     Raises:
         RunFailed: when a trial is unfinished at the end: interrupted, or failed for good.
         UserError: when another process runs the same trials, or a trial cannot start; then none is.
     """
-    groups = {spec.name: open_trial(spec, torch.device("cpu")).groups for spec in experiment.specs}
-    with _alone(experiment.folder):
-        if fresh:
+    key = key or experiment.key
+    trials = {spec.name: _opened(spec) for spec in experiment.specs}
+    with _alone(experiment.folder.with_suffix(".lock")):
+        if fresh or not _restorable(experiment, ()):
             shutil.rmtree(experiment.folder, ignore_errors=True)
-        if not tune.Tuner.can_restore(str(experiment.folder)):
-            tracking.supersede(experiment.key)  # runs of an experiment whose state is gone
-        parent_id = tracking.find_or_create(experiment.key, parent) if parent else None
-        progress = TrialProgress(params, experiment.key, len(experiment.specs), parent_id)
-        return _collect(experiment, groups, _tuner(experiment, params, progress).fit())
+            for name in trials:  # runs of an experiment whose state is gone
+                tracking.attempt(partial(tracking.supersede, f"{key}/{name}"))
+        else:
+            _note_finished(experiment.folder, kept)
+            _mend(experiment, trials)
+        progress = TrialProgress(params, key, len(experiment.specs), parent, keep=not experiment.asha)
+        groups = {name: trial.groups for name, trial in trials.items()}
+        finished = _collect(experiment, key, groups, kept, _tuner(experiment, params, progress).fit())
+    for trial in finished:
+        tracking.attempt(partial(log_finished, tracking, params, trial, parent))
+    return finished
 
 
-def _collect(experiment: Experiment, groups: Mapping[str, int], results: tune.ResultGrid) -> list[Finished]:
-    """The trials that saw all their `groups` (fewer where ASHA stopped them), in the order of the specs."""
+def _opened(spec: TrialSpec) -> MetaTraining | FromScratch:
+    """A trial as it is before its first group."""
+    try:
+        return open_trial(spec, torch.device("cpu"))
+    except (MemoryError, RuntimeError) as error:  # torch has no error of its own for memory that is not there
+        raise RunFailed(f"{spec.name}: cannot start ({_reason(error)})") from None
+
+
+def _mend(experiment: Experiment, trials: Mapping[str, MetaTraining | FromScratch]) -> None:
+    """Put the checkpoint before it, or the trial's beginning, in the place of one that cannot be read.
+
+    A power cut leaves such a one, and Ray goes on from the newest, whatever it holds.
+    """
+    statuses = _statuses(experiment.folder)
+    for name, trial in trials.items():
+        state = trial.state_dict()
+        for folder in sorted((experiment.folder / name).glob("checkpoint_*")):
+            if statuses.get(name) == "TERMINATED":
+                continue
+            if is_whole(folder):
+                state = load_state(folder)
+                continue
+            print(f"  {name}: {folder.name} is damaged; it goes on from what was before", flush=True)
+            with replacing(folder / STATE) as whole:
+                torch.save(state, whole)
+
+
+def _collect(
+    experiment: Experiment,
+    key: str,
+    groups: Mapping[str, int],
+    kept: Mapping[str, Finished],
+    results: tune.ResultGrid,
+) -> list[Finished]:
+    """The trials that saw all their `groups` (fewer where ASHA stopped them), in the order of the specs.
+
+    Those that diverged are left out where the experiment is to keep going: they would again. What failed for want of
+    memory, disk or machines would not.
+    """
     statuses = {t.config["spec"]["name"]: t.status for t in results._experiment_analysis.trials}  # no public way
     found = {r.config["spec"]["name"]: r for r in results if r.config and r.metrics}
 
     def is_done(name: str) -> bool:
         ended = name in found and statuses.get(name) == "TERMINATED"
-        return ended and (experiment.asha or found[name].metrics["groups"] == groups[name])
+        return name in kept or (ended and (experiment.asha or found[name].metrics["groups"] == groups[name]))
 
     done = [spec for spec in experiment.specs if is_done(spec.name)]
     failed = [result for result in results if result.error]
-    if len(done) < len(experiment.specs) and not (experiment.keep_going and done and _all(experiment, done, failed)):
+    diverged = [result for result in failed if _diverged(result.error)]
+    ended = done + diverged if experiment.keep_going else done
+    if len(ended) < len(experiment.specs):
         raise RunFailed(_why(len(done), len(experiment.specs), failed))
-    return [_finished(experiment, spec, found[spec.name]) for spec in done]
+    for result in diverged:
+        print(f"  {_name(result)} is left out: {_reason(result.error)}", flush=True)
+    return [kept.get(spec.name) or _finished(experiment, key, spec, found[spec.name]) for spec in done]
 
 
-def _all(experiment: Experiment, done: Sequence[TrialSpec], failed: Sequence[tune.Result]) -> bool:
-    return len(done) + len(failed) == len(experiment.specs)
+def _diverged(error: Exception) -> bool:
+    return isinstance(error, RayTaskError) and isinstance(error.as_instanceof_cause(), RunFailed)
 
 
-def _finished(experiment: Experiment, spec: TrialSpec, result: tune.Result) -> Finished:
+def _finished(experiment: Experiment, key: str, spec: TrialSpec, result: tune.Result) -> Finished:
     """A trial that is done; kept, in case it was not when it ended."""
     rows = result.metrics_dataframe.to_dict("records")
-    checkpoint = checkpoint_folder(result.checkpoint, result.metrics)
-    trial = Finished(spec, reports(rows), checkpoint, f"{experiment.key}/{spec.name}")
-    keep_trial(trial)
+    trial = Finished(spec, reports(rows), checkpoint_folder(result.checkpoint, result.metrics), f"{key}/{spec.name}")
+    if not experiment.asha:  # which may have stopped it early
+        keep_trial(trial)
     return trial
 
 
@@ -129,8 +251,20 @@ def _why(done: int, total: int, failed: Sequence[tune.Result]) -> str:
     state = f"{done} of {total} trials are done"
     if not failed:
         return f"{state}, the others were interrupted; the same command continues"
-    reason = str(failed[0].error).strip().splitlines()[-1].removeprefix("pudnet.errors.RunFailed: ")
-    return f"{state}; {reason} (all of it in {failed[0].path}/error.txt); the same command continues"
+    reason, path = _reason(failed[0].error), failed[0].path
+    return f"{state}; {_name(failed[0])}: {reason} (all of it in {path}/error.txt); the same command continues"
+
+
+def _name(result: tune.Result) -> str:
+    """A trial's name, also of one that never reported."""
+    return Path(result.path).name
+
+
+def _reason(error: object) -> str:
+    """The line of an error that says most: of a traceback the last, of what Ray says of a lost process the first."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    line = lines[0] if isinstance(error, RayError) and not isinstance(error, RayTaskError) else lines[-1]
+    return line.removeprefix("pudnet.errors.RunFailed: ")
 
 
 def _tuner(experiment: Experiment, params: Params, progress: TrialProgress) -> tune.Tuner:
@@ -171,12 +305,13 @@ def _asha(experiment: Experiment, params: Params) -> tune.schedulers.ASHASchedul
 
 
 @contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Hold the experiment's lock: a second search on one experiment would mix with the first."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with folder.with_suffix(".lock").open("w") as lock:
+def _alone(path: Path) -> Iterator[None]:
+    """Hold an experiment's lock: a second search on one experiment would mix with the first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"{folder.name}: another process runs these trials; wait for it or stop it") from None
+            name = path.name.partition(".")[0]
+            raise UserError(f"{name}: another process runs these trials; wait for it or stop it") from None
         yield

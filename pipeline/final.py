@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from pipeline.kept import Finished
 from pipeline.params import Params
 from pipeline.registry import register
 from pipeline.stage import PUDNET, RESULTS, STORE, git_commit, group_folder, split_model
-from pipeline.tracking import open_tracking
+from pipeline.tracking import Tracking, open_tracking
 from pipeline.trial import card_of, make_spec
 from pudnet.card import write_tensors
 from pudnet.data.groups import open_groups
@@ -52,15 +53,19 @@ def train_all(params: Params, stage: str, methods: Mapping[str, Cells], fresh: b
         Experiment(f"{stage}-final", specs, workers=params.resources.workers), params, tracking, fresh=fresh
     )
     for trial in finished:
-        path = _write_model(params, trial)
-        run_id = tracking.find_or_create(trial.run_key, trial.spec.name)
-        if trial.spec.kind == "pudnet":
-            name = f"pudnet-{params.setting}-{params.target}".replace(":", ".")  # no colon in a model's name
-            tracking.log_tags(run_id, {"registered_version": register(tracking, run_id, path, name)})
-        else:
-            tracking.client.log_artifact(run_id, str(path), "model")
-        tracking.finish(run_id)
+        tracking.attempt(partial(_log, tracking, params, trial, _write_model(params, trial)))
     return pd.concat([_curve(trial) for trial in finished], ignore_index=True)
+
+
+def _log(tracking: Tracking, params: Params, trial: Finished, path: Path) -> None:
+    """Log a model to its training's run; PudNet's is registered too."""
+    run_id = tracking.find_or_create(trial.run_key, trial.spec.name)
+    if trial.spec.kind == "pudnet":
+        name = f"pudnet-{params.setting}-{params.target}".replace(":", ".")  # no colon in a model's name
+        tracking.log_tags(run_id, {"registered_version": register(tracking, run_id, path, name)})
+    else:
+        tracking.client.log_artifact(run_id, str(path), "model")
+    tracking.finish(run_id)
 
 
 def _write_model(params: Params, trial: Finished) -> Path:

@@ -40,8 +40,9 @@ class Finished:
 
 
 def reports(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A trial's reports without what Ray adds to them."""
-    return [{key: row[key] for key in ("groups", *METRICS) if key in row} for row in rows]
+    """A trial's reports without what Ray adds to them; of those made twice, after an interruption, the last."""
+    plain = [{key: row[key] for key in ("groups", *METRICS) if key in row} for row in rows]
+    return list({row["groups"]: row for row in plain}.values())
 
 
 def keep_trial(trial: Finished) -> None:
@@ -52,13 +53,25 @@ def keep_trial(trial: Finished) -> None:
 
 
 def read_trial(spec: TrialSpec) -> Finished | None:
-    """A finished trial; None where there is none, or its checkpoint is gone."""
+    """A finished trial; None where there is none, or its checkpoint is gone or damaged."""
     path = _trial_path(spec)
     if not path.is_file():
         return None
     values = json.loads(path.read_text())
     checkpoint = _folder() / values["checkpoint"]
-    return Finished(spec, values["history"], checkpoint, values["run_key"]) if checkpoint.is_dir() else None
+    if is_whole(checkpoint):
+        return Finished(spec, values["history"], checkpoint, values["run_key"])
+    print(f"  {spec.name}: its last checkpoint is gone or damaged; it is trained again", flush=True)
+    return None
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint can be read."""
+    try:
+        load_state(checkpoint)
+    except Exception:  # a damaged file can fail in nearly every way
+        return False
+    return True
 
 
 def forget_trials(specs: Iterable[TrialSpec]) -> None:

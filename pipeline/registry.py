@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
-import logging
 import os
-from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -19,7 +16,7 @@ from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, Schema
 from PIL import Image
 
-from pipeline.tracking import Tracking, tracking_uri
+from pipeline.tracking import Tracking, quiet, tracking_uri
 from pudnet.card import Card, read_tensors
 from pudnet.config import ModelConfig
 from pudnet.errors import UserError
@@ -52,7 +49,7 @@ def register(tracking: Tracking, run_id: str, path: Path, name: str) -> str:
 def _log(tracking: Tracking, run_id: str, path: Path, name: str, card: Card) -> int:
     """Log and register; the version."""
     mlflow.set_tracking_uri(tracking.uri)
-    with _quiet(), mlflow.start_run(run_id=run_id):
+    with quiet(), mlflow.start_run(run_id=run_id):
         logged = mlflow.pyfunc.log_model(
             name="model",
             python_model=str(SERVING),
@@ -112,7 +109,7 @@ def download(uri: str) -> Path:
         raise UserError(f"{uri}: no {database} here; go to the project's folder or set MLFLOW_TRACKING_URI")
     mlflow.set_tracking_uri(tracking_uri())
     try:
-        with _quiet():
+        with quiet():
             found = Path(download_artifacts(artifact_uri=uri))
     except (MlflowException, OSError) as error:
         reason = " ".join(str(error).split())[:200]
@@ -121,16 +118,3 @@ def download(uri: str) -> Path:
     if len(files) != 1:
         raise UserError(f"{uri}: holds {len(files)} .safetensors files, not one")
     return files[0]
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without MLflow's notes on how it logs and downloads."""
-    logger = logging.getLogger("mlflow")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    try:
-        yield
-    finally:
-        logger.setLevel(before)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pandas as pd
 import yaml
 
 from pipeline import cluster
-from pipeline.experiment import Experiment, run_trials
+from pipeline.experiment import Experiment, run_missing, run_trials
 from pipeline.kept import Finished
 from pipeline.params import Params
 from pipeline.stage import RESULTS, run_stage, wants_fresh, write
 from pipeline.tracking import Tracking, open_tracking
 from pipeline.trial import TrialSpec, make_spec
+from pudnet.errors import RunFailed
 
 
 def search(params: Params) -> None:
@@ -29,9 +31,12 @@ def search(params: Params) -> None:
         for seed in params.split_seeds:
             specs = [_spec(params, cell, seed) for cell in cells]
             experiment = Experiment(f"search-split{seed}", specs, params.search.asha, keep_going=True)
-            finished = run_trials(experiment, params, tracking, f"search-split{seed}", fresh)
+            run = run_trials if params.search.asha else run_missing  # whom it stops depends on all of them
+            finished = run(experiment, params, tracking, experiment.stage, fresh)
+            if not finished:
+                raise RunFailed(f"search: no trial of split {seed} ended well; change search.space or train")
             rows += [_row(trial) for trial in finished]
-            _close(tracking, experiment, params, _best(rows, seed))
+            tracking.attempt(partial(_close, tracking, experiment, params, _best(rows, seed)))
     best = {seed: _best(rows, seed) for seed in params.split_seeds}
     write(RESULTS / "search.csv", pd.DataFrame(rows).to_csv(index=False, float_format="%.6g"))
     write(RESULTS / "best.yaml", yaml.safe_dump({"splits": best}, sort_keys=False))

@@ -1,27 +1,41 @@
-"""MLflow, written by one process, the driver: each run is found again by a key when a stage is continued."""
+"""MLflow, written by one process, the driver: each run is found again by a key when a stage is continued.
+
+No stage fails because of it: what is logged is kept elsewhere, and logged again where it is missing.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import getpass
+import logging
 import os
 import time
-from collections.abc import Mapping
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+# MLflow's own patience with a server that does not answer is many minutes a call, for which all trials would wait.
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
 
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param, RunTag
+from mlflow.entities import Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, ErrorCode
+from mlflow.tracking.registry import UnsupportedModelRegistryStoreURIException
 
 from pipeline.params import Params
-from pipeline.stage import git_commit, root
-from pudnet.errors import RunFailed
+from pipeline.stage import git_commit, root, write
+from pudnet.errors import RunFailed, UserError
 
-KEY = "pudnet.key"
+KEY, PROJECT = "pudnet.key", "pudnet.project"
+REST = 10  # times as long as it took to fail, before a server is asked again
 EXPERIMENT_TAGS = {
     "mlflow.experimentKind": "custom_model_development",  # else the UI opens on its pages for language models
     "mlflow.note.content": "A search is one parent run with a child a trial; mark the children and press Compare. "
@@ -33,28 +47,72 @@ class Tracking:
     """One experiment of the tracking server: the runs of a setting and a target."""
 
     def __init__(self, uri: str, experiment: str, artifacts: str | None, tags: Mapping[str, str]) -> None:
-        self.uri, self.tags = uri, dict(tags)
-        self.client = MlflowClient(uri)
-        found = self.client.get_experiment_by_name(experiment)
-        self.experiment = (
-            found.experiment_id if found else self.client.create_experiment(experiment, artifacts, tags=EXPERIMENT_TAGS)
-        )
+        self.uri, self.name, self.artifacts, self.tags = uri, experiment, artifacts, dict(tags)
+        self.project = project_id()
+        self.is_down, self.asked_again = False, 0.0
+
+    @cached_property
+    def client(self) -> MlflowClient:
+        """The server, or the database, which is made where there is none."""
+        with _alone(self.uri):
+            return MlflowClient(self.uri)
+
+    @cached_property
+    def experiment(self) -> str:
+        """The experiment's id."""
+        found = self.client.get_experiment_by_name(self.name)
+        try:
+            return (
+                found.experiment_id
+                if found
+                else self.client.create_experiment(self.name, self.artifacts, tags=EXPERIMENT_TAGS)
+            )
+        except MlflowException as error:
+            if error.error_code != ErrorCode.Name(RESOURCE_ALREADY_EXISTS):
+                raise
+            return self.client.get_experiment_by_name(self.name).experiment_id  # made by another process just now
+
+    def attempt(self, log: Callable[[], object]) -> None:
+        """Log, or say that it cannot be done now: nothing else ends because of it, or waits long for it."""
+        start = time.monotonic()
+        if start < self.asked_again:
+            return
+        try:
+            with quiet():
+                log()
+        except (UserError, RunFailed):
+            raise
+        except Exception as error:  # MLflow's layers (HTTP, SQL, files) each raise errors of their own
+            self.asked_again = time.monotonic() + REST * (time.monotonic() - start)
+            self.__dict__.pop("experiment", None)
+            if not self.is_down:
+                self._say(f"cannot be written ({_reason(error)}); the run goes on; the stage, run again, logs the rest")
+            self.is_down = True
+        else:
+            if self.is_down:
+                self._say("is written again")
+            self.is_down = False
+
+    def _say(self, what: str) -> None:
+        print(f"tracking: {self.uri} {what}", flush=True)
+
+    def find(self, key: str) -> Run | None:
+        """The run of this project that has this key."""
+        own = f"tags.`{KEY}` = '{key}' and tags.`{PROJECT}` = '{self.project}'"
+        return next(iter(self.client.search_runs([self.experiment], own, max_results=1)), None)
 
     def find_or_create(self, key: str, name: str, parent: str | None = None) -> str:
         """The run of this key, RUNNING again, or a new one. Returns its id."""
-        found = self.client.search_runs([self.experiment], f"tags.`{KEY}` = '{key}'", max_results=1)
-        if found:
-            run_id = found[0].info.run_id
-            self.client.update_run(run_id, status="RUNNING")
-            return run_id
-        tags = {**self.tags, KEY: key, **({"mlflow.parentRunId": parent} if parent else {})}
+        if found := self.find(key):
+            self.client.update_run(found.info.run_id, status="RUNNING")
+            return found.info.run_id
+        tags = {**self.tags, KEY: key, PROJECT: self.project, **({"mlflow.parentRunId": parent} if parent else {})}
         return self.client.create_run(self.experiment, run_name=name, tags=tags).info.run_id
 
     def supersede(self, key: str) -> None:
-        """Leave the runs of this key, and those below it, to the past: a new run of the key starts anew."""
-        for found in self.client.search_runs([self.experiment], f"tags.`{KEY}` LIKE '{key}%'"):
-            old = found.data.tags[KEY]
-            self.client.set_tag(found.info.run_id, KEY, f"superseded/{int(time.time())}/{old}")
+        """Leave the run of this key to the past: a new run of the key starts anew."""
+        if found := self.find(key):
+            self.client.set_tag(found.info.run_id, KEY, f"superseded/{int(time.time())}/{key}")
 
     def last_step(self, run_id: str, metric: str) -> int:
         """The last step that a metric was logged at, -1 for none."""
@@ -66,10 +124,12 @@ class Tracking:
         new = [Param(key, str(value)) for key, value in params.items() if key not in known]
         self.client.log_batch(run_id, params=new)
 
-    def log_metrics(self, run_id: str, metrics: Mapping[str, float], step: int = 0) -> None:
-        """Log numbers at one step."""
-        now = int(1000 * time.time())
-        self.client.log_batch(run_id, metrics=[Metric(k, float(v), now, step) for k, v in metrics.items()])
+    def log_metrics(
+        self, run_id: str, metrics: Mapping[str, float], step: int = 0, seconds: float | None = None
+    ) -> None:
+        """Log numbers at one step; `seconds`: when they were had, where that is not now."""
+        at = int(1000 * (seconds or time.time()))
+        self.client.log_batch(run_id, metrics=[Metric(k, float(v), at, step) for k, v in metrics.items()])
 
     def log_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
         """Set tags on a run."""
@@ -88,15 +148,66 @@ def tracking_uri() -> str:
 def open_tracking(params: Params) -> Tracking:
     """The experiment `pudnet-SETTING-TARGET`, in the project's sqlite database or where MLFLOW_TRACKING_URI says.
 
-    Opened before any fan-out: several processes that open a fresh database trip over each other.
+    Says at once where it does not answer. Raises `UserError` for an address that MLflow does not know.
     """
     uri = tracking_uri()
     name = f"pudnet-{params.setting}-{params.target}"
     artifacts = None if uri.startswith("http") else str(root() / "mlartifacts" / name)
+    return _open(uri, name, artifacts, tuple(provenance(params).items()))
+
+
+@cache  # a process says once that a server does not answer
+def _open(uri: str, name: str, artifacts: str | None, tags: tuple[tuple[str, str], ...]) -> Tracking:
+    tracking = Tracking(uri, name, artifacts, dict(tags))
+
+    def contact() -> None:
+        try:
+            tracking.experiment  # noqa: B018
+        except UnsupportedModelRegistryStoreURIException:
+            raise UserError(f"MLFLOW_TRACKING_URI: {uri} is no address that MLflow knows") from None
+
+    tracking.attempt(contact)
+    return tracking
+
+
+def project_id() -> str:
+    """What tells this project's runs from those of its clones, on one server; lies with the state of its runs."""
+    path = root() / ".pud" / "project"
+    if not path.is_file():
+        write(path, f"{uuid.uuid4().hex[:12]}\n")
+    return path.read_text().strip()
+
+
+@contextlib.contextmanager
+def _alone(uri: str) -> Iterator[None]:
+    """One process at a time: several that open a fresh sqlite database trip over each other."""
+    path = Path(uri.removeprefix("sqlite:///"))
+    if not uri.startswith("sqlite:///") or not path.parent.is_dir():
+        yield
+        return
+    with path.with_name(f"{path.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without MLflow's notes on how it logs and downloads, and its tracebacks of errors that it raises too."""
+    logger = logging.getLogger("mlflow")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     try:
-        return Tracking(uri, name, artifacts, provenance(params))
-    except MlflowException as error:
-        raise RunFailed(f"MLflow at {uri} does not answer ({str(error).splitlines()[0]})") from None
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+def _reason(error: BaseException) -> str:
+    """The first cause, in one short line."""
+    while cause := error.__cause__ or error.__context__:
+        error = cause
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
 
 
 def provenance(params: Params) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import sys
@@ -41,15 +42,28 @@ def exit_code(command: Callable[[], object]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except UserError as error:
         return _say(error, 2)
+    except RunFailed as error:
+        return _say(error, 1)
     except OSError as error:
+        if is_full(error):
+            return _say(
+                f"{_where(error)}the disk is full; make room, then the same command continues or starts again", 1
+            )
         if error.filename is None:  # not of a file that the user named or may not touch
             raise
         return _say(UserError(f"{error.filename}: {error.strerror}"), 2)
-    except RunFailed as error:
-        return _say(error, 1)
     except KeyboardInterrupt:
         return _say("interrupted; the same command continues or starts again", 130)
     return 0
+
+
+def is_full(error: OSError) -> bool:
+    """Whether it says that a disk is full: no mistake of the user's, but the end of a run."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def _where(error: OSError) -> str:
+    return f"{error.filename}: " if error.filename else ""
 
 
 def _say(message: object, code: int) -> int:

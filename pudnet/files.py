@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from pudnet.errors import UserError
+from pudnet.errors import UserError, is_full
 
 
 @contextlib.contextmanager
@@ -15,7 +15,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """A temporary path to write to, which takes the place of `path` once the block has ended well.
 
     Its folder is made where there is none. Raises `UserError` where the file cannot be written, before the block is
-    entered if that can be seen then; what the block has written is removed.
+    entered if that can be seen then, and `OSError` where the disk is full; what the block has written is removed.
     """
     if not path.name or path.is_dir():
         raise UserError(f"{path}: cannot be written (it is a folder)")
@@ -26,6 +26,8 @@ def replacing(path: Path) -> Iterator[Path]:
         yield partial
         partial.replace(path)
     except OSError as error:
+        if is_full(error):
+            raise OSError(error.errno, os.strerror(error.errno), str(path)) from None
         raise UserError(f"{path}: cannot be written ({error})") from None
     finally:
         with contextlib.suppress(OSError):

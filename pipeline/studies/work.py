@@ -44,6 +44,9 @@ class Work:
 
     def log(self, row: str, seed: int, metrics: Mapping[str, float], curve: Mapping[str, Mapping[int, float]]) -> None:
         """The MLflow run of a cell: its metrics, and its curves by step."""
+        self.tracking.attempt(lambda: self._log(row, seed, metrics, curve))
+
+    def _log(self, row: str, seed: int, metrics: Mapping[str, float], curve: Mapping[str, Mapping[int, float]]) -> None:
         key = self.cells[row, seed].key(self.params)
         label = f"{self.name}: {row}, {self.column}" + (f", split {seed}" if self.params.splits > 1 else "")
         run_id = self.tracking.find_or_create(f"study/{digest([self.name, row, self.column], [])}/{key}", label)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from pudnet.data.sources import Source
-from pudnet.errors import UserError
+from pudnet.errors import UserError, is_full
 
 ONE_GREY_LEVEL = 1 / 255
 
@@ -55,6 +55,8 @@ def whole_folder(destination: Path) -> Iterator[Path]:
             shutil.rmtree(destination)
         partial.rename(destination)
     except OSError as error:
+        if is_full(error):
+            raise
         raise UserError(f"{destination}: cannot be written ({error})") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -80,21 +82,25 @@ def write_store(source: Source, destination: Path) -> None:
 
 
 def _write_images(source: Source, path: Path) -> tuple[np.ndarray, tuple[int, ...]]:
-    """Write all batches as one .npy; returns how often each value occurs, (C, 256), and the array's shape."""
-    images, counts, row = None, None, 0
-    for batch in source.batches():
-        if images is None or counts is None:
-            shape = (len(source.labels), *batch.shape[1:])
-            images = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
-            counts = np.zeros((batch.shape[3], 256), dtype=np.int64)
-        images[row : row + len(batch)] = batch
-        row += len(batch)
-        for channel in range(len(counts)):
-            counts[channel] += np.bincount(batch[..., channel].ravel(), minlength=256)
-    if images is None or counts is None or row != len(source.labels):
+    """Write all batches as one .npy; returns how often each value occurs, (C, 256), and the array's shape.
+
+    Not through a memory map: a full disk would end the process without a word.
+    """
+    counts, shape, row = None, (), 0
+    with path.open("wb") as file:
+        for batch in source.batches():
+            if counts is None:
+                shape = (len(source.labels), *batch.shape[1:])
+                header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(file, header)
+                counts = np.zeros((batch.shape[3], 256), dtype=np.int64)
+            file.write(np.ascontiguousarray(batch, dtype=np.uint8).data)
+            row += len(batch)
+            for channel in range(len(counts)):
+                counts[channel] += np.bincount(batch[..., channel].ravel(), minlength=256)
+    if counts is None or row != len(source.labels):
         raise ValueError(f"source {source.name} gave {row} images for {len(source.labels)} labels")
-    images.flush()
-    return counts, images.shape
+    return counts, shape
 
 
 def _mean_and_std(counts: np.ndarray) -> tuple[list[float], list[float]]:

@@ -1,0 +1,205 @@
+"""Commands that run for real, are hurt, and run again."""
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import yaml
+from mlflow import MlflowClient
+
+from tests.smallest import shrink
+from tests.test_pipeline import ROOT, environment
+
+PATIENCE = 300  # seconds; a machine that is busy with other things takes long
+BEFORE = {  # what has to have run before a stage
+    "search": ["prepare", "groups"],
+    "train": ["search"],
+    "evaluate": ["train"],
+    "baselines": ["evaluate"],
+}
+
+
+OFTEN = {"TUNE_GLOBAL_CHECKPOINT_S": "1"}  # Ray's snapshots; trials take seconds here, not hours
+
+
+def python(stage: str, *arguments: str) -> tuple[str, ...]:
+    """The command of a stage."""
+    return (sys.executable, "-u", "-m", f"pipeline.{stage}", *arguments)
+
+
+def shorten(path: Path) -> None:
+    """The smallest pipeline, with more reports: each is a place to be interrupted at."""
+    shrink(path)
+    params = yaml.safe_load(path.read_text())
+    params["groups"] |= {"search_groups": 12, "train_groups": 12}
+    params["search"] |= {"report_every": 2}
+    params["train"] |= {"report_every": 2}
+    params["baselines"]["methods"] = ["protonet", "scratch_adam", "static_trunk", "shuffled_sketch"]
+    params["baselines"]["space"] = {"protonet": {"scale": [1.0, 0.01]}}
+    path.write_text(yaml.safe_dump(params, sort_keys=False))
+
+
+def change(project: Path, block: str, **values) -> None:
+    """Change a block of a project's params."""
+    params = yaml.safe_load((project / "params.yaml").read_text())
+    params[block] |= values
+    (project / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+
+
+class Run:
+    """A command at work in a project's folder, in a session of its own; what it says goes to files elsewhere."""
+
+    def __init__(self, project: Path, *command: str, **extra: str) -> None:
+        self.logs = [project.parent / f"{project.name}-{time.time_ns()}.{kind}" for kind in ("out", "err")]
+        self.started: dict[int, psutil.Process] = {}
+        with self.logs[0].open("w") as out, self.logs[1].open("w") as err:
+            self.process = subprocess.Popen(
+                command,
+                cwd=project,
+                env=environment(ROOT) | extra,
+                stdout=out,
+                stderr=err,
+                start_new_session=True,
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored in a shell's background
+            )
+
+    @property
+    def out(self) -> str:
+        return self.logs[0].read_text()
+
+    @property
+    def err(self) -> str:
+        return self.logs[1].read_text()
+
+    @property
+    def said(self) -> str:
+        return f"exit code {self.process.poll()}\n{self.out}\n{self.err}"
+
+    def until(self, there) -> "Run":
+        """Wait until a text is in the output, or a function of the run says so."""
+        said = there if callable(there) else lambda: there in self.out + self.err
+        end = time.monotonic() + PATIENCE
+        while not said():
+            assert self.process.poll() is None and time.monotonic() < end, f"waited for {there}; {self.said}"
+            time.sleep(0.05)
+        return self
+
+    def hit(self, sig: int = signal.SIGKILL, session: bool = False) -> "Run":
+        """Send a signal, to the command alone or to its session as a terminal does, and wait for its end."""
+        self.remember()
+        (os.killpg if session else os.kill)(self.process.pid, sig)
+        return self.end()
+
+    def end(self) -> "Run":
+        """Wait for the end."""
+        try:
+            self.process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"does not end; {self.said}") from None
+        return self
+
+    def well(self) -> str:
+        """Wait for an end that is a success; what was said."""
+        assert self.end().process.returncode == 0, self.said
+        return self.out + self.err
+
+    def badly(self, code: int) -> str:
+        """Wait for an end with this exit code and one line of error; that line."""
+        assert self.end().process.returncode == code, self.said
+        errors = [line for line in self.err.splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1 and "Traceback" not in self.said, self.said
+        return errors[0]
+
+    def remember(self) -> list[psutil.Process]:
+        """The processes below the command."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            self.started |= {one.pid: one for one in psutil.Process(self.process.pid).children(recursive=True)}
+        return [one for one in self.started.values() if one.is_running()]
+
+    def workers(self) -> list[psutil.Process]:
+        """Processes in which a trial or a task runs."""
+        return [one for one in self.remember() if any(name in _title(one) for name in ("ImplicitFunc", "run_trial"))]
+
+    def clear(self) -> None:
+        """End what is left of it, process by process."""
+        for one in [*self.remember(), *([self.process] if self.process.poll() is None else [])]:
+            with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+                one.kill()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(10)
+
+
+def _title(process: psutil.Process) -> str:
+    with contextlib.suppress(psutil.Error):
+        return " ".join(process.cmdline())
+    return ""
+
+
+def runs_of(project: Path, uri: str | None = None, by_project: bool = False) -> dict:
+    """What MLflow has of each run: its status, and the steps of its speed; `by_project`: apart for each project."""
+    client, found = MlflowClient(uri or f"sqlite:///{project}/mlflow.db"), {}
+    for run in client.search_runs([one.experiment_id for one in client.search_experiments()]):
+        own = found.setdefault(run.data.tags["pudnet.project"], {})
+        assert run.info.run_name not in own
+        steps = [metric.step for metric in client.get_metric_history(run.info.run_id, "groups_per_second")]
+        own[run.info.run_name] = (run.info.status, steps)
+    if by_project:
+        return found
+    (only,) = found.values()
+    return only
+
+
+class Undisturbed:
+    """A project in which nothing goes wrong; each stage runs once, when it is first asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.done = folder / "undisturbed", []
+        self.folder.mkdir()
+        shutil.copy(ROOT / "params.yaml", self.folder)
+        shorten(self.folder / "params.yaml")
+
+    @property
+    def cpus(self) -> int:
+        """What a trial takes."""
+        return yaml.safe_load((self.folder / "params.yaml").read_text())["resources"]["cpus"]
+
+    def run(self, stage: str) -> Path:
+        """The project, once the stage has run. As it was before it lies beside it, without state and tracking."""
+        for earlier in BEFORE.get(stage, []):
+            self.run(earlier)
+        if stage not in self.done:
+            left_out = shutil.ignore_patterns(".pud", "mlflow.db", "mlartifacts")
+            shutil.copytree(self.folder, self.folder.with_name(f"before-{stage}"), ignore=left_out)
+            Run(self.folder, *python(stage)).well()
+            self.done.append(stage)
+        return self.folder
+
+    def after(self, stage: str, destination: Path) -> Path:
+        """A copy of the project as it was after a stage, with its state."""
+        self.run(stage)
+        return shutil.copytree(self.folder, destination)
+
+    def interrupted(self) -> Path:
+        """A project whose search was killed in the middle of its second trial; in its folder anew at each call."""
+        project, kept = self.folder.with_name("interrupted"), self.folder.with_name("interrupted-kept")
+        if not kept.is_dir():
+            self.before("search", project)
+            run = Run(project, *python("search"), **OFTEN)
+            run.until("[1/2 done]").until(lambda: len(re.findall(r"\[1/2 done\].*group +[68]", run.out)) == 2)
+            run.hit()
+            run.clear()
+            shutil.copytree(project, kept)
+        shutil.rmtree(project)
+        return shutil.copytree(kept, project)
+
+    def before(self, stage: str, destination: Path) -> Path:
+        """A copy of the project as it was before a stage."""
+        self.run(stage)
+        return shutil.copytree(self.folder.with_name(f"before-{stage}"), destination, dirs_exist_ok=True)

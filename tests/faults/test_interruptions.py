@@ -1,0 +1,97 @@
+"""The driver of a stage, or of a study, is ended in the middle of its work."""
+
+import signal
+
+import pytest
+import yaml
+
+from tests.faults.harness import OFTEN, runs_of
+
+SEARCH = ("results/search.csv", "results/best.yaml")
+SMALL = {
+    "title": "Small",
+    "over": {"groups.train_groups": 6, "groups.test_groups": 4, "train.report_every": 2},
+    "columns": {"digits": {"setting": "digits"}},
+    "rows": {"PudNet": {}, "static trunk": {"method": "static_trunk"}},
+    "measure": "losses",
+}
+
+
+def test_a_search_whose_driver_was_killed_goes_on_where_it_stood(undisturbed, start, same):
+    project = undisturbed.interrupted()
+    said = start(project, "search").well()
+    assert "1 of 2 trials are finished already" in said and "split0-eta0.0-depth1: group" not in said
+    assert "going on with" in said and "split0-eta0.2-depth1: group     2" not in said
+    same(project, "search", *SEARCH)
+    steps = [2, 4, 6, 8, 10, 12]
+    assert runs_of(project) == {
+        "search-split0": ("FINISHED", []),
+        "split0-eta0.0-depth1": ("FINISHED", steps),
+        "split0-eta0.2-depth1": ("FINISHED", steps),
+    }
+
+
+@pytest.mark.parametrize(("sig", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, None)])
+def test_a_search_that_is_stopped_says_so_and_goes_on(undisturbed, start, same, sig, code, tmp_path):
+    """Ctrl-C as a terminal sends it, to every process of the session; and what a machine that shuts down sends."""
+    project = undisturbed.before("search", tmp_path / "stopped")
+    run = start(project, "search", **OFTEN).until("[1/2 done]").hit(sig, session=sig == signal.SIGINT)
+    assert run.process.returncode != 0 and not (project / "results/search.csv").exists()
+    if code:
+        assert run.badly(code) == "error: interrupted; the same command continues or starts again"
+    run.clear()
+    said = start(project, "search").well()
+    assert "split0-eta0.0-depth1: group" not in said
+    same(project, "search", *SEARCH)
+
+
+def test_a_training_whose_driver_is_killed_goes_on(undisturbed, start, same, tmp_path):
+    project = undisturbed.before("train", tmp_path / "train")
+    start(project, "train", **OFTEN).until("group     6").hit()
+    assert not (project / "models/pudnet.safetensors").exists()
+    assert "going on with" in start(project, "train").well()
+    same(project, "train", "models/pudnet.safetensors", "results/train_curves.csv")
+
+
+def test_an_evaluation_that_is_killed_leaves_nothing_half_written_and_starts_again(undisturbed, start, same, tmp_path):
+    project = undisturbed.before("evaluate", tmp_path / "evaluate")
+    start(project, "evaluate").until(lambda: (project / "results/.weights.partial").exists()).hit()
+    assert not (project / "results/weights").exists() and not (project / "results/metrics.json").exists()
+    start(project, "evaluate").well()
+    same(project, "evaluate", "results/metrics.json", "results/pudnet.csv")
+    assert len([*(project / "results/weights").rglob("*.safetensors")]) == 2
+
+
+def test_baselines_killed_in_tuning_training_and_measuring_repeat_nothing_finished(undisturbed, start, same, tmp_path):
+    project = undisturbed.before("baselines", tmp_path / "baselines")
+    said = []
+    for place in ("protonet-split0-scale1.0: finished", "train-protonet-split0: finished", "test groups done"):
+        run = start(project, "baselines", **OFTEN).until(place).hit()
+        run.clear()
+        said.append(run.out)
+    said.append(start(project, "baselines").well())
+    for done in ("protonet-split0-scale1.0: finished", "protonet-split0-scale0.01: finished"):
+        assert sum(one.count(done) for one in said) == 1, said
+    assert sum(one.count("train-protonet-split0: finished") for one in said) == 1
+    measured = [line for one in said for line in one.splitlines() if "test groups done" in line]
+    assert len(measured) == len(set(measured)) == 4
+    same(project, "baselines", "results/accuracies.csv", "results/tuning.csv")
+
+
+def test_a_study_whose_driver_is_killed_goes_on_within_the_training_it_was_at(undisturbed, start, tmp_path):
+    pages = []
+    for killed in (True, False):
+        project = tmp_path / f"study{killed:d}"
+        (project / "studies").mkdir(parents=True)
+        (project / "params.yaml").write_text((undisturbed.run("search") / "params.yaml").read_text())
+        (project / "studies/small.yaml").write_text(yaml.safe_dump(SMALL, sort_keys=False))
+        if killed:
+            run = start(project, "study", "small", **OFTEN)
+            run.until(lambda run=run: run.out.count("[1/2 done]") == 2).hit()
+            run.clear()
+        said = start(project, "study", "small").well()
+        if killed:
+            assert "1 of 2 trials are finished already" in said and "going on with" in said
+            assert "group     2" not in said and said.count(": finished\n") == 1
+        pages.append((project / "studies/results/small.csv").read_bytes())
+    assert pages[0] == pages[1]

@@ -1,0 +1,95 @@
+"""One trial diverges, is killed, loses its checkpoint, or has too little memory."""
+
+import pandas as pd
+import pytest
+
+from tests.faults.harness import OFTEN, change
+
+SEARCH = ("results/search.csv", "results/best.yaml")
+TRIALS = ("split0-eta0.0-depth1", "split0-eta0.2-depth1")
+STEPS = [2, 4, 6, 8, 10, 12]
+
+
+def truncate(path):
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+
+
+def test_a_trial_that_diverges_is_left_out_and_the_others_finish(undisturbed, start, tmp_path):
+    project = undisturbed.before("search", tmp_path / "nan")
+    change(project, "search", space={"eta": [0.2], "depth": [1], "learning_rate": [0.001, 1e30]})
+    said = start(project, "search").well()
+    assert "split0-eta0.2-depth1-learning_rate1e+30 is left out: training: the loss was not finite" in said
+    found, whole = (pd.read_csv(folder / "results/search.csv") for folder in (project, undisturbed.run("search")))
+    assert found.learning_rate.tolist() == [0.001]
+    assert found.accuracy.tolist() == whole.accuracy[whole.eta == 0.2].tolist()
+    before = (project / "results/search.csv").read_bytes()
+    again = start(project, "search").well()
+    assert "1 of 2 trials are finished already" in again and "learning_rate0.001: group" not in again
+    assert (project / "results/search.csv").read_bytes() == before
+
+
+@pytest.mark.parametrize("damaged", ["the newest", "every"])
+def test_a_trial_whose_checkpoint_is_truncated_goes_on_from_what_was_before(undisturbed, start, same, damaged):
+    project = undisturbed.interrupted()
+    (folder,) = (project / ".pud/ray").glob(f"search-*/{TRIALS[1]}")
+    checkpoints = sorted(folder.glob("checkpoint_*"))
+    assert len(checkpoints) >= 2
+    for checkpoint in checkpoints if damaged == "every" else checkpoints[-1:]:
+        truncate(checkpoint / "state.pt")
+    said = start(project, "search").well()
+    assert said.count("is damaged; it goes on from what was before") == (len(checkpoints) if damaged == "every" else 1)
+    assert f"{TRIALS[0]}: group" not in said
+    same(project, "search", *SEARCH)
+
+
+def test_a_search_whose_state_is_truncated_repeats_no_finished_trial(undisturbed, start, same):
+    project = undisturbed.interrupted()
+    (state,) = (project / ".pud/ray").glob("search-*/experiment_state-*.json")
+    truncate(state)
+    said = start(project, "search").well()
+    assert "its state is not whole; what is not finished begins again" in said
+    assert f"{TRIALS[0]}: group" not in said and f"{TRIALS[1]}: group     2" in said
+    same(project, "search", *SEARCH)
+
+
+def test_a_finished_training_whose_checkpoint_is_truncated_is_trained_again(undisturbed, start, same, tmp_path):
+    project = undisturbed.after("train", tmp_path / "kept")
+    for checkpoint in (project / ".pud/ray").glob("train-*/*/checkpoint_*/state.pt"):
+        truncate(checkpoint)
+    (project / "models/pudnet.safetensors").unlink()
+    said = start(project, "train").well()
+    assert "train-pudnet-split0: its last checkpoint is gone or damaged; it is trained again" in said
+    same(project, "train", "models/pudnet.safetensors", "results/train_curves.csv")
+    assert "1 of 1 trials are finished already" in start(project, "train").well()
+
+
+def test_a_trial_whose_process_is_killed_goes_on_in_another(undisturbed, start, same, tmp_path):
+    project = undisturbed.before("search", tmp_path / "worker")
+    run = start(project, "search").until(f"{TRIALS[0]}: group     4")
+    workers = run.workers()
+    assert workers
+    for worker in workers:
+        worker.kill()
+    said = run.well()
+    assert all(said.count(f"{trial}: group     4") == 1 for trial in TRIALS)  # said once, and not from the beginning
+    same(project, "search", *SEARCH)
+
+
+def test_a_search_out_of_memory_says_so_and_ends_as_if_it_had_not_been(undisturbed, start, same, tmp_path):
+    """Ray kills the largest process when a node's memory is used up: here from 1 % on."""
+    project = undisturbed.before("search", tmp_path / "memory")
+    run = start(project, "search", RAY_memory_usage_threshold="0.01", RAY_memory_monitor_refresh_ms="100", **OFTEN)
+    error = run.badly(1)
+    assert "0 of 2 trials are done" in error and "memory" in error and "the same command continues" in error
+    start(project, "search").well()
+    same(project, "search", *SEARCH)
+
+
+def test_a_trial_that_no_memory_can_hold_is_named_before_any_begins(undisturbed, start, tmp_path):
+    project = undisturbed.before("search", tmp_path / "large")
+    change(project, "search", space={"eta": [0.2], "depth": [1], "hidden": [128, 500_000]})
+    run = start(project, "search")
+    error = run.badly(1)
+    assert "split0-eta0.2-depth1-hidden500000: cannot start" in error and "memory" in error
+    assert "group" not in run.out.partition("\n")[2]
