@@ -351,10 +351,10 @@ def _check_space(where: str, space: Grid, known: Mapping[str, Any]) -> None:
 def check(params: Params) -> None:
     """Build the hypernetwork once, so that a target which cannot be predicted stops here, and say how large it is."""
     target = build_target(params.target, params.prepare.channels, params.prepare.image_size)
-    model, parameters = _outline(params.model, target)
+    model, parameters = outline(params.model, target)
     sizes = {key: max(values) for key, values in params.search.space.items() if all(type(v) is int for v in values)}
     if (largest := params.configured(sizes)[0]) != params.model:
-        _outline(largest, target)
+        outline(largest, target)
     print(
         f"check: {params.setting}, {params.target}, {params.variant}: params.yaml is sound; a hypernetwork of "
         f"{parameters:,} parameters writes the {target.predicted:,} weights of {len(target.convs)} convolutions"
@@ -368,7 +368,7 @@ def check(params: Params) -> None:
         )
 
 
-def _outline(config: ModelConfig, target: Target) -> tuple[PudNet, int]:
+def outline(config: ModelConfig, target: Target) -> tuple[PudNet, int]:
     """A hypernetwork without its numbers, and how many they are; `UserError` for one that could not be trained."""
     if config.filter_grid > target.image_size:
         raise UserError(f"model.filter_grid: must be at most prepare.image_size, {target.image_size}")

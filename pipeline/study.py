@@ -18,7 +18,7 @@ from pipeline.figures import to_png
 from pipeline.params import Params
 from pipeline.stage import write
 from pipeline.studies import accuracy, correlation, finetuning, losses, page, whole, work
-from pipeline.studies.definition import STUDIES, Study, column_params, load_study, wanted
+from pipeline.studies.definition import STUDIES, Study, check_rows, column_params, load_study, wanted
 from pudnet.errors import UserError, exit_code
 
 KINDS = {
@@ -35,6 +35,9 @@ def run(names: Sequence[str]) -> None:
     studies = {name: load_study(name) for name in names}
     params = {name: {c: column_params(study, c) for c in study.columns} for name, study in studies.items()}
     chosen = {name: wanted(study, params[name]) for name, study in studies.items()}
+    for name, (columns, _) in chosen.items():
+        for column in columns.values():
+            check_rows(studies[name], column)
     with cluster.session():
         for name, (columns, left_out) in chosen.items():
             _run(name, studies[name], columns, left_out)

@@ -12,7 +12,7 @@ from mlflow import MlflowClient
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from pipeline.studies.definition import column_params, load_study, row_spec, wanted
+from pipeline.studies.definition import check_rows, column_params, load_study, row_spec, wanted
 from pudnet.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -208,13 +208,14 @@ def test_what_is_wrong_in_a_study_is_said_in_one_line(changes, message, project)
         ({"groups.train_groups": 0}, {}, "groups.train_groups: "),
         ({}, {"colour": 1}, "rows.PudNet.changes.colour: unknown key"),
         ({}, {"filter_grid": 0}, "filter_grid: "),
+        ({}, {"hidden": 1_000_000}, "rows.PudNet: model: a hypernetwork of "),
     ],
 )
 def test_what_a_study_asks_for_in_vain_is_said_in_one_line(over, changes, message, project):
     project({**TINY, "over": over, "reference": "PudNet", "rows": {"PudNet": {"changes": changes}}})
     study = load_study("tiny")
     with pytest.raises(UserError) as error:
-        row_spec(column_params(study, "digits"), "PudNet", study.rows["PudNet"], 0)
+        check_rows(study, column_params(study, "digits"))
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
@@ -259,7 +260,7 @@ def test_an_unknown_study_ends_with_the_names_of_those_there_are(project, tmp_pa
 def test_every_committed_study_is_sound_and_a_stage(name, monkeypatch):
     monkeypatch.chdir(ROOT)
     study = load_study(name)
-    for column in study.columns:
-        params = column_params(study, column)
-        assert all(row_spec(params, row, own, 0) for row, own in study.rows.items())
+    columns = [column_params(study, column) for column in study.columns]
+    for params in {(params.setting, params.target): params for params in columns}.values():
+        check_rows(study, params)
     assert name in yaml.safe_load((ROOT / "studies" / "dvc.yaml").read_text())["stages"]["study"]["matrix"]["name"]

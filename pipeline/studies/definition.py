@@ -12,14 +12,14 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from pipeline.params import PARAMS, Params, changed, read_yaml, resolve
+from pipeline.params import PARAMS, Params, changed, outline, read_yaml, resolve
 from pipeline.reported import Reported, paper_figure
 from pipeline.trial import TrialSpec, make_spec
 from pudnet.baselines import LEARNED, SCRATCH
 from pudnet.config import STRICT, VARIANTS, ModelConfig, Positive, TrainConfig, parse
 from pudnet.errors import UserError
 from pudnet.settings import SETTINGS, get_setting
-from pudnet.targets import check_target_name
+from pudnet.targets import build_target, check_target_name
 
 STUDIES = Path("studies")
 GROUPS_KEY = "groups.train_groups"
@@ -271,3 +271,18 @@ def row_spec(params: Params, name: str, row: Row, seed: int) -> TrialSpec:
         return spec
     own = {part: asdict(changed(kind(**getattr(spec, part)), row.changes, where)) for part, kind in parts.items()}
     return dataclasses.replace(spec, train=own["train"], model=own["model"] if spec.model else {})
+
+
+def check_rows(study: Study, params: Params) -> None:
+    """Raise `UserError` for a row of a column whose keys are wrong, or whose hypernetwork could not be trained."""
+    target = build_target(params.target, params.prepare.channels, params.prepare.image_size)
+    sound = set()
+    for name, row in study.rows.items():
+        spec = row_spec(params, name, row, params.seed)
+        if row.method != "pudnet" or (model := ModelConfig(**spec.model | {"eta": 0.0})) in sound:  # eta has no size
+            continue
+        try:
+            outline(model, target)
+        except UserError as error:
+            raise UserError(f"rows.{name}: {error}") from None
+        sound.add(model)

@@ -1,6 +1,7 @@
 """Commands that run for real, are hurt, and run again."""
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -88,8 +89,15 @@ class Run:
         end = time.monotonic() + PATIENCE
         while not said():
             assert self.process.poll() is None and time.monotonic() < end, f"waited for {there}; {self.said}"
-            time.sleep(0.05)
+            time.sleep(0.02)
         return self
+
+    def hold(self, project: Path, trial: str) -> "Run":
+        """Halt the trials until what this one has reported is in Ray's snapshot, which lags behind."""
+        for worker in self.workers():
+            worker.suspend()
+        reported = int(re.findall(rf"{trial}: group +(\d+)", self.out)[-1])
+        return self.until(lambda: _saved(project, trial) >= reported)
 
     def hit(self, sig: int = signal.SIGKILL, session: bool = False) -> "Run":
         """Send a signal, to the command alone or to its session as a terminal does, and wait for its end."""
@@ -134,6 +142,16 @@ class Run:
                 one.kill()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(10)
+
+
+def _saved(project: Path, trial: str) -> int:
+    """How far a trial is in the newest snapshot of its experiment; -1 where it is not in one."""
+    with contextlib.suppress(ValueError, OSError):
+        for path in (project / ".pud/ray").glob("*/experiment_state-*.json"):
+            for plain, metadata in json.loads(path.read_text())["trial_data"]:
+                if json.loads(plain)["config"]["spec"]["name"] == trial:
+                    return json.loads(metadata)["last_result"].get("groups", -1)
+    return -1
 
 
 def _title(process: psutil.Process) -> str:
@@ -191,9 +209,8 @@ class Undisturbed:
         project, kept = self.folder.with_name("interrupted"), self.folder.with_name("interrupted-kept")
         if not kept.is_dir():
             self.before("search", project)
-            run = Run(project, *python("search"), **OFTEN)
-            run.until("[1/2 done]").until(lambda: len(re.findall(r"\[1/2 done\].*group +[68]", run.out)) == 2)
-            run.hit()
+            trial = "split0-eta0.2-depth1"
+            run = Run(project, *python("search"), **OFTEN).until(f"{trial}: group     6").hold(project, trial).hit()
             run.clear()
             shutil.copytree(project, kept)
         shutil.rmtree(project)

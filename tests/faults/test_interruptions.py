@@ -10,7 +10,7 @@ from tests.faults.harness import OFTEN, runs_of
 SEARCH = ("results/search.csv", "results/best.yaml")
 SMALL = {
     "title": "Small",
-    "over": {"groups.train_groups": 6, "groups.test_groups": 4, "train.report_every": 2},
+    "over": {"groups.train_groups": 20, "groups.test_groups": 4, "train.report_every": 2},
     "columns": {"digits": {"setting": "digits"}},
     "rows": {"PudNet": {}, "static trunk": {"method": "static_trunk"}},
     "measure": "losses",
@@ -47,9 +47,11 @@ def test_a_search_that_is_stopped_says_so_and_goes_on(undisturbed, start, same, 
 
 def test_a_training_whose_driver_is_killed_goes_on(undisturbed, start, same, tmp_path):
     project = undisturbed.before("train", tmp_path / "train")
-    start(project, "train", **OFTEN).until("group     6").hit()
+    trial = "train-pudnet-split0"
+    start(project, "train", **OFTEN).until(f"{trial}: group     4").hold(project, trial).hit().clear()
     assert not (project / "models/pudnet.safetensors").exists()
-    assert "going on with" in start(project, "train").well()
+    said = start(project, "train").well()
+    assert "going on with" in said and "group     4" not in said
     same(project, "train", "models/pudnet.safetensors", "results/train_curves.csv")
 
 
@@ -87,11 +89,10 @@ def test_a_study_whose_driver_is_killed_goes_on_within_the_training_it_was_at(un
         (project / "studies/small.yaml").write_text(yaml.safe_dump(SMALL, sort_keys=False))
         if killed:
             run = start(project, "study", "small", **OFTEN)
-            run.until(lambda run=run: run.out.count("[1/2 done]") == 2).hit()
-            run.clear()
+            run.until("static-trunk-split0: group     4").hold(project, "static-trunk-split0").hit().clear()
         said = start(project, "study", "small").well()
         if killed:
             assert "1 of 2 trials are finished already" in said and "going on with" in said
-            assert "group     2" not in said and said.count(": finished\n") == 1
+            assert "group     2" not in said and said.count("-split0: finished") == 1
         pages.append((project / "studies/results/small.csv").read_bytes())
     assert pages[0] == pages[1]

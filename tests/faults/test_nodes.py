@@ -1,4 +1,4 @@
-"""A node of a cluster is lost: several `ray start` on this machine, each in a session of its own."""
+"""Nodes of a cluster are lost, join, have a GPU or none: several `ray start` on this machine, each a session."""
 
 import secrets
 import shutil
@@ -9,48 +9,88 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.harness import Run
+from tests.faults.harness import Run, change
 
 SEARCH = ("results/search.csv", "results/best.yaml")
 TRIALS = ("split0-eta0.0-depth1", "split0-eta0.2-depth1")
 
 
+class Cluster:
+    """A head without cores, which a driver on this machine needs, and nodes with the cores of one trial each."""
+
+    def __init__(self, folder: Path, cpus: int) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.address = f"127.0.0.1:{free.getsockname()[1]}"
+        self.folder, self.cpus, self.nodes = folder, cpus, []
+        self.sockets = Path(tempfile.mkdtemp(prefix="pud", dir="/tmp"))  # their paths have to be short
+        self.token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+        self.joining = {"RAY_ADDRESS": self.address} | self.token
+        own = ("--node-ip-address=127.0.0.1", f"--port={self.address.rpartition(':')[2]}")
+        self._start("--head", "--num-cpus=0", "--include-dashboard=false", f"--temp-dir={self.sockets}", *own)
+
+    def add(self, gpus: int = 0) -> Run:
+        """One more node; the GPUs are Ray's count of them, by which it places trials."""
+        return self._start(f"--address={self.address}", f"--num-cpus={self.cpus}", f"--num-gpus={gpus}")
+
+    def _start(self, *options: str) -> Run:
+        ray = str(Path(sys.executable).with_name("ray"))
+        command = (ray, "start", "--block", "--disable-usage-stats", "--object-store-memory=100000000", *options)
+        self.nodes.append(Run(self.folder, *command, **self.token))
+        return self.nodes[-1].until("Ray runtime started")
+
+    def clear(self) -> None:
+        for node in reversed(self.nodes):
+            node.clear()
+        shutil.rmtree(self.sockets, ignore_errors=True)
+
+
 @pytest.fixture
 def cluster(tmp_path, undisturbed):
-    """A head without cores and two nodes that can hold one trial each: what a driver needs to join, and the nodes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    folder = Path(tempfile.mkdtemp(prefix="pud", dir="/tmp"))  # its sockets' paths have to be short
-    joining = {"RAY_ADDRESS": address, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    ray = Path(sys.executable).with_name("ray")
-    nodes, store = [], "--object-store-memory=100000000"
-
-    def start(*options):
-        command = (str(ray), "start", "--block", "--disable-usage-stats", store, *options)
-        extra = {key: value for key, value in joining.items() if key != "RAY_ADDRESS"}
-        nodes.append(Run(tmp_path, *command, **extra).until("Ray runtime started"))
-
-    cpus = undisturbed.cpus
-    try:
-        head = ("--head", "--num-cpus=0", "--include-dashboard=false", f"--temp-dir={folder}")
-        start(*head, "--node-ip-address=127.0.0.1", f"--port={address.rpartition(':')[2]}")
-        for _ in range(2):
-            start(f"--address={address}", f"--num-cpus={cpus}")
-        yield joining, nodes
-    finally:
-        for node in reversed(nodes):
-            node.clear()
-        shutil.rmtree(folder, ignore_errors=True)
+    cluster = Cluster(tmp_path, undisturbed.cpus)
+    yield cluster
+    cluster.clear()
 
 
 def test_a_trial_whose_node_is_lost_goes_on_at_another(undisturbed, start, same, cluster, tmp_path):
-    joining, nodes = cluster
     project = undisturbed.before("search", tmp_path / "nodes")
-    run = start(project, "search", **joining)
+    nodes = [cluster.add(), cluster.add()]
+    run = start(project, "search", **cluster.joining)
     for trial in TRIALS:  # side by side, one a node
         run.until(f"{trial}: group     4")
     nodes[-1].clear()
     said = run.well()
     assert all(said.count(f"{trial}: group     {step}") == 1 for trial in TRIALS for step in (2, 4))
+    same(project, "search", *SEARCH)
+
+
+def test_a_node_that_joins_gets_the_trial_that_waits(undisturbed, start, same, cluster, tmp_path):
+    project = undisturbed.before("search", tmp_path / "joins")
+    first = cluster.add()
+    run = start(project, "search", **cluster.joining).until(f"{TRIALS[0]}: group     2")
+    (worker,) = first.workers()
+    worker.suspend()  # the only trial that there was room for stands still
+    second = cluster.add()
+    run.until(f"{TRIALS[1]}: group    12")
+    assert second.workers() and f"{TRIALS[0]}: group    12" not in run.out
+    worker.resume()
+    run.well()
+    same(project, "search", *SEARCH)
+
+
+@pytest.mark.parametrize("gpus", [1, 0])
+def test_trials_run_where_the_gpus_are_or_everywhere_without(undisturbed, start, same, cluster, gpus, tmp_path):
+    """Where there is no GPU but in Ray's count, a trial computes on the cores of the node it was given."""
+    project = undisturbed.before("search", tmp_path / "mixed")
+    change(project, "resources", gpus=gpus)
+    nodes, ran = [cluster.add(gpus=1), cluster.add()], set()
+    run = start(project, "search", **cluster.joining)
+
+    def last_reported():
+        ran.update(number for number, node in enumerate(nodes) if node.workers())
+        return f"{TRIALS[1]}: group    12" in run.out
+
+    run.until(last_reported)
+    run.well()
+    assert ran == ({0} if gpus else {0, 1})
     same(project, "search", *SEARCH)
