@@ -112,6 +112,11 @@ def _names(classes: list[str]) -> str:
     return ", ".join(classes) if len(classes) <= 20 else f"the other {len(classes)}"
 
 
-if __name__ == "__main__":
+def page() -> str:
+    """All runs, one below the other."""
     folders = sorted(path.parent for path in HERE.glob("*/metrics.json"))
-    (HERE / "README.md").write_text("\n\n".join([HEAD.rstrip(), *map(section, folders)]) + "\n")
+    return "\n\n".join([HEAD.rstrip(), *map(section, folders)]) + "\n"
+
+
+if __name__ == "__main__":
+    (HERE / "README.md").write_text(page())
