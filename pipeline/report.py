@@ -71,6 +71,7 @@ METHODS = {
     "meta_baseline": ("Meta-Baseline", "Pretrained, then episodes with class centroids by cosine"),
     "meta_deepbdc": ("Meta-DeepBDC", "the same two stages on Brownian distance covariances of a feature map"),
     "musml": ("MUSML", "weights from one of a few learned subspaces, found by gradient steps on the support images"),
+    "r2d2": ("R2-D2", "one trunk, trained on episodes; a classifier by ridge regression on the support images"),
     "scratch_adam": ("Adam from scratch", ""),
     "scratch_gc": ("GC from scratch", ""),
 }

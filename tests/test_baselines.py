@@ -129,6 +129,20 @@ def test_deepbdc_scores_by_squared_distances_too():
     torch.testing.assert_close(logits, method_of("protonet").logits(queries, support, labels, 3))
 
 
+@pytest.mark.parametrize("features", [3, 9])
+def test_r2d2_regresses_the_classes_on_features_with_a_penalty(features):
+    """A twin: ordinary least squares, by the normal equations, on rows to which sqrt(ridge) I is added as data."""
+    support, labels, queries = torch.randn(6, features), torch.tensor([0, 1, 2, 0, 1, 1]), torch.randn(4, features)
+    x, y = support.numpy().astype(float), np.eye(3)[labels]
+    mean, chance = x.mean(0), y.mean(0)
+    size = math.sqrt(sum(sum(value**2 for value in row) for row in x - mean) / 6)
+    penalty = np.vstack([(x - mean) / size, math.sqrt(0.5) * np.eye(features)])
+    weights = np.linalg.lstsq(penalty, np.vstack([y - chance, np.zeros((features, 3))]), rcond=None)[0]
+    expected = 7.0 * (chance + (queries.numpy() - mean) / size @ weights)
+    found = method_of("r2d2", ridge=0.5, scale=7.0).logits(queries, support, labels, 3)
+    np.testing.assert_allclose(found.detach(), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_matchnet_sums_the_attention_to_each_class():
     support, labels, queries = torch.randn(5, 3), [0, 1, 1, 0, 2], torch.randn(4, 3)
     found = method_of("matchnet", scale=7.0).logits(queries, support, torch.tensor(labels), 3).softmax(1)

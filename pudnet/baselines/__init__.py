@@ -15,6 +15,7 @@ from pudnet.baselines.method import Adapter, Classifier, Method
 from pudnet.baselines.musml import MUSML
 from pudnet.baselines.pretrained import Pretrained
 from pudnet.baselines.protonet import ProtoNet
+from pudnet.baselines.r2d2 import R2D2
 from pudnet.baselines.scratch import Scratch, ScratchConfig
 from pudnet.card import loaded, read_tensors
 from pudnet.config import parse
@@ -31,6 +32,7 @@ LEARNED: dict[str, type[Method]] = {
     "meta_baseline": MetaBaseline,
     "meta_deepbdc": MetaDeepBDC,
     "musml": MUSML,
+    "r2d2": R2D2,
 }
 SCRATCH = ("scratch_adam", "scratch_gc")
 

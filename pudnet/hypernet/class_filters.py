@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pudnet.ridge import normalized_rows, ridge_weights
 from pudnet.targets import ConvShape
 
 
@@ -73,24 +74,14 @@ def _padding(conv: nn.Conv2d) -> tuple[list[int], list[int]]:
 
 
 def class_filters(patches: Tensor, labels: Tensor, classes: int, ridge: Tensor | float) -> Tensor:
-    r"""Ridge regression of the classes on mean patches (..., N, p), labels (N,) in 0..k-1: unit vectors (..., k, p).
+    """Ridge regression of the classes on mean patches (..., N, p), labels (N,) in 0..k-1: unit vectors (..., k, p).
 
-    :math:`R = Y^T (X X^T + \lambda I)^{-1} X` with X the patches about their mean, of unit mean square norm, and Y
-    the one-hot labels about theirs. It is an N x N system, or, where images are more than values, the equal p x p one.
+    Of the patches about their mean, of unit mean square norm, and the one-hot labels about theirs.
     """
-    x = patches - patches.mean(-2, keepdim=True)
-    x = x / x.square().sum(-1, keepdim=True).mean(-2, keepdim=True).clamp_min(1e-12).sqrt()
+    x, _, _ = normalized_rows(patches)
     y = F.one_hot(labels, classes).float()
     y = (y - y.mean(0)).expand(*x.shape[:-1], classes)
-    few = x.shape[-2] <= x.shape[-1]
-    solved = _solve(x @ x.mT, ridge, y).mT @ x if few else _solve(x.mT @ x, ridge, x.mT @ y).mT
-    return F.normalize(solved, dim=-1)
-
-
-def _solve(gram: Tensor, ridge: Tensor | float, right: Tensor) -> Tensor:
-    """(gram + ridge I)^-1 right, of systems (..., n, n) and right sides (..., n, k)."""
-    added = ridge * torch.eye(gram.shape[-1], device=gram.device)
-    return torch.cholesky_solve(right, torch.linalg.cholesky(gram + added))
+    return F.normalize(ridge_weights(x, y, ridge), dim=-1)
 
 
 class ClassFilters(nn.Module):

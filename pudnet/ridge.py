@@ -1,0 +1,31 @@
+"""Ridge regression in closed form, differentiable, of the smaller of its two systems."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def ridge_weights(x: Tensor, y: Tensor, ridge: Tensor | float) -> Tensor:
+    r"""Least squares from x (..., N, p) to y (..., N, k) with penalty lambda: weights (..., k, p).
+
+    :math:`R = Y^T (X X^T + \lambda I)^{-1} X`, an N x N system; where rows are more than values, the equal
+    p x p one.
+    """
+    if x.shape[-2] <= x.shape[-1]:
+        return _solve(x @ x.mT, ridge, y).mT @ x
+    return _solve(x.mT @ x, ridge, x.mT @ y).mT
+
+
+def _solve(gram: Tensor, ridge: Tensor | float, right: Tensor) -> Tensor:
+    """(gram + ridge I)^-1 right, of systems (..., n, n) and right sides (..., n, k)."""
+    added = ridge * torch.eye(gram.shape[-1], device=gram.device)
+    return torch.cholesky_solve(right, torch.linalg.cholesky(gram + added))
+
+
+def normalized_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows (..., N, p) about their mean (..., 1, p) and over their root mean square norm (..., 1, 1); mean and norm."""
+    mean = x.mean(-2, keepdim=True)
+    x = x - mean
+    norm = x.square().sum(-1, keepdim=True).mean(-2, keepdim=True).clamp_min(1e-12).sqrt()
+    return x / norm, mean, norm
