@@ -20,6 +20,7 @@ from pipeline.stage import BASELINES, RESULTS, run_stage, wants_fresh, write, wr
 from pipeline.tracking import Tracking, open_tracking
 from pipeline.tuning import tune
 from pudnet.baselines import LEARNED, SCRATCH
+from pudnet.errors import UserError
 
 
 def baselines(params: Params) -> None:
@@ -39,12 +40,17 @@ def baselines(params: Params) -> None:
     write_json(RESULTS / "baselines.json", {"methods": compared})
     write_json(RESULTS / "adaptation.json", {"milliseconds": times})
     for method, key in keys.items():
-        tracking.attempt(partial(_log, tracking, params, method, key, measured, compared, times))
+        chosen = {f"chosen_split_{s}": _told(cells) for (m, s), cells in choices.items() if m == method and any(cells)}
+        tracking.attempt(partial(_log, tracking, params, method, key, measured, compared, times, chosen))
     for name, numbers in compared.items():
         print(
             f"baselines: {name}: {numbers['accuracy']:.2f} +/- {numbers['ci95']:.2f} %, "
             f"{numbers['difference']:+.2f} +/- {numbers['difference_ci95']:.2f} to pudnet"
         )
+
+
+def _told(cells: Sequence[Mapping[str, Any]]) -> str:
+    return "; ".join(", ".join(f"{key} {value}" for key, value in cell.items()) for cell in cells)
 
 
 def _possible(params: Params) -> list[str]:
@@ -53,6 +59,8 @@ def _possible(params: Params) -> list[str]:
     if one and "shuffled_sketch" in methods:
         print("baselines: shuffled_sketch is left out: there is one test group")
         methods.remove("shuffled_sketch")
+    if not methods:
+        raise UserError("baselines.methods: nothing is left to compare with; name another, or have more test groups")
     return methods
 
 
@@ -76,10 +84,11 @@ def _log(
     measured: pd.DataFrame,
     compared: Mapping[str, Any],
     times: Mapping[str, float],
+    chosen: Mapping[str, str],
 ) -> None:
-    """A method's MLflow run: its figures and rows. Training from scratch is a curve, a step an epoch."""
+    """A method's MLflow run: what was chosen, its figures and rows. From scratch it is a curve, a step an epoch."""
     run_id = tracking.find_or_create(f"baselines/{method}/{key}", f"baseline-{method}")
-    tracking.log_params(run_id, {"method": method, "splits": params.splits, "seed": params.seed})
+    tracking.log_params(run_id, {"method": method, "splits": params.splits, "seed": params.seed, **chosen})
     epochs = {f"{method}_{count}": count for count in params.baselines.scratch_epochs} if method in SCRATCH else {}
     for name, step in (epochs or {method: 0}).items():
         numbers = compared[name]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -109,7 +110,9 @@ class TrialProgress(Callback):
         done = sum(t.status == "TERMINATED" for t in trials)
         parts = [f"loss {result['loss']:.3f}"] if "loss" in result else []
         if "validation_accuracy" in result:
-            parts.append(f"validation {result['validation_accuracy']:5.2f} +/- {result['validation_ci95']:.2f} %")
+            interval = result["validation_ci95"]
+            told = f" +/- {interval:.2f}" if math.isfinite(interval) else ""
+            parts.append(f"validation {result['validation_accuracy']:5.2f}{told} %")
         else:
             parts.append(f"training {result['train_accuracy']:5.2f} %")
         print(
@@ -138,8 +141,8 @@ def open_run(tracking: Tracking, params: Params, spec: TrialSpec, key: str, pare
 
 
 def log_row(tracking: Tracking, run_id: str, row: Mapping[str, Any]) -> None:
-    """Log a trial's report."""
-    metrics = {key: row[key] for key in METRICS if key in row}
+    """Log a trial's report, but what is not a number: an interval of one group, or a null of a file."""
+    metrics = {key: row[key] for key in METRICS if row.get(key) is not None and math.isfinite(row[key])}
     tracking.log_metrics(run_id, metrics, row["groups"], row.get("timestamp"))
 
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
 import shutil
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,10 +23,10 @@ from pipeline.dependencies import digest, trial_key
 from pipeline.kept import Finished, forget_trials, is_whole, keep_trial, read_trial, reports
 from pipeline.parallel import checkpoint_folder, run_parallel
 from pipeline.params import Params
-from pipeline.stage import root, write, write_json
+from pipeline.stage import alone, root, write, write_json
 from pipeline.tracking import Tracking
 from pipeline.trial import STATE, FromScratch, MetaTraining, TrialSpec, load_state, open_trial, run_trial
-from pudnet.errors import RunFailed, UserError
+from pudnet.errors import RunFailed
 from pudnet.files import replacing
 
 ATTEMPTS_AFTER_A_FAULT = 2
@@ -68,7 +66,7 @@ def run_missing(
     experiment: Experiment, params: Params, tracking: Tracking, parent: str | None = None, fresh: bool = False
 ) -> list[Finished]:
     """`run_trials`, less the trials that are kept from earlier experiments, whatever else those ran."""
-    with _alone(experiment.folder.with_suffix(".whole.lock")):
+    with alone(experiment.folder.with_suffix(".whole.lock")):
         if fresh:
             forget_trials(experiment.specs)
         kept = {spec.name: found for spec in experiment.specs if (found := read_trial(spec))}
@@ -161,7 +159,7 @@ def run_trials(
     """
     key = key or experiment.key
     trials = {spec.name: _opened(spec) for spec in experiment.specs}
-    with _alone(experiment.folder.with_suffix(".lock")):
+    with alone(experiment.folder.with_suffix(".lock")):
         if fresh or not _restorable(experiment, ()):
             shutil.rmtree(experiment.folder, ignore_errors=True)
             for name in trials:  # runs of an experiment whose state is gone
@@ -302,16 +300,3 @@ def _asha(experiment: Experiment, params: Params) -> tune.schedulers.ASHASchedul
     return tune.schedulers.ASHAScheduler(
         time_attr="groups", metric="validation_accuracy", mode="max", max_t=groups, grace_period=first
     )
-
-
-@contextlib.contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Hold an experiment's lock: a second search on one experiment would mix with the first."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            name = path.name.partition(".")[0]
-            raise UserError(f"{name}: another process runs these trials; wait for it or stop it") from None
-        yield

@@ -170,7 +170,7 @@ def distribution_figure(
 def race_figure(race: Race, labels: Mapping[str, str]) -> Figure:
     """Draw accuracy (%) over the seconds that it takes for a test group: PudNet a point, training from scratch curves.
 
-    Bars are 95% intervals over the same test groups; numbers on the curves are epochs.
+    `labels` name the curves and `pudnet`. Bars are 95% intervals over the same test groups; numbers are epochs.
     """
     figure = new_figure(560, 330)
     axes = figure.subplots()
@@ -192,7 +192,14 @@ def race_figure(race: Race, labels: Mapping[str, str]) -> Figure:
         axes.annotate(f"{epochs}", (elapsed / 1000, accuracy), (6, -14), textcoords="offset points", color=SOFT)
     axes.axhline(race.pudnet, color=LIGHT["s0"], lw=0.9, alpha=0.6)
     axes.errorbar(
-        race.pudnet_ms / 1000, race.pudnet, race.pudnet_ci95, fmt="D", ms=8, color=LIGHT["s0"], label="PudNet", **bars
+        race.pudnet_ms / 1000,
+        race.pudnet,
+        race.pudnet_ci95,
+        fmt="D",
+        ms=8,
+        color=LIGHT["s0"],
+        label=labels["pudnet"],
+        **bars,
     )
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))

@@ -49,7 +49,9 @@ class Job:
 
     def key(self, params: Params) -> str:
         """A hash of all that the job's accuracies depend on."""
-        own = {name: getattr(params.baselines, name) for name in ("test_groups", "sketch_groups")}
+        own = {"test_groups": params.baselines.test_groups}
+        if self.method == "constant_sketch":
+            own |= {"sketch_groups": params.baselines.sketch_groups}
         if self.method in SCRATCH:
             own = {"epochs": params.baselines.scratch_epochs, "cells": self.cells, "groups": self.groups}
         plain = [self.method, self.seed, params.target, params.train.support_per_class, own]

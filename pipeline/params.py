@@ -41,7 +41,8 @@ LARGEST = 10**9  # parameters of a hypernetwork: 4 GB, and 16 GB where it is tra
 MUCH_LARGER = 8.0  # generator parameters a weight; 3x3 layers have 4 at generator_hidden 16, 1x1 layers 33
 CONTROLS = ("static_trunk", "constant_sketch", "shuffled_sketch", "random_weights")
 METHODS = (*LEARNED, *SCRATCH, *CONTROLS)
-THE_SAME_FOR_ALL = ("support_per_class", "report_every", "epochs")  # not for one method to choose
+THE_SAME_FOR_ALL = ("support_per_class", "report_every", "epochs", "groups_per_step")  # not for one method to choose
+OF_PUDNET = ("full_weight", "kl_weight", "kl_teaches", "temperature", "learn_temperature")  # its objective's alone
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Grid = dict[str, Annotated[list[Any], Field(min_length=1)]]  # values to try for each key
 
@@ -93,7 +94,7 @@ class EvaluateParams:
 class BaselinesParams:
     """Which methods stand beside PudNet, and what each is tuned over."""
 
-    methods: list[Literal[METHODS]]
+    methods: Annotated[list[Literal[METHODS]], Field(min_length=1)]
     space: dict[Literal[(*LEARNED, *SCRATCH)], Grid]
     sketch_groups: Positive
     scratch_groups: Positive  # test groups of each split that are trained on from scratch, the first so many
@@ -328,12 +329,16 @@ def _of_setting(setting: Setting, target: str) -> dict[str, dict[str, Any]]:
 
 def _check_spaces(params: Params) -> None:
     """Every cell of every grid must be a configuration; a wrong one stops here, not in the tenth trial."""
+    wanted, there = params.baselines.scratch_search_groups, params.groups.validation_groups
+    if wanted > there:
+        raise UserError(f"baselines.scratch_search_groups: {wanted}, but groups.validation_groups is {there}")
     _check_space("search.space", params.search.space, {**asdict(params.model), **asdict(params.train)})
     for cell in params.grid():
         params.configured(cell)
     for method, space in params.baselines.space.items():
         known = {**asdict(config_type(method)()), **({} if method in SCRATCH else asdict(params.train))}
-        _check_space(f"baselines.space.{method}", space, {k: v for k, v in known.items() if k not in THE_SAME_FOR_ALL})
+        fixed = (*THE_SAME_FOR_ALL, *OF_PUDNET, *(["centralize"] if method == "scratch_adam" else []))
+        _check_space(f"baselines.space.{method}", space, {k: v for k, v in known.items() if k not in fixed})
         for cell in params.baseline_grid(method):
             params.baseline(method, cell)
 

@@ -78,7 +78,7 @@ METHODS = {
 SCRATCH = {"adam": "Adam", "gc": "GC"}
 SECTIONS = {
     "learned": "Trained on the same groups as PudNet",
-    "scratch": "Trained from scratch on the test group itself (GC: Adam with gradient centralization)",
+    "scratch": "Trained from scratch on all images of the test group itself (GC: Adam with gradient centralization)",
     "control": "Controls: how much the dataset itself matters",
 }
 
@@ -352,7 +352,9 @@ def draw(results: Results, moved: Movement | None, raced: Race | None, bins: pd.
         ],
     }
     if raced:
-        pictures["race"] = figures.race_figure(raced, {name: label(name) for name in raced.curves})
+        pictures["race"] = figures.race_figure(
+            raced, {"pudnet": label(results.variant)} | {name: label(name) for name in raced.curves}
+        )
     if results.knobs:
         across, lines = [*results.knobs, None][:2]
         pictures["search"] = figures.search_figure(results.search, results.best, across, lines)

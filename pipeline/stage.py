@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import fcntl
 import json
 import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from pipeline.params import Params, load_params
-from pudnet.errors import exit_code
+from pudnet.errors import UserError, exit_code
 from pudnet.files import replacing
 
 PREPARED = Path("data/prepared")
@@ -33,7 +35,28 @@ def root() -> Path:
 
 def run_stage(stage: Callable[[Params], None]) -> None:
     """Run one stage as a command: exit code 2 for a mistake in params or input, 1 for a failed run."""
-    sys.exit(exit_code(lambda: stage(load_params())))
+
+    def run() -> None:
+        with alone(Path(".pud") / f"{stage.__name__}.lock"):
+            stage(load_params())
+
+    sys.exit(exit_code(run))
+
+
+@contextlib.contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Hold a lock: what two processes did at once would mix. Raises `UserError` where another one holds it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            name, owner = path.name.partition(".")[0], lock.read().strip()
+            raise UserError(f"{name}: another process ({owner}) is at it; wait for it or stop it") from None
+        lock.truncate(0)
+        print(os.getpid(), file=lock, flush=True)
+        yield
 
 
 def wants_fresh() -> bool:

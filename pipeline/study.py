@@ -10,13 +10,14 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import pandas as pd
 
 from pipeline import cluster
 from pipeline.figures import to_png
 from pipeline.params import Params
-from pipeline.stage import write
+from pipeline.stage import alone, write
 from pipeline.studies import accuracy, correlation, finetuning, losses, page, whole, work
 from pipeline.studies.definition import STUDIES, Study, check_rows, column_params, load_study, wanted
 from pudnet.errors import UserError, exit_code
@@ -40,7 +41,8 @@ def run(names: Sequence[str]) -> None:
             check_rows(studies[name], column)
     with cluster.session():
         for name, (columns, left_out) in chosen.items():
-            _run(name, studies[name], columns, left_out)
+            with alone(Path(".pud") / f"study-{name}.lock"):
+                _run(name, studies[name], columns, left_out)
 
 
 def _run(name: str, study: Study, columns: Mapping[str, Params], left_out: Mapping[str, str]) -> None:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import yaml
 
 HERE = Path(__file__).parent
@@ -15,7 +16,8 @@ TABLES = {"convnet3": "table1", "resnet18": "table2", "resnet34": "table8"}
 HEAD = """# Measured results
 
 Each folder holds what one run of the pipeline left: its `params.yaml`, the search, metrics, times and report.
-Made by `python reference/table.py` from those files; the runs by `dvc repro` with the `params.yaml` of the folder
+Made by `python reference/table.py` from those files; the runs by `dvc repro` with the `params.yaml` of the folder, at a
+commit of its day: today's code names the keys that came since, and takes them as today's `params.yaml` has them
 (`prepare.source: npz:data/raw/cifar100.npz` is torchvision's CIFAR100 as arrays, training part and test part together,
 `labels` of its 100 fine classes; `prepare.source: null` downloads the same),
 on 2 CPU cores (bf16, AMX, unless the run says otherwise), no GPU. Accuracy in percent, ± its 95% interval over test
@@ -54,9 +56,9 @@ def section(folder: Path) -> str:
         f"|---|---|---|---|---|{'---|' * len(seeds)}",
         *(_row(name, numbers, seeds, times.get(name)) for name, numbers in own.items()),
         "",
-        "| split | training classes | test classes | eta | depth |",
-        "|---|---|---|---|---|",
-        *(_split(seed, part) for seed, part in metrics["splits"].items()),
+        "| split | training classes | test classes | chosen by the search |",
+        "|---|---|---|---|",
+        *(_split(seed, part, _chosen(folder, seed)) for seed, part in metrics["splits"].items()),
         "",
         f"Prediction: {timing['total_ms']:.1f} ms ({_parts(timing)}) from {timing['images']} images "
         f"({timing['sketch_images']} looked at for the sketch, {timing['calibration_images']} for calibration) on "
@@ -103,9 +105,17 @@ def _row(name: str, numbers: dict[str, Any], seeds: list[str], milliseconds: flo
     return f"| {name} | {numbers['test_groups']} | {accuracy} | {difference} | {time} | {' | '.join(splits)} |"
 
 
-def _split(seed: str, part: dict[str, Any]) -> str:
+def _split(seed: str, part: dict[str, Any], chosen: str) -> str:
     train, test = (_names(part[f"{role}_classes"]) for role in ("train", "test"))
-    return f"| {seed} | {train} | {test} | {part['eta']} | {part['depth']} |"
+    return f"| {seed} | {train} | {test} | {chosen} |"
+
+
+def _chosen(folder: Path, seed: str) -> str:
+    """The best cell of a split's search."""
+    trials = pd.read_csv(folder / "search.csv")
+    own = trials[trials.split_seed == int(seed)]
+    cell = own.loc[own.accuracy.idxmax()].drop(["split_seed", "groups", "accuracy", "ci95", "loss"])
+    return ", ".join(f"{key} {value:g}" for key, value in cell.items())
 
 
 def _names(classes: list[str]) -> str:

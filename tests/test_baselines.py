@@ -112,6 +112,25 @@ def test_a_centralized_update_is_the_optimizers_own_less_its_means(kind):
     torch.testing.assert_close(central[1], plain[1])
 
 
+@pytest.mark.parametrize("where", ["gradient", "update"])
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.LBFGS])
+def test_a_step_that_computes_its_gradients_itself_is_centralized_too(kind, where):
+    weights = [torch.nn.Parameter(torch.randn(4, 3)), torch.nn.Parameter(torch.randn(4))]
+    start, points = [w.detach().clone() for w in weights], torch.randn(6, 3)
+    optimizer = centralized(kind(weights, lr=0.1), where)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (points @ weights[0].T + weights[1]).square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    moved = [(w.detach() - s).abs() for w, s in zip(weights, start, strict=True)]
+    assert all(m.max() > 1e-3 for m in moved)
+    torch.testing.assert_close((weights[0].detach() - start[0]).mean(1), torch.zeros(4), rtol=0, atol=1e-5)
+
+
 def method_of(name: str, **config):
     return make_method(name, config, build_target("convnet3", 1, 8))[0]
 
@@ -123,10 +142,14 @@ def test_protonet_logits_are_minus_squared_distances_to_class_means():
     torch.testing.assert_close(logits, torch.tensor([[0.0, -13.0], [-1.0, -8.0]]))
 
 
-def test_deepbdc_scores_by_squared_distances_too():
-    support, labels, queries = torch.randn(6, 4), torch.tensor([0, 1, 2, 0, 1, 2]), torch.randn(3, 4)
-    logits = method_of("meta_deepbdc").logits(queries, support, labels, 3)
-    torch.testing.assert_close(logits, method_of("protonet").logits(queries, support, labels, 3))
+def test_deepbdc_scores_by_squared_distances_to_class_means_too():
+    support, labels, queries = torch.randn(6, 4), [0, 1, 2, 0, 1, 2], torch.randn(3, 4)
+    logits = method_of("meta_deepbdc").logits(queries, support, torch.tensor(labels), 3)
+    for query, row in zip(queries, logits.tolist(), strict=True):
+        for k in range(3):
+            own = [image for image, label in zip(support, labels, strict=True) if label == k]
+            mean = [sum(float(image[d]) for image in own) / 2 for d in range(4)]
+            assert row[k] == pytest.approx(-sum((float(query[d]) - mean[d]) ** 2 for d in range(4)), abs=1e-4)
 
 
 @pytest.mark.parametrize("features", [3, 9])

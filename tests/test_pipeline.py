@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from mlflow import MlflowClient
 from sklearn.datasets import load_digits
 from torch.testing import assert_close
 
@@ -109,8 +110,6 @@ def test_predicted_weights_load_into_the_plain_target(repro):
 
 
 def test_mlflow_has_one_finished_run_a_search_trial_training_and_evaluation(repro):
-    from mlflow import MlflowClient
-
     client = MlflowClient(f"sqlite:///{repro}/mlflow.db")
     experiment = client.get_experiment_by_name("pudnet-digits-convnet3")
     runs = client.search_runs([experiment.experiment_id])
@@ -240,6 +239,9 @@ def test_baselines_run_again_do_only_what_is_missing(repro, tmp_path):
     (project / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
     second = run(project, *command)
     assert second.returncode == 0, second.stdout + second.stderr
+    assert "tracking:" not in second.stdout  # a new database gets what is kept, too
+    runs = MlflowClient(f"sqlite:///{project}/mlflow.db").search_runs(["1"], "attributes.run_name LIKE 'scratch_gc-%'")
+    assert {run.info.status for run in runs} == {"FINISHED"}
     done += [line.split(":")[0].strip() for line in second.stdout.splitlines() if line.endswith(": finished")]
     trials = {"protonet-split0-scale0.5", "protonet-split0-scale0.2"}
     assert trials <= set(done) <= trials | {"train-protonet-split0"} and len(set(done)) == len(done)

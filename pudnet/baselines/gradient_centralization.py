@@ -39,15 +39,33 @@ def centralized(optimizer: Optimizer, where: Where = "update") -> Optimizer:
     return optimizer
 
 
+def _centralize_gradients(optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Centralise the gradients that are there, and those of a closure, which a step computes itself."""
+
+    def wrapped(given: Any) -> Any:
+        if given is optimizer or not callable(given):
+            return given
+
+        def closure() -> Any:
+            loss = given()
+            _subtract_means(optimizer)
+            return loss
+
+        return closure
+
+    _subtract_means(optimizer)
+    return tuple(map(wrapped, args)), {key: wrapped(value) for key, value in kwargs.items()}
+
+
 @torch.no_grad()
-def _centralize_gradients(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+def _subtract_means(optimizer: Optimizer) -> None:
     for weight in _weights(optimizer):
-        weight.grad.sub_(_means(weight.grad))
+        if weight.grad is not None:
+            weight.grad.sub_(_means(weight.grad))
 
 
 def _weights(optimizer: Optimizer) -> list[Tensor]:
-    groups = optimizer.param_groups
-    return [p for group in groups for p in group["params"] if p.ndim > 1 and p.grad is not None]
+    return [p for group in optimizer.param_groups for p in group["params"] if p.ndim > 1]
 
 
 def _means(values: Tensor) -> Tensor:
