@@ -42,7 +42,6 @@ def trained(project, folder, workers):
     params["resources"]["workers"] = workers
     (folder / "params.yaml").write_text(yaml.safe_dump(params))
     run(folder, "train")
-    assert "1 of 1 trials are finished already" in run(folder, "train")
     model = Predictor.load(folder / "models" / "pudnet.safetensors").model
     return pd.read_csv(folder / "results" / "train_curves.csv"), model.state_dict()
 
@@ -50,6 +49,7 @@ def trained(project, folder, workers):
 def test_two_workers_train_as_one_does_with_all_groups_of_a_step(project, tmp_path):
     """15 groups two at a step, reports at 6, 12 and 15: at the last step of each part a worker has none."""
     (one, expected), (two, found) = (trained(project, tmp_path / str(n), n) for n in (1, 2))
+    assert "1 of 1 trials are finished already" in run(tmp_path / "2", "train")
     assert two.groups.tolist() == [6, 12, 15]
     for curve in ("loss", "metric_loss", "full_loss", "kl_loss", "train_accuracy"):
         assert two[curve].tolist() == pytest.approx(one[curve].tolist(), rel=1e-3)
