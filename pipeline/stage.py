@@ -37,8 +37,9 @@ def run_stage(stage: Callable[[Params], None]) -> None:
     """Run one stage as a command: exit code 2 for a mistake in params or input, 1 for a failed run."""
 
     def run() -> None:
+        params = load_params()
         with alone(Path(".pud") / f"{stage.__name__}.lock"):
-            stage(load_params())
+            stage(params)
 
     sys.exit(exit_code(run))
 
