@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pudnet.config import TrainConfig
 from pudnet.cpu import accelerate, compiling_pays, keep_freed_memory
 from pudnet.data.images import StoreImages
-from pudnet.device import wants_bf16
+from pudnet.device import flushing_denormals, wants_bf16
 from pudnet.errors import RunFailed, UserError
 from pudnet.learner import Learner
 from pudnet.objective import Losses
@@ -90,7 +90,6 @@ class Trainer:
         self.learner = learner.to(self.device, memory_format=torch.channels_last)
         if self.device.type == "cpu":
             keep_freed_memory()
-            torch.set_flush_denormal(True)  # where a group is solved, gradients are denormal and several times slower
             accelerate(self.learner, compiling_pays(*table.shape, images.image_size))
         self.parameters = list(learner.parameters())
         self.optimizer = torch.optim.Adam(self.parameters, lr=config.learning_rate, fused=True)
@@ -136,8 +135,9 @@ class Trainer:
         start, begin = time.perf_counter(), self.groups
         end = min(len(self.table), (begin // self.config.report_every + 1) * self.config.report_every)
         starts = range(begin, end, self.config.groups_per_step)
-        sums = [self._step(self.table[first : min(first + self.config.groups_per_step, end)]) for first in starts]
-        means = (self._added(torch.stack(sums).sum(0)) / (end - begin)).tolist()
+        with flushing_denormals(self.device):
+            sums = [self._step(self.table[first : min(first + self.config.groups_per_step, end)]) for first in starts]
+            means = (self._added(torch.stack(sums).sum(0)) / (end - begin)).tolist()
         self.groups = end
         return Report(
             groups=end,

@@ -18,6 +18,7 @@ from pudnet.baselines.gradient_centralization import Where, centralized
 from pudnet.baselines.method import Classifier
 from pudnet.config import STRICT, Fraction, Positive, PositiveFloat, Weight
 from pudnet.cpu import accelerate, keep_freed_memory
+from pudnet.device import flushing_denormals
 from pudnet.targets import Target, calibrate
 
 
@@ -54,7 +55,6 @@ class Scratch:
         self.compiled = compiled  # on a CPU: where many are trained, `compiling_pays`
         if device.type == "cpu":
             keep_freed_memory()
-            torch.set_flush_denormal(True)  # where a group is solved, gradients are denormal and several times slower
 
     def rows(self, labels: Tensor) -> Tensor:
         """All rows, for labels (N,): training looks at every image."""
@@ -63,7 +63,8 @@ class Scratch:
     def adapt(self, images: Tensor, labels: Tensor, classes: tuple) -> Classifier:
         """Train on normalised images (N, C, H, W) and labels (N,) in 0..k-1 -> a classifier of the classes."""
         network = scratch_network(self.target, len(classes), self.device, self.compiled)
-        train(network, images, labels, self.config, self.bf16, self.gc)
+        with flushing_denormals(self.device):
+            train(network, images, labels, self.config, self.bf16, self.gc)
         plain = copy.deepcopy(self.target.network).to(self.device, memory_format=torch.channels_last)
         plain.load_state_dict(network.body.state_dict())
         if self.device.type == "cpu":
