@@ -18,7 +18,7 @@ from pipeline.measure import measure_all, time_all
 from pipeline.params import Params
 from pipeline.stage import BASELINES, RESULTS, run_stage, wants_fresh, write, write_json
 from pipeline.tracking import Tracking, open_tracking
-from pipeline.tuning import tune
+from pipeline.tuning import named, tune
 from pudnet.baselines import LEARNED, SCRATCH
 from pudnet.errors import UserError
 
@@ -40,17 +40,14 @@ def baselines(params: Params) -> None:
     write_json(RESULTS / "baselines.json", {"methods": compared})
     write_json(RESULTS / "adaptation.json", {"milliseconds": times})
     for method, key in keys.items():
-        chosen = {f"chosen_split_{s}": _told(cells) for (m, s), cells in choices.items() if m == method and any(cells)}
+        own = {seed: cells for (name, seed), cells in choices.items() if name == method and any(cells)}
+        chosen = {f"chosen_split_{seed}": "; ".join(map(named, cells)) for seed, cells in own.items()}
         tracking.attempt(partial(_log, tracking, params, method, key, measured, compared, times, chosen))
     for name, numbers in compared.items():
         print(
             f"baselines: {name}: {numbers['accuracy']:.2f} +/- {numbers['ci95']:.2f} %, "
             f"{numbers['difference']:+.2f} +/- {numbers['difference_ci95']:.2f} to pudnet"
         )
-
-
-def _told(cells: Sequence[Mapping[str, Any]]) -> str:
-    return "; ".join(", ".join(f"{key} {value}" for key, value in cell.items()) for cell in cells)
 
 
 def _possible(params: Params) -> list[str]:

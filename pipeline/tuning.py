@@ -69,7 +69,7 @@ def grid(params: Params, method: str) -> list[Cell]:
 
 def _spec(params: Params, method: str, seed: int, cell: Cell) -> TrialSpec:
     """A trial on the search's own groups, which reports once."""
-    name = f"{method}-split{seed}-{_named(cell).replace(', ', '-').replace(' ', '')}"
+    name = f"{method}-split{seed}-{named(cell).replace(', ', '-').replace(' ', '')}"
     validate = params.baselines.scratch_search_groups if method in SCRATCH else params.groups.validation_groups
     spec = make_spec(params, name, method, seed, cell, "search_train", validate)
     return replace(spec, train={**spec.train, "report_every": params.groups.search_groups})
@@ -81,12 +81,13 @@ def _row(trial: Finished) -> dict[str, Any]:
         "method": trial.spec.kind,
         "split_seed": trial.spec.split_seed,
         "epochs": cell.pop("epochs", None),
-        "cell": _named(cell),
+        "cell": named(cell),
         "groups": trial.metrics["groups"],
         "accuracy": trial.metrics["validation_accuracy"],
         "ci95": trial.metrics["validation_ci95"],
     }
 
 
-def _named(cell: Mapping[str, Any]) -> str:
+def named(cell: Mapping[str, Any]) -> str:
+    """A cell in words."""
     return ", ".join(f"{key} {value}" for key, value in cell.items())

@@ -261,6 +261,7 @@ def test_every_committed_study_is_sound_and_a_stage(name, monkeypatch):
     monkeypatch.chdir(ROOT)
     study = load_study(name)
     columns = [column_params(study, column) for column in study.columns]
+    assert all(row_spec(params, row, own, 0) for params in columns for row, own in study.rows.items())
     for params in {(params.setting, params.target): params for params in columns}.values():
         check_rows(study, params)
     assert name in yaml.safe_load((ROOT / "studies" / "dvc.yaml").read_text())["stages"]["study"]["matrix"]["name"]
