@@ -44,6 +44,7 @@ class ModelConfig:
     change: bool = True  # whether sketch, context and generators predict anything (without: class filters alone)
     class_filters: bool = False  # whether the last convolution gets filters solved for the group's classes
     filter_grid: Positive = 2  # class filters of the whole map and of grid x grid windows of it; 1: the whole alone
+    classifier: Literal["centroids", "ridge"] = "centroids"  # ridge: solved for, from all images that are looked at
     sketch_images: Positive = 50  # of a group, spread over its classes, when it is predicted for
 
     def __post_init__(self) -> None:
@@ -78,6 +79,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "eta": 0.0,  # without a change there is no residual
         "depth": 1,
         "class_filters": True,
+        "classifier": "ridge",
         "sketch_images": 90,  # as many as take 1.5 times the time of a prediction by `pudnet`
         "full_weight": 0.0,
         "kl_weight": 0.0,

@@ -21,6 +21,7 @@ class StaticTrunk(nn.Module):
     """
 
     class_aware = False  # labels make no difference to its weights
+    ridge = None  # class centroids classify
 
     def __init__(self, target: Target) -> None:
         super().__init__()

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pudnet.card import METADATA, write_tensors
+from pudnet.classifier import CentroidClassifier, LinearClassifier
 from pudnet.cpu import plain_layers
 from pudnet.errors import RunFailed, UserError
 from pudnet.files import replacing
@@ -26,7 +27,7 @@ CHECKED_IMAGES = 4
 
 
 class ReadyClassifier(nn.Module):
-    """Normalisation, target network and cosine to the class centroids (Eq. 6), in plain torch layers.
+    """Normalisation, target network and classifier, in plain torch layers.
 
     Images, float (N, C, H, W) in 0..1 of the model's size, -> logits (N, k).
     """
@@ -36,16 +37,37 @@ class ReadyClassifier(nn.Module):
         self.body = copy.deepcopy(network.body).cpu()
         plain_layers(self.body)  # into layers that every runtime has a fast kernel for
         card = network.card
-        self.temperature = card.temperature
         self.register_buffer("mean", torch.tensor(card.mean).view(-1, 1, 1))
         self.register_buffer("std", torch.tensor(card.std).view(-1, 1, 1))
-        self.register_buffer("directions", F.normalize(network.centroids.detach().float().cpu(), dim=1))
+        self.classifier = _plain(network.classifier)
         self.eval()
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (N, C, H, W) -> logits (N, k)."""
         features = self.body((images - self.mean) / self.std).flatten(1)
+        return self.classifier(features)
+
+
+class Cosines(nn.Module):
+    """Cosines to class centroids (Eq. 6), whose lengths are divided by once."""
+
+    def __init__(self, classifier: CentroidClassifier) -> None:
+        super().__init__()
+        self.temperature = classifier.temperature
+        self.register_buffer("directions", F.normalize(classifier.centroids.detach().float().cpu(), dim=1))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Features (N, d) -> logits (N, k)."""
         return self.temperature * F.normalize(features, dim=1) @ self.directions.T
+
+
+def _plain(classifier: CentroidClassifier | LinearClassifier) -> nn.Module:
+    """A classifier without a word on autocast, which no exporter knows."""
+    if isinstance(classifier, CentroidClassifier):
+        return Cosines(classifier)
+    layer = nn.utils.skip_init(nn.Linear, *reversed(classifier.class_weight.shape))
+    layer.load_state_dict({"weight": classifier.class_weight.detach(), "bias": classifier.class_bias.detach()})
+    return layer
 
 
 def export(network: PredictedNetwork, path: Path) -> None:

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from pudnet.baselines.scratch import ScratchConfig, train
 from pudnet.card import Label
+from pudnet.classifier import fit
 from pudnet.cpu import accelerate
 from pudnet.data.own import Images, ImageSet, Pixels, images_at_a_time, labelled_set
 from pudnet.device import wants_bf16
 from pudnet.errors import UserError
 from pudnet.evaluation import clock
 from pudnet.network import PredictedNetwork, features_in_parts
-from pudnet.objective import centroids, metric_logits
 from pudnet.predictor import CALIBRATION_IMAGES, first_rows, spread_rows
 from pudnet.targets import calibrate
 
@@ -59,19 +59,6 @@ class Parts:
     test_columns: Tensor
 
 
-class CentroidHead(nn.Module):
-    """The metric classifier with centroids (k, d) that learn: features (N, d) -> tau cos(f, c_k) (Eq. 6)."""
-
-    def __init__(self, start: Tensor, temperature: float) -> None:
-        super().__init__()
-        self.centroids = nn.Parameter(start.clone())
-        self.temperature = temperature
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Features (N, d) -> logits (N, k)."""
-        return metric_logits(features, self.centroids, self.temperature)
-
-
 def finetune(
     network: PredictedNetwork,
     images: Images | ImageSet,
@@ -81,11 +68,11 @@ def finetune(
     learning_rate: float = 3e-3,
     seed: int = 0,
 ) -> FineTuned:
-    """Train a predicted network's weights and centroids on labelled images, and the same target from random weights.
+    """Train a predicted network's weights and classifier on labelled images, and the same target from random weights.
 
     A part `held_out` of each class is kept from training and gives the accuracies, at least one image of it. Both
-    starts get BatchNorm statistics and centroids from the images that are left, and then the same batches, loss
-    (cross-entropy of Eq. 6's logits) and schedule (`ScratchConfig`: AdamW, a rate that rises and falls to zero).
+    starts get BatchNorm statistics and a classifier from the images that are left, and then the same batches, loss
+    (cross-entropy) and schedule (`ScratchConfig`: AdamW, a rate that rises and falls to zero).
     The predicted convolution weights are as they come: their sketch saw images that are held out here, if those
     were among the images predicted from, but no label. All images are in memory at the network's size.
 
@@ -157,16 +144,16 @@ def _random(network: PredictedNetwork) -> PredictedNetwork:
             module.reset_parameters()
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-    return PredictedNetwork(body, network.centroids, network.card)
+    return PredictedNetwork(body, network.classifier, network.card)
 
 
 def _ready(network: PredictedNetwork, parts: Parts) -> PredictedNetwork:
-    """A copy with BatchNorm's statistics and the centroids from the images that are trained on."""
+    """A copy with BatchNorm's statistics and the classifier from the images that are trained on."""
     body = copy.deepcopy(network.body)
     _calibrate(body, parts)
     rows = first_rows(parts.columns, network.card.support_per_class)
     features = features_in_parts(body, parts.images[rows])
-    return PredictedNetwork(body, centroids(features, parts.columns[rows], len(network.classes)), network.card)
+    return PredictedNetwork(body, fit(features, parts.columns[rows], network.card), network.card)
 
 
 def _calibrate(body: nn.Module, parts: Parts) -> None:
@@ -176,11 +163,11 @@ def _calibrate(body: nn.Module, parts: Parts) -> None:
 
 
 def _trainable(start: PredictedNetwork) -> nn.Sequential:
-    """A copy of a network whose weights and centroids learn."""
+    """A copy of a network whose weights and classifier learn."""
     body = copy.deepcopy(start.body).requires_grad_(True)
     if start.mean.device.type == "cpu":
         accelerate(body)
-    head = CentroidHead(start.centroids.float(), start.card.temperature)
+    head = copy.deepcopy(start.classifier).requires_grad_(True)
     return nn.Sequential(OrderedDict(body=body, flat=nn.Flatten(), head=head)).to(start.mean.device)
 
 
@@ -200,7 +187,7 @@ def _train(
     )
     provenance = {**start.card.provenance, "finetuned_epochs": config.epochs, "finetuned_on": len(parts.images)}
     card = dataclasses.replace(start.card, provenance=provenance)
-    return PredictedNetwork(model.body.requires_grad_(False), model.head.centroids.detach(), card), curve
+    return PredictedNetwork(model.body.requires_grad_(False), model.head.requires_grad_(False), card), curve
 
 
 def train_on(

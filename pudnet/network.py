@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from pudnet.card import Card, card_target, loaded, read_tensors, write_tensors
+from pudnet.classifier import taken_from
 from pudnet.data.images import normalize
 from pudnet.data.own import Images, ImageSet, Label, image_set, images_at_a_time
 from pudnet.errors import UserError
 from pudnet.locations import local_file
-from pudnet.objective import metric_logits
 
 
 @torch.no_grad()
@@ -23,16 +23,16 @@ def features_in_parts(body: nn.Module, images: Tensor) -> Tensor:
 
 
 class PredictedNetwork(nn.Module):
-    """A target network with predicted weights and class centroids, ready to classify, in eval mode.
+    """A target network with predicted weights and a classifier (features (N, d) -> logits (N, k)), in eval mode.
 
     Images are whatever `Predictor.predict` takes; they pass through a part at a time.
     """
 
-    def __init__(self, body: nn.Module, class_centroids: Tensor, card: Card) -> None:
+    def __init__(self, body: nn.Module, classifier: nn.Module, card: Card) -> None:
         super().__init__()
-        self.body, self.card = body, card
-        self.register_buffer("centroids", class_centroids)  # (k, d)
-        mean, std = (torch.tensor(values, device=class_centroids.device) for values in (card.mean, card.std))
+        self.body, self.classifier, self.card = body, classifier, card
+        device = next(classifier.parameters()).device
+        mean, std = (torch.tensor(values, device=device) for values in (card.mean, card.std))
         self.register_buffer("mean", mean, persistent=False)
         self.register_buffer("std", std, persistent=False)
         self.eval()
@@ -51,7 +51,7 @@ class PredictedNetwork(nn.Module):
         return torch.cat([self._features(chunk) for chunk in self._chunks(images)])
 
     def forward(self, images: Images | ImageSet) -> Tensor:
-        """Logits (N, k), tau times the cosine to each class's centroid (Eq. 6)."""
+        """Logits (N, k): tau times the cosine to each class's centroid (Eq. 6), or what was solved for."""
         return torch.cat([self._logits(chunk) for chunk in self._chunks(images)])
 
     def classify(self, images: Images | ImageSet) -> list[Label]:
@@ -61,7 +61,7 @@ class PredictedNetwork(nn.Module):
 
     def logits(self, normalized: Tensor) -> Tensor:
         """`forward` on images (N, C, H, W) that are normalised already."""
-        return metric_logits(features_in_parts(self.body, normalized), self.centroids, self.card.temperature)
+        return self.classifier(features_in_parts(self.body, normalized))
 
     @torch.no_grad()
     def _features(self, normalized: Tensor) -> Tensor:
@@ -69,7 +69,7 @@ class PredictedNetwork(nn.Module):
 
     @torch.no_grad()
     def _logits(self, normalized: Tensor) -> Tensor:
-        return metric_logits(self._features(normalized), self.centroids, self.card.temperature)
+        return self.classifier(self._features(normalized))
 
     def _chunks(self, images: Images | ImageSet) -> Iterator[Tensor]:
         for pixels in image_set(images, self.card).chunks(images_at_a_time(self.card.image_size)):
@@ -80,8 +80,8 @@ class PredictedNetwork(nn.Module):
         return dict(self.body.state_dict())
 
     def save(self, path: str | Path) -> None:
-        """Write the plain target's tensors, the centroids and the card as .safetensors."""
-        write_tensors(Path(path), {**self.target_state_dict(), "centroids": self.centroids}, self.card)
+        """Write the plain target's tensors, the classifier's and the card as .safetensors."""
+        write_tensors(Path(path), {**self.target_state_dict(), **self.classifier.state_dict()}, self.card)
 
     def export(self, path: str | Path) -> None:
         """Write for use without this library, by suffix: .onnx, .pt2 or .safetensors (`pudnet.export`)."""
@@ -100,7 +100,7 @@ class PredictedNetwork(nn.Module):
             raise UserError(f"{path}: holds a {card.kind}, not a predicted network (`pudnet predict` makes one)")
         with torch.random.fork_rng(devices=[]):
             body = card_target(card, target).network
-        centroids = tensors.pop("centroids", torch.empty(0))
-        if centroids.ndim != 2 or len(centroids) != len(card.classes):
-            raise UserError(f"{path}: its centroids do not fit its {len(card.classes)} classes")
-        return cls(loaded(body, tensors, path), centroids, card)
+        classifier = taken_from(tensors, card)
+        if classifier is None:
+            raise UserError(f"{path}: its classifier does not fit its {len(card.classes)} classes")
+        return cls(loaded(body, tensors, path), classifier, card)

@@ -8,24 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pudnet.classifier import Ridge, metric_logits
 from pudnet.config import TrainConfig
-
-
-def centroids(features: Tensor, labels: Tensor, classes: int) -> Tensor:
-    """Mean feature of each class, u_k of Eq. 6: features (N, d), labels (N,) in 0..k-1 -> (k, d), in fp32."""
-    one_hot = F.one_hot(labels, classes).float()  # (N, k); a product, since index_add is not reproducible on a GPU
-    with torch.autocast(features.device.type, enabled=False):
-        return one_hot.T @ features.float() / one_hot.sum(0).unsqueeze(1)
-
-
-def metric_logits(features: Tensor, class_centroids: Tensor, temperature: Tensor | float) -> Tensor:
-    """Eq. 6 before its softmax: tau times the cosine of features (N, d) and centroids (k, d) -> (N, k).
-
-    In fp32 whatever the autocast: in bf16 the best two cosines of one image in a hundred are equal.
-    """
-    with torch.autocast(features.device.type, enabled=False):
-        cosines = F.normalize(features.float(), dim=-1) @ F.normalize(class_centroids.float(), dim=-1).T
-        return temperature * cosines
 
 
 def consistency(full: Tensor, metric: Tensor, columns: Tensor) -> Tensor:
@@ -54,7 +38,8 @@ class Objective(nn.Module):
 
     The first `support_per_class` images of each class are the support set that gives the centroids; the
     others are the queries that L1 and L3 are of (Eq. 7 and 9 sum over all images; a support image would be
-    compared with a centroid that it is part of). L2, which needs no support, is of all images.
+    compared with a centroid that it is part of). L2, which needs no support, is of all images. A model that solves
+    for its classifier does so from all images that are no queries, and gives the logits in place of Eq. 6.
     """
 
     def __init__(self, config: TrainConfig, feature_size: int, train_classes: int) -> None:
@@ -64,18 +49,16 @@ class Objective(nn.Module):
         tau = torch.tensor(config.temperature)
         self.temperature = nn.Parameter(tau) if config.learn_temperature else tau.item()
 
-    def forward(self, features: Tensor, columns: Tensor, seen: int = 0) -> Losses:
+    def forward(self, features: Tensor, columns: Tensor, seen: int = 0, ridge: Ridge | None = None) -> Losses:
         """Features (k * n, d) in blocks of n images a class; `columns` (k,) are the classes in 0..K-1.
 
-        Of the first `seen` images of each class the labels made the weights, so that they are no queries.
+        Of the first `seen` images of each class the labels made the weights, so that they are no queries. `ridge`
+        is the model's own way to classify, where it has one.
         """
-        k, support = len(columns), self.config.support_per_class
-        seen = max(seen, support)
-        blocks = features.float().view(k, -1, features.shape[-1])  # (k, n, d)
-        class_centroids = blocks[:, :support].mean(1)  # (k, d)
-        queries = blocks[:, seen:].flatten(0, 1)  # (k * (n - seen), d)
-        labels = torch.arange(k, device=features.device).repeat_interleave(blocks.shape[1] - seen)
-        metric = metric_logits(queries, class_centroids, self.temperature)
+        seen = max(seen, self.config.support_per_class)
+        blocks = features.float().view(len(columns), -1, features.shape[-1])  # (k, n, d)
+        metric = self._metric(blocks, seen, ridge)  # (k * (n - seen), k)
+        labels = _labels(blocks[:, seen:])
         loss = F.cross_entropy(metric, labels)
         full_loss = kl = torch.zeros_like(loss)
         if self.config.full_weight > 0 or self.config.kl_weight > 0:
@@ -85,6 +68,14 @@ class Objective(nn.Module):
         total = loss + self.config.full_weight * full_loss + self.config.kl_weight * kl
         accuracy = (metric.argmax(1) == labels).float().mean()
         return Losses(total, *(x.detach() for x in (loss, full_loss, kl)), accuracy)
+
+    def _metric(self, blocks: Tensor, seen: int, ridge: Ridge | None) -> Tensor:
+        """Logits of the queries, those after the first `seen` of each class."""
+        queries = blocks[:, seen:].flatten(0, 1)
+        if ridge is None:
+            return metric_logits(queries, blocks[:, : self.config.support_per_class].mean(1), self.temperature)
+        support = blocks[:, :seen]
+        return ridge(queries, support.flatten(0, 1), _labels(support), len(blocks))
 
     def _consistency(self, full: Tensor, metric: Tensor, columns: Tensor) -> Tensor:
         """L3, with the side that is not to learn from it held fixed.
@@ -97,3 +88,8 @@ class Objective(nn.Module):
         full = full.detach() if teaches == "metric" else full
         metric = metric.detach() if teaches == "full" else metric
         return consistency(full, metric, columns)
+
+
+def _labels(blocks: Tensor) -> Tensor:
+    """Of blocks (k, n, d) each image's own, (k * n,)."""
+    return torch.arange(len(blocks), device=blocks.device).repeat_interleave(blocks.shape[1])

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pudnet.card import Card, card_target, loaded, read_tensors, write_tensors
+from pudnet.classifier import fit
 from pudnet.config import ModelConfig, default_extractor, parse
 from pudnet.controls import StaticTrunk
 from pudnet.cpu import accelerate, keep_freed_memory
@@ -24,7 +25,6 @@ from pudnet.errors import UserError
 from pudnet.hypernet import PudNet
 from pudnet.locations import local_file
 from pudnet.network import PredictedNetwork
-from pudnet.objective import centroids
 from pudnet.targets import Calibrator, Target, Weights, target_name
 
 if TYPE_CHECKING:
@@ -97,6 +97,7 @@ class Predictor:
         self.model, self.card, self.target = model.eval(), card, target
         hypernetwork = isinstance(model, PudNet)  # and not a trunk of a control or baseline
         self.class_aware = hypernetwork and model.class_aware
+        self.ridge = model.ridge if hypernetwork else None
         own = model.config.sketch_images if hypernetwork else CALIBRATION_IMAGES
         self.sketch_images = own if sketch_images is None else sketch_images
         if calibration_images is None:
@@ -273,17 +274,23 @@ class Predictor:
         classes: tuple,
         writes: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
     ) -> PredictedNetwork:
-        """Weights -> a network in eval mode: BatchNorm calibrated, class centroids of the support images.
+        """Weights -> a network in eval mode: BatchNorm calibrated, a classifier from the support images.
 
         `writes` are those that are made in passing (`Calibrator`).
         """
         body, features, own = self.support(weights, images, labels, writes)
         card = self.network_card(classes, labels, len(own))
-        return PredictedNetwork(body, centroids(features, own, len(classes)), card)
+        return PredictedNetwork(body, fit(features, own, card), card)
 
     def support_rows(self, labels: Tensor) -> Tensor:
-        """Rows of the support set: the first `support_per_class` images of each class."""
-        return first_rows(labels, self.support_per_class)
+        """Rows of the support set: the first images of each class."""
+        return first_rows(labels, self._support(labels))
+
+    def _support(self, labels: Tensor) -> int:
+        """Images of each class in the support set. A classifier that is solved for is of all that are looked at."""
+        if self.ridge is None:
+            return self.support_per_class
+        return max(self.support_per_class, math.ceil(self.sketch_images / (int(labels.max()) + 1)))
 
     @torch.no_grad()
     def support(
@@ -314,12 +321,16 @@ class Predictor:
             "calibration_images": len(spread_rows(labels, self.calibration_images)),
             "support_images": support_images,
         }
+        solved = {}
+        if self.ridge is not None:
+            solved = {"ridge": self.ridge.log_ridge.exp().item(), "temperature": self.ridge.log_scale.exp().item()}
         return dataclasses.replace(
             self.card,
+            **solved,
             kind="network",
             model=None,
             classes=classes,
-            support_per_class=self.support_per_class,
+            support_per_class=self._support(labels),
             predicted=tuple(conv.name for conv in self.target.convs),
             provenance={**self.card.provenance, **looked_at},
         )

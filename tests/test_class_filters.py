@@ -9,9 +9,11 @@ from torch.testing import assert_close
 
 from pudnet.card import Card
 from pudnet.config import ModelConfig, TrainConfig, apply_variant
+from pudnet.finetune import finetune
 from pudnet.hypernet import PudNet
 from pudnet.hypernet.class_filters import ClassFilters, class_filters, mean_patches, regions
 from pudnet.learner import MetaLearner
+from pudnet.network import PredictedNetwork
 from pudnet.objective import Objective
 from pudnet.predictor import Predictor
 from pudnet.targets import ConvShape, build_target
@@ -141,7 +143,8 @@ def test_an_image_whose_label_made_the_weights_is_no_query():
     blocks = images[0].unflatten(0, (2, 20))
     sketch = model.sketch(blocks[:, :3].flatten(0, 1), torch.tensor([0, 0, 0, 1, 1, 1]))
     features = model.shared(images[0], model.generate(sketch))
-    expected = Objective(train, target.features, 5)(features, torch.tensor([1, 3]))  # support: 10 of a class, 3 seen
+    objective = Objective(train, target.features, 5)
+    expected = objective(features, torch.tensor([1, 3]), 3, model.ridge)  # support: 10 of a class, 3 seen
     assert_close(found.total, expected.total)
     seen = MetaLearner(*plus(sketch_images=1000)[:2], train, 5, k=2)._sketch(images)[1]
     assert seen == 10
@@ -167,4 +170,24 @@ def test_more_classes_than_are_looked_at(tmp_path):
     card = Card("pudnet", "convnet3", 1, 8, (0.5,), (0.5,), 10.0, 1, vars(model.config))
     Predictor(model, card, target).save(tmp_path / "plus.safetensors")
     network = Predictor.load(tmp_path / "plus.safetensors").predict(noise(7, 1, 8, 8).sigmoid(), list("abcdefg"))
-    assert network.classes == tuple("abcdefg") and network.centroids.isfinite().all()
+    assert network.classes == tuple("abcdefg") and network(noise(3, 1, 8, 8).sigmoid()).isfinite().all()
+
+
+def test_a_classifier_that_is_solved_for_is_of_all_images_that_are_looked_at(tmp_path):
+    model, target, _ = plus(sketch_images=12)
+    card = Card("pudnet", "convnet3", 1, 8, (0.5,), (0.5,), 10.0, 2, vars(model.config))
+    images, labels = labelled(n=6)
+    network = Predictor(model, card, target).adapt(images, labels, (0, 1, 2))
+    seen = torch.cat([torch.arange(4) + 6 * c for c in range(3)])  # 12 images of three classes
+    with torch.no_grad():
+        support, queries = (network.body(part).flatten(1) for part in (images[seen], images))
+        assert_close(network.logits(images), model.ridge(queries, support, labels[seen], 3), rtol=1e-3, atol=1e-3)
+    assert network.card.ridge == pytest.approx(0.3) and network.card.support_per_class == 4
+    network.save(tmp_path / "a.safetensors")
+    again = PredictedNetwork.load(tmp_path / "a.safetensors")
+    assert torch.equal(again.logits(images), network.logits(images))
+    for name in ("a.onnx", "a.pt2"):  # each is read again and compared
+        network.export(tmp_path / name)
+    tuned = finetune(network, images.sigmoid(), labels, epochs=2, held_out=0.2).network
+    assert not torch.equal(tuned.classifier.class_weight, network.classifier.class_weight)
+    assert (tuned.logits(images).argmax(1) == labels).float().mean() > 0.5

@@ -118,8 +118,8 @@ def test_cosines_are_fp32_whatever_the_features_are(digits, predictor):
         network = predictor.adapt(group, labels, (0, 1))
         found, features = network.logits(twin), network.body(twin).float()
         support = network.body(group.view(2, 20, 1, 8, 8)[:, :10].flatten(0, 1)).float()
-    assert_close(network.centroids, support.view(2, 10, -1).mean(1))
-    cosines = torch.stack([torch.cosine_similarity(features, centroid) for centroid in network.centroids], 1)
+    assert_close(network.classifier.centroids, support.view(2, 10, -1).mean(1))
+    cosines = torch.stack([torch.cosine_similarity(features, centroid) for centroid in network.classifier.centroids], 1)
     assert_close(found, 10 * cosines)
 
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from pudnet.classifier import centroids, metric_logits
 from pudnet.config import TrainConfig
-from pudnet.objective import Objective, centroids, consistency, metric_logits
+from pudnet.objective import Objective, consistency
 
 K, COLUMNS, N, SUPPORT, D = 6, [4, 0, 2], 7, 4, 5  # head's width; a group of 3 classes x 7 images
 

@@ -130,7 +130,7 @@ def test_centroids_are_of_the_first_images_of_each_class(network):
     for column, name in enumerate(network.classes):
         rows = [row for row, label in enumerate(LABELS) if label == name][:10]
         assert len(rows) == 10
-        assert_close(network.centroids[column], features[rows].mean(0), rtol=0.02, atol=0.03)
+        assert_close(network.classifier.centroids[column], features[rows].mean(0), rtol=0.02, atol=0.03)
 
 
 @pytest.mark.parametrize("at_a_time", [1, 2 * 75_456])
@@ -152,7 +152,7 @@ def test_a_part_of_the_images_is_looked_at_evenly_over_classes():
     assert_close(few.sketch(images, labels), few.model.sketch(images[[0, 1, 10, 11, 15, 16]]).detach())
     rest = images.clone()
     rest[[3, 4, 5, 6, 7, 8, 9, 13, 14]] = float("nan")  # never looked at
-    found, expected = (few.adapt(x, labels, (0, 1, 2)).centroids for x in (rest, images))
+    found, expected = (few.adapt(x, labels, (0, 1, 2)).classifier.centroids for x in (rest, images))
     assert torch.equal(found, expected)
 
 
@@ -177,7 +177,7 @@ def test_many_classes_have_all_their_support_images_in_their_centroids(predictor
     many = predictor.predict(coloured(["red", "blue"] * 30), labels)
     with torch.no_grad():
         features = many.features(coloured(["red", "blue"] * 30))
-    assert torch.cosine_similarity(many.centroids[3], features[[3, 33]].mean(0), 0) > 0.999
+    assert torch.cosine_similarity(many.classifier.centroids[3], features[[3, 33]].mean(0), 0) > 0.999
 
 
 def test_with_more_classes_than_images_to_look_at_every_nth_is_looked_at():
@@ -243,11 +243,11 @@ def test_saved_network_classifies_the_same(labels, predictor, tmp_path):
 def test_card_says_what_the_file_is_for(predictor, network, tmp_path):
     provenance = {"setting": "digits", "seed": 3}
     card = replace(network.card, provenance=provenance)
-    PredictedNetwork(network.body, network.centroids, card).save(tmp_path / "a")
+    PredictedNetwork(network.body, network.classifier, card).save(tmp_path / "a")
     _, found = read_tensors(tmp_path / "a")
     assert found == card and found.kind == "network" and predictor.card.kind == "pudnet"
     turned = replace(card, provenance=dict(reversed(provenance.items())))
-    PredictedNetwork(network.body, network.centroids, turned).save(tmp_path / "b")
+    PredictedNetwork(network.body, network.classifier, turned).save(tmp_path / "b")
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
@@ -285,7 +285,7 @@ def no_centroids(path, predictor, network):
 
 
 def too_few_centroids(path, predictor, network):
-    write_tensors(path, {**network.target_state_dict(), "centroids": network.centroids[:2]}, network.card)
+    write_tensors(path, {**network.target_state_dict(), "centroids": network.classifier.centroids[:2]}, network.card)
 
 
 def a_network(path, predictor, network):
@@ -313,8 +313,8 @@ def nothing(path, predictor, network):
         (Predictor, other_size, "x.safetensors: its tensors do not fit its card .*extractor.linear.weight"),
         (Predictor, unknown_key, "model.etta: unknown key"),
         (Predictor, odd_card, "x.safetensors"),
-        (PredictedNetwork, no_centroids, "x.safetensors.*centroids"),
-        (PredictedNetwork, too_few_centroids, "x.safetensors.*centroids.* 3 classes"),
+        (PredictedNetwork, no_centroids, "x.safetensors.*classifier"),
+        (PredictedNetwork, too_few_centroids, "x.safetensors.*classifier.* 3 classes"),
     ],
 )
 def test_bad_file_is_named(kind, write, message, predictor, network, tmp_path):

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from pudnet.baselines.learners import TwoStages
 from pudnet.baselines.method import Method
+from pudnet.classifier import centroids, metric_logits
 from pudnet.config import STRICT, Fraction, PositiveFloat
 from pudnet.learner import Learner
-from pudnet.objective import centroids, metric_logits
 from pudnet.targets import Target
 
 

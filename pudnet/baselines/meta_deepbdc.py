@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from pudnet.baselines.learners import TwoStages
 from pudnet.baselines.method import Method, squared_distances
+from pudnet.classifier import centroids
 from pudnet.config import STRICT, Fraction, Positive, PositiveFloat
 from pudnet.errors import UserError
 from pudnet.learner import Learner
-from pudnet.objective import centroids
 from pudnet.targets import Block, Target
 
 

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from pudnet.baselines.learners import MethodLearner
 from pudnet.baselines.method import Method
+from pudnet.classifier import centroids, metric_logits
 from pudnet.config import STRICT, Positive, PositiveFloat
 from pudnet.learner import Learner
-from pudnet.objective import Losses, centroids, metric_logits
+from pudnet.objective import Losses
 from pudnet.targets import SharedTarget, Target, Weights
 
 

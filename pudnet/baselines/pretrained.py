@@ -7,9 +7,9 @@ from torch import Tensor
 
 from pudnet.baselines.learners import Pretraining
 from pudnet.baselines.method import Method
+from pudnet.classifier import centroids, metric_logits
 from pudnet.config import STRICT
 from pudnet.learner import Learner
-from pudnet.objective import centroids, metric_logits
 
 
 @dataclass(frozen=True, config=STRICT)

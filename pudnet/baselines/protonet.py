@@ -7,9 +7,9 @@ from torch import Tensor
 
 from pudnet.baselines.learners import Episodic
 from pudnet.baselines.method import Method, squared_distances
+from pudnet.classifier import centroids
 from pudnet.config import STRICT, PositiveFloat
 from pudnet.learner import Learner
-from pudnet.objective import centroids
 
 
 @dataclass(frozen=True, config=STRICT)
