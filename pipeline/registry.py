@@ -67,7 +67,8 @@ def hypernetwork(card: Card) -> str:
     """In a few words, what makes a PudNet's weights."""
     model = ModelConfig(**card.model)
     parts = [f"extractor {model.extractor}, eta {model.eta}, GRU depth {model.depth}"] if model.change else []
-    return ", ".join(parts + (["class filters"] if model.class_filters else []))
+    parts += ["class filters"] if model.class_filters else []
+    return ", ".join(parts + (["a classifier by ridge regression"] if model.classifier == "ridge" else []))
 
 
 def _description(card: Card) -> str:

@@ -48,7 +48,7 @@ METHODS = {
     "pudnet": ("PudNet", "weights predicted from the group’s images, in one forward pass"),
     "pudnet_plus": (
         "PudNet+",
-        "one learned set of weights, its last convolution given filters that tell the group’s classes apart",
+        "one learned set of weights; filters of the last convolution and the classifier are solved for the group",
     ),
     "static_trunk": (
         "Static trunk",

@@ -8,12 +8,12 @@ import yaml
 
 
 def shrink(path: Path) -> None:
-    """Keep the setting and every stage; few groups, a search of two trials, one class split."""
+    """Keep the setting and every stage; few groups, two a step, a search of two trials, one class split."""
     params = yaml.safe_load(path.read_text())
     params["splits"] = 1
-    params["groups"] |= {"train_groups": 20, "search_groups": 10, "validation_groups": 4, "test_groups": 6}
-    params["train"] |= {"report_every": 10}
-    params["search"] |= {"space": {"eta": [0.0, 0.2], "depth": [1]}, "report_every": 5}
+    params["groups"] |= {"train_groups": 19, "search_groups": 10, "validation_groups": 4, "test_groups": 6}
+    params["train"] |= {"report_every": 10, "groups_per_step": 2}
+    params["search"] |= {"space": {"eta": [0.0, 0.2], "depth": [1]}, "report_every": 4}
     params["evaluate"] |= {"keep_weights": 2, "timing_groups": 2}
     params["baselines"] |= {"sketch_groups": 5, "scratch_groups": 2, "scratch_epochs": [1, 2]}
     params["baselines"] |= {"scratch_search_groups": 2, "scratch_search_epochs": [1]}
