@@ -28,7 +28,7 @@ from pudnet.data.own import open_folder
 from pudnet.errors import exit_code
 from pudnet.files import check_writable
 
-FILTERS = 64  # of the first layer that are drawn
+FILTERS = 64  # of the last layer that are drawn
 
 
 def main() -> None:
@@ -79,16 +79,16 @@ def write_digits(folder: Path) -> tuple[Path, Path]:
 
 
 def plot_filters(network: PredictedNetwork, path: Path) -> None:
-    """The first layer's predicted kernels, in colour where the images are."""
-    kernels = network.target_state_dict()[network.card.predicted[0]][:FILTERS].permute(0, 2, 3, 1)  # (d, f, f, C)
-    low, high = kernels.amin((1, 2, 3), True), kernels.amax((1, 2, 3), True)
+    """The last layer's predicted kernels, the mean over their input channels."""
+    kernels = network.target_state_dict()[network.card.predicted[-1]][:FILTERS].mean(1)  # (d, f, f)
+    low, high = kernels.amin((1, 2), True), kernels.amax((1, 2), True)
     kernels = ((kernels - low) / (high - low)).numpy()
     figure, axes = plt.subplots(4, FILTERS // 4, figsize=(FILTERS // 8, 2.4))
     for axis in axes.flat:
         axis.axis("off")
     for axis, kernel in zip(axes.flat, kernels, strict=False):
         axis.imshow(kernel, cmap="gray")
-    figure.suptitle(f"Predicted kernels of {network.card.predicted[0]}")
+    figure.suptitle(f"Predicted kernels of {network.card.predicted[-1]}, mean over input channels")
     figure.savefig(path, dpi=120, bbox_inches="tight")
     plt.close(figure)
 

@@ -16,7 +16,7 @@ from pudnet.targets import is_import_path, target_code
 
 CODE = Path(__file__).resolve().parent.parent
 TRAINING_CODE = ("config", "cpu", "device", "targets", "controls", "objective", "learner", "training", "hypernet")
-TRAINING_CODE += ("data/images", "ridge")
+TRAINING_CODE += ("classifier", "data/images", "ridge")
 VALIDATION_CODE = ("evaluation", "predictor", "network", "card", "data/own")
 
 

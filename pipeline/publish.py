@@ -21,13 +21,13 @@ LICENCES = {
 }
 TEXT = """# {name}
 
-A PudNet that predicts {target} for images of {size}x{size} px with {channels} channel(s). Made by
+A PudNet (variant `{variant}`) that predicts {target} for images of {size}x{size} px with {channels} channel(s). Made by
 `models/pretrained/make.sh`, which says with what params, from commit {commit}.
 
 | | |
 |---|---|
 | accuracy on unseen classes | {accuracy:.2f} ± {ci95:.2f} % (95% interval over {test_groups} test groups; 1 split) |
-| a group | {k} classes, {images} images; weights and centroids from one, accuracy on its twin (no image in common) |
+| a group | {k} classes, {images} images; weights and classifier from one, accuracy on its twin (no image in common) |
 | trained on | {train_groups:,} task groups of {source}, one update each; L1{losses} |
 | hypernetwork | {hypernetwork} |
 | class split | seed {split_seed} |
@@ -38,10 +38,9 @@ A PudNet that predicts {target} for images of {size}x{size} px with {channels} c
 **Data.** {licence} No image of it is in this repository.
 
 **Limits.** A small training budget: the paper uses up to 100,000 groups. Other images are cropped to their centre
-square and resized to {size} px, where fine detail is lost; the further they are from {setting}'s, the worse. One fixed
-trunk, trained alike and never shown the images, does as well or better so far (README.md, "Measured so far"). It tells
-apart the classes that it is given examples of and knows no "none of these"; its softmax is not calibrated. Not for
-decisions about people.
+square and resized to {size} px, where fine detail is lost; the further they are from {setting}'s, the worse. What else
+does as well from the same images, and what training on them takes, is in README.md. It tells apart the classes that it
+is given examples of and knows no "none of these"; its softmax is not calibrated. Not for decisions about people.
 """
 
 
@@ -74,6 +73,7 @@ def _text(name: str, params: Params, card: Card, split: dict, timing: dict) -> s
     weights = {"L2": train.full_weight, "L3": train.kl_weight}
     return TEXT.format(
         name=name,
+        variant=made["variant"],
         target=card.target,
         size=card.image_size,
         channels=card.channels,

@@ -33,11 +33,12 @@ class Card:
     image_size: int
     mean: tuple[float, ...]
     std: tuple[PositiveFloat, ...]
-    temperature: PositiveFloat  # tau of Eq. 6; of a network with a `ridge`, the scale of its logits
+    temperature: PositiveFloat  # tau of Eq. 6; with a `ridge` the scale of its logits
     support_per_class: Positive
     model: dict | None = None  # ModelConfig, for kind "pudnet"
     classes: tuple[Label, ...] = ()  # for kind "network"
     ridge: PositiveFloat | None = None  # for kind "network": the penalty, where its classifier was solved for
+    labels_per_class: int = 0  # for kind "network": of the first so many images of a class the labels made the weights
     predicted: tuple[str, ...] = ()  # for kind "network": the tensors that were predicted, in the order of use
     provenance: dict = dataclasses.field(default_factory=dict)  # setting, class split, seeds, commit, ...
     format: int = FORMAT

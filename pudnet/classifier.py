@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pudnet.card import Card
-from pudnet.ridge import normalized_rows, ridge_weights
+from pudnet.ridge import ridge_weights
 
 
 def centroids(features: Tensor, labels: Tensor, classes: int) -> Tensor:
@@ -32,19 +32,24 @@ def metric_logits(features: Tensor, class_centroids: Tensor, temperature: Tensor
 def ridge_layer(
     features: Tensor, labels: Tensor, classes: int, ridge: Tensor | float, scale: Tensor | float
 ) -> tuple[Tensor, Tensor]:
-    r"""Ridge regression of the one-hot labels on support features: :math:`s\,(\bar y + R (f - \bar f) / n)`.
+    r"""Ridge regression of the one-hot labels on support features: :math:`s\,(1/k + R (f - \bar f) / n)`.
 
     Features (N, d), of root mean square norm n about their mean, labels (N,) in 0..k-1 -> the same as a linear layer,
-    weight (k, d) and bias (k,), in fp32. The penalty is of features of unit mean square norm.
+    weight (k, d) and bias (k,), in fp32. The penalty is of features of unit mean square norm. Classes count alike,
+    however many images each has: mean, norm and squared errors are weighted.
     """
     with torch.autocast(features.device.type, enabled=False):
-        x, mean, norm = normalized_rows(features.float())
-        y = F.one_hot(labels, classes).float()
-        weight = scale * ridge_weights(x, y - y.mean(0), ridge) / norm
-        return weight, scale * y.mean(0) - weight @ mean.squeeze(0)
+        features, y = features.float(), F.one_hot(labels, classes).float()
+        share = (y / (classes * y.sum(0))).sum(1, keepdim=True)  # (N, 1), of an image: sums to 1
+        mean = (share * features).sum(0)
+        x = features - mean
+        norm = (share * x.square()).sum().clamp_min(1e-12).sqrt()
+        root = (len(features) * share).sqrt()
+        weight = scale * ridge_weights(root * x / norm, root * (y - 1 / classes), ridge) / norm
+        return weight, scale / classes - weight @ mean
 
 
-class Ridge(nn.Module):
+class Regression(nn.Module):
     """What training learns of `ridge_layer`: its penalty, and the scale of the logits, which regression leaves within
     0..1, where a softmax hardly tells them apart. The gradient goes through the solution, so that features become
     what a linear layer of few images is good on (Bertinetto et al., 2019)."""
@@ -56,7 +61,13 @@ class Ridge(nn.Module):
 
     def forward(self, queries: Tensor, support: Tensor, labels: Tensor, classes: int) -> Tensor:
         """Queries (Q, d) and support features (S, d) with labels (S,) in 0..k-1 -> logits (Q, k)."""
-        return F.linear(queries, *ridge_layer(support, labels, classes, self.log_ridge.exp(), self.log_scale.exp()))
+        layer = ridge_layer(support, labels, classes, self.log_ridge.exp(), self.log_scale.exp())
+        with torch.autocast(queries.device.type, enabled=False):
+            return F.linear(queries.float(), *layer)
+
+    def card_values(self) -> dict[str, float]:
+        """What a network's card says of it."""
+        return {"ridge": self.log_ridge.exp().item(), "temperature": self.log_scale.exp().item()}
 
 
 class CentroidClassifier(nn.Module):
@@ -71,19 +82,42 @@ class CentroidClassifier(nn.Module):
         """Logits (N, k)."""
         return metric_logits(features, self.centroids, self.temperature)
 
+    def plain(self) -> nn.Module:
+        """The same for exporters, which know nothing of autocast."""
+        return _Cosines(self)
+
 
 class LinearClassifier(nn.Module):
     """Features (N, d) -> a linear layer's logits, in fp32 whatever the autocast."""
 
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
         super().__init__()
-        self.class_weight = nn.Parameter(weight, requires_grad=False)  # (k, d)
-        self.class_bias = nn.Parameter(bias, requires_grad=False)  # (k,)
+        self.head_weight = nn.Parameter(weight, requires_grad=False)  # (k, d)
+        self.head_bias = nn.Parameter(bias, requires_grad=False)  # (k,)
 
     def forward(self, features: Tensor) -> Tensor:
         """Logits (N, k)."""
         with torch.autocast(features.device.type, enabled=False):
-            return F.linear(features.float(), self.class_weight, self.class_bias)
+            return F.linear(features.float(), self.head_weight, self.head_bias)
+
+    def plain(self) -> nn.Module:
+        """The same for exporters, which know nothing of autocast."""
+        layer = nn.utils.skip_init(nn.Linear, *reversed(self.head_weight.shape))
+        layer.load_state_dict({"weight": self.head_weight.detach(), "bias": self.head_bias.detach()})
+        return layer
+
+
+class _Cosines(nn.Module):
+    """Cosines to class centroids, whose lengths are divided by once."""
+
+    def __init__(self, classifier: CentroidClassifier) -> None:
+        super().__init__()
+        self.temperature = classifier.temperature
+        self.register_buffer("directions", F.normalize(classifier.centroids.detach().float().cpu(), dim=1))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Features (N, d) -> logits (N, k)."""
+        return self.temperature * F.normalize(features, dim=1) @ self.directions.T
 
 
 def fit(features: Tensor, labels: Tensor, card: Card) -> CentroidClassifier | LinearClassifier:
@@ -94,10 +128,9 @@ def fit(features: Tensor, labels: Tensor, card: Card) -> CentroidClassifier | Li
     return LinearClassifier(*ridge_layer(features, labels, classes, card.ridge, card.temperature))
 
 
-def taken_from(tensors: dict[str, Tensor], card: Card) -> CentroidClassifier | LinearClassifier | None:
-    """The classifier among a network file's tensors, which are then without it; None where none fits the card."""
-    names = ("centroids",) if card.ridge is None else ("class_weight", "class_bias")
-    found = [tensors.pop(name, torch.empty(0)) for name in names]
-    if [own.ndim for own in found] != [2, 1][: len(found)] or any(len(own) != len(card.classes) for own in found):
-        return None
-    return CentroidClassifier(*found, card.temperature) if card.ridge is None else LinearClassifier(*found)
+def unfilled(card: Card, features: int) -> CentroidClassifier | LinearClassifier:
+    """A classifier of the kind and size that a network's card asks for, for a file's tensors."""
+    weight = torch.zeros(len(card.classes), features)
+    if card.ridge is None:
+        return CentroidClassifier(weight, card.temperature)
+    return LinearClassifier(weight, torch.zeros(len(card.classes)))

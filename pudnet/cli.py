@@ -42,9 +42,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_data(predict, "a folder with a subfolder of images a class")
     predict.add_argument("--out", type=Path, required=True, help="the .safetensors file to write")
-    predict.add_argument(
-        "--support", type=int, metavar="N", help="images a class that make its centroid (as in training, 10)"
-    )
+    support = "images a class in the support set (as in training, 10; PudNet+ takes at least those that it looks at)"
+    predict.add_argument("--support", type=int, metavar="N", help=support)
     _add_target(predict)
     predict.set_defaults(run=_predict)
 

@@ -44,12 +44,14 @@ class ModelConfig:
     change: bool = True  # whether sketch, context and generators predict anything (without: class filters alone)
     class_filters: bool = False  # whether the last convolution gets filters solved for the group's classes
     filter_grid: Positive = 2  # class filters of the whole map and of grid x grid windows of it; 1: the whole alone
-    classifier: Literal["centroids", "ridge"] = "centroids"  # ridge: solved for, from all images that are looked at
+    classifier: Literal["centroids", "ridge"] = "centroids"  # ridge: solved for, of the filters' images; no temperature
     sketch_images: Positive = 50  # of a group, spread over its classes, when it is predicted for
 
     def __post_init__(self) -> None:
         if not self.base and (self.class_filters or not self.change):
             raise ValueError("class_filters: true and change: false need base: true")
+        if self.classifier == "ridge" and not self.class_filters:
+            raise ValueError("classifier: ridge needs class_filters: true; without them it is the baseline r2d2")
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -21,7 +21,7 @@ class StaticTrunk(nn.Module):
     """
 
     class_aware = False  # labels make no difference to its weights
-    ridge = None  # class centroids classify
+    regression = None  # class centroids classify: none was trained
 
     def __init__(self, target: Target) -> None:
         super().__init__()

@@ -151,7 +151,7 @@ class Timing:
     calibration_images: int
     sketch_ms: float  # with normalising the images; of class filters: the pass up to their layer
     generation_ms: float
-    calibration_ms: float  # with the centroids, which come from the same pass
+    calibration_ms: float  # with the classifier, which comes from the same pass
     total_ms: float
     epoch_ms: float  # one epoch of training the same network from scratch on the same images
     epoch_ratio: float  # epoch_ms / total_ms

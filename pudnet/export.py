@@ -10,11 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pudnet.card import METADATA, write_tensors
-from pudnet.classifier import CentroidClassifier, LinearClassifier
 from pudnet.cpu import plain_layers
 from pudnet.errors import RunFailed, UserError
 from pudnet.files import replacing
@@ -22,7 +20,7 @@ from pudnet.files import replacing
 if TYPE_CHECKING:
     from pudnet.network import PredictedNetwork
 
-LARGEST_DIFFERENCE = 1e-3  # of logits within -tau..tau, from the network's in Python
+LARGEST_DIFFERENCE = 1e-3  # of logits, some ten at most, from the network's in Python
 CHECKED_IMAGES = 4
 
 
@@ -39,35 +37,13 @@ class ReadyClassifier(nn.Module):
         card = network.card
         self.register_buffer("mean", torch.tensor(card.mean).view(-1, 1, 1))
         self.register_buffer("std", torch.tensor(card.std).view(-1, 1, 1))
-        self.classifier = _plain(network.classifier)
+        self.classifier = copy.deepcopy(network.classifier).cpu().plain()
         self.eval()
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (N, C, H, W) -> logits (N, k)."""
         features = self.body((images - self.mean) / self.std).flatten(1)
         return self.classifier(features)
-
-
-class Cosines(nn.Module):
-    """Cosines to class centroids (Eq. 6), whose lengths are divided by once."""
-
-    def __init__(self, classifier: CentroidClassifier) -> None:
-        super().__init__()
-        self.temperature = classifier.temperature
-        self.register_buffer("directions", F.normalize(classifier.centroids.detach().float().cpu(), dim=1))
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Features (N, d) -> logits (N, k)."""
-        return self.temperature * F.normalize(features, dim=1) @ self.directions.T
-
-
-def _plain(classifier: CentroidClassifier | LinearClassifier) -> nn.Module:
-    """A classifier without a word on autocast, which no exporter knows."""
-    if isinstance(classifier, CentroidClassifier):
-        return Cosines(classifier)
-    layer = nn.utils.skip_init(nn.Linear, *reversed(classifier.class_weight.shape))
-    layer.load_state_dict({"weight": classifier.class_weight.detach(), "bias": classifier.class_bias.detach()})
-    return layer
 
 
 def export(network: PredictedNetwork, path: Path) -> None:

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from pudnet.baselines.scratch import ScratchConfig, train
-from pudnet.card import Label
+from pudnet.card import Card
 from pudnet.classifier import fit
 from pudnet.cpu import accelerate
 from pudnet.data.own import Images, ImageSet, Pixels, images_at_a_time, labelled_set
@@ -73,8 +73,9 @@ def finetune(
     A part `held_out` of each class is kept from training and gives the accuracies, at least one image of it. Both
     starts get BatchNorm statistics and a classifier from the images that are left, and then the same batches, loss
     (cross-entropy) and schedule (`ScratchConfig`: AdamW, a rate that rises and falls to zero).
-    The predicted convolution weights are as they come: their sketch saw images that are held out here, if those
-    were among the images predicted from, but no label. All images are in memory at the network's size.
+    The predicted convolution weights are as they come. Their sketch may have seen images that are held out here, but
+    no label: of a class, the first images whose labels it saw (PudNet+) are trained on. All images are in memory at
+    the network's size.
 
     Raises:
         UserError: for unfit images, labels that the network does not know, classes without images or with too few
@@ -84,7 +85,7 @@ def finetune(
     normalized, columns = _all_images(network, images, labels)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        kept, tested = _hold_out(columns, held_out, network.classes)
+        kept, tested = _hold_out(columns, held_out, network.card)
         parts = Parts(normalized[kept], columns[kept], normalized[tested], columns[tested])
         starts = {"predicted": _ready(network, parts), "random": _ready(_random(network), parts)}
         _train_epoch(starts["random"], parts, config)  # what a process does once is in nobody's time
@@ -122,17 +123,20 @@ def _all_images(
     return network.normalize(own), torch.tensor([column[str(name)] for name in names])[encoded].to(network.mean.device)
 
 
-def _hold_out(columns: Tensor, part: float, classes: Sequence[Label]) -> tuple[Tensor, Tensor]:
-    """Rows to train on and rows to test on, drawn from each class."""
+def _hold_out(columns: Tensor, part: float, card: Card) -> tuple[Tensor, Tensor]:
+    """Rows to train on and rows to test on, drawn from each class, those whose labels made the weights left aside."""
     kept, tested = [], []
     for column in columns.unique().tolist():
         rows = torch.nonzero(columns == column).squeeze(1)
-        rows = rows[torch.randperm(len(rows), device=rows.device)]
+        seen, rest = rows.split([min(card.labels_per_class, len(rows)), max(0, len(rows) - card.labels_per_class)])
         count = max(1, round(part * len(rows)))
-        if count >= len(rows):
-            raise UserError(f"labels: class {classes[column]!r} has {len(rows)} image(s), too few to hold {count} out")
-        tested.append(rows[:count])
-        kept.append(rows[count:])
+        if count > len(rest) or count == len(rows):
+            used = f", {len(seen)} of which the network was predicted from by their labels" if len(seen) else ""
+            has = f"labels: class {card.classes[column]!r} has {len(rows)} image(s){used}"
+            raise UserError(f"{has}, too few to hold {count} out")
+        rest = rest[torch.randperm(len(rest), device=rest.device)]
+        tested.append(rest[:count])
+        kept.append(torch.cat([seen, rest[count:]]))
     return torch.cat(kept), torch.cat(tested)
 
 

@@ -53,7 +53,8 @@ class MetaLearner(Learner):
         features = self.model.shared(images, self.model.generate(sketch))
         columns = labels.unflatten(1, (self.k, -1))[..., 0]  # (B, k)
         with torch.autocast(images.device.type, enabled=False):
-            return [self.objective(*group, seen, self.model.ridge) for group in zip(features, columns, strict=True)]
+            groups = zip(features, columns, strict=True)
+            return [self.objective(*group, seen, self.model.regression) for group in groups]
 
     def _sketch(self, images: Tensor) -> tuple[Tensor, int]:
         """The groups' sketches, and of how many images of each class the labels are in them.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pudnet.card import Card, card_target, loaded, read_tensors, write_tensors
-from pudnet.classifier import taken_from
+from pudnet.classifier import unfilled
 from pudnet.data.images import normalize
 from pudnet.data.own import Images, ImageSet, Label, image_set, images_at_a_time
 from pudnet.errors import UserError
@@ -99,8 +99,7 @@ class PredictedNetwork(nn.Module):
         if card.kind != "network":
             raise UserError(f"{path}: holds a {card.kind}, not a predicted network (`pudnet predict` makes one)")
         with torch.random.fork_rng(devices=[]):
-            body = card_target(card, target).network
-        classifier = taken_from(tensors, card)
-        if classifier is None:
-            raise UserError(f"{path}: its classifier does not fit its {len(card.classes)} classes")
-        return cls(loaded(body, tensors, path), classifier, card)
+            built = card_target(card, target)
+        classifier = unfilled(card, built.features)
+        own = {name: tensors.pop(name) for name in classifier.state_dict() if name in tensors}
+        return cls(loaded(built.network, tensors, path), loaded(classifier, own, path), card)

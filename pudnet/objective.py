@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pudnet.classifier import Ridge, metric_logits
+from pudnet.classifier import Regression, metric_logits
 from pudnet.config import TrainConfig
 
 
@@ -49,15 +49,15 @@ class Objective(nn.Module):
         tau = torch.tensor(config.temperature)
         self.temperature = nn.Parameter(tau) if config.learn_temperature else tau.item()
 
-    def forward(self, features: Tensor, columns: Tensor, seen: int = 0, ridge: Ridge | None = None) -> Losses:
+    def forward(self, features: Tensor, columns: Tensor, seen: int = 0, regression: Regression | None = None) -> Losses:
         """Features (k * n, d) in blocks of n images a class; `columns` (k,) are the classes in 0..K-1.
 
-        Of the first `seen` images of each class the labels made the weights, so that they are no queries. `ridge`
+        Of the first `seen` images of each class the labels made the weights, so that they are no queries. `regression`
         is the model's own way to classify, where it has one.
         """
         seen = max(seen, self.config.support_per_class)
         blocks = features.float().view(len(columns), -1, features.shape[-1])  # (k, n, d)
-        metric = self._metric(blocks, seen, ridge)  # (k * (n - seen), k)
+        metric = self._metric(blocks, seen, regression)  # (k * (n - seen), k)
         labels = _labels(blocks[:, seen:])
         loss = F.cross_entropy(metric, labels)
         full_loss = kl = torch.zeros_like(loss)
@@ -69,13 +69,13 @@ class Objective(nn.Module):
         accuracy = (metric.argmax(1) == labels).float().mean()
         return Losses(total, *(x.detach() for x in (loss, full_loss, kl)), accuracy)
 
-    def _metric(self, blocks: Tensor, seen: int, ridge: Ridge | None) -> Tensor:
+    def _metric(self, blocks: Tensor, seen: int, regression: Regression | None) -> Tensor:
         """Logits of the queries, those after the first `seen` of each class."""
         queries = blocks[:, seen:].flatten(0, 1)
-        if ridge is None:
+        if regression is None:
             return metric_logits(queries, blocks[:, : self.config.support_per_class].mean(1), self.temperature)
         support = blocks[:, :seen]
-        return ridge(queries, support.flatten(0, 1), _labels(support), len(blocks))
+        return regression(queries, support.flatten(0, 1), _labels(support), len(blocks))
 
     def _consistency(self, full: Tensor, metric: Tensor, columns: Tensor) -> Tensor:
         """L3, with the side that is not to learn from it held fixed.

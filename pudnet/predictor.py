@@ -97,7 +97,7 @@ class Predictor:
         self.model, self.card, self.target = model.eval(), card, target
         hypernetwork = isinstance(model, PudNet)  # and not a trunk of a control or baseline
         self.class_aware = hypernetwork and model.class_aware
-        self.ridge = model.ridge if hypernetwork else None
+        self.regression = model.regression if hypernetwork else None
         own = model.config.sketch_images if hypernetwork else CALIBRATION_IMAGES
         self.sketch_images = own if sketch_images is None else sketch_images
         if calibration_images is None:
@@ -162,7 +162,8 @@ class Predictor:
 
         Images are uint8 (N, H, W, C) or float (N, C, H, W) in 0..1, a list of images, a torch Dataset or a folder
         with a subfolder a class (`pudnet.data.own.image_set`), of any size; labels (N,) of any type, where the
-        images do not bring theirs. The first `support_per_class` images of each class give its centroid.
+        images do not bring theirs. The first `support_per_class` images of each class give its centroid, or all that
+        are looked at a layer that is solved for.
 
         Raises:
             UserError: for unfit input, in one line.
@@ -284,13 +285,17 @@ class Predictor:
 
     def support_rows(self, labels: Tensor) -> Tensor:
         """Rows of the support set: the first images of each class."""
-        return first_rows(labels, self._support(labels))
+        return first_rows(labels, self._support_count(labels))
 
-    def _support(self, labels: Tensor) -> int:
+    def _support_count(self, labels: Tensor) -> int:
         """Images of each class in the support set. A classifier that is solved for is of all that are looked at."""
-        if self.ridge is None:
+        if self.regression is None:
             return self.support_per_class
-        return max(self.support_per_class, math.ceil(self.sketch_images / (int(labels.max()) + 1)))
+        return max(self.support_per_class, self._labelled(labels))
+
+    def _labelled(self, labels: Tensor) -> int:
+        """Images of each class whose labels enter the sketch."""
+        return math.ceil(self.sketch_images / (int(labels.max()) + 1)) if self.class_aware else 0
 
     @torch.no_grad()
     def support(
@@ -321,16 +326,15 @@ class Predictor:
             "calibration_images": len(spread_rows(labels, self.calibration_images)),
             "support_images": support_images,
         }
-        solved = {}
-        if self.ridge is not None:
-            solved = {"ridge": self.ridge.log_ridge.exp().item(), "temperature": self.ridge.log_scale.exp().item()}
+        solved = {} if self.regression is None else self.regression.card_values()
         return dataclasses.replace(
             self.card,
             **solved,
             kind="network",
             model=None,
             classes=classes,
-            support_per_class=self._support(labels),
+            support_per_class=self._support_count(labels),
+            labels_per_class=self._labelled(labels),
             predicted=tuple(conv.name for conv in self.target.convs),
             provenance={**self.card.provenance, **looked_at},
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -20,7 +22,9 @@ def ridge_weights(x: Tensor, y: Tensor, ridge: Tensor | float) -> Tensor:
 def _solve(gram: Tensor, ridge: Tensor | float, right: Tensor) -> Tensor:
     """(gram + ridge I)^-1 right, of systems (..., n, n) and right sides (..., n, k)."""
     added = ridge * torch.eye(gram.shape[-1], device=gram.device)
-    return torch.cholesky_solve(right, torch.linalg.cholesky(gram + added))
+    factor, failed = torch.linalg.cholesky_ex(gram + added)
+    factor = factor.masked_fill(failed.bool()[..., None, None], math.nan)  # for training's guard, as any other loss
+    return torch.cholesky_solve(right, factor)
 
 
 def normalized_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

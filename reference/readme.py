@@ -1,4 +1,4 @@
-"""Write the table of ../README.md that is made from committed results: `python reference/readme.py`."""
+"""Write the tables of ../README.md that are made from committed results: `python reference/readme.py`."""
 
 from __future__ import annotations
 
@@ -7,17 +7,42 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
+from pipeline.studies.accuracy import overview
+from pipeline.studies.definition import load_study
+
 HERE = Path(__file__).parent
-README = HERE.parent / "README.md"
+README, RESULTS = HERE.parent / "README.md", HERE.parent / "studies" / "results"
+MATTERS = "matters"
+MATTERS_TOLD = """ConvNet-3, each method trained on the same {train_groups:,} task groups, one update each, and measured
+on {test_groups:,} task groups of classes that it has never seen: accuracy in percent ± its 95% interval over test
+groups, in brackets the difference to the {reference}, paired over them (class splits: {splits};
+`dvc repro studies/dvc.yaml:study@{name}`; [times, and what each row is](studies/results/{name}.md)).
+"""
 BENCHES = {"CIFAR-100": "cifar100-convnet3-bench", "Fashion-MNIST": "fashion-convnet3-bench"}
-TOLD = """Every method on one bench with ConvNet-3, fp32 on one thread: accuracy, difference to PudNet paired over the
-same test groups, and time a group. PudNet has the losses that its search chose, L1 alone but for one split; training
-from scratch has the labels of all of a group's images, the others those of 10 a class.
+BENCH_TOLD = """Every method on one bench with ConvNet-3, fp32 on one thread: accuracy, difference to PudNet paired over
+the same test groups, and time a group. PudNet has the losses that its search chose, L1 alone but for one split;
+training from scratch has the labels of all of a group's images, the others those of 10 a class.
 
 {about}
 """
-BEGIN, END = "<!-- from here: python reference/readme.py -->\n", "<!-- to here -->\n"
 EPOCHS_SHOWN = (1, 5, 20, 50)  # of training from scratch; reference/README.md has them all
+
+
+def opening() -> str:
+    """The table and the picture of whether the dataset matters."""
+    study, table = load_study(MATTERS), pd.read_csv(RESULTS / f"{MATTERS}.csv")
+    first = table.iloc[0]
+    told = MATTERS_TOLD.format(
+        train_groups=first.train_groups,
+        test_groups=first.test_groups,
+        splits=first.splits,
+        reference=study.reference,
+        name=MATTERS,
+    )
+    picture = f"![Each row beside the {study.reference}](studies/results/{MATTERS}.png)"
+    return f"{told}\n{overview(study, table)}\n{picture}\n"
 
 
 @dataclass(frozen=True)
@@ -54,7 +79,7 @@ def bench() -> str:
     rows.append(["---"] * len(rows[0]))
     for method in filter(_shown, runs[0].methods):
         rows.append([_label(method), *(cell for run in runs for cell in run.cells(method))])
-    told = TOLD.format(about="\n".join(run.about for run in runs))
+    told = BENCH_TOLD.format(about="\n".join(run.about for run in runs))
     return f"{told}\n" + "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
@@ -82,12 +107,15 @@ def _duration(milliseconds: float) -> str:
 
 
 def written(page: str) -> str:
-    """README.md with what stands between the two marks replaced."""
-    before, found, rest = page.partition(BEGIN)
-    _, ended, after = rest.partition(END)
-    if not found or not ended:
-        raise SystemExit(f"error: {README.name} lacks {BEGIN.strip()} or {END.strip()}")
-    return before + BEGIN + bench() + END + after
+    """README.md with what stands between each pair of marks replaced."""
+    for name, part in {"opening": opening, "bench": bench}.items():
+        begin, end = f"<!-- {name}: python reference/readme.py -->\n", f"<!-- end of {name} -->\n"
+        before, found, rest = page.partition(begin)
+        _, ended, after = rest.partition(end)
+        if not found or not ended:
+            raise SystemExit(f"error: {README.name} lacks {begin.strip()} or {end.strip()}")
+        page = before + begin + part() + end + after
+    return page
 
 
 if __name__ == "__main__":

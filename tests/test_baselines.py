@@ -157,11 +157,13 @@ def test_r2d2_regresses_the_classes_on_features_with_a_penalty(features):
     """A twin: ordinary least squares, by the normal equations, on rows to which sqrt(ridge) I is added as data."""
     support, labels, queries = torch.randn(6, features), torch.tensor([0, 1, 2, 0, 1, 1]), torch.randn(4, features)
     x, y = support.numpy().astype(float), np.eye(3)[labels]
-    mean, chance = x.mean(0), y.mean(0)
-    size = math.sqrt(sum(sum(value**2 for value in row) for row in x - mean) / 6)
-    penalty = np.vstack([(x - mean) / size, math.sqrt(0.5) * np.eye(features)])
-    weights = np.linalg.lstsq(penalty, np.vstack([y - chance, np.zeros((features, 3))]), rcond=None)[0]
-    expected = 7.0 * (chance + (queries.numpy() - mean) / size @ weights)
+    count = np.array([1, 2 / 3, 2, 1, 2 / 3, 2 / 3])[:, None]  # of an image: classes count alike
+    mean = (count * x).mean(0)
+    size = math.sqrt((count * (x - mean) ** 2).sum() / 6)
+    penalty = np.vstack([np.sqrt(count) * (x - mean) / size, math.sqrt(0.5) * np.eye(features)])
+    truth = np.vstack([np.sqrt(count) * (y - 1 / 3), np.zeros((features, 3))])
+    weights = np.linalg.lstsq(penalty, truth, rcond=None)[0]
+    expected = 7.0 * (1 / 3 + (queries.numpy() - mean) / size @ weights)
     found = method_of("r2d2", ridge=0.5, scale=7.0).logits(queries, support, labels, 3)
     np.testing.assert_allclose(found.detach(), expected, rtol=1e-4, atol=1e-5)
 

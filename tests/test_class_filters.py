@@ -124,7 +124,7 @@ def test_several_groups_have_the_weights_that_each_has_alone(change):
 
 
 def test_a_predicted_change_starts_at_zero():
-    model, target, _ = plus(change=True, class_filters=False)
+    model, target, _ = plus(change=True, class_filters=False, classifier="centroids")
     weights = model.generate(model.sketch(noise(5, 1, 8, 8)))
     assert all(torch.equal(weights[conv.name], target.network.get_parameter(conv.name)) for conv in target.convs)
 
@@ -144,7 +144,7 @@ def test_an_image_whose_label_made_the_weights_is_no_query():
     sketch = model.sketch(blocks[:, :3].flatten(0, 1), torch.tensor([0, 0, 0, 1, 1, 1]))
     features = model.shared(images[0], model.generate(sketch))
     objective = Objective(train, target.features, 5)
-    expected = objective(features, torch.tensor([1, 3]), 3, model.ridge)  # support: 10 of a class, 3 seen
+    expected = objective(features, torch.tensor([1, 3]), 3, model.regression)  # support: 10 of a class, 3 seen
     assert_close(found.total, expected.total)
     seen = MetaLearner(*plus(sketch_images=1000)[:2], train, 5, k=2)._sketch(images)[1]
     assert seen == 10
@@ -181,7 +181,7 @@ def test_a_classifier_that_is_solved_for_is_of_all_images_that_are_looked_at(tmp
     seen = torch.cat([torch.arange(4) + 6 * c for c in range(3)])  # 12 images of three classes
     with torch.no_grad():
         support, queries = (network.body(part).flatten(1) for part in (images[seen], images))
-        assert_close(network.logits(images), model.ridge(queries, support, labels[seen], 3), rtol=1e-3, atol=1e-3)
+        assert_close(network.logits(images), model.regression(queries, support, labels[seen], 3), rtol=1e-3, atol=1e-3)
     assert network.card.ridge == pytest.approx(0.3) and network.card.support_per_class == 4
     network.save(tmp_path / "a.safetensors")
     again = PredictedNetwork.load(tmp_path / "a.safetensors")
@@ -189,5 +189,5 @@ def test_a_classifier_that_is_solved_for_is_of_all_images_that_are_looked_at(tmp
     for name in ("a.onnx", "a.pt2"):  # each is read again and compared
         network.export(tmp_path / name)
     tuned = finetune(network, images.sigmoid(), labels, epochs=2, held_out=0.2).network
-    assert not torch.equal(tuned.classifier.class_weight, network.classifier.class_weight)
+    assert not torch.equal(tuned.classifier.head_weight, network.classifier.head_weight)
     assert (tuned.logits(images).argmax(1) == labels).float().mean() > 0.5

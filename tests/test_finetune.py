@@ -8,6 +8,8 @@ from sklearn.datasets import load_digits
 
 from pudnet import Predictor
 from pudnet.baselines.scratch import ScratchConfig, train
+from pudnet.card import Card
+from pudnet.config import ModelConfig, TrainConfig, apply_variant
 from pudnet.errors import UserError
 from pudnet.finetune import _random, finetune
 
@@ -51,8 +53,18 @@ def test_curve_starts_before_training_and_has_both_starts(tuned):
         assert points[-1].loss < points[1].loss and points[-1].accuracy > 90
 
 
-def test_nothing_of_the_held_out_images_is_known_at_the_start(predictor):
+def plus():
+    """PudNet+, which looks at 10 labelled images."""
+    model, _ = apply_variant("pudnet_plus", ModelConfig(), TrainConfig())
+    torch.manual_seed(0)
+    card = Card("pudnet", "convnet3", 1, 8, (0.5,), (0.5,), 10.0, 1, {**vars(model), "sketch_images": 10})
+    return Predictor.from_card(card)
+
+
+@pytest.mark.parametrize("variant", ["pudnet", "pudnet_plus"])
+def test_nothing_of_the_held_out_images_is_known_at_the_start(variant, predictor):
     """Random labels: neither start does better than chance, though the network was predicted from those very images."""
+    predictor = plus() if variant == "pudnet_plus" else predictor
     accuracies = {"predicted": [], "random": []}
     for seed in range(8):
         rng = np.random.default_rng(seed)
@@ -62,6 +74,14 @@ def test_nothing_of_the_held_out_images_is_known_at_the_start(predictor):
             accuracies[point.start].append(point.accuracy)
     for values in accuracies.values():  # of 80 images: chance is 20 %, four standard errors are 18
         assert abs(np.mean(values) - 20) < 18
+
+
+def test_too_few_images_beside_those_whose_labels_made_the_weights_are_refused():
+    predictor, images, labels = plus(), np.zeros((8, 8, 8), np.uint8), [0, 1] * 4
+    with pytest.raises(
+        UserError, match="class 0 has 4 image.*4 of which the network was predicted from.*, too few to hold 1 out"
+    ):
+        finetune(predictor.predict(images, labels), images, labels)
 
 
 def test_both_starts_see_the_same_batches(predictor, digits):

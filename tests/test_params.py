@@ -1,11 +1,14 @@
 """params.yaml: what is null comes from the setting, and a mistake is one line that names the key."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
+from pipeline.dependencies import CODE, TRAINING_CODE, VALIDATION_CODE, code_files
 from pipeline.params import check, load_params, resolve
 from pudnet.config import VARIANTS
 from pudnet.errors import UserError
@@ -168,3 +171,15 @@ def test_the_method_does_not_import_the_experiment():
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             assert not forbidden & {name.split(".")[0] for name in names}, path
+
+
+def test_results_depend_on_every_file_of_the_method_that_a_trial_imports():
+    """But for what only finds, reads and names data, whose content counts by itself."""
+    names = "import pipeline.trial, sys; print(*(name for name in sys.modules if name.startswith('pudnet.')))"
+    imported = subprocess.run([sys.executable, "-c", names], capture_output=True, text=True, check=True).stdout.split()
+    plain = {f"pudnet.{name}" for name in ("data", "errors", "files", "locations", "settings")}
+    plain |= {f"pudnet.data.{name}" for name in ("groups", "sources", "store")}
+    counted = {file.relative_to(CODE).with_suffix("") for file in code_files(TRAINING_CODE + VALIDATION_CODE)}
+    counted = {".".join(path.parts).removesuffix(".__init__") for path in counted}
+    own_of_a_method = {name for name in imported if name.startswith("pudnet.baselines")}
+    assert set(imported) - plain - own_of_a_method <= counted and counted <= set(imported)

@@ -313,8 +313,8 @@ def nothing(path, predictor, network):
         (Predictor, other_size, "x.safetensors: its tensors do not fit its card .*extractor.linear.weight"),
         (Predictor, unknown_key, "model.etta: unknown key"),
         (Predictor, odd_card, "x.safetensors"),
-        (PredictedNetwork, no_centroids, "x.safetensors.*classifier"),
-        (PredictedNetwork, too_few_centroids, "x.safetensors.*classifier.* 3 classes"),
+        (PredictedNetwork, no_centroids, "x.safetensors: its tensors do not fit its card .*centroids"),
+        (PredictedNetwork, too_few_centroids, "x.safetensors: its tensors do not fit its card .*centroids"),
     ],
 )
 def test_bad_file_is_named(kind, write, message, predictor, network, tmp_path):

@@ -11,7 +11,10 @@ from pudnet.config import ModelConfig, TrainConfig, apply_variant
 
 @pytest.mark.parametrize(
     ("variant", "said"),
-    [("pudnet", "extractor 1conv-1linear, eta 0.2, GRU depth 2"), ("pudnet_plus", "class filters")],
+    [
+        ("pudnet", "extractor 1conv-1linear, eta 0.2, GRU depth 2"),
+        ("pudnet_plus", "class filters, a classifier by ridge regression"),
+    ],
 )
 def test_what_makes_the_weights_is_said_whatever_was_searched(variant, said):
     model, _ = apply_variant(variant, ModelConfig(), TrainConfig())

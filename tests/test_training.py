@@ -181,9 +181,11 @@ def test_groups_without_queries_are_refused(digits):
         8,  # the table ends before the third failure
     ],
 )
-def test_loss_that_stays_nan_fails_the_run(groups, digits):
+@pytest.mark.parametrize("variant", ["pudnet", "pudnet_plus"])
+def test_loss_that_stays_nan_fails_the_run(groups, variant, digits):
     table = digits.train[:groups]
-    trainer = make_trainer(digits, table, images=PoisonedImages(digits.store, table))
+    model, _ = apply_variant(variant, ModelConfig(), TrainConfig())
+    trainer = make_trainer(digits, table, images=PoisonedImages(digits.store, table), model=model)
     with pytest.raises(RunFailed, match="not finite.*learning_rate"):
         list(trainer.run())
     assert trainer.groups <= 12  # three intervals, not the whole table

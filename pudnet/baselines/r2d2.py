@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pudnet.baselines.learners import Episodic
 from pudnet.baselines.method import Method
-from pudnet.classifier import Ridge
+from pudnet.classifier import Regression
 from pudnet.config import STRICT, PositiveFloat
 from pudnet.learner import Learner
 from pudnet.targets import Target
@@ -32,7 +32,7 @@ class R2D2(Method):
 
     def __init__(self, config: R2D2Config, target: Target) -> None:
         super().__init__(config, target)
-        self.ridge = Ridge(config.ridge, config.scale)
+        self.regression = Regression(config.ridge, config.scale)
 
     def learner(self, train_classes: int, k: int, support: int) -> Learner:
         """Episodes."""
@@ -40,4 +40,4 @@ class R2D2(Method):
 
     def logits(self, queries: Tensor, support: Tensor, labels: Tensor, k: int) -> Tensor:
         """The scaled regression of queries (Q, d), (Q, k)."""
-        return self.ridge(queries, support, labels, k)
+        return self.regression(queries, support, labels, k)

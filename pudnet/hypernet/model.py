@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from pudnet.classifier import Ridge
+from pudnet.classifier import Regression
 from pudnet.config import ModelConfig
 from pudnet.errors import UserError
 from pudnet.hypernet.class_filters import ClassFilters
@@ -25,7 +25,7 @@ class PudNet(nn.Module):
 
     - `base`: :math:`w_t = b_t + g_t(\hat a_t)`, a learned kernel that the generator changes, from no change on;
     - `class_filters`: the last convolution gets filters that tell the group's classes apart;
-    - `ridge`: what is learned of a classifier that is solved for.
+    - `regression`: what is learned of a classifier that is solved for.
     """
 
     def __init__(self, config: ModelConfig, target: Target) -> None:
@@ -47,7 +47,7 @@ class PudNet(nn.Module):
         if config.class_filters and not target.dense:
             raise UserError("model.class_filters: the target has no convolution that sees all of its input's channels")
         self.filters = ClassFilters(target.dense[-1], config.filter_grid) if config.class_filters else None
-        self.ridge = Ridge() if config.classifier == "ridge" else None
+        self.regression = Regression() if config.classifier == "ridge" else None
         self._set_scales(torch.randn(64, target.channels, target.image_size, target.image_size))
 
     @property
