@@ -9,9 +9,9 @@ import sys
 import torch
 
 
-def peak_of(benchmark: str, target: str) -> float:
-    """Peak memory (MB) of `python -m BENCHMARK --memory TARGET`, which prints it last."""
-    command = [sys.executable, "-m", benchmark, "--memory", target]
+def peak_of(benchmark: str, target: str, *options: str) -> float:
+    """Peak memory (MB) of `python -m BENCHMARK --memory TARGET OPTIONS`, which prints it last."""
+    command = [sys.executable, "-m", benchmark, "--memory", target, *options]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 

@@ -44,15 +44,15 @@ SEVERAL = 16  # groups in one call
 COUNTS = (10, 25, 50, 100, 250, 500)  # images looked at
 
 
-def on_device(target: str, device: torch.device) -> Predictor:
+def on_device(target: str, device: torch.device, variant: str) -> Predictor:
     """An untrained predictor: speed does not depend on training."""
-    untrained = Predictor.untrained(target, CHANNELS, SIZE)
+    untrained = Predictor.untrained(target, CHANNELS, SIZE, variant=variant)
     return Predictor(untrained.model.to(device), untrained.card, untrained.target)
 
 
-def measure(target: str, images: StoreImages, repeats: int) -> dict[str, object]:
+def measure(target: str, images: StoreImages, repeats: int, variant: str) -> dict[str, object]:
     """One target's row: the parts of a prediction, an epoch from scratch, one call and several groups in one call."""
-    predictor = on_device(target, images.device)
+    predictor = on_device(target, images.device, variant)
     bf16 = wants_bf16("auto", images.device)
     parts = time_prediction(predictor, images, make_groups(repeats), bf16)
     groups = [(images.raw(group), images.labels[group]) for group in make_groups(SEVERAL)]
@@ -63,11 +63,12 @@ def measure(target: str, images: StoreImages, repeats: int) -> dict[str, object]
     )
     return {
         "target": target,
+        "variant": variant,
         "weights": predictor.target.predicted,
         "parts": asdict(parts),
         "one_call_ms": singles / SEVERAL,
         "several_ms_a_group": together / SEVERAL,
-        "peak_memory_mb": peak_of("benchmarks.prediction", target),
+        "peak_memory_mb": peak_of("benchmarks.prediction", target, "--variant", variant),
     }
 
 
@@ -82,10 +83,10 @@ def take_turns(versions: list[Callable[[], object]], device: torch.device, round
     return [median(row[1:]) for row in times]
 
 
-def _measure_memory(target: str) -> None:
+def _measure_memory(target: str, variant: str) -> None:
     """Print the peak memory (MB) of this process after three predictions."""
     device = pick_device()
-    predictor, images = on_device(target, device), make_images(device)
+    predictor, images = on_device(target, device, variant), make_images(device)
     for group in make_groups(3):
         predictor.predict(images.raw(group), images.labels[group])
     print(peak_so_far(device))
@@ -165,8 +166,8 @@ def show(rows: list[dict], trained: dict | None) -> None:
     """Print the tables."""
     first = rows[0]["parts"]
     print(
-        f"{first['device']}, {first['threads']} threads. A prediction from {first['images']} images in memory: "
-        f"{first['sketch_images']} for the sketch and {first['calibration_images']} for calibration"
+        f"{rows[0]['variant']}, {first['device']}, {first['threads']} threads. A prediction from {first['images']} "
+        f"images in memory: {first['sketch_images']} for the sketch, {first['calibration_images']} for calibration"
     )
     table = Table("milliseconds", *(Column(row["target"], justify="right") for row in rows))
     for name in ("sketch", "generation", "calibration", "total"):
@@ -203,6 +204,7 @@ def main() -> int:
     """Measure, print, write JSON. Exit code 2 for a run that cannot be read, said in one line."""
     parser = argparse.ArgumentParser("python -m benchmarks.prediction", description=__doc__)
     parser.add_argument("--targets", nargs="+", default=TARGETS, choices=TARGETS)
+    parser.add_argument("--variant", default="pudnet", choices=("pudnet", "pudnet_plus"))
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--groups", type=int, default=20, help="test groups for a trained model's tables")
     parser.add_argument("--epochs", type=int, default=20, help="from scratch, at most")
@@ -210,7 +212,7 @@ def main() -> int:
     parser.add_argument("--memory", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.memory:
-        _measure_memory(options.memory)
+        _measure_memory(options.memory, options.variant)
         return 0
     try:
         trained = open_trained(options.groups)
@@ -218,7 +220,7 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     images = make_images(pick_device())
-    rows = [measure(target, images, options.repeats) for target in options.targets]
+    rows = [measure(target, images, options.repeats, options.variant) for target in options.targets]
     saved = measure_trained(trained, options.epochs) if trained else None
     show(rows, saved)
     if trained is None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pudnet.card import Card, card_target, loaded, read_tensors, write_tensors
 from pudnet.classifier import fit
-from pudnet.config import ModelConfig, default_extractor, parse
+from pudnet.config import ModelConfig, TrainConfig, apply_variant, default_extractor, parse
 from pudnet.controls import StaticTrunk
 from pudnet.cpu import accelerate, keep_freed_memory
 from pudnet.data.images import normalize
@@ -132,11 +132,13 @@ class Predictor:
         return predictor
 
     @classmethod
-    def untrained(cls, target: str | nn.Module, channels: int, image_size: int, seed: int = 0) -> Predictor:
+    def untrained(
+        cls, target: str | nn.Module, channels: int, image_size: int, seed: int = 0, variant: str = "pudnet"
+    ) -> Predictor:
         """A random hypernetwork, for benchmarks and tests."""
         half, name = (0.5,) * channels, target_name(target)
-        config = asdict(ModelConfig(extractor=default_extractor(name)))
-        card = Card("pudnet", name, channels, image_size, half, half, 10.0, 10, config)
+        config, _ = apply_variant(variant, ModelConfig(extractor=default_extractor(name)), TrainConfig())
+        card = Card("pudnet", name, channels, image_size, half, half, 10.0, 10, asdict(config))
         with torch.random.fork_rng():  # the caller's random numbers are the caller's
             torch.manual_seed(seed)
             return cls.from_card(card, target)
