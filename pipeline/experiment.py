@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import time
 from collections.abc import Collection, Mapping, Sequence
@@ -16,7 +17,7 @@ from pipeline import cluster  # first: it sets Ray's environment
 # isort: split
 import torch
 from ray import tune
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayTaskError
 
 from pipeline.callback import TrialProgress, log_finished
 from pipeline.dependencies import digest, trial_key
@@ -260,8 +261,9 @@ def _name(result: tune.Result) -> str:
 
 def _reason(error: object) -> str:
     """The line of an error that says most: of a traceback the last, of what Ray says of a lost process the first."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    line = lines[0] if isinstance(error, RayError) and not isinstance(error, RayTaskError) else lines[-1]
+    last = re.split(r"^Failure # \d+ .*$", str(error), flags=re.MULTILINE)[-1]  # of a process lost as it began
+    lines = [line.strip() for line in last.splitlines() if line.strip()] or [type(error).__name__]
+    line = lines[-1] if isinstance(error, RayTaskError) or '  File "' in last else lines[0]
     return line.removeprefix("pudnet.errors.RunFailed: ")
 
 
