@@ -44,6 +44,8 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--out", type=Path, required=True, help="the .safetensors file to write")
     support = "images a class in the support set (as in training, 10; PudNet+ takes at least those that it looks at)"
     predict.add_argument("--support", type=int, metavar="N", help=support)
+    sketch = "images in all that the sketch is of (as in training, 50; PudNet+, 90: more are slower, and better)"
+    predict.add_argument("--sketch", type=int, metavar="N", help=sketch)
     _add_target(predict)
     predict.set_defaults(run=_predict)
 
@@ -97,6 +99,8 @@ def _predict(options: argparse.Namespace) -> None:
     predictor = Predictor.load(options.model, target=options.target)
     if options.support is not None:
         predictor.support_per_class = options.support
+    if options.sketch is not None:
+        predictor.sketch_images = options.sketch
     card = predictor.card
     images = open_folder(options.data, card, options.skip_bad)
     network = predictor.predict(images)

@@ -80,8 +80,8 @@ class Predictor:
     `predict` is the one call; its steps stand alone, on normalised images, for evaluation and timing. The sketch
     and BatchNorm's statistics are averages, and a part of a group's images is enough for them: `sketch_images`
     (None: as many as the model was made for) and `calibration_images` (None: 50, or where labels enter the sketch
-    those that it is of) are how many, spread evenly over its classes; the first `support_per_class` of each class
-    make its centroid.
+    those that it is of, also when that changes) are how many, spread evenly over its classes; the first
+    `support_per_class` of each class make its centroid.
     Statistics are taken in bf16 where the device has it; the network itself is fp32, as it is exported. On a
     CPU the process keeps the memory that it frees (`keep_freed_memory`).
     """
@@ -100,9 +100,7 @@ class Predictor:
         self.regression = model.regression if hypernetwork else None
         own = model.config.sketch_images if hypernetwork else CALIBRATION_IMAGES
         self.sketch_images = own if sketch_images is None else sketch_images
-        if calibration_images is None:
-            calibration_images = self.sketch_images if self.class_aware else CALIBRATION_IMAGES
-        self.calibration_images = calibration_images
+        self._calibration_images = calibration_images
         self.support_per_class = card.support_per_class
         self.device = next(model.parameters()).device
         self.bf16 = wants_bf16("auto", self.device)
@@ -112,6 +110,17 @@ class Predictor:
             keep_freed_memory()
             accelerate(self.calibrate.empty)
         self.mean, self.std = (torch.tensor(v, device=self.device) for v in (card.mean, card.std))
+
+    @property
+    def calibration_images(self) -> int:
+        """How many images BatchNorm's statistics are of."""
+        if self._calibration_images is not None:
+            return self._calibration_images
+        return self.sketch_images if self.class_aware else CALIBRATION_IMAGES
+
+    @calibration_images.setter
+    def calibration_images(self, count: int | None) -> None:
+        self._calibration_images = count
 
     @classmethod
     def load(

@@ -183,6 +183,10 @@ def test_a_classifier_that_is_solved_for_is_of_all_images_that_are_looked_at(tmp
         support, queries = (network.body(part).flatten(1) for part in (images[seen], images))
         assert_close(network.logits(images), model.regression(queries, support, labels[seen], 3), rtol=1e-3, atol=1e-3)
     assert network.card.ridge == pytest.approx(0.3) and network.card.support_per_class == 4
+    more = Predictor(model, card, target)
+    more.sketch_images = 18
+    looked_at = more.adapt(images, labels, (0, 1, 2)).card
+    assert looked_at.support_per_class == 6 and looked_at.provenance["calibration_images"] == 18
     network.save(tmp_path / "a.safetensors")
     again = PredictedNetwork.load(tmp_path / "a.safetensors")
     assert torch.equal(again.logits(images), network.logits(images))
