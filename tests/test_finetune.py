@@ -8,8 +8,6 @@ from sklearn.datasets import load_digits
 
 from pudnet import Predictor
 from pudnet.baselines.scratch import ScratchConfig, train
-from pudnet.card import Card
-from pudnet.config import ModelConfig, TrainConfig, apply_variant
 from pudnet.errors import UserError
 from pudnet.finetune import _random, finetune
 
@@ -55,10 +53,9 @@ def test_curve_starts_before_training_and_has_both_starts(tuned):
 
 def plus():
     """PudNet+, which looks at 10 labelled images."""
-    model, _ = apply_variant("pudnet_plus", ModelConfig(), TrainConfig())
-    torch.manual_seed(0)
-    card = Card("pudnet", "convnet3", 1, 8, (0.5,), (0.5,), 10.0, 1, {**vars(model), "sketch_images": 10})
-    return Predictor.from_card(card)
+    predictor = Predictor.untrained("convnet3", channels=1, image_size=8, variant="pudnet_plus")
+    predictor.sketch_images, predictor.support_per_class = 10, 1
+    return predictor
 
 
 @pytest.mark.parametrize("variant", ["pudnet", "pudnet_plus"])
