@@ -131,9 +131,11 @@ def _hold_out(columns: Tensor, part: float, card: Card) -> tuple[Tensor, Tensor]
         seen, rest = rows.split([min(card.labels_per_class, len(rows)), max(0, len(rows) - card.labels_per_class)])
         count = max(1, round(part * len(rows)))
         if count > len(rest) or count == len(rows):
-            used = f", {len(seen)} of which the network was predicted from by their labels" if len(seen) else ""
-            has = f"labels: class {card.classes[column]!r} has {len(rows)} image(s){used}"
-            raise UserError(f"{has}, too few to hold {count} out")
+            has = f"labels: class {card.classes[column]!r} has {len(rows)} image(s)"
+            if not len(seen):
+                raise UserError(f"{has}, too few to hold {count} out")
+            used = f"{len(seen)} of which the network was predicted from by their labels, too few to hold {count} out"
+            raise UserError(f"{has}, {used}; give more, or predict from fewer (--sketch)")
         rest = rest[torch.randperm(len(rest), device=rest.device)]
         tested.append(rest[:count])
         kept.append(torch.cat([seen, rest[count:]]))

@@ -305,8 +305,11 @@ class Predictor:
         return max(self.support_per_class, self._labelled(labels))
 
     def _labelled(self, labels: Tensor) -> int:
-        """Images of each class whose labels enter the sketch."""
-        return math.ceil(self.sketch_images / (int(labels.max()) + 1)) if self.class_aware else 0
+        """Images of a class whose labels enter the sketch, at most."""
+        if not self.class_aware:
+            return 0
+        counts = labels.bincount()
+        return min(math.ceil(self.sketch_images / len(counts)), int(counts.max()))
 
     @torch.no_grad()
     def support(

@@ -59,11 +59,11 @@ def test_predict_and_classify_work_right_after_set_up(photos, weights, capsys):
 
 
 def test_predict_says_what_it_looked_at(photos, tmp_path, capsys):
-    command = ["predict", "--data", str(photos / "new"), "--support", "5", "--out", str(tmp_path / "w.safetensors")]
+    command = ["predict", "--data", str(photos / "new"), "--sketch", "51", "--out", str(tmp_path / "w.safetensors")]
     assert main(command) == 0
     said = capsys.readouterr().out
     assert "convnet3 for 3 classes, predicted from 51 of 60 images (made 32x32 px, colour, as" in said
-    assert PredictedNetwork.load(tmp_path / "w.safetensors").card.provenance["support_images"] == 15
+    assert PredictedNetwork.load(tmp_path / "w.safetensors").card.provenance["support_images"] == 51
 
 
 def test_images_without_labels_are_classified_too(photos, weights, tmp_path, capsys):
@@ -90,7 +90,7 @@ def test_export_and_info(weights, tmp_path, capsys):
     assert "gives the same logits" in capsys.readouterr().out and (tmp_path / "w.pt2").is_file()
     assert main(["info", str(weights)]) == 0
     said = capsys.readouterr().out
-    for line in ("kind: network", "setting: cifar100", "split_seed: 0", "eta: 0.1", "depth: 2", "git_commit: "):
+    for line in ("kind: network", "setting: cifar100", "split_seed: 0", "variant: pudnet_plus", "git_commit: "):
         assert line in said
     assert "calibration_images: 30" in said
 

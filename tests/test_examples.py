@@ -20,4 +20,4 @@ def test_own_images(tmp_path):
     assert right > 70
     for name in ("filters.png", "confusion.png"):
         assert min(Image.open(tmp_path / name).size) > 200
-    assert PredictedNetwork.load(tmp_path / "weights.safetensors").card.provenance["support_images"] == 50
+    assert PredictedNetwork.load(tmp_path / "weights.safetensors").card.provenance["support_images"] == 90
