@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -13,7 +11,7 @@ from typing import Any
 from ray.tune import Callback
 from ray.tune.experiment import Trial
 
-from pipeline.kept import Finished, keep_trial, reports
+from pipeline.kept import Finished, keep_trial, reports, written
 from pipeline.parallel import checkpoint_folder
 from pipeline.params import Params
 from pipeline.tracking import Tracking, open_tracking
@@ -53,8 +51,8 @@ class TrialProgress(Callback):
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """Find the trial's MLflow run, or create it."""
         if trial.trial_id not in self.reported:
-            self.reported[trial.trial_id] = _written(trial)
-            self.unlogged[trial.trial_id] = _written(trial)
+            self.reported[trial.trial_id] = written(Path(trial.path))
+            self.unlogged[trial.trial_id] = written(Path(trial.path))
         self._log(trial)
 
     def on_trial_result(
@@ -120,15 +118,6 @@ class TrialProgress(Callback):
             f"{', '.join(parts)}, {result['groups_per_second']:.2f} groups/s",
             flush=True,
         )
-
-
-def _written(trial: Trial) -> list[dict[str, Any]]:
-    """The trial's reports of earlier sessions, as Ray writes them; the last line may be half there."""
-    path, rows = Path(trial.path) / "result.json", []
-    with contextlib.suppress(OSError, json.JSONDecodeError):
-        for line in path.read_text().splitlines():
-            rows.append(json.loads(line))  # noqa: PERF401
-    return rows
 
 
 def open_run(tracking: Tracking, params: Params, spec: TrialSpec, key: str, parent: str | None) -> tuple[str, int]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 from collections.abc import Iterator
+from typing import Any
 
 from pipeline.params import Params
 from pipeline.stage import root
@@ -16,10 +18,10 @@ os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "5")
 os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
 # Tune's own handler of Ctrl-C ends the search as if it were finished; without it the stage is interrupted.
 os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # its boxes say less than the callback
 
 import ray
+from ray.exceptions import RayError, RayTaskError
 
 OBJECT_STORE_BYTES = 200_000_000  # trials memory-map their arrays; little goes through the object store
 # Patterns of .gitignore: anchored, since `data` alone would leave out pudnet/data too.
@@ -56,11 +58,33 @@ def share(params: Params) -> dict[str, float]:
 
     Raises `UserError` when no node has what a trial is to get.
     """
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    cpus, gpus = (max(node.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU"))
-    wanted = params.resources
-    if wanted.cpus > cpus:
-        raise UserError(f"resources.cpus: {wanted.cpus} a trial, but the largest node has {cpus:.0f}")
+    nodes, wanted = [node["Resources"] for node in ray.nodes() if node["Alive"]], params.resources
+    gpus = max(node.get("GPU", 0) for node in nodes)
     if gpus and (wanted.gpus > gpus or (wanted.gpus > 1 and wanted.gpus % 1)):
         raise UserError(f"resources.gpus: {wanted.gpus} a trial; give a fraction, or a whole number up to {gpus:.0f}")
-    return {"cpu": wanted.cpus, "gpu": wanted.gpus if gpus else 0}
+    gpu = wanted.gpus if gpus else 0
+    cpus = max(node.get("CPU", 0) for node in nodes if node.get("GPU", 0) >= gpu)
+    if wanted.cpus > cpus:
+        of_what = f"node with {gpu:g} GPU(s)" if gpu else "node"
+        raise UserError(f"resources.cpus: {wanted.cpus} a trial, but the largest {of_what} has {cpus:.0f}")
+    return {"cpu": wanted.cpus, "gpu": gpu}
+
+
+def result(ended: ray.ObjectRef) -> Any:
+    """What a task gave. Raises its own error where that is one of ours or the disk's, `RunFailed` if it was lost."""
+    try:
+        return ray.get(ended)
+    except RayTaskError as error:
+        if isinstance(error.cause, UserError | RunFailed | OSError):
+            raise error.cause from None
+        raise
+    except RayError as error:
+        raise RunFailed(f"a task was lost: {reason(error)}; the same command continues") from None
+
+
+def reason(error: object) -> str:
+    """The line of an error that says most: of a traceback the last, of what Ray says of a lost process the first."""
+    last = re.split(r"^Failure # \d+ .*$", str(error), flags=re.MULTILINE)[-1]  # of a process lost as it began
+    lines = [line.strip() for line in last.splitlines() if line.strip()] or [type(error).__name__]
+    line = lines[-1] if isinstance(error, RayTaskError) or '  File "' in last else lines[0]
+    return line.removeprefix("pudnet.errors.RunFailed: ")

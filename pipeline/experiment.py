@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import time
 from collections.abc import Collection, Mapping, Sequence
@@ -21,8 +20,8 @@ from ray.exceptions import RayTaskError
 
 from pipeline.callback import TrialProgress, log_finished
 from pipeline.dependencies import digest, trial_key
-from pipeline.kept import Finished, forget_trials, is_whole, keep_trial, read_trial, reports
-from pipeline.parallel import checkpoint_folder, run_parallel
+from pipeline.kept import Finished, forget_trials, is_whole, keep_trial, read_trial, reports, written
+from pipeline.parallel import WORKERS, checkpoint_folder, run_parallel
 from pipeline.params import Params
 from pipeline.stage import alone, root, write, write_json
 from pipeline.tracking import Tracking
@@ -79,51 +78,70 @@ def run_missing(
                 kept[name] = replace(trial, run_key=f"{experiment.key}/{name}")  # a child of this parent, too
             tracking.attempt(partial(log_finished, tracking, params, kept[name], parent))
         if missing:
-            rest = _begun(experiment, missing, fresh)
+            rest = _begun(experiment, missing, fresh, params)
             ran = run_trials(rest, params, tracking, parent, fresh, experiment.key, kept)
             kept |= {trial.spec.name: trial for trial in ran}
     return [kept[spec.name] for spec in experiment.specs if spec.name in kept]
 
 
-def _begun(experiment: Experiment, missing: Sequence[TrialSpec], fresh: bool) -> Experiment:
+def _begun(experiment: Experiment, missing: Sequence[TrialSpec], fresh: bool, params: Params) -> Experiment:
     """The experiment that can go on, where what is missing was begun; else a new one, of what is missing.
 
     Ray goes on with an experiment as a whole, also with the trials that have finished since.
     """
     note, names = experiment.folder.with_suffix(".json"), {spec.name for spec in missing}
-    if note.is_file() and not fresh:
-        begun = json.loads(note.read_text())
+    if not fresh and (begun := _noted(note)):
         specs = [spec for spec in experiment.specs if spec.name in begun["trials"]]
         earlier = replace(experiment, stage=begun["stage"], specs=specs)
-        if names <= set(begun["trials"]) and _restorable(earlier, names):
+        if names <= set(begun["trials"]) and _restorable(earlier, names, params):
             return earlier
     rest = replace(experiment, specs=missing)
-    if rest.folder.exists() and not _restorable(rest, names) and not fresh:
+    if rest.folder.exists() and not _restorable(rest, names, params) and not fresh:
         rest = replace(rest, stage=f"{rest.stage}-{int(time.time())}")  # what is finished in the old one is left there
     write_json(note, {"stage": rest.stage, "trials": sorted(names)})
     return rest
 
 
-def _restorable(experiment: Experiment, names: Collection[str]) -> bool:
-    """Whether Ray can go on with an experiment, and would run these trials of it."""
+def _noted(note: Path) -> dict:
+    """What `_begun` wrote; nothing where it did not, or what it wrote is damaged."""
+    try:
+        begun = json.loads(note.read_text())
+        return {"stage": str(begun["stage"]), "trials": [*begun["trials"]]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def _restorable(experiment: Experiment, names: Collection[str], params: Params) -> bool:
+    """Whether Ray can go on with an experiment, and would run these trials of it, each with `params.resources`.
+
+    What a trial gets is part of Ray's state of it, and would stay whatever params.yaml says by now.
+    """
+    now = _resources(experiment, params)
     if not tune.Tuner.can_restore(str(experiment.folder)):
         return False
     pickles = [experiment.folder / "tuner.pkl", *experiment.folder.glob("basic-variant-state-*")]
     try:
-        statuses = _statuses(experiment.folder)
+        trials = _saved(experiment.folder)
+        begun_with = [{key: one["config"][key] for key in now} for one in _unfinished(trials)]
         is_cut_off = not all(path.read_bytes().endswith(b".") for path in pickles)  # as every pickle does
     except (OSError, ValueError, KeyError, TypeError):
         is_cut_off = True
     if is_cut_off:
         print(f"  {experiment.key}: its state is not whole; what is not finished begins again", flush=True)
         return False
-    return not any(statuses.get(name) == "TERMINATED" for name in names)
+    if any(one != now for one in begun_with):
+        print(f"  {experiment.key}: was begun with other resources; what is not finished begins again", flush=True)
+        return False
+    return not any(one["status"] == "TERMINATED" and one["config"]["spec"]["name"] in names for one in trials)
 
 
-def _statuses(folder: Path) -> dict[str, str]:
+def _saved(folder: Path) -> list[dict]:
     """What Ray's newest snapshot of an experiment says of each trial."""
-    trials = [json.loads(trial) for trial, _ in json.loads(_snapshot(folder).read_text())["trial_data"]]
-    return {trial["config"]["spec"]["name"]: trial["status"] for trial in trials}
+    return [json.loads(trial) for trial, _ in json.loads(_snapshot(folder).read_text())["trial_data"]]
+
+
+def _unfinished(trials: Sequence[dict]) -> list[dict]:
+    return [trial for trial in trials if trial["status"] != "TERMINATED"]
 
 
 def _note_finished(folder: Path, names: Collection[str]) -> None:
@@ -161,7 +179,7 @@ def run_trials(
     key = key or experiment.key
     trials = {spec.name: _opened(spec) for spec in experiment.specs}
     with alone(experiment.folder.with_suffix(".lock")):
-        if fresh or not _restorable(experiment, ()):
+        if fresh or not _restorable(experiment, (), params):
             shutil.rmtree(experiment.folder, ignore_errors=True)
             for name in trials:  # runs of an experiment whose state is gone
                 tracking.attempt(partial(tracking.supersede, f"{key}/{name}"))
@@ -181,7 +199,7 @@ def _opened(spec: TrialSpec) -> MetaTraining | FromScratch:
     try:
         return open_trial(spec, torch.device("cpu"))
     except (MemoryError, RuntimeError) as error:  # torch has no error of its own for memory that is not there
-        raise RunFailed(f"{spec.name}: cannot start ({_reason(error)})") from None
+        raise RunFailed(f"{spec.name}: cannot start ({cluster.reason(error)})") from None
 
 
 def _mend(experiment: Experiment, trials: Mapping[str, MetaTraining | FromScratch]) -> None:
@@ -189,12 +207,9 @@ def _mend(experiment: Experiment, trials: Mapping[str, MetaTraining | FromScratc
 
     A power cut leaves such a one, and Ray goes on from the newest, whatever it holds.
     """
-    statuses = _statuses(experiment.folder)
-    for name, trial in trials.items():
-        state = trial.state_dict()
-        for folder in sorted((experiment.folder / name).glob("checkpoint_*")):
-            if statuses.get(name) == "TERMINATED":
-                continue
+    for name in (saved["config"]["spec"]["name"] for saved in _unfinished(_saved(experiment.folder))):
+        state = trials[name].state_dict()
+        for folder in sorted(experiment.folder.glob(f"{name}{WORKERS if experiment.workers > 1 else ''}/checkpoint_*")):
             if is_whole(folder):
                 state = load_state(folder)
                 continue
@@ -229,7 +244,7 @@ def _collect(
     if len(ended) < len(experiment.specs):
         raise RunFailed(_why(len(done), len(experiment.specs), failed))
     for result in diverged:
-        print(f"  {_name(result)} is left out: {_reason(result.error)}", flush=True)
+        print(f"  {_name(result)} is left out: {cluster.reason(result.error)}", flush=True)
     return [kept.get(spec.name) or _finished(experiment, key, spec, found[spec.name]) for spec in done]
 
 
@@ -239,7 +254,7 @@ def _diverged(error: Exception) -> bool:
 
 def _finished(experiment: Experiment, key: str, spec: TrialSpec, result: tune.Result) -> Finished:
     """A trial that is done; kept, in case it was not when it ended."""
-    rows = result.metrics_dataframe.to_dict("records")
+    rows = [*written(Path(result.path)), result.metrics]
     trial = Finished(spec, reports(rows), checkpoint_folder(result.checkpoint, result.metrics), f"{key}/{spec.name}")
     if not experiment.asha:  # which may have stopped it early
         keep_trial(trial)
@@ -250,21 +265,13 @@ def _why(done: int, total: int, failed: Sequence[tune.Result]) -> str:
     state = f"{done} of {total} trials are done"
     if not failed:
         return f"{state}, the others were interrupted; the same command continues"
-    reason, path = _reason(failed[0].error), failed[0].path
+    reason, path = cluster.reason(failed[0].error), failed[0].path
     return f"{state}; {_name(failed[0])}: {reason} (all of it in {path}/error.txt); the same command continues"
 
 
 def _name(result: tune.Result) -> str:
     """A trial's name, also of one that never reported."""
     return Path(result.path).name
-
-
-def _reason(error: object) -> str:
-    """The line of an error that says most: of a traceback the last, of what Ray says of a lost process the first."""
-    last = re.split(r"^Failure # \d+ .*$", str(error), flags=re.MULTILINE)[-1]  # of a process lost as it began
-    lines = [line.strip() for line in last.splitlines() if line.strip()] or [type(error).__name__]
-    line = lines[-1] if isinstance(error, RayTaskError) or '  File "' in last else lines[0]
-    return line.removeprefix("pudnet.errors.RunFailed: ")
 
 
 def _tuner(experiment: Experiment, params: Params, progress: TrialProgress) -> tune.Tuner:
@@ -275,7 +282,7 @@ def _tuner(experiment: Experiment, params: Params, progress: TrialProgress) -> t
         return tune.Tuner.restore(str(experiment.folder), trainable, resume_errored=True)
     specs = [asdict(spec) for spec in experiment.specs]
     space = {"spec": tune.grid_search(specs), "share": share, "storage": str(experiment.folder)}
-    space |= asdict(params.resources) | {"workers": experiment.workers}
+    space |= _resources(experiment, params)
     return tune.Tuner(
         trainable,
         param_space=space,
@@ -293,6 +300,11 @@ def _tuner(experiment: Experiment, params: Params, progress: TrialProgress) -> t
             checkpoint_config=tune.CheckpointConfig(num_to_keep=2),
         ),
     )
+
+
+def _resources(experiment: Experiment, params: Params) -> dict[str, float]:
+    """What a trial of the experiment is to get, in the terms of params.yaml."""
+    return asdict(params.resources) | {"workers": experiment.workers}
 
 
 def _asha(experiment: Experiment, params: Params) -> tune.schedulers.ASHAScheduler:

@@ -6,6 +6,7 @@ for itself: a list of methods can grow, shrink or change, and only what is missi
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -39,6 +40,16 @@ class Finished:
         return load_state(self.checkpoint)
 
 
+def written(trial_folder: Path) -> list[dict[str, Any]]:
+    """A trial's reports as Ray writes them, less the lines that an interruption left half there."""
+    rows = []
+    with contextlib.suppress(OSError):
+        for line in (trial_folder / "result.json").read_text().splitlines():
+            with contextlib.suppress(ValueError):
+                rows.append(json.loads(line))
+    return rows
+
+
 def reports(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """A trial's reports without what Ray adds to them; of those made twice, after an interruption, the last."""
     plain = [{key: row[key] for key in ("groups", *METRICS) if key in row} for row in rows]
@@ -57,10 +68,11 @@ def read_trial(spec: TrialSpec) -> Finished | None:
     path = _trial_path(spec)
     if not path.is_file():
         return None
-    values = json.loads(path.read_text())
-    checkpoint = _folder() / values["checkpoint"]
-    if is_whole(checkpoint):
-        return Finished(spec, values["history"], checkpoint, values["run_key"])
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        values = json.loads(path.read_text())
+        trial = Finished(spec, values["history"], _folder() / values["checkpoint"], values["run_key"])
+        if trial.history and is_whole(trial.checkpoint):
+            return trial
     print(f"  {spec.name}: its last checkpoint is gone or damaged; it is trained again", flush=True)
     return None
 
@@ -81,9 +93,12 @@ def forget_trials(specs: Iterable[TrialSpec]) -> None:
 
 
 def read_tables(keys: Mapping[Any, str]) -> dict[Any, pd.DataFrame]:
-    """The tables that are kept, of those that stand under these keys."""
-    paths = {name: _table_path(key) for name, key in keys.items()}
-    return {name: pd.read_parquet(path) for name, path in paths.items() if path.is_file()}
+    """The tables that are kept, of those that stand under these keys; one that is damaged is not."""
+    tables = {}
+    for name, key in keys.items():
+        with contextlib.suppress(OSError, ValueError):  # of which pyarrow's errors are
+            tables[name] = pd.read_parquet(_table_path(key))
+    return tables
 
 
 def keep_table(key: str, table: pd.DataFrame) -> None:

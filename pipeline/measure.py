@@ -98,7 +98,7 @@ def measure_missing(
     while running:
         (ended,), _ = ray.wait(list(running))
         one = running.pop(ended)
-        tables[one] = ray.get(ended)
+        tables[one] = cluster.result(ended)
         keep_table(keys[one], tables[one])
         print(f"  {done(one, tables[one])}", flush=True)
     return tables
@@ -110,7 +110,7 @@ def _done(job: Job, table: pd.DataFrame) -> str:
 
 def time_all(params: Params, methods: Sequence[str], choices: Choices) -> dict[str, float]:
     """Median milliseconds that PudNet and each method that adapts take for a group: in turns, with nothing beside."""
-    return ray.get(task(params, _time)([m for m in methods if m not in OF_PUDNET], choices))
+    return cluster.result(task(params, _time)([m for m in methods if m not in OF_PUDNET], choices))
 
 
 def task(params: Params, function: Callable[..., Any]) -> Callable[..., ray.ObjectRef]:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 from pipeline.trial import STATE, MetaTraining, TrialSpec, load_state, own_device
 
+WORKERS = "-workers"  # after a trial's name, the folder of its workers' checkpoints
+
 
 def run_parallel(config: dict[str, Any]) -> None:
     """Ray Tune's trainable for a training by `workers` workers. They go on from their last checkpoint."""
@@ -34,7 +36,7 @@ def run_parallel(config: dict[str, Any]) -> None:
             resources_per_worker={"CPU": share["cpu"], "GPU": share["gpu"]},
         ),
         run_config=train.RunConfig(
-            name=f"{config['spec']['name']}-workers",
+            name=f"{config['spec']['name']}{WORKERS}",
             storage_path=config["storage"],
             callbacks=[TuneReportCallback()],
             checkpoint_config=train.CheckpointConfig(num_to_keep=2),

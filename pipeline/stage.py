@@ -45,12 +45,15 @@ def run_stage(stage: Callable[[Params], None]) -> None:
 
 
 @contextlib.contextmanager
-def alone(path: Path) -> Iterator[None]:
-    """Hold a lock: what two processes did at once would mix. Raises `UserError` where another one holds it."""
+def alone(path: Path, wait: bool = False) -> Iterator[None]:
+    """Hold a lock: what two processes did at once would mix.
+
+    Where another one holds it, `wait` for it, or raise `UserError`.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             lock.seek(0)
             name, owner = path.name.partition(".")[0], lock.read().strip()

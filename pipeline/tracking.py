@@ -6,7 +6,6 @@ No stage fails because of it: what is logged is kept elsewhere, and logged again
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import getpass
 import logging
 import os
@@ -19,7 +18,6 @@ from typing import Any
 
 import yaml
 
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 # MLflow's own patience with a server that does not answer is many minutes a call, for which all trials would wait.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
@@ -31,7 +29,7 @@ from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, ErrorCode
 from mlflow.tracking.registry import UnsupportedModelRegistryStoreURIException
 
 from pipeline.params import Params
-from pipeline.stage import git_commit, root, write
+from pipeline.stage import alone, git_commit, root, write
 from pudnet.errors import RunFailed, UserError
 
 KEY, PROJECT = "pudnet.key", "pudnet.project"
@@ -50,6 +48,7 @@ class Tracking:
         self.uri, self.name, self.artifacts, self.tags = uri, experiment, artifacts, dict(tags)
         self.project = project_id()
         self.is_down, self.asked_again = False, 0.0
+        self.waiting: list[Callable[[], object]] = []  # what is to be logged, in order
 
     @cached_property
     def client(self) -> MlflowClient:
@@ -73,16 +72,25 @@ class Tracking:
             return self.client.get_experiment_by_name(self.name).experiment_id  # made by another process just now
 
     def attempt(self, log: Callable[[], object]) -> None:
-        """Log, or say that it cannot be done now: nothing else ends because of it, or waits long for it."""
+        """Log, now or when the server answers again: nothing else ends because of it, or waits long for it.
+
+        What a server that answers does not take, an artifact on a full disk, is left to the stage's next run.
+        """
+        self.waiting.append(log)
         start = time.monotonic()
         if start < self.asked_again:
             return
         try:
             with quiet():
-                log()
+                while self.waiting:
+                    self.waiting[0]()
+                    del self.waiting[0]
         except (UserError, RunFailed):
+            del self.waiting[0]
             raise
         except Exception as error:  # MLflow's layers (HTTP, SQL, files) each raise errors of their own
+            if self._answers():
+                del self.waiting[0]
             self.asked_again = time.monotonic() + REST * (time.monotonic() - start)
             self.__dict__.pop("experiment", None)
             if not self.is_down:
@@ -92,6 +100,13 @@ class Tracking:
             if self.is_down:
                 self._say("is written again")
             self.is_down = False
+
+    def _answers(self) -> bool:
+        try:
+            with quiet():
+                return self.client.get_experiment_by_name(self.name) is not None
+        except Exception:  # as above
+            return False
 
     def _say(self, what: str) -> None:
         print(f"tracking: {self.uri} {what}", flush=True)
@@ -185,8 +200,7 @@ def _alone(uri: str) -> Iterator[None]:
     if not uri.startswith("sqlite:///") or not path.parent.is_dir():
         yield
         return
-    with path.with_name(f"{path.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with alone(path.with_name(f"{path.name}.lock"), wait=True):
         yield
 
 

@@ -12,7 +12,7 @@ from pudnet.errors import UserError, is_full
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path to write to, which takes the place of `path` once the block has ended well.
+    """A temporary path to write to, which takes the place of `path` once the block has ended well and all is on disk.
 
     Its folder is made where there is none. Raises `UserError` where the file cannot be written, before the block is
     entered if that can be seen then, and `OSError` where the disk is full; what the block has written is removed.
@@ -24,6 +24,7 @@ def replacing(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.touch()
         yield partial
+        to_disk(partial)
         partial.replace(path)
     except OSError as error:
         if is_full(error):
@@ -32,6 +33,15 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+def to_disk(file: Path) -> None:
+    """Wait until a file's content is on the disk: after a power cut its new name alone would be there."""
+    handle = os.open(file, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def check_writable(path: Path) -> None:

@@ -235,8 +235,9 @@ TEXTS = [
 
 def names_the_place(said, change):
     """Whether a line names the place of a change, or the key that it brought."""
-    _, place, key, _ = change
-    return any(str(UserError(part)).rpartition(".")[2] in said for part in (*place, key))
+    how, place, key, _ = change
+    named = [str(UserError(part)).rpartition(".")[2] for part in (*place, *([key] if how in ("add", "rename") else []))]
+    return not any(named) or any(part in said for part in named if part)
 
 
 def checked(content):

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from pipeline.groups import build
 from pipeline.params import load_params
@@ -154,13 +155,68 @@ def test_the_pages_are_for_this_machine_alone():
     assert re.search(r"mlflow ui --host 127\.0\.0\.1 ", shown)
 
 
-def test_nothing_is_told_to_anyone_unless_the_user_asks(tmp_path):
-    """DVC by its committed configuration; MLflow and Ray by what our modules set, where the user has set nothing."""
+STRANGER = """
+import sys
+from ray._raylet import GcsClient
+print(len(GcsClient(address=sys.argv[1]).get_all_node_info()))
+"""
+SESSION = f"""
+import os, subprocess, sys
+from pipeline import cluster
+import ray
+with cluster.session():
+    address = ray.get_runtime_context().gcs_address
+    print("dashboard:", repr(ray._private.worker._global_node.webui_url))
+    for token in (True, False):
+        own = {{k: v for k, v in os.environ.items() if token or not k.startswith("RAY_AUTH")}} | {{"HOME": sys.argv[1]}}
+        done = subprocess.run([sys.executable, "-c", {STRANGER!r}, address], env=own, capture_output=True, text=True)
+        print("let in:", done.stdout.strip() == "1")
+"""
+
+
+def test_ray_has_no_dashboard_and_lets_nobody_else_in(tmp_path):
+    """Its ports are open to the network whatever one does: a process without the session's token gets nothing."""
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    command = [sys.executable, "-c", SESSION, str(tmp_path)]
+    said = subprocess.run(command, env=clean, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert said.splitlines() == ["dashboard: ''", "let in: True", "let in: False"]
+
+
+SILENT = """
+import pipeline.registry
+from mlflow.telemetry.utils import is_telemetry_disabled
+from ray._common.usage.usage_lib import usage_stats_enabled
+print(not is_telemetry_disabled(), usage_stats_enabled())
+"""
+
+
+@pytest.mark.parametrize("chosen", [{}, {"MLFLOW_DISABLE_TELEMETRY": "false", "RAY_USAGE_STATS_ENABLED": "1"}])
+def test_nothing_is_told_to_anyone_unless_the_user_asks(chosen):
+    """MLflow and Ray as they see it themselves, from the one module that imports MLflow before any other of ours."""
+    silencing = ("MLFLOW_DISABLE_TELEMETRY", "RAY_USAGE_STATS_ENABLED", "DO_NOT_TRACK", "CI", "PYTEST_CURRENT_TEST")
+    clean = {key: value for key, value in os.environ.items() if key not in silencing}
+    done = subprocess.run(
+        [sys.executable, "-c", SILENT], env=clean | chosen, cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ([str(bool(chosen))] * 2)
+
+
+def test_what_the_readme_has_users_start_tells_nothing_either():
     config = (ROOT / ".dvc" / "config").read_text()
     assert "analytics = false" in config and "check_update = false" in config
-    script = "import pipeline.cluster, pipeline.tracking, os; print(os.environ['RAY_USAGE_STATS_ENABLED'], "
-    script += "os.environ['MLFLOW_DISABLE_TELEMETRY'])"
-    clean = {key: value for key, value in os.environ.items() if key != "RAY_USAGE_STATS_ENABLED"}
-    chosen = clean | {"MLFLOW_DISABLE_TELEMETRY": "false"}  # what a user has set stays
-    done = subprocess.run([sys.executable, "-c", script], env=chosen, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["0", "false"]
+    for name in ("README.md", "cluster.yaml", "Makefile"):
+        blocks = re.split(r"\n\s*\n", (ROOT / name).read_text())
+        for block in blocks:
+            if "ray start --head" in block:
+                assert "--disable-usage-stats" in block, name
+            if re.search(r"^\s.*mlflow (server|ui|models serve) ", block, re.MULTILINE):
+                assert "MLFLOW_DISABLE_TELEMETRY=true" in block, name
+
+
+def test_ray_takes_the_cluster_file():
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    config = prepare_config(yaml.safe_load((ROOT / "cluster.yaml").read_text()))
+    validate_config(config)
+    (kind,) = config["available_node_types"].values()
+    assert kind["min_workers"] == kind["max_workers"] == len(config["provider"]["worker_ips"])  # all are started

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import ray
 import torch
 
+from pipeline import cluster
 from pipeline.bench import Bench
 from pipeline.dependencies import CODE, TRAINING_CODE, VALIDATION_CODE, code_files, digest, method_files, trial_key
 from pipeline.measure import (
@@ -78,13 +78,13 @@ def measure_cells(params: Params, cells: Sequence[Cell]) -> list[pd.DataFrame]:
 
 def time_cells(params: Params, cells: Mapping[str, Cell]) -> dict[str, float]:
     """Median milliseconds that each takes for a group of the first split: in turns, with nothing beside."""
-    return ray.get(task(params, _time)(cells))
+    return cluster.result(task(params, _time)(cells))
 
 
 def diagnose_cells(params: Params, cells: Sequence[Cell]) -> list[Diagnosis]:
     """What each hypernetwork's sketches and weights say of the test groups of its split."""
     diagnose = task(params, _diagnose)
-    return ray.get([diagnose(cell) for cell in cells])
+    return [cluster.result(ended) for ended in [diagnose(cell) for cell in cells]]
 
 
 def open_cell(cell: Cell, bench: Bench) -> Adapts:

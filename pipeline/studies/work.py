@@ -14,7 +14,7 @@ from pipeline.groups import build
 from pipeline.kept import Finished
 from pipeline.params import Params
 from pipeline.prepare import prepare
-from pipeline.stage import GROUPS, PREPARED, root
+from pipeline.stage import GROUPS, PREPARED, alone, root
 from pipeline.studies.cells import Cell
 from pipeline.studies.definition import Column, Study, row_spec
 from pipeline.tracking import Tracking, open_tracking
@@ -87,7 +87,8 @@ def _cell(study: Study, at: tuple[str, int], spec: TrialSpec, trained: Finished 
 
 def get_data(params: Params) -> None:
     """The data of a column, prepared; columns share what is the same. Raises `UserError` where it is not there."""
-    with _working_in(_data_folder(params), "raw", root() / "data" / "raw"):
+    folder = _data_folder(params)
+    with _one_at_a_time(folder), _working_in(folder, "raw", root() / "data" / "raw"):
         if not PREPARED.is_dir():
             prepare(params)
 
@@ -98,9 +99,15 @@ def workspace(params: Params) -> Iterator[None]:
     data = _data_folder(params)
     folder = data / digest([asdict(params.groups), params.split_seeds], [])
     with _working_in(folder, PREPARED.name, data / PREPARED):
-        if not GROUPS.is_dir():
-            build(params)
+        with _one_at_a_time(folder):
+            if not GROUPS.is_dir():
+                build(params)
         yield
+
+
+def _one_at_a_time(folder: Path) -> contextlib.AbstractContextManager[None]:
+    """Another study may be making the same."""
+    return alone(folder.with_suffix(".lock"), wait=True)
 
 
 def _data_folder(params: Params) -> Path:

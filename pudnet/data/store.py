@@ -12,6 +12,7 @@ import numpy as np
 
 from pudnet.data.sources import Source
 from pudnet.errors import UserError, is_full
+from pudnet.files import to_disk
 
 ONE_GREY_LEVEL = 1 / 255
 
@@ -51,6 +52,8 @@ def whole_folder(destination: Path) -> Iterator[Path]:
     try:
         partial.mkdir(parents=True)
         yield partial
+        for file in filter(Path.is_file, partial.rglob("*")):
+            to_disk(file)
         if destination.exists():
             shutil.rmtree(destination)
         partial.rename(destination)
