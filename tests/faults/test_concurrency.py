@@ -2,10 +2,18 @@
 
 import sys
 
+import yaml
+
 from tests.faults.harness import Run, runs_of, shorten
 from tests.test_pipeline import copy_project, run
 
 STEPS = [2, 4, 6, 8, 10, 12]
+STUDY = {
+    "over": {"groups.train_groups": 4, "groups.test_groups": 4},
+    "columns": {"digits": {"setting": "digits"}},
+    "rows": {"static trunk": {"method": "static_trunk"}},
+    "measure": "losses",
+}
 LOGGERS = """
 import multiprocessing, sys
 from pipeline.params import load_params
@@ -34,6 +42,21 @@ def test_a_second_search_on_one_experiment_is_refused(undisturbed, start, same, 
     assert "is at it; wait for it or stop it" in start(project, "search").badly(2)
     first.well()
     same(project, "search", "results/search.csv", "results/best.yaml")
+
+
+def test_two_studies_at_once_wait_for_each_others_data(undisturbed, start, tmp_path):
+    pages = []
+    for names in (("one", "two"), ("alone",)):  # which nobody else needs
+        project = tmp_path / names[-1]
+        (project / "studies").mkdir(parents=True)
+        (project / "params.yaml").write_text((undisturbed.run("groups") / "params.yaml").read_text())
+        for name in names:
+            (project / "studies" / f"{name}.yaml").write_text(yaml.safe_dump(STUDY | {"title": "Both"}))
+        for study in [start(project, "study", name) for name in names]:
+            study.well()
+        pages += [(project / "studies/results" / f"{name}.csv").read_bytes() for name in names]
+        assert len([*(project / ".pud/studies").glob("*/data/prepared/train/images.npy")]) == 1
+    assert pages[0] == pages[1] == pages[2]
 
 
 def test_two_searches_of_clones_on_one_fresh_database_do_not_mix(undisturbed, start, same, tmp_path):

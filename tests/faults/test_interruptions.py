@@ -2,10 +2,12 @@
 
 import signal
 
+import psutil
 import pytest
 import yaml
 
-from tests.faults.harness import OFTEN, runs_of
+from tests.faults.harness import OFTEN, PATIENCE, Run, runs_of, shorten
+from tests.test_pipeline import copy_project
 
 SEARCH = ("results/search.csv", "results/best.yaml")
 SMALL = {
@@ -43,6 +45,28 @@ def test_a_search_that_is_stopped_says_so_and_goes_on(undisturbed, start, same, 
     said = start(project, "search").well()
     assert "split0-eta0.0-depth1: group" not in said
     same(project, "search", *SEARCH)
+
+
+@pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGKILL])
+def test_dvc_itself_is_stopped(undisturbed, same, sig, tmp_path):
+    """Ctrl-C ends the stage too; without `dvc`, killed alone, it goes on, and another is refused for so long."""
+    project = copy_project(tmp_path / "project")
+    shorten(project / "params.yaml")
+    first = Run(project, "dvc", "repro", "search", **OFTEN).until("[0/2 done]").hit(sig, session=sig == signal.SIGINT)
+    assert first.process.returncode != 0
+    stage = [one for one in first.remember() if "pipeline.search" in " ".join(one.cmdline())]
+    if sig == signal.SIGKILL:
+        (stage,) = stage
+        refused = Run(project, "dvc", "repro", "search").end()
+        assert refused.process.returncode != 0
+        assert f"another process ({stage.pid}) is at it; wait for it or stop it" in refused.said
+        psutil.wait_procs([stage], PATIENCE)
+    else:
+        assert not stage
+    first.clear()
+    said = Run(project, "dvc", "repro", "search").well()
+    same(project, "search", *SEARCH)
+    assert sig == signal.SIGINT or "2 of 2 trials are finished already" in said
 
 
 def test_a_training_whose_driver_is_killed_goes_on(undisturbed, start, same, tmp_path):

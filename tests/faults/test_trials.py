@@ -53,15 +53,55 @@ def test_a_search_whose_state_is_truncated_repeats_no_finished_trial(undisturbed
     same(project, "search", *SEARCH)
 
 
-def test_a_finished_training_whose_checkpoint_is_truncated_is_trained_again(undisturbed, start, same, tmp_path):
+@pytest.mark.parametrize("damaged", ["ray/train-*/*/checkpoint_*/state.pt", "kept/*.json"])
+def test_a_finished_training_that_is_truncated_is_trained_again(undisturbed, start, same, damaged, tmp_path):
     project = undisturbed.after("train", tmp_path / "kept")
-    for checkpoint in (project / ".pud/ray").glob("train-*/*/checkpoint_*/state.pt"):
-        truncate(checkpoint)
+    files = [*(project / ".pud").glob(damaged)]
+    assert files
+    for file in files:
+        truncate(file)
     (project / "models/pudnet.safetensors").unlink()
     said = start(project, "train").well()
     assert "train-pudnet-split0: its last checkpoint is gone or damaged; it is trained again" in said
     same(project, "train", "models/pudnet.safetensors", "results/train_curves.csv")
     assert "1 of 1 trials are finished already" in start(project, "train").well()
+
+
+def test_a_measured_table_that_is_truncated_is_measured_again(undisturbed, start, same, tmp_path):
+    project = undisturbed.after("baselines", tmp_path / "tables")
+    tables = sorted((project / ".pud/kept").glob("*.parquet"))
+    truncate(tables[0])
+    (project / "results/accuracies.csv").unlink()
+    said = start(project, "baselines").well()
+    assert f"{len(tables) - 1} of {len(tables)} measurements are done already" in said
+    same(project, "baselines", "results/accuracies.csv")
+
+
+def test_workers_whose_driver_is_killed_go_on_also_from_a_truncated_checkpoint(undisturbed, start, tmp_path):
+    """Two workers with half of a trial's threads each. What they had done by then stays done."""
+    curves = []
+    for hurt in (True, False):
+        project = undisturbed.before("train", tmp_path / f"hurt{hurt:d}")
+        change(project, "train", groups_per_step=2)
+        change(project, "resources", workers=2, cpus=1)
+        if hurt:
+            start(project, "train", **OFTEN).until("train-pudnet-split0: group     8").hit().clear()
+            truncate(sorted((project / ".pud/ray").glob("train-*/*-workers/checkpoint_*/state.pt"))[-1])
+        said = start(project, "train").well()
+        if hurt:
+            assert said.count("is damaged; it goes on from what was before") == 1
+            assert "train-pudnet-split0: group     2" not in said
+        curves.append(pd.read_csv(project / "results/train_curves.csv").drop(columns="groups_per_second"))
+    pd.testing.assert_frame_equal(*curves)
+
+
+def test_a_search_with_other_resources_begins_its_unfinished_trials_again(undisturbed, start):
+    project = undisturbed.interrupted()
+    change(project, "resources", cpus=1)
+    said = start(project, "search").well()
+    assert "was begun with other resources; what is not finished begins again" in said
+    assert f"{TRIALS[0]}: group" not in said and f"{TRIALS[1]}: group     2" in said
+    assert len(pd.read_csv(project / "results/search.csv")) == 2
 
 
 def test_a_trial_whose_process_is_killed_goes_on_in_another(undisturbed, start, same, tmp_path):
