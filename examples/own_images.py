@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import matplotlib
@@ -33,6 +34,7 @@ FILTERS = 64  # of the last layer that are drawn
 
 def main() -> None:
     """Predict, classify, plot; everything is written to the folder `--out`."""
+    warnings.formatwarning = lambda message, *where, **line: f"{message}\n"
     options = parse_arguments()
     check_writable(options.out / "weights.safetensors")
     data, new = options.data, options.new

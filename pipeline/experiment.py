@@ -209,7 +209,8 @@ def _mend(experiment: Experiment, trials: Mapping[str, MetaTraining | FromScratc
     """
     for name in (saved["config"]["spec"]["name"] for saved in _unfinished(_saved(experiment.folder))):
         state = trials[name].state_dict()
-        for folder in sorted(experiment.folder.glob(f"{name}{WORKERS if experiment.workers > 1 else ''}/checkpoint_*")):
+        own = name + (WORKERS if experiment.workers > 1 else "")
+        for folder in sorted(filter(Path.is_dir, experiment.folder.glob(f"{own}/checkpoint_*"))):
             if is_whole(folder):
                 state = load_state(folder)
                 continue

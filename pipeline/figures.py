@@ -7,6 +7,7 @@ that one picture serves the light and the dark scheme; `to_png` leaves them as t
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -258,17 +259,21 @@ def to_svg(figure: Figure, name: str) -> str:
 def differences_figure(table: pd.DataFrame, reference: str) -> Figure:
     """Draw a study: for each row its difference to the reference in points, with its 95% interval, a panel a column."""
     columns = list(table.groupby("column", sort=False))
-    rows = table.row.nunique()
-    figure = new_figure(280 + 260 * len(columns), 70 + 24 * rows)
-    panels = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
-    for axes, (column, part) in zip(panels, columns, strict=True):
+    across = 2 if len(columns) > 3 else len(columns)
+    down = math.ceil(len(columns) / across)
+    figure = new_figure(280 + 280 * across, down * (70 + 24 * table.row.nunique()))
+    panels = figure.subplots(down, across, sharey=True, squeeze=False).ravel()
+    for axes in panels[len(columns) :]:
+        axes.remove()
+    for axes, (column, part) in zip(panels, columns, strict=False):
         colors = [LIGHT["s4"] if row == reference else LIGHT["s0"] for row in part.row]
         axes.axvline(0, color=SOFT, lw=0.9)
         axes.hlines(part.row, part.difference - part.difference_ci95, part.difference + part.difference_ci95, colors)
         axes.scatter(part.difference, part.row, c=colors, s=26, zorder=3)
         axes.set(title=column, xlabel=f"points above “{reference}”")
     panels[0].invert_yaxis()
-    panels[0].tick_params(axis="y", labelcolor=INK)
+    for axes in panels[::across]:
+        axes.tick_params(axis="y", labelcolor=INK)
     return figure
 
 

@@ -137,12 +137,12 @@ def _measure(folder: str, params: Params, job: Job) -> pd.DataFrame:
         sketches = {"constant_sketch": constant_sketches, "shuffled_sketch": shuffled_sketches}[job.method]
         predictor = bench.load(split_model("pudnet", job.seed))
         return bench.accuracies(job.method, predictor, sketches=sketches(bench, predictor, params))
-    return bench.accuracies(job.method, open_method(bench, job.method))
+    return bench.accuracies(job.method, open_method(bench, params, job.method))
 
 
 def _time(folder: str, params: Params, methods: Sequence[str], choices: Choices) -> dict[str, float]:
     bench = open_worker(folder, params, params.seed, params.evaluate.timing_groups)
-    short = {m: open_method(bench, m) for m in ["pudnet", *methods] if m not in SCRATCH}
+    short = {m: open_method(bench, params, m) for m in ["pudnet", *methods] if m not in SCRATCH}
     long = {
         f"{method}_{epochs}": scratch
         for method in methods
@@ -179,13 +179,14 @@ def open_worker(folder: str, params: Params, seed: int, test_groups: int | None)
     return open_bench(params, seed, test_groups)
 
 
-def open_method(bench: Bench, method: str) -> Adapts:
+def open_method(bench: Bench, params: Params, method: str) -> Adapts:
     """A method that adapts at once, trained where it has to be."""
     if method in LEARNED:
         return load_method(split_model(method, bench.seed), bench.images.device, bench.target)
     if method == "random_weights":
         card = bench.load(split_model("pudnet", bench.seed)).card
-        plain = dataclasses.replace(card, kind="static_trunk", model=None, provenance={})
+        support = params.train.support_per_class
+        plain = dataclasses.replace(card, kind="static_trunk", model=None, provenance={}, support_per_class=support)
         torch.manual_seed(bench.seed)
         return Predictor.from_card(plain, bench.target, bench.images.device)
     return bench.load(split_model(method, bench.seed))

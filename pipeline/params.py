@@ -7,7 +7,7 @@ import math
 import re
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -164,6 +164,17 @@ class Params:
         return apply_variant(
             self.variant, *(changed(base, changes, "search.space") for base in (self.model, self.train))
         )
+
+    def for_baselines(self, images: int) -> Params:
+        """With a support set of as many images as the variant, where it looks at labels, is given those of.
+
+        Of the `images` of a class in a group half are left, to be classified.
+        """
+        model, train = apply_variant(self.variant, self.model, self.train)
+        if not model.class_filters:
+            return self
+        labelled = min(math.ceil(model.sketch_images / self.groups.classes_per_group), images // 2)
+        return replace(self, train=replace(self.train, support_per_class=max(train.support_per_class, labelled)))
 
     def baseline_grid(self, method: str) -> list[dict[str, Any]]:
         """Every combination of a baseline's space; one, with nothing changed, where it has none."""

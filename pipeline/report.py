@@ -52,7 +52,7 @@ METHODS = {
     ),
     "static_trunk": (
         "Static trunk",
-        "same losses and training groups; the convolution weights are plain parameters that never see the group",
+        "same groups, losses of class centroids; the convolution weights are plain parameters that never see the group",
     ),
     "constant_sketch": ("Constant sketch", "the trained PudNet, fed the mean sketch of the training groups"),
     "shuffled_sketch": ("Shuffled sketch", "the trained PudNet, fed the sketch of another test group"),

@@ -41,7 +41,8 @@ def search(params: Params) -> None:
     write(RESULTS / "search.csv", pd.DataFrame(rows).to_csv(index=False, float_format="%.6g"))
     write(RESULTS / "best.yaml", yaml.safe_dump({"splits": best}, sort_keys=False))
     for seed, cell in best.items():
-        print(f"search: best of split {seed}: {cell}")
+        values = ", ".join(f"{key} {value}" for key, value in cell.items() if key != "accuracy")
+        print(f"search: best of split {seed}: {cell['accuracy']:.2f} % on validation groups{values and ': '}{values}")
 
 
 def _close(tracking: Tracking, experiment: Experiment, params: Params, best: dict[str, Any]) -> None:

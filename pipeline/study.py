@@ -50,8 +50,9 @@ def _run(name: str, study: Study, columns: Mapping[str, Params], left_out: Mappi
 
     Raises `UserError` where that leaves no column.
     """
-    kind, frames, left_out = KINDS[study.measure], [], dict(left_out)
+    frames, left_out, waiting = [], dict(left_out), dict.fromkeys(columns, "not yet")
     for column, params in columns.items():
+        del waiting[column]
         try:
             work.get_data(params)
             if study.whole is not None:
@@ -61,16 +62,22 @@ def _run(name: str, study: Study, columns: Mapping[str, Params], left_out: Mappi
             print(f"study: {name}, {column}: not run: {error}", flush=True)
             continue
         with work.workspace(params):
-            frames.append(kind.measure(work.train(name, study, column, params)))
+            frames.append(KINDS[study.measure].measure(work.train(name, study, column, params)))
+        _write(name, study, frames, left_out | waiting, params.study.budget)
     if not frames:
         raise UserError(f"study: {name}: no column can be run: {next(iter(left_out.values()))}")
-    table = pd.concat(frames, ignore_index=True)
+    print(f"study: {name}: {sum(map(len, frames))} lines in {STUDIES / 'results' / name}.md")
+
+
+def _write(
+    name: str, study: Study, frames: Sequence[pd.DataFrame], left_out: Mapping[str, str], budget: float | None
+) -> None:
+    """What there is of a study: a table, a figure, a page."""
+    table, kind, folder = pd.concat(frames, ignore_index=True), KINDS[study.measure], STUDIES / "results"
     table.insert(0, "study", name)
-    folder, budget = STUDIES / "results", next(iter(columns.values())).study.budget
     write(folder / f"{name}.csv", table.to_csv(index=False, float_format="%.4f"))
     write(folder / f"{name}.png", to_png(kind.figure(study, table)))
     write(folder / f"{name}.md", page.render(name, study, kind.tables(study, table), left_out, budget))
-    print(f"study: {name}: {len(table)} lines in {folder / name}.md")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -45,6 +45,8 @@ def labelled(k=3, n=4, seed=0):
         nn.Conv2d(3, 5, (3, 1), padding=(2, 0), dilation=2),
         nn.Conv2d(3, 5, 4, padding="same"),
         nn.Conv2d(3, 5, 1, padding="valid"),
+        nn.Conv2d(3, 5, 3, padding=(1, 2), padding_mode="reflect"),
+        nn.Conv2d(3, 5, 3, padding="same", padding_mode="circular"),
     ],
     ids=str,
 )
@@ -64,6 +66,17 @@ def test_regions_are_the_whole_map_and_windows_of_half_its_sides():
         expected = torch.stack([part.mean((2, 3)) for part in (response, *corners)], 1)
         assert_close(mean_patches(maps, conv, 2) @ conv.weight.flatten(1).T, expected)
     assert [len(regions(side, side, grid)) for side, grid in ((8, 3), (3, 2), (8, 1))] == [10, 1, 1]
+
+
+def test_large_maps_take_little_and_training_may_follow_inference():
+    conv, maps = nn.Conv2d(2, 3, 3, padding=1), noise(1, 2, 160, 160)  # a weight for each pair of pixels: 24 GB
+    with torch.inference_mode():
+        expected = mean_patches(maps, conv, 2).clone()
+    maps.requires_grad_(True)
+    found = mean_patches(maps, conv, 2)
+    found.sum().backward()
+    assert_close(found.detach(), expected)
+    assert maps.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("size", [5, 40])  # fewer values than images, and more

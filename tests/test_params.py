@@ -183,3 +183,10 @@ def test_results_depend_on_every_file_of_the_method_that_a_trial_imports():
     counted = {".".join(path.parts).removesuffix(".__init__") for path in counted}
     own_of_a_method = {name for name in imported if name.startswith("pudnet.baselines")}
     assert set(imported) - plain - own_of_a_method <= counted and counted <= set(imported)
+
+
+def test_baselines_are_given_the_labels_that_the_variant_looks_at(raw):
+    raw["setting"] = "cifar100"
+    for variant, images, support in (("pudnet", 100, 10), ("pudnet_plus", 100, 18), ("pudnet_plus", 30, 15)):
+        raw["variant"] = variant
+        assert resolve(raw).for_baselines(images).train.support_per_class == support

@@ -2,7 +2,7 @@
 
 The paper's sketch is a mean over images that forgets their labels, and its generators reach few directions of a
 layer's weights. These filters are a sketch of the other kind, one token a class in the space of the weights
-themselves: no gradient at test time, and nothing to learn but what they are added to, and how strongly.
+themselves: no gradient at test time, and nothing to learn but what they are added to, how strongly, and a penalty.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from functools import cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,44 +26,59 @@ def mean_patches(maps: Tensor, conv: nn.Conv2d, grid: int = 1) -> Tensor:
     p = d_in f f, in the order of the convolution's weights. The regions are those of `regions`, of its output.
     """
     before, after = _padding(conv)
-    around = (before[1], after[1], before[0], after[0])
-    weights = _patch_weights(tuple(maps.shape[2:]), around, conv.kernel_size, conv.dilation, conv.stride, grid)
+    if conv.padding_mode != "zeros":
+        maps = F.pad(maps.float(), (before[1], after[1], before[0], after[0]), conv.padding_mode)
+        before = after = [0, 0]
+    sides = zip(maps.shape[2:], before, after, conv.kernel_size, conv.dilation, conv.stride, strict=True)
+    weights = _patch_weights(tuple(Side(*side) for side in sides), grid)
     patches = maps.float().flatten(2) @ weights.to(maps.device)  # (N, d_in, R f f)
     return patches.unflatten(2, (-1, math.prod(conv.kernel_size))).transpose(1, 2).flatten(2)
 
 
+class Side(NamedTuple):
+    """A convolution along one side of its input maps: pixels, padding, taps and how far they are apart."""
+
+    size: int
+    before: int
+    after: int
+    kernel: int
+    dilation: int
+    stride: int
+
+    @property
+    def positions(self) -> int:
+        """Of its output."""
+        return (self.size + self.before + self.after - self.dilation * (self.kernel - 1) - 1) // self.stride + 1
+
+    def taps(self, positions: range) -> Tensor:
+        """How much each pixel counts in what each tap sees on average over positions: (f, size)."""
+        weights = torch.zeros(self.kernel, self.size)
+        for tap, position in itertools.product(range(self.kernel), positions):
+            pixel = position * self.stride + tap * self.dilation - self.before
+            if 0 <= pixel < self.size:  # padding is zeros
+                weights[tap, pixel] += 1 / len(positions)
+        return weights
+
+
 @cache
-def _patch_weights(
-    side: tuple[int, int],
-    around: tuple[int, ...],
-    kernel: tuple[int, int],
-    dilation: tuple[int, int],
-    stride: tuple[int, int],
-    grid: int,
-) -> Tensor:
+@torch.inference_mode(False)  # it is kept: training may want it next
+def _patch_weights(sides: tuple[Side, Side], grid: int) -> Tensor:
     """How much each pixel counts in each region's mean patch: (H W, R f f)."""
-    pixels = F.pad(torch.eye(math.prod(side)).view(-1, 1, *side), around)
-    seen = F.unfold(pixels, kernel, dilation, stride=stride)  # (H W, f f, positions)
-    sizes = zip(pixels.shape[2:], kernel, dilation, stride, strict=True)
-    height, width = ((size - d * (f - 1) - 1) // s + 1 for size, f, d, s in sizes)
-    return (regions(height, width, grid) @ seen.mT).flatten(1)
+    windows = regions(*(side.positions for side in sides), grid)
+    taps = [[side.taps(part) for side, part in zip(sides, window, strict=True)] for window in windows]
+    return torch.stack([torch.einsum("ah,bw->hwab", *window) for window in taps], 2).flatten(2).flatten(0, 1)
 
 
-def regions(height: int, width: int, grid: int) -> Tensor:
-    """Averages over the whole of a map and over grid x grid windows of half its sides, evenly spread: (R, H W).
+def regions(height: int, width: int, grid: int) -> list[tuple[range, range]]:
+    """Rows and columns of the whole of a map and of grid x grid windows of half its sides, evenly spread.
 
     Of a map with a side of less than 4, and with a grid of 1, the whole alone.
     """
-    whole = torch.ones(1, height, width)
-    parts = [whole]
-    if grid > 1 and min(height, width) >= 4:
-        rows, columns = ([round(i * (n - n // 2) / (grid - 1)) for i in range(grid)] for n in (height, width))
-        for i, j in itertools.product(rows, columns):
-            part = torch.zeros_like(whole)
-            part[:, i : i + height // 2, j : j + width // 2] = 1
-            parts.append(part)
-    weights = torch.cat(parts).flatten(1)
-    return weights / weights.sum(1, keepdim=True)
+    whole = [(range(height), range(width))]
+    if grid == 1 or min(height, width) < 4:
+        return whole
+    starts = ([round(i * (n - n // 2) / (grid - 1)) for i in range(grid)] for n in (height, width))
+    return whole + [(range(i, i + height // 2), range(j, j + width // 2)) for i, j in itertools.product(*starts)]
 
 
 def _padding(conv: nn.Conv2d) -> tuple[list[int], list[int]]:
