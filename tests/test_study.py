@@ -16,9 +16,15 @@ from pipeline.studies.definition import check_rows, column_params, load_study, r
 from pudnet.errors import UserError
 
 ROOT = Path(__file__).parent.parent
+SMALL = {
+    "groups.train_groups": 4,
+    "groups.test_groups": 6,
+    "evaluate.timing_groups": 1,
+    "train.report_every": 2,
+}
 TINY = {
     "title": "Tiny",
-    "over": {"groups.train_groups": 4, "groups.test_groups": 6, "evaluate.timing_groups": 1},
+    "over": SMALL,
     "columns": {"digits": {"setting": "digits", "baselines.scratch_groups": 2}},
     "reference": "static trunk",
     "rows": {
@@ -31,8 +37,6 @@ TINY = {
     },
 }
 
-
-SMALL = {"groups.train_groups": 4, "groups.test_groups": 6, "evaluate.timing_groups": 1}
 KINDS = {  # one of each other kind, over cells that they share with the first
     "axis": {
         "title": "Axis",
@@ -48,7 +52,7 @@ KINDS = {  # one of each other kind, over cells that they share with the first
     },
     "curve": {
         "title": "Curve",
-        "over": {**SMALL, "train.report_every": 2},
+        "over": SMALL,
         "measure": "losses",
         "columns": {"digits": {"setting": "digits"}},
         "rows": {"PudNet": {}},
