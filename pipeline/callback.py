@@ -11,7 +11,7 @@ from typing import Any
 from ray.tune import Callback
 from ray.tune.experiment import Trial
 
-from pipeline.kept import Finished, keep_trial, reports, written
+from pipeline.kept import Finished, add_report, keep_trial, reports, written
 from pipeline.parallel import checkpoint_folder
 from pipeline.params import Params
 from pipeline.tracking import Tracking, open_tracking
@@ -63,6 +63,7 @@ class TrialProgress(Callback):
         if result["groups"] <= max((row["groups"] for row in earlier), default=-1):
             return
         earlier.append(result)
+        add_report(Path(trial.path), result)
         if result["rollbacks"] > self.rollbacks.get(trial.trial_id, 0):
             self.rollbacks[trial.trial_id] = result["rollbacks"]
             print(f"  {trial.config['spec']['name']}: the loss was not finite; went on from the last good weights")

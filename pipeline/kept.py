@@ -20,6 +20,8 @@ from pipeline.dependencies import trial_key
 from pipeline.stage import root, write, write_json
 from pipeline.trial import METRICS, TrialSpec, load_state
 
+REPORTS = "reports.jsonl"
+
 
 @dataclass(frozen=True)
 class Finished:
@@ -40,11 +42,20 @@ class Finished:
         return load_state(self.checkpoint)
 
 
+def add_report(trial_folder: Path, row: Mapping[str, Any]) -> None:
+    """Write down a report as soon as it is made: Ray's own file of them lies elsewhere until its next checkpoint."""
+    plain = {key: row[key] for key in ("groups", "timestamp", *METRICS) if key in row}
+    with contextlib.suppress(OSError):  # a full disk: the checkpoint says it
+        trial_folder.mkdir(parents=True, exist_ok=True)
+        with (trial_folder / REPORTS).open("a") as file:
+            file.write(f"\n{json.dumps(plain)}")  # after what a kill may have left of a line
+
+
 def written(trial_folder: Path) -> list[dict[str, Any]]:
-    """A trial's reports as Ray writes them, less the lines that an interruption left half there."""
+    """A trial's reports, less a line that a kill left half there."""
     rows = []
     with contextlib.suppress(OSError):
-        for line in (trial_folder / "result.json").read_text().splitlines():
+        for line in (trial_folder / REPORTS).read_text().splitlines():
             with contextlib.suppress(ValueError):
                 rows.append(json.loads(line))
     return rows
