@@ -66,6 +66,7 @@ def _run(name: str, study: Study, columns: Mapping[str, Params], left_out: Mappi
         _write(name, study, frames, left_out | waiting, params.study.budget)
     if not frames:
         raise UserError(f"study: {name}: no column can be run: {next(iter(left_out.values()))}")
+    _write(name, study, frames, left_out, params.study.budget)
     print(f"study: {name}: {sum(map(len, frames))} lines in {STUDIES / 'results' / name}.md")
 
 
