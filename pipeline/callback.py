@@ -51,8 +51,8 @@ class TrialProgress(Callback):
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """Find the trial's MLflow run, or create it."""
         if trial.trial_id not in self.reported:
-            self.reported[trial.trial_id] = written(Path(trial.path))
-            self.unlogged[trial.trial_id] = written(Path(trial.path))
+            earlier = written(Path(trial.path))
+            self.reported[trial.trial_id], self.unlogged[trial.trial_id] = earlier, [*earlier]
         self._log(trial)
 
     def on_trial_result(

@@ -166,14 +166,11 @@ class Params:
         )
 
     def for_baselines(self, images: int) -> Params:
-        """With a support set of as many images as the variant, where it looks at labels, is given those of.
-
-        Of the `images` of a class in a group half are left, to be classified.
-        """
+        """With a support set of as many of a class's `images` as the variant, where it looks at labels, is given."""
         model, train = apply_variant(self.variant, self.model, self.train)
         if not model.class_filters:
             return self
-        labelled = min(math.ceil(model.sketch_images / self.groups.classes_per_group), images // 2)
+        labelled = model.labelled(self.groups.classes_per_group, images)
         return replace(self, train=replace(self.train, support_per_class=max(train.support_per_class, labelled)))
 
     def baseline_grid(self, method: str) -> list[dict[str, Any]]:

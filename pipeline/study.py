@@ -63,7 +63,8 @@ def _run(name: str, study: Study, columns: Mapping[str, Params], left_out: Mappi
             continue
         with work.workspace(params):
             frames.append(KINDS[study.measure].measure(work.train(name, study, column, params)))
-        _write(name, study, frames, left_out | waiting, params.study.budget)
+        if waiting:  # the last is written below
+            _write(name, study, frames, left_out | waiting, params.study.budget)
     if not frames:
         raise UserError(f"study: {name}: no column can be run: {next(iter(left_out.values()))}")
     _write(name, study, frames, left_out, params.study.budget)

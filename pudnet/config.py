@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Annotated, Any, Literal, TypeVar
@@ -52,6 +53,11 @@ class ModelConfig:
             raise ValueError("class_filters: true and change: false need base: true")
         if self.classifier == "ridge" and not self.class_filters:
             raise ValueError("classifier: ridge needs class_filters: true; without them it is the baseline r2d2")
+
+    def labelled(self, k: int, images: int) -> int:
+        """Of so many `images` of each of k classes, those whose labels enter a sketch: half at most, as those cannot be
+        classified by it any more."""
+        return min(math.ceil(self.sketch_images / k), images // 2)
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -59,12 +57,11 @@ class MetaLearner(Learner):
     def _sketch(self, images: Tensor) -> tuple[Tensor, int]:
         """The groups' sketches, and of how many images of each class the labels are in them.
 
-        A sketch is of all images; where labels enter it, of as many as a prediction looks at, and of half at most,
-        since those cannot be classified by it any more.
+        A sketch is of all images; where labels enter it, of as many as a prediction looks at, or of half.
         """
         if not self.model.class_aware:
             return self.model.sketch(images), 0
         blocks = images.unflatten(1, (self.k, -1))  # (B, k, n, C, H, W)
-        seen = min(math.ceil(self.model.config.sketch_images / self.k), blocks.shape[2] // 2)
+        seen = self.model.config.labelled(self.k, blocks.shape[2])
         labels = torch.arange(self.k, device=images.device).repeat_interleave(seen)
         return self.model.sketch(blocks[:, :, :seen].flatten(1, 2), labels.expand(len(blocks), -1)), seen
