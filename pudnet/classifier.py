@@ -54,7 +54,7 @@ class Regression(nn.Module):
     0..1, where a softmax hardly tells them apart. The gradient goes through the solution, so that features become
     what a linear layer of few images is good on (Bertinetto et al., 2019)."""
 
-    def __init__(self, ridge: float = 0.3, scale: float = 10.0) -> None:
+    def __init__(self, ridge: float, scale: float) -> None:
         super().__init__()
         self.log_ridge = nn.Parameter(torch.tensor(math.log(ridge)))
         self.log_scale = nn.Parameter(torch.tensor(math.log(scale)))

@@ -101,7 +101,7 @@ def test_channels_get_the_filters_of_the_classes_in_turn():
     layer = ClassFilters(ConvShape("conv.weight", (7, 2, 3, 3)), 1)
     filters = F.normalize(noise(3, 18), dim=1)
     added = layer(filters).flatten(1)
-    norm = 2**0.5  # He's: sqrt(2 / fan_in) sqrt(fan_in)
+    norm = 2**0.5 / 2  # half of He's: sqrt(2 / fan_in) sqrt(fan_in)
     assert_close(added, norm * filters[[0, 1, 2, 0, 1, 2, 0]])
     assert_close(layer(torch.stack([filters, -filters])), torch.stack([layer(filters), -layer(filters)]))
 
@@ -109,7 +109,7 @@ def test_channels_get_the_filters_of_the_classes_in_turn():
 def test_with_more_classes_than_channels_each_class_has_a_share():
     layer = ClassFilters(ConvShape("conv.weight", (4, 2, 1, 1)), 1)
     orthogonal = torch.eye(10)[:, :2]
-    added = layer(orthogonal).flatten(1).detach() / 2**0.5
+    added = layer(orthogonal).flatten(1).detach() / (2**0.5 / 2)
     assert_close(added[:2], torch.eye(2) / torch.tensor([[3.0], [3.0]]).sqrt())  # classes 0, 4, 8 and 1, 5, 9
     assert not added[2:].any()
 
@@ -187,7 +187,7 @@ def test_more_classes_than_are_looked_at(tmp_path):
 
 
 def test_a_classifier_that_is_solved_for_is_of_all_images_that_are_looked_at(tmp_path):
-    model, target, _ = plus(sketch_images=12)
+    model, target, _ = plus(sketch_images=12, ridge=0.3, ridge_scale=10.0)
     card = Card("pudnet", "convnet3", 1, 8, (0.5,), (0.5,), 10.0, 2, vars(model.config))
     images, labels = labelled(n=6)
     network = Predictor(model, card, target).adapt(images, labels, (0, 1, 2))

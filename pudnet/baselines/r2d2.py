@@ -21,8 +21,8 @@ from pudnet.targets import Target
 class R2D2Config:
     """Where the two learned numbers begin: `ridge`, the penalty, and `scale`, of the logits."""
 
-    ridge: PositiveFloat = 0.3
-    scale: PositiveFloat = 10.0
+    ridge: PositiveFloat = 3.0
+    scale: PositiveFloat = 5.0
 
 
 class R2D2(Method):

@@ -105,7 +105,7 @@ class ClassFilters(nn.Module):
 
     Each class has a filter for every one of R regions of the map, since what tells classes apart differs between
     them and the target's features keep their positions. :math:`W_o = B_o + \alpha_o\, r_{o \bmod R k}`, with
-    :math:`\alpha` learned, from He's norm on. Of more filters than channels each channel gets several, averaged so
+    :math:`\alpha` learned, from half of He's norm on. Of more filters than channels each channel gets several, averaged so
     that its share stays of one size.
     """
 
@@ -113,7 +113,7 @@ class ClassFilters(nn.Module):
         super().__init__()
         self.conv, self.grid = conv, grid
         norm = conv.he_std * math.sqrt(math.prod(conv.shape[1:]))
-        self.strength = nn.Parameter(torch.full((conv.shape[0], 1), norm))
+        self.strength = nn.Parameter(torch.full((conv.shape[0], 1), norm / 2))
         self.log_ridge = nn.Parameter(torch.tensor(-1.0))
 
     def layer(self, network: nn.Module) -> nn.Conv2d:
