@@ -105,8 +105,8 @@ class ClassFilters(nn.Module):
 
     Each class has a filter for every one of R regions of the map, since what tells classes apart differs between
     them and the target's features keep their positions. :math:`W_o = B_o + \alpha_o\, r_{o \bmod R k}`, with
-    :math:`\alpha` learned, from half of He's norm on. Of more filters than channels each channel gets several, averaged so
-    that its share stays of one size.
+    :math:`\alpha` learned, from half of He's norm on. Of more filters than channels each channel gets several, averaged
+    so that its share stays of one size.
     """
 
     def __init__(self, conv: ConvShape, grid: int) -> None:
