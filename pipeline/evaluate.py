@@ -57,9 +57,9 @@ def _metrics(params: Params, frame: pd.DataFrame, pairs: list[tuple[Bench, Predi
     metrics = {"setting": params.setting, "target": params.target, "variant": params.variant, **summary(frame)}
     metrics["train_groups"] = params.groups.train_groups
     for bench, predictor in pairs:
-        metrics["splits"][str(bench.seed)] |= {
-            "eta": predictor.card.model["eta"],
-            "depth": predictor.card.model["depth"],
+        model = predictor.card.model
+        searched = {key: model[key] for key in ("eta", "depth")} if model["change"] else {}  # else they mean nothing
+        metrics["splits"][str(bench.seed)] |= searched | {
             "test_groups": len(bench.tables["test"]),
             "test_classes": [bench.class_names[c] for c in bench.split.test_classes],
             "train_classes": [bench.train_class_names[c] for c in bench.split.train_classes],
