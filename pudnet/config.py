@@ -46,8 +46,8 @@ class ModelConfig:
     class_filters: bool = False  # whether the last convolution gets filters solved for the group's classes
     filter_grid: Positive = 2  # class filters of the whole map and of grid x grid windows of it; 1: the whole alone
     classifier: Literal["centroids", "ridge"] = "centroids"  # ridge: solved for, of the filters' images; no temperature
-    ridge: PositiveFloat = 3.0  # that classifier's penalty, and the scale of its logits: where training begins, which
-    ridge_scale: PositiveFloat = 5.0  # moves them little; larger ones cost points (studies/plus.yaml)
+    ridge: PositiveFloat = 3.0  # that classifier's penalty where training begins, which hardly moves it
+    ridge_scale: PositiveFloat = 5.0  # likewise the scale of its logits
     sketch_images: Positive = 50  # of a group, spread over its classes, when it is predicted for
 
     def __post_init__(self) -> None:
@@ -90,7 +90,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "depth": 1,
         "class_filters": True,
         "classifier": "ridge",
-        "sketch_images": 90,  # as many as take 1.5 times the time of a prediction by `pudnet`
+        "sketch_images": 90,  # in about 1.4 times the time of a prediction by `pudnet`
         "full_weight": 0.0,
         "kl_weight": 0.0,
         "learning_rate": 6e-3,

@@ -19,7 +19,8 @@ from pudnet.targets import Target
 
 @dataclass(frozen=True, config=STRICT)
 class R2D2Config:
-    """Where the two learned numbers begin: `ridge`, the penalty, and `scale`, of the logits."""
+    """Where the two learned numbers begin: `ridge`, the penalty, and `scale`, of the logits. As PudNet+'s do: 100
+    validation groups of CIFAR-100 were better for it with both."""
 
     ridge: PositiveFloat = 3.0
     scale: PositiveFloat = 5.0

@@ -105,8 +105,8 @@ class ClassFilters(nn.Module):
 
     Each class has a filter for every one of R regions of the map, since what tells classes apart differs between
     them and the target's features keep their positions. :math:`W_o = B_o + \alpha_o\, r_{o \bmod R k}`, with
-    :math:`\alpha` learned, from half of He's norm on. Of more filters than channels each channel gets several, averaged
-    so that its share stays of one size.
+    :math:`\alpha` learned, from half the norm of He's kernels on. Of more filters than channels each channel gets
+    several, averaged so that its share stays of one size.
     """
 
     def __init__(self, conv: ConvShape, grid: int) -> None:
@@ -114,7 +114,7 @@ class ClassFilters(nn.Module):
         self.conv, self.grid = conv, grid
         norm = conv.he_std * math.sqrt(math.prod(conv.shape[1:]))
         self.strength = nn.Parameter(torch.full((conv.shape[0], 1), norm / 2))
-        self.log_ridge = nn.Parameter(torch.tensor(-1.0))
+        self.log_ridge = nn.Parameter(torch.tensor(-1.0))  # a penalty of 0.37
 
     def layer(self, network: nn.Module) -> nn.Conv2d:
         """The convolution of a target network that the filters are of."""
