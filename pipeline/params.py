@@ -166,12 +166,10 @@ class Params:
         )
 
     def for_baselines(self, images: int) -> Params:
-        """With a support set of as many of a class's `images` as the variant, where it looks at labels, is given."""
+        """With the variant's training, and of a class's `images` as many labels as the variant is given."""
         model, train = apply_variant(self.variant, self.model, self.train)
-        if not model.class_filters:
-            return self
-        labelled = model.labelled(self.groups.classes_per_group, images)
-        return replace(self, train=replace(self.train, support_per_class=max(train.support_per_class, labelled)))
+        labelled = model.labelled(self.groups.classes_per_group, images) if model.class_filters else 0
+        return replace(self, train=replace(train, support_per_class=max(train.support_per_class, labelled)))
 
     def baseline_grid(self, method: str) -> list[dict[str, Any]]:
         """Every combination of a baseline's space; one, with nothing changed, where it has none."""

@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -185,8 +186,10 @@ def test_results_depend_on_every_file_of_the_method_that_a_trial_imports():
     assert set(imported) - plain - own_of_a_method <= counted and counted <= set(imported)
 
 
-def test_baselines_are_given_the_labels_that_the_variant_looks_at(raw):
+def test_baselines_are_trained_as_the_variant_is_and_given_as_many_labels(raw):
     raw["setting"] = "cifar100"
     for variant, images, support in (("pudnet", 100, 10), ("pudnet_plus", 100, 18), ("pudnet_plus", 30, 15)):
         raw["variant"] = variant
-        assert resolve(raw).for_baselines(images).train.support_per_class == support
+        params = resolve(raw)
+        train = params.for_baselines(images).train
+        assert train == replace(params.configured({})[1], support_per_class=support)

@@ -156,6 +156,19 @@ def test_a_part_of_the_images_is_looked_at_evenly_over_classes():
     assert torch.equal(found, expected)
 
 
+def test_a_support_set_of_more_than_the_images_that_calibrate_calibrates_itself():
+    many = Predictor.untrained("convnet3", channels=3, image_size=16)
+    many.support_per_class = 40  # of each of two classes: 80, in place of 50
+    labels = torch.tensor([0, 1] * 45)
+    images = torch.randn(90, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    found = many.adapt(images, labels, (0, 1))
+    assert found.card.provenance["calibration_images"] == found.card.provenance["support_images"] == 80
+    expected = many.adapt(images[:80], labels[:80], (0, 1))
+    assert torch.equal(found.classifier.centroids, expected.classifier.centroids)
+    many.calibration_images = 50  # asked for
+    assert many.adapt(images, labels, (0, 1)).card.provenance["calibration_images"] == 50
+
+
 @pytest.mark.parametrize("count", [0, -1, "10", 2.5])
 def test_how_many_images_are_looked_at_is_a_count(count, predictor):
     few = Predictor(predictor.model, predictor.card, predictor.target, sketch_images=count)

@@ -172,6 +172,18 @@ def test_a_rows_own_changes_win_over_its_variants(project):
     assert spec.train["learning_rate"] == 0.5 and spec.train["schedule"] == "one_cycle"
 
 
+@pytest.mark.parametrize(("setting", "labels"), [("cifar100", 18), ("fashion", 45), ("digits", 45)])
+@pytest.mark.parametrize("method", ["static_trunk", "r2d2", "pretrained"])
+def test_a_baseline_beside_a_variant_is_trained_as_it_is_and_given_as_many_labels(project, setting, labels, method):
+    rows = {"beside": {"method": method, "variant": "pudnet_plus"}, "PudNet+": {"variant": "pudnet_plus"}}
+    rows["its own"] = rows["beside"] | {"changes": {"learning_rate": 0.5, "support_per_class": 3}}
+    project({**TINY, "columns": {"a": {"setting": setting}}, "reference": None, "rows": rows})
+    study = load_study("tiny")
+    found = {name: row_spec(column_params(study, "a"), name, row, 0).train for name, row in study.rows.items()}
+    assert found["beside"] == found["PudNet+"] | {"support_per_class": labels}
+    assert found["its own"] == found["beside"] | {"learning_rate": 0.5, "support_per_class": 3}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

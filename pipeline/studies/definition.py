@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, field
 from pathlib import Path
@@ -255,9 +256,15 @@ def _slug(row: str) -> str:
 
 
 def row_spec(params: Params, name: str, row: Row, seed: int) -> TrialSpec:
-    """The training that a row's cell takes on one class split. Its own changes win over its variant's."""
+    """The training that a row's cell takes on one class split. Its own changes win over its variant's.
+
+    What is not PudNet itself is trained as the variant is, and given as many labels.
+    """
     where = f"rows.{name}.changes"
     params = dataclasses.replace(params, variant=row.variant)
+    if row.method != "pudnet":
+        groups = params.groups  # without images_per_group all of a class, and training says where those are too few
+        params = params.for_baselines((groups.images_per_group or sys.maxsize) // groups.classes_per_group)
     kind = "static_trunk" if row.method == "random_weights" else row.method
     baseline = kind in LEARNED or kind in SCRATCH
     trial = f"{_slug(name)}-split{seed}"
