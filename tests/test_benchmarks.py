@@ -7,8 +7,9 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import prediction
+from benchmarks import finetuning, prediction
 from benchmarks.floors import Counter, Machine
+from pudnet.predictor import Predictor
 
 MACHINE = Machine("cpu", 1, "float32", flops=1000.0, bandwidth=100.0, itemsize=4)
 
@@ -56,3 +57,16 @@ def test_the_prediction_benchmark_prints_a_table_and_writes_json(tmp_path, monke
     assert "calibration" in printed and f"no trained model at {tmp_path}" in printed
     (row,) = json.loads(out.read_text())["rows"]
     assert row["weights"] == 75_456 and 0 < row["parts"]["generation_ms"] < row["parts"]["total_ms"]
+
+
+def test_the_finetuning_benchmark_is_on_classes_that_the_model_never_saw(tmp_path, monkeypatch, capsys):
+    model, out = tmp_path / "model.safetensors", tmp_path / "finetuning.json"
+    predictor = Predictor.untrained("convnet3", channels=1, image_size=8, variant="pudnet_plus")
+    predictor.card.provenance["train_classes"] = list("01234")
+    predictor.save(model)
+    arguments = ["--model", str(model), "--source", "sklearn:digits", "--images", "40", "--new", "50", "--epochs", "2"]
+    monkeypatch.setattr("sys.argv", ["finetuning", *arguments, "--out", str(out)])
+    finetuning.main()
+    (five,) = json.loads(out.read_text())["fives"]
+    assert 40 < five["predicted"] < five["finetuned"] <= 100 and five["held_out_random_2"] <= 100
+    assert "as predicted from all 200" in capsys.readouterr().out

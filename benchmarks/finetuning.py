@@ -1,0 +1,99 @@
+"""What fine-tuning adds to a predicted network, on classes its model never saw: `python -m benchmarks.finetuning`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from rich.console import Console
+from rich.table import Column, Table
+
+from pipeline.stage import write_json
+from pudnet.data.sources import Source, open_source
+from pudnet.errors import UserError, exit_code
+from pudnet.predictor import Predictor
+
+CLASSES = 5
+
+
+def unseen_classes(predictor: Predictor, source: Source) -> list[np.ndarray]:
+    """Classes that the model was not trained on, by their numbers, in fives of neighbours in the alphabet.
+
+    Raises `UserError` where there are not five.
+    """
+    seen = predictor.card.provenance.get("train_classes", [])
+    numbers = np.array([number for number, name in enumerate(source.class_names) if name not in seen])
+    if len(numbers) < CLASSES:
+        raise UserError(f"{source.name}: {len(numbers)} classes that the model was not trained on; it takes {CLASSES}")
+    return list(numbers[: len(numbers) // CLASSES * CLASSES].reshape(-1, CLASSES))
+
+
+def measure(
+    predictor: Predictor,
+    images: np.ndarray,
+    labels: np.ndarray,
+    classes: np.ndarray,
+    own: int,
+    new: int,
+    epochs: int,
+) -> dict[str, float]:
+    """One five: percent right of its new images, as predicted and after fine-tuning, and of those held out in it.
+
+    The first `own` images (uint8, N, H, W, C) of each class are the user's, the next `new` are new.
+    """
+    rows = np.stack([np.flatnonzero(labels == number)[: own + new] for number in classes])
+    mine, others = rows[:, :own].ravel(), rows[:, own:].ravel()
+    all_images = Predictor(predictor.model, predictor.card, predictor.target, sketch_images=len(mine))
+    network = predictor.predict(images[mine], labels[mine])
+    everything = all_images.predict(images[mine], labels[mine])
+    tuned = predictor.finetune(network, images[mine], labels[mine], epochs=epochs)
+    right = {
+        name: 100 * float(np.mean(np.array(of.classify(images[others])) == labels[others]))
+        for name, of in (("predicted", network), ("of_all_images", everything), ("finetuned", tuned.network))
+    }
+    points = pd.DataFrame(map(asdict, tuned.curve))
+    points = points[points.epoch.isin([0, epochs])].set_index(["start", "epoch"]).accuracy
+    return right | {f"held_out_{start}_{epoch}": float(value) for (start, epoch), value in points.items()}
+
+
+def show(rows: pd.DataFrame, looked_at: int, own: int, epochs: int) -> None:
+    """Print the mean over fives."""
+    mean = rows.mean()
+    table = Table(f"percent right, mean of {len(rows)} times {CLASSES} classes", Column("", justify="right"))
+    table.add_row(f"new images, as predicted from {looked_at}", f"{mean.predicted:.1f}")
+    table.add_row(f"  as predicted from all {CLASSES * own}", f"{mean.of_all_images:.1f}")
+    table.add_row(f"  after {epochs} epochs on four fifths of them", f"{mean.finetuned:.1f}")
+    for start in ("predicted", "random"):
+        first, last = (mean[f"held_out_{start}_{epoch}"] for epoch in (0, epochs))
+        table.add_row(f"the fifth held out, from {start} weights", f"{first:.1f} to {last:.1f}")
+    Console().print(table)
+
+
+def main() -> None:
+    """Measure, print, write JSON."""
+    parser = argparse.ArgumentParser("python -m benchmarks.finetuning", description=__doc__)
+    parser.add_argument("--model", default="cifar100-convnet3", help="as for `pudnet predict` (%(default)s)")
+    parser.add_argument("--source", default="torchvision:CIFAR100", help="or npz:FILE, folder:PATH (%(default)s)")
+    parser.add_argument("--images", type=int, default=100, help="of each class, to predict from and train on")
+    parser.add_argument("--new", type=int, default=400, help="of each class, new ones")
+    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--out", type=Path, default=Path("results/benchmarks/finetuning.json"))
+    options = parser.parse_args()
+    predictor = Predictor.load(options.model)
+    source = open_source(options.source, Path("data/raw"), predictor.card.image_size, predictor.card.channels)
+    images = np.concatenate(list(source.batches()))
+    rows = pd.DataFrame(
+        measure(predictor, images, source.labels, classes, options.images, options.new, options.epochs)
+        for classes in unseen_classes(predictor, source)
+    )
+    show(rows, predictor.sketch_images, options.images, options.epochs)
+    write_json(options.out, {"fives": rows.to_dict("records")})
+    print(f"written: {options.out}")
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))
