@@ -15,21 +15,30 @@ from rich.table import Column, Table
 from pipeline.stage import write_json
 from pudnet.data.sources import Source, open_source
 from pudnet.errors import UserError, exit_code
+from pudnet.files import check_writable
 from pudnet.predictor import Predictor
 
 CLASSES = 5
 
 
 def unseen_classes(predictor: Predictor, source: Source) -> list[np.ndarray]:
-    """Classes that the model was not trained on, by their numbers, in fives of neighbours in the alphabet.
+    """Classes that the model was not trained on, by their numbers, in fives of neighbours in the source's order.
 
-    Raises `UserError` where there are not five.
+    Raises `UserError` where there are not five, or the model does not say what it was trained on.
     """
-    seen = predictor.card.provenance.get("train_classes", [])
+    if (seen := predictor.card.provenance.get("train_classes")) is None:
+        raise UserError("model: does not say which classes it was trained on; take one that `dvc repro` made")
     numbers = np.array([number for number, name in enumerate(source.class_names) if name not in seen])
     if len(numbers) < CLASSES:
         raise UserError(f"{source.name}: {len(numbers)} classes that the model was not trained on; it takes {CLASSES}")
     return list(numbers[: len(numbers) // CLASSES * CLASSES].reshape(-1, CLASSES))
+
+
+def positive(text: str) -> int:
+    """A count on the command line."""
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
 
 
 def measure(
@@ -43,8 +52,11 @@ def measure(
 ) -> dict[str, float]:
     """One five: percent right of its new images, as predicted and after fine-tuning, and of those held out in it.
 
-    The first `own` images (uint8, N, H, W, C) of each class are the user's, the next `new` are new.
+    The first `own` images (uint8, N, H, W, C) of each class are the user's, the next `new` are new. Raises `UserError`
+    where a class has fewer.
     """
+    if (there := np.bincount(labels)[classes].min()) < own + new:
+        raise UserError(f"--images {own} and --new {new}: a class has {there} images; ask for fewer")
     rows = np.stack([np.flatnonzero(labels == number)[: own + new] for number in classes])
     mine, others = rows[:, :own].ravel(), rows[:, own:].ravel()
     all_images = Predictor(predictor.model, predictor.card, predictor.target, sketch_images=len(mine))
@@ -78,11 +90,12 @@ def main() -> None:
     parser = argparse.ArgumentParser("python -m benchmarks.finetuning", description=__doc__)
     parser.add_argument("--model", default="cifar100-convnet3", help="as for `pudnet predict` (%(default)s)")
     parser.add_argument("--source", default="torchvision:CIFAR100", help="or npz:FILE, folder:PATH (%(default)s)")
-    parser.add_argument("--images", type=int, default=100, help="of each class, to predict from and train on")
-    parser.add_argument("--new", type=int, default=400, help="of each class, new ones")
-    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--images", type=positive, default=100, help="of each class, to predict from and train on")
+    parser.add_argument("--new", type=positive, default=400, help="of each class, new ones")
+    parser.add_argument("--epochs", type=positive, default=20)
     parser.add_argument("--out", type=Path, default=Path("results/benchmarks/finetuning.json"))
     options = parser.parse_args()
+    check_writable(options.out)
     predictor = Predictor.load(options.model)
     source = open_source(options.source, Path("data/raw"), predictor.card.image_size, predictor.card.channels)
     images = np.concatenate(list(source.batches()))

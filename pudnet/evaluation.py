@@ -175,7 +175,7 @@ def time_prediction(
         threads=torch.get_num_threads(),
         images=groups.shape[1],
         sketch_images=predictor.sketch_images,
-        calibration_images=predictor.calibration_images,
+        calibration_images=len(predictor.calibration_rows(block_labels(images, groups[0])[0])),
         sketch_ms=sketch,
         generation_ms=generation,
         calibration_ms=calibration,

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from pudnet.finetune import FineTuned
 
 CALIBRATION_IMAGES = 50  # how few are enough: benchmarks/README.md
+AT_ONCE = 100  # that may pass whatever their size; more where they are small
 WEIGHTS_AT_A_TIME, GROUPS_AT_A_TIME = 2**26, 100
 
 
@@ -79,9 +80,10 @@ class Predictor:
 
     `predict` is the one call; its steps stand alone, on normalised images, for evaluation and timing. The sketch
     and BatchNorm's statistics are averages, and a part of a group's images is enough for them: `sketch_images`
-    (None: as many as the model was made for) and `calibration_images` (None: 50, or a larger support set that passes
-    at once; where labels enter the sketch those that it is of, also when that changes) are how many, spread evenly
-    over its classes; the first `support_per_class` of each class make its centroid.
+    (None: as many as the model was made for) and `calibration_images` (None: 50; where labels enter the sketch those
+    that it is of, also when that changes) are how many, spread evenly over its classes; the first
+    `support_per_class` of each class make its centroid, and where those are more than 50, but may pass at once, they
+    are the ones that calibrate.
     Statistics are taken in bf16 where the device has it; the network itself is fp32, as it is exported. On a
     CPU the process keeps the memory that it frees (`keep_freed_memory`).
     """
@@ -113,7 +115,7 @@ class Predictor:
 
     @property
     def calibration_images(self) -> int:
-        """How many images BatchNorm's statistics are of."""
+        """How many images BatchNorm's statistics are of, unless a larger support set gives them."""
         if self._calibration_images is not None:
             return self._calibration_images
         return self.sketch_images if self.class_aware else CALIBRATION_IMAGES
@@ -260,7 +262,7 @@ class Predictor:
     def _class_kernels(self, labels: Tensor, mark: Callable[[], None], maps: Tensor) -> Tensor:
         """The weight of the layer that has class filters, from what it is given for the images that calibrate."""
         mark()
-        filters, rows = self.model.filters, self._calibration_rows(labels)
+        filters, rows = self.model.filters, self.calibration_rows(labels)
         with torch.autocast(self.device.type, enabled=False):
             solved = filters.solve(maps, filters.layer(self.calibrate.empty), _columns(labels[rows]))
         weights = self.model.generate(solved.flatten())
@@ -311,12 +313,12 @@ class Predictor:
         counts = labels.bincount()
         return min(math.ceil(self.sketch_images / len(counts)), int(counts.max()))
 
-    def _calibration_rows(self, labels: Tensor) -> Tensor:
+    def calibration_rows(self, labels: Tensor) -> Tensor:
         """Rows of the images that calibrate BatchNorm. One pass gives the features of a support set that they hold."""
         rows = spread_rows(labels, self.calibration_images)
         if self._calibration_images is None and not self.class_aware:
             support = self.support_rows(labels)
-            if len(rows) < len(support) <= images_at_a_time(self.card.image_size):
+            if len(rows) < len(support) <= max(AT_ONCE, images_at_a_time(self.card.image_size)):
                 return support
         return rows
 
@@ -329,7 +331,7 @@ class Predictor:
         writes: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
     ) -> tuple[nn.Module, Tensor, Tensor]:
         """Weights -> a calibrated network in eval mode, and the support set's features (S, d) and labels (S,)."""
-        chosen = self._calibration_rows(labels)
+        chosen = self.calibration_rows(labels)
         body, features = self.calibrate(weights, images[chosen], writes)
         support = self.support_rows(labels)
         if not bool(torch.isin(support, chosen).all()):
@@ -346,7 +348,7 @@ class Predictor:
         """The card of a network that this model predicted for a group of labels (N,)."""
         looked_at = {
             "sketch_images": len(spread_rows(labels, self.sketch_images)),
-            "calibration_images": len(self._calibration_rows(labels)),
+            "calibration_images": len(self.calibration_rows(labels)),
             "support_images": support_images,
         }
         solved = {} if self.regression is None else self.regression.card_values()

@@ -28,7 +28,7 @@ from pipeline.groups import build
 from pipeline.params import check, load_params
 from pipeline.prepare import prepare
 from pipeline.stage import STORE, TEST_STORE, group_folder
-from pipeline.studies.definition import column_params, load_study, row_spec, wanted
+from pipeline.studies.definition import ANY, column_params, load_study, row_spec, wanted
 from pudnet import PredictedNetwork, Predictor
 from pudnet.cli import main
 from pudnet.data.groups import open_groups
@@ -339,7 +339,7 @@ def studied(content):
         params = {column: column_params(found, column) for column in found.columns}
         for own in wanted(found, params)[0].values():
             for name, row in found.rows.items():
-                row_spec(own, name, row, own.seed)
+                row_spec(own, name, row, own.seed, ANY)
 
     with empty_folder() as folder:
         (folder / "studies").mkdir()

@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import finetuning, prediction
 from benchmarks.floors import Counter, Machine
+from pudnet.errors import UserError
 from pudnet.predictor import Predictor
 
 MACHINE = Machine("cpu", 1, "float32", flops=1000.0, bandwidth=100.0, itemsize=4)
@@ -70,3 +71,10 @@ def test_the_finetuning_benchmark_is_on_classes_that_the_model_never_saw(tmp_pat
     (five,) = json.loads(out.read_text())["fives"]
     assert 40 < five["predicted"] < five["finetuned"] <= 100 and five["held_out_random_2"] <= 100
     assert "as predicted from all 200" in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", ["finetuning", *arguments[:4], "--images", "170", "--out", str(out)])
+    with pytest.raises(UserError, match="--images 170 and --new 400: a class has 174 images"):
+        finetuning.main()
+    predictor.card.provenance["train_classes"] = list("012345")
+    predictor.save(model)
+    with pytest.raises(UserError, match="sklearn:digits: 4 classes that the model was not trained on; it takes 5"):
+        finetuning.main()

@@ -12,7 +12,7 @@ from mlflow import MlflowClient
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from pipeline.studies.definition import check_rows, column_params, load_study, row_spec, wanted
+from pipeline.studies.definition import ANY, check_rows, column_params, load_study, row_spec, wanted
 from pudnet.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -167,19 +167,23 @@ def test_a_rows_own_changes_win_over_its_variants(project):
     changes = {"filter_grid": 1, "learning_rate": 0.5, "sketch_images": 7}
     project({**TINY, "rows": {"static trunk": {"variant": "pudnet_plus", "changes": changes}}})
     study = load_study("tiny")
-    spec = row_spec(column_params(study, "digits"), "static trunk", study.rows["static trunk"], 0)
+    spec = row_spec(column_params(study, "digits"), "static trunk", study.rows["static trunk"], 0, ANY)
     assert spec.model["class_filters"] and spec.model["filter_grid"] == 1 and spec.model["sketch_images"] == 7
     assert spec.train["learning_rate"] == 0.5 and spec.train["schedule"] == "one_cycle"
 
 
-@pytest.mark.parametrize(("setting", "labels"), [("cifar100", 18), ("fashion", 45), ("digits", 45)])
+@pytest.mark.parametrize(
+    ("setting", "images", "labels"), [("cifar100", 100, 18), ("fashion", 300, 45), ("digits", 30, 15)]
+)
 @pytest.mark.parametrize("method", ["static_trunk", "r2d2", "pretrained"])
-def test_a_baseline_beside_a_variant_is_trained_as_it_is_and_given_as_many_labels(project, setting, labels, method):
+def test_a_baseline_beside_a_variant_is_trained_as_it_is_and_given_as_many_labels(
+    project, setting, images, labels, method
+):
     rows = {"beside": {"method": method, "variant": "pudnet_plus"}, "PudNet+": {"variant": "pudnet_plus"}}
     rows["its own"] = rows["beside"] | {"changes": {"learning_rate": 0.5, "support_per_class": 3}}
     project({**TINY, "columns": {"a": {"setting": setting}}, "reference": None, "rows": rows})
     study = load_study("tiny")
-    found = {name: row_spec(column_params(study, "a"), name, row, 0).train for name, row in study.rows.items()}
+    found = {name: row_spec(column_params(study, "a"), name, row, 0, images).train for name, row in study.rows.items()}
     assert found["beside"] == found["PudNet+"] | {"support_per_class": labels}
     assert found["its own"] == found["beside"] | {"learning_rate": 0.5, "support_per_class": 3}
 
@@ -277,7 +281,7 @@ def test_every_committed_study_is_sound_and_a_stage(name, monkeypatch):
     monkeypatch.chdir(ROOT)
     study = load_study(name)
     columns = [column_params(study, column) for column in study.columns]
-    assert all(row_spec(params, row, own, 0) for params in columns for row, own in study.rows.items())
+    assert all(row_spec(params, row, own, 0, ANY) for params in columns for row, own in study.rows.items())
     for params in {(params.setting, params.target): params for params in columns}.values():
         check_rows(study, params)
     assert name in yaml.safe_load((ROOT / "studies" / "dvc.yaml").read_text())["stages"]["study"]["matrix"]["name"]

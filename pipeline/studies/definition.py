@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict, field
 from pathlib import Path
@@ -25,6 +24,7 @@ from pudnet.targets import build_target, check_target_name
 STUDIES = Path("studies")
 GROUPS_KEY = "groups.train_groups"
 OTHERS_SKETCHES = ("constant", "shuffled")
+ANY = 1_000_000  # images of a class in a group, before there are groups: as many as a row wants
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -255,16 +255,15 @@ def _slug(row: str) -> str:
     return re.sub("[^a-z0-9+]+", "-", row.lower()).strip("-")
 
 
-def row_spec(params: Params, name: str, row: Row, seed: int) -> TrialSpec:
+def row_spec(params: Params, name: str, row: Row, seed: int, images: int) -> TrialSpec:
     """The training that a row's cell takes on one class split. Its own changes win over its variant's.
 
-    What is not PudNet itself is trained as the variant is, and given as many labels.
+    What is not PudNet itself is trained as the variant is, and given as many labels of a class's `images` in a group.
     """
     where = f"rows.{name}.changes"
     params = dataclasses.replace(params, variant=row.variant)
     if row.method != "pudnet":
-        groups = params.groups  # without images_per_group all of a class, and training says where those are too few
-        params = params.for_baselines((groups.images_per_group or sys.maxsize) // groups.classes_per_group)
+        params = params.for_baselines(images)
     kind = "static_trunk" if row.method == "random_weights" else row.method
     baseline = kind in LEARNED or kind in SCRATCH
     trial = f"{_slug(name)}-split{seed}"
@@ -285,7 +284,7 @@ def check_rows(study: Study, params: Params) -> None:
     target = build_target(params.target, params.prepare.channels, params.prepare.image_size)
     sound = set()
     for name, row in study.rows.items():
-        spec = row_spec(params, name, row, params.seed)
+        spec = row_spec(params, name, row, params.seed, ANY)
         if row.method != "pudnet" or (model := ModelConfig(**spec.model | {"eta": 0.0})) in sound:  # eta has no size
             continue
         try:
