@@ -76,6 +76,7 @@ class TrainConfig:
     full_weight: Weight = 1.0  # of L2, Eq. 8
     kl_weight: Weight = 1.0  # of L3, Eq. 9
     kl_teaches: Literal["full", "metric", "both"] = "full"  # which classifier L3's gradient reaches
+    pretraining_share: Fraction = 0.0  # of the groups, the first: their images mixed, all training classes told apart
     support_per_class: Positive = 10
     report_every: Positive = 100  # groups between two reports, checkpoints and NaN checks
 

@@ -36,7 +36,8 @@ class StaticTrunk(nn.Module):
     def generate(self, sketch: Tensor) -> Weights:
         """Return the one set of weights, for as many groups as the sketch (..., 0) is of."""
         groups = sketch.shape[:-1]
-        return {
-            conv.name: kernel.expand(*groups, *kernel.shape)
-            for conv, kernel in zip(self.shared.convs, self.kernels, strict=True)
-        }
+        return {name: kernel.expand(*groups, *kernel.shape) for name, kernel in self.base_weights().items()}
+
+    def base_weights(self) -> dict[str, Tensor]:
+        """The one set of weights."""
+        return {conv.name: kernel for conv, kernel in zip(self.shared.convs, self.kernels, strict=True)}

@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pudnet.config import TrainConfig
 from pudnet.controls import StaticTrunk
+from pudnet.errors import UserError
 from pudnet.hypernet import PudNet
 from pudnet.objective import Losses, Objective
 from pudnet.targets import Target
+
+MIX = 0  # seed of the order in which a table's images are mixed
+
+
+def mixed(table: np.ndarray, share: float = 1.0) -> np.ndarray:
+    """A table of groups (G, N) with the images of the first `share` of them in an order that knows of no groups."""
+    if not (first := round(share * len(table))):
+        return table
+    order = np.random.default_rng(MIX).permutation(table[:first].ravel())
+    return np.concatenate([order.reshape(table[:first].shape), table[first:]])
 
 
 class Learner(nn.Module):
@@ -42,17 +54,33 @@ class MetaLearner(Learner):
 
     def __init__(self, model: PudNet | StaticTrunk, target: Target, config: TrainConfig, classes: int, k: int) -> None:
         super().__init__()
-        self.model, self.k = model, k
+        self.model, self.k, self.pretraining = model, k, config.pretraining_share
         self.objective = Objective(config, target.features, classes)
+        if self.pretraining and not model.base_weights():
+            raise UserError("train.pretraining_share: without model.base there are no weights before a group is seen")
+
+    def arrange(self, table: np.ndarray) -> np.ndarray:
+        """The images of the groups that are for pretraining mixed, the others as they are."""
+        return mixed(table, self.pretraining)
 
     def losses(self, images: Tensor, labels: Tensor, done: float) -> list[Losses]:
-        """Eq. 10 of each group; its images stand in k blocks of one class."""
+        """Eq. 10 of each group, whose images stand in k blocks of one class; in pretraining L2 of mixed images."""
+        if done < self.pretraining:
+            return [self._pretrain(*batch) for batch in zip(images, labels, strict=True)]
         sketch, seen = self._sketch(images)
         features = self.model.shared(images, self.model.generate(sketch))
         columns = labels.unflatten(1, (self.k, -1))[..., 0]  # (B, k)
         with torch.autocast(images.device.type, enabled=False):
             groups = zip(features, columns, strict=True)
             return [self.objective(*group, seen, self.model.regression) for group in groups]
+
+    def _pretrain(self, images: Tensor, labels: Tensor) -> Losses:
+        """What images (N, C, H, W) with labels (N,) among all training classes cost under the base weights."""
+        features = self.model.shared(images, self.model.base_weights())
+        with torch.autocast(images.device.type, enabled=False):
+            logits = self.objective.head(features.float())
+            loss, nothing = F.cross_entropy(logits, labels), torch.zeros((), device=images.device)
+        return Losses(loss, nothing, loss.detach(), nothing, (logits.argmax(1) == labels).float().mean())
 
     def _sketch(self, images: Tensor) -> tuple[Tensor, int]:
         """The groups' sketches, and of how many images of each class the labels are in them.

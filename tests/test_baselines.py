@@ -1,6 +1,7 @@
 """The baselines: closed-form twins, what no method may depend on, and that each learns."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,11 +14,13 @@ from pudnet.baselines.meta_deepbdc import BDCNetwork, MetaDeepBDCConfig, bdc
 from pudnet.baselines.scratch import augmented, one_cycle, scratch_network, train
 from pudnet.card import Card, write_tensors
 from pudnet.cca import canonical_correlations, held_out_correlation
-from pudnet.config import TrainConfig
+from pudnet.config import ModelConfig, TrainConfig, apply_variant
+from pudnet.controls import StaticTrunk
 from pudnet.data.images import StoreImages
 from pudnet.data.store import Store
 from pudnet.errors import UserError
 from pudnet.evaluation import FROM, ON, adapt_input, mean_interval, twin_accuracies, twin_accuracy
+from pudnet.hypernet import PudNet
 from pudnet.learner import MetaLearner
 from pudnet.predictor import Predictor, build_model
 from pudnet.targets import build_target
@@ -393,6 +396,28 @@ def test_pretraining_mixes_the_classes_of_the_very_same_images(toy):
     assert mixed.shape == train.shape
     assert sorted(mixed.ravel()) == sorted(train.ravel())
     assert np.mean([len(images.block_classes(group)) for group in mixed]) > 5
+
+
+@pytest.mark.parametrize("kind", ["pudnet", "static_trunk"])
+def test_pudnet_plus_and_the_static_trunk_are_pretrained_likewise(kind, toy):
+    _, images, train, _ = toy
+    model_config, config = apply_variant("pudnet_plus", ModelConfig(sketch_images=4), TrainConfig(support_per_class=2))
+    target = build_target("convnet3", 1, 8)
+    model = PudNet(model_config, target) if kind == "pudnet" else StaticTrunk(target)
+    learner = MetaLearner(model, target, replace(config, pretraining_share=0.25), 6, K)
+    arranged = learner.arrange(train)
+    assert (arranged[22:] == train[22:]).all() and sorted(arranged[:22].ravel()) == sorted(train[:22].ravel())
+    assert np.mean([len(images.block_classes(group)) for group in arranged[:22]]) > 5
+    labels = torch.from_numpy(images.labels[train[0]])
+    for done, head_learns in ((0.0, True), (0.25, False)):
+        learner.zero_grad()
+        cost = learner.losses(images(train[:1]), labels[None], done)[0]
+        cost.total.backward()
+        assert (learner.objective.head.weight.grad is not None) == head_learns
+        assert (cost.full > 0) == head_learns and (cost.metric > 0) != head_learns
+        assert all(kernel.grad is not None for kernel in model.base_weights().values())
+    with pytest.raises(UserError, match=r"train\.pretraining_share: without model\.base"):
+        MetaLearner(PudNet(ModelConfig(), target), target, replace(config, pretraining_share=0.25), 6, K)
 
 
 @pytest.mark.parametrize("name", ["meta_baseline", "meta_deepbdc"])

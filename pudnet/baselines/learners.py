@@ -11,10 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pudnet.baselines.method import Method
-from pudnet.learner import Learner
+from pudnet.learner import Learner, mixed
 from pudnet.objective import Losses
-
-MIX = 0  # seed of the order in which a table's images are mixed
 
 
 class MethodLearner(Learner):
@@ -65,7 +63,7 @@ class Pretraining(MethodLearner):
 
     def arrange(self, table: np.ndarray) -> np.ndarray:
         """The same images, each as often, in an order that does not know of groups."""
-        return np.random.default_rng(MIX).permutation(table.ravel()).reshape(table.shape)
+        return mixed(table)
 
     def loss(self, images: Tensor, labels: Tensor, done: float) -> Losses:
         """Cross-entropy of the full head."""
@@ -92,8 +90,7 @@ class TwoStages(Pretraining):
 
     def arrange(self, table: np.ndarray) -> np.ndarray:
         """The first groups' images mixed, the others as they are."""
-        first = round(self.pretraining * len(table))
-        return np.concatenate([super().arrange(table[:first]), table[first:]])
+        return mixed(table, self.pretraining)
 
     def loss(self, images: Tensor, labels: Tensor, done: float) -> Losses:
         """The full head's loss, then the method's own."""

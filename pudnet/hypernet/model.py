@@ -82,8 +82,8 @@ class PudNet(nn.Module):
             return self.filters.solve(maps, conv, labels)
 
     def base_weights(self) -> dict[str, Tensor]:
-        """The learned kernels that predictions are a change of."""
-        return {conv.name: kernel for conv, kernel in zip(self.shared.convs, self.base, strict=True)}
+        """The learned kernels that predictions are a change of; none without a base."""
+        return {conv.name: kernel for conv, kernel in zip(self.shared.convs, self.base, strict=self.config.base)}
 
     def generate(self, sketch: Tensor) -> Weights:
         """Predict all convolution weights from a sketch, in fp32 whatever the autocast."""
