@@ -72,6 +72,8 @@ def _text(name: str, params: Params, card: Card, split: dict, timing: dict) -> s
     made = card.provenance
     _, train = params.configured({key: made[key] for key in params.search.space if key in made})
     weights = {"L2": train.full_weight, "L3": train.kl_weight}
+    share = train.pretraining_share
+    first = f"; on the images of the first {share:.0%} of them, mixed, L2" if share else ""
     return TEXT.format(
         name=name,
         variant=made["variant"],
@@ -83,7 +85,7 @@ def _text(name: str, params: Params, card: Card, split: dict, timing: dict) -> s
         images=params.groups.images_per_group,
         train_groups=made["train_groups"],
         source=params.setting,
-        losses="".join(f" + {weight:g} {name}" for name, weight in weights.items() if weight) or " alone",
+        losses=("".join(f" + {weight:g} {name}" for name, weight in weights.items() if weight) or " alone") + first,
         hypernetwork=hypernetwork(card),
         split_seed=made["split_seed"],
         train_classes=", ".join(split["train_classes"]),
