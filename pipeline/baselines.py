@@ -12,22 +12,20 @@ from typing import Any
 import pandas as pd
 
 from pipeline import cluster
-from pipeline.bench import compare
+from pipeline.bench import compare, images_of_a_class
 from pipeline.final import read_best, train_all, write_curves
 from pipeline.measure import measure_all, time_all
 from pipeline.params import Params
-from pipeline.stage import BASELINES, RESULTS, group_folder, run_stage, wants_fresh, write, write_json
+from pipeline.stage import BASELINES, RESULTS, run_stage, wants_fresh, write, write_json
 from pipeline.tracking import Tracking, open_tracking
 from pipeline.tuning import named, tune
 from pudnet.baselines import LEARNED, SCRATCH
-from pudnet.data.groups import open_groups
 from pudnet.errors import UserError
 
 
 def baselines(params: Params) -> None:
     """Tune, train, measure and time every method; write the tables, log a run a method."""
-    _, tables = open_groups(group_folder(params.seed))
-    params = params.for_baselines(tables["train"].shape[1] // params.groups.classes_per_group)
+    params = params.for_baselines(images_of_a_class(params))
     fresh, methods, tracking = wants_fresh(), _possible(params), open_tracking(params)
     pudnet = pd.read_csv(RESULTS / "pudnet.csv")
     with cluster.session():

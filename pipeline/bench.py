@@ -90,6 +90,12 @@ def open_bench(params: Params, seed: int, test_groups: int | None = None) -> Ben
     )
 
 
+def images_of_a_class(params: Params) -> int:
+    """How many images of each class a training group has."""
+    _, tables = open_groups(group_folder(params.seed))
+    return tables["train"].shape[1] // params.groups.classes_per_group
+
+
 def identity(params: Params) -> str:
     """A hash of models, test groups and what evaluation is told: evaluating the same again is the same MLflow run."""
     plain = [params.setting, params.target, params.variant, asdict(params.evaluate)]

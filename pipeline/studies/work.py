@@ -8,18 +8,18 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from pipeline.bench import images_of_a_class
 from pipeline.dependencies import digest, trial_key
 from pipeline.experiment import Experiment, run_missing
 from pipeline.groups import build
 from pipeline.kept import Finished
 from pipeline.params import Params
 from pipeline.prepare import prepare
-from pipeline.stage import GROUPS, PREPARED, alone, group_folder, root
+from pipeline.stage import GROUPS, PREPARED, alone, root
 from pipeline.studies.cells import Cell
 from pipeline.studies.definition import Column, Study, row_spec
 from pipeline.tracking import Tracking, open_tracking
 from pipeline.trial import TrialSpec
-from pudnet.data.groups import open_groups
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,7 @@ def train(name: str, study: Study, column: str, params: Params) -> Work:
     """Every training of a column that is not done, each once, whatever number of rows it serves."""
     tracking = open_tracking(params)
     rows = study.rows.items()
-    _, tables = open_groups(group_folder(params.seed))
-    images = tables["train"].shape[1] // params.groups.classes_per_group
+    images = images_of_a_class(params)
     specs = {(row, seed): row_spec(params, row, own, seed, images) for row, own in rows for seed in params.split_seeds}
     wanted: dict[str, TrialSpec] = {}
     for (row, _), spec in specs.items():

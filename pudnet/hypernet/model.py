@@ -99,7 +99,7 @@ class PudNet(nn.Module):
 
     def _changed(self, summary: Tensor) -> dict[str, Tensor]:
         """The base under a group's change, or whichever of the two there is, from the paper's sketch (..., l, m)."""
-        base = self.base_weights() if self.config.base else {}
+        base = self.base_weights()
         if not self.config.change:
             return {name: kernel.expand(*summary.shape[:-2], *kernel.shape) for name, kernel in base.items()}
         contexts = self._contexts(summary)
