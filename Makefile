@@ -10,7 +10,7 @@ repro: $(READY)
 	$(IN_VENV) dvc repro
 
 test: $(READY)
-	$(IN_VENV) python -m pytest -n 2 --dist loadfile
+	$(IN_VENV) python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # Kills, full disks, lost servers and nodes, for real; some need root.
 faults: $(READY)

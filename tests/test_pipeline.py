@@ -156,6 +156,23 @@ def test_registered_model_is_loaded_by_its_uri(repro, monkeypatch):
         Predictor.load("models:/pudnet-digits-convnet3/9")
 
 
+def test_publish_puts_the_model_and_its_card_among_those_that_ship(repro, tmp_path):
+    project = tmp_path / "published"
+    shutil.copytree(repro, project, ignore=shutil.ignore_patterns("data", ".pud", "mlflow.db", "mlartifacts"))
+    done = run(project, sys.executable, "-m", "pipeline.publish")
+    assert done.returncode == 0, done.stdout + done.stderr
+    published = Predictor.load(project / "models/pretrained/digits-convnet3.safetensors")
+    trained = Predictor.load(repro / "models/pudnet.safetensors")
+    assert_close(published.model.state_dict(), trained.model.state_dict(), rtol=0, atol=0)
+    split = json.loads((repro / "results/metrics.json").read_text())["splits"]["0"]
+    assert published.card.provenance["test"]["accuracy"] == split["accuracy"]
+    page = (project / "models/pretrained/digits-convnet3.md").read_text()
+    assert f"{split['accuracy']:.2f} ± {split['ci95']:.2f} % " in page
+    (project / "models/pudnet.safetensors").unlink()
+    without = run(project, sys.executable, "-m", "pipeline.publish")
+    assert (without.returncode, without.stderr.count("\n")) == (2, 1)
+
+
 @pytest.fixture(scope="module")
 def server(repro):
     """The registered model behind MLflow's server: the address to post to."""

@@ -15,7 +15,8 @@ PAGE = """# {title}
 ![{title}]({name}.png)
 """
 LEGENDS = {
-    "accuracy": "Accuracy in percent, with its 95% interval over test groups.",
+    "accuracy": "Accuracy in percent, with its 95% interval over test groups: of one training a row and class split, "
+    "whose own chance (another seed) is in no interval.",
     "losses": "Losses of training, mean over the groups since the line before.",
     "finetune": "Accuracy in percent on test images that were not trained on, with its 95% interval over them.",
     "correlation": "Canonical correlations on groups that they were not fitted to; beside them, with 95% of them, "
