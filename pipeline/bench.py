@@ -71,7 +71,7 @@ class Bench:
 
 def open_bench(params: Params, seed: int, test_groups: int | None = None) -> Bench:
     """The bench of one class split, with the first `test_groups` of its test groups (None: all)."""
-    device = pick_device()
+    device = pick_device(params.resources.gpus)
     store = open_store(STORE, verify=False)
     test_store = open_store(TEST_STORE, verify=False) if params.prepare.test_source else store
     train_images = StoreImages(store, device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -11,11 +12,13 @@ from typing import Any
 from ray.tune import Callback
 from ray.tune.experiment import Trial
 
-from pipeline.kept import Finished, add_report, keep_trial, reports, written
+from pipeline.kept import Diverged, Finished, add_report, keep_diverged, keep_trial, reports, written
 from pipeline.parallel import checkpoint_folder
 from pipeline.params import Params
 from pipeline.tracking import Tracking, open_tracking
-from pipeline.trial import METRICS, TrialSpec
+from pipeline.trial import DIVERGED, METRICS, TrialSpec
+
+PATIENCE = 60  # seconds without a trial at work before it is said that there is no room for one
 
 
 class TrialProgress(Callback):
@@ -34,6 +37,7 @@ class TrialProgress(Callback):
         self.unlogged: dict[str, list[dict[str, Any]]] = {}
         self.runs: dict[str, tuple[str, int]] = {}  # and the last step when it was opened
         self._tracking: Tracking | None = None
+        self.at_work = time.monotonic()  # when some trial last was
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: getattr(self, key) for key in ("params", "key", "trials", "parent", "keep", "rollbacks")}
@@ -60,6 +64,9 @@ class TrialProgress(Callback):
     ) -> None:
         """Print a line and log a step, unless they were before an interruption."""
         earlier = self.reported[trial.trial_id]
+        if DIVERGED in result:
+            return
+        trial.run_metadata.num_failures = 0  # it gets on: what counts are failures in a row. (There is no public way.)
         if result["groups"] <= max((row["groups"] for row in earlier), default=-1):
             return
         earlier.append(result)
@@ -74,6 +81,10 @@ class TrialProgress(Callback):
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """Keep the trial at once, whatever becomes of the others, and close its run."""
         spec, rows = TrialSpec(**trial.config["spec"]), self.reported.get(trial.trial_id, [])
+        if why := trial.last_result.get(DIVERGED):
+            keep_diverged(Diverged(spec, why))
+            self._end(trial, "FAILED")
+            return
         if self.keep:
             checkpoint = checkpoint_folder(trial.checkpoint, trial.last_result)
             keep_trial(Finished(spec, reports(rows), checkpoint, f"{self.key}/{spec.name}"))
@@ -82,6 +93,16 @@ class TrialProgress(Callback):
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """Close the trial's run as failed."""
         self._end(trial, "FAILED")
+
+    def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
+        """Say, once, that trials wait for room: a node that has it may have been lost."""
+        if any(trial.status == Trial.RUNNING for trial in trials):
+            self.at_work = time.monotonic()
+        elif time.monotonic() - self.at_work > PATIENCE:
+            share = trials[0].config["share"]
+            wanted = f"{share['cpu']} CPU(s) and {share['gpu']:g} GPU(s)"
+            print(f"  no node has room for a trial ({wanted}); waiting for one", flush=True)
+            self.at_work = math.inf
 
     def _end(self, trial: Trial, status: str) -> None:
         self._log(trial, status)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import re
 from collections.abc import Iterator
 from typing import Any
 
+from pipeline.dependencies import CODE
 from pipeline.params import Params
-from pipeline.stage import root
 from pudnet.errors import RunFailed, UserError
 
 # A snapshot of the experiment every 5 s bounds what a kill -9 of the driver costs.
@@ -19,6 +20,7 @@ os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_
 # Tune's own handler of Ctrl-C ends the search as if it were finished; without it the stage is interrupted.
 os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # its boxes say less than the callback
+os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")  # a trial that diverged has no accuracy for ASHA
 
 import ray
 from ray.exceptions import RayError, RayTaskError
@@ -35,7 +37,7 @@ def session() -> Iterator[None]:
     address = os.environ.get("RAY_ADDRESS")
     try:
         if address:
-            environment = {"working_dir": str(root()), "excludes": NOT_SENT}
+            environment = {"working_dir": str(CODE), "excludes": NOT_SENT}
             ray.init(runtime_env=environment, log_to_driver=False, logging_level=logging.CRITICAL)
         else:
             ray.init(
@@ -46,17 +48,17 @@ def session() -> Iterator[None]:
                 log_to_driver=False,  # the callback says what there is to say
             )
     except Exception as error:  # on a machine too busy to start in time Ray raises a plain one
-        raise RunFailed(f"Ray at {address or 'this machine'} does not answer ({str(error).splitlines()[0]})") from None
+        raise RunFailed(f"Ray at {address or 'this machine'} does not answer ({reason(error)})") from None
     try:
         yield
     finally:
         ray.shutdown()
 
 
-def share(params: Params) -> dict[str, float]:
-    """A trial's resources. A GPU is asked for only where there is one: Ray would wait for it for ever.
+def share(params: Params, workers: int = 1) -> dict[str, float]:
+    """A trial's resources, or each worker's. A GPU is asked for only where there is one: Ray would wait for ever.
 
-    Raises `UserError` when no node has what a trial is to get.
+    Raises `UserError` when no node has what a trial is to get, or all together not what its workers are.
     """
     nodes, wanted = [node["Resources"] for node in ray.nodes() if node["Alive"]], params.resources
     gpus = max(node.get("GPU", 0) for node in nodes)
@@ -67,15 +69,22 @@ def share(params: Params) -> dict[str, float]:
     if wanted.cpus > cpus:
         of_what = f"node with {gpu:g} GPU(s)" if gpu else "node"
         raise UserError(f"resources.cpus: {wanted.cpus} a trial, but the largest {of_what} has {cpus:.0f}")
+    room = sum(
+        min(node.get("CPU", 0) // wanted.cpus, int(node.get("GPU", 0) / gpu + 1e-6) if gpu else math.inf)
+        for node in nodes
+    )
+    if workers > room:
+        each = f"{wanted.cpus} CPU(s) and {gpu:g} GPU(s)"
+        raise UserError(f"resources.workers: {workers} of {each} each, but there is room for {room:.0f}")
     return {"cpu": wanted.cpus, "gpu": gpu}
 
 
 def result(ended: ray.ObjectRef) -> Any:
-    """What a task gave. Raises its own error where that is one of ours or the disk's, `RunFailed` if it was lost."""
+    """What a task gave. Raises its own error where there may be a line for it, `RunFailed` if the task was lost."""
     try:
         return ray.get(ended)
     except RayTaskError as error:
-        if isinstance(error.cause, UserError | RunFailed | OSError):
+        if isinstance(error.cause, UserError | RunFailed | OSError | MemoryError | RuntimeError):
             raise error.cause from None
         raise
     except RayError as error:

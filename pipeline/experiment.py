@@ -16,20 +16,19 @@ from pipeline import cluster  # first: it sets Ray's environment
 # isort: split
 import torch
 from ray import tune
-from ray.exceptions import RayTaskError
 
 from pipeline.callback import TrialProgress, log_finished
 from pipeline.dependencies import digest, trial_key
-from pipeline.kept import Finished, forget_trials, is_whole, keep_trial, read_trial, reports, written
+from pipeline.kept import Diverged, Finished, forget_trials, is_whole, keep_trial, read_trial, reports, written
 from pipeline.parallel import WORKERS, checkpoint_folder, run_parallel
 from pipeline.params import Params
 from pipeline.stage import alone, root, write, write_json
 from pipeline.tracking import Tracking
-from pipeline.trial import STATE, FromScratch, MetaTraining, TrialSpec, load_state, open_trial, run_trial
+from pipeline.trial import DIVERGED, STATE, TrialSpec, load_state, open_trial, run_trial
 from pudnet.errors import RunFailed
 from pudnet.files import replacing
 
-ATTEMPTS_AFTER_A_FAULT = 2
+ATTEMPTS_AFTER_A_FAULT = 2  # in a row: a report in between makes good for what was
 DRIVER = {"memory": 2**28}  # of a trial whose workers have the cores: Tune wants some resource, and it has a process
 
 
@@ -69,8 +68,10 @@ def run_missing(
     with alone(experiment.folder.with_suffix(".whole.lock")):
         if fresh:
             forget_trials(experiment.specs)
-        kept = {spec.name: found for spec in experiment.specs if (found := read_trial(spec))}
-        missing = [spec for spec in experiment.specs if spec.name not in kept]
+        ended = {spec.name: found for spec in experiment.specs if (found := read_trial(spec))}
+        kept = {name: trial for name, trial in ended.items() if isinstance(trial, Finished)}
+        missing = [spec for spec in experiment.specs if spec.name not in ended]
+        _leave_out(experiment, {name: trial.why for name, trial in ended.items() if isinstance(trial, Diverged)})
         if kept:
             print(f"  {len(kept)} of {len(experiment.specs)} trials are finished already", flush=True)
         for name, trial in kept.items():
@@ -82,6 +83,14 @@ def run_missing(
             ran = run_trials(rest, params, tracking, parent, fresh, experiment.key, kept)
             kept |= {trial.spec.name: trial for trial in ran}
     return [kept[spec.name] for spec in experiment.specs if spec.name in kept]
+
+
+def _leave_out(experiment: Experiment, diverged: Mapping[str, str]) -> None:
+    """Say which trials diverged, and why; that is the end of an experiment that is not to keep going without them."""
+    for name, why in diverged.items():
+        if not experiment.keep_going:
+            raise RunFailed(f"{name}: {why}")
+        print(f"  {name} is left out: {why}", flush=True)
 
 
 def _begun(experiment: Experiment, missing: Sequence[TrialSpec], fresh: bool, params: Params) -> Experiment:
@@ -177,44 +186,44 @@ def run_trials(
         UserError: when another process runs the same trials, or a trial cannot start; then none is.
     """
     key = key or experiment.key
-    trials = {spec.name: _opened(spec) for spec in experiment.specs}
+    groups = {spec.name: _groups(spec) for spec in experiment.specs}
     with alone(experiment.folder.with_suffix(".lock")):
         if fresh or not _restorable(experiment, (), params):
             shutil.rmtree(experiment.folder, ignore_errors=True)
-            for name in trials:  # runs of an experiment whose state is gone
+            for name in groups:  # runs of an experiment whose state is gone
                 tracking.attempt(partial(tracking.supersede, f"{key}/{name}"))
         else:
             _note_finished(experiment.folder, kept)
-            _mend(experiment, trials)
+            _mend(experiment)
         progress = TrialProgress(params, key, len(experiment.specs), parent, keep=not experiment.asha)
-        groups = {name: trial.groups for name, trial in trials.items()}
         finished = _collect(experiment, key, groups, kept, _tuner(experiment, params, progress).fit())
     for trial in finished:
         tracking.attempt(partial(log_finished, tracking, params, trial, parent))
     return finished
 
 
-def _opened(spec: TrialSpec) -> MetaTraining | FromScratch:
-    """A trial as it is before its first group."""
+def _groups(spec: TrialSpec) -> int:
+    """On how many groups a trial runs: it is opened, and so found fit, and let go, since all together may be large."""
     try:
-        return open_trial(spec, torch.device("cpu"))
+        return open_trial(spec, torch.device("cpu")).groups
     except (MemoryError, RuntimeError) as error:  # torch has no error of its own for memory that is not there
         raise RunFailed(f"{spec.name}: cannot start ({cluster.reason(error)})") from None
 
 
-def _mend(experiment: Experiment, trials: Mapping[str, MetaTraining | FromScratch]) -> None:
+def _mend(experiment: Experiment) -> None:
     """Put the checkpoint before it, or the trial's beginning, in the place of one that cannot be read.
 
     A power cut leaves such a one, and Ray goes on from the newest, whatever it holds.
     """
-    for name in (saved["config"]["spec"]["name"] for saved in _unfinished(_saved(experiment.folder))):
-        state = trials[name].state_dict()
+    for spec in (TrialSpec(**saved["config"]["spec"]) for saved in _unfinished(_saved(experiment.folder))):
+        name, state = spec.name, None
         own = name + (WORKERS if experiment.workers > 1 else "")
         for folder in sorted(filter(Path.is_dir, experiment.folder.glob(f"{own}/checkpoint_*"))):
             if is_whole(folder):
                 state = load_state(folder)
                 continue
             print(f"  {name}: {folder.name} is damaged; it goes on from what was before", flush=True)
+            state = state or open_trial(spec, torch.device("cpu")).state_dict()
             with replacing(folder / STATE) as whole:
                 torch.save(state, whole)
 
@@ -228,29 +237,21 @@ def _collect(
 ) -> list[Finished]:
     """The trials that saw all their `groups` (fewer where ASHA stopped them), in the order of the specs.
 
-    Those that diverged are left out where the experiment is to keep going: they would again. What failed for want of
-    memory, disk or machines would not.
+    Of those that diverged `_leave_out` decides.
     """
     statuses = {t.config["spec"]["name"]: t.status for t in results._experiment_analysis.trials}  # no public way
     found = {r.config["spec"]["name"]: r for r in results if r.config and r.metrics}
+    diverged = {name: result.metrics[DIVERGED] for name, result in found.items() if DIVERGED in result.metrics}
 
     def is_done(name: str) -> bool:
-        ended = name in found and statuses.get(name) == "TERMINATED"
+        ended = name in found and name not in diverged and statuses.get(name) == "TERMINATED"
         return name in kept or (ended and (experiment.asha or found[name].metrics["groups"] == groups[name]))
 
     done = [spec for spec in experiment.specs if is_done(spec.name)]
-    failed = [result for result in results if result.error]
-    diverged = [result for result in failed if _diverged(result.error)]
-    ended = done + diverged if experiment.keep_going else done
-    if len(ended) < len(experiment.specs):
-        raise RunFailed(_why(len(done), len(experiment.specs), failed))
-    for result in diverged:
-        print(f"  {_name(result)} is left out: {cluster.reason(result.error)}", flush=True)
+    if len(done) + len(diverged) < len(experiment.specs):
+        raise RunFailed(_why(len(done), len(experiment.specs), [result for result in results if result.error]))
+    _leave_out(experiment, diverged)
     return [kept.get(spec.name) or _finished(experiment, key, spec, found[spec.name]) for spec in done]
-
-
-def _diverged(error: Exception) -> bool:
-    return isinstance(error, RayTaskError) and isinstance(error.as_instanceof_cause(), RunFailed)
 
 
 def _finished(experiment: Experiment, key: str, spec: TrialSpec, result: tune.Result) -> Finished:
@@ -276,7 +277,7 @@ def _name(result: tune.Result) -> str:
 
 
 def _tuner(experiment: Experiment, params: Params, progress: TrialProgress) -> tune.Tuner:
-    share, parallel = cluster.share(params), experiment.workers > 1
+    share, parallel = cluster.share(params, experiment.workers), experiment.workers > 1
     trainable = tune.with_resources(run_parallel if parallel else run_trial, DRIVER if parallel else share)
     if tune.Tuner.can_restore(str(experiment.folder)):
         print(f"  going on with {experiment.key}: finished trials are not run again", flush=True)

@@ -33,8 +33,11 @@ def read_best() -> dict[int, dict[str, Any]]:
     path = RESULTS / "best.yaml"
     if not path.is_file():
         raise UserError(f"{path}: no such file; run the search first (`dvc repro search`)")
-    splits = yaml.safe_load(path.read_text())["splits"]
-    return {seed: {k: v for k, v in cell.items() if k != "accuracy"} for seed, cell in splits.items()}
+    try:
+        splits = yaml.safe_load(path.read_text())["splits"]
+        return {seed: {k: v for k, v in cell.items() if k != "accuracy"} for seed, cell in splits.items()}
+    except (yaml.YAMLError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path}: is not as the search writes it; run it again (`dvc repro -f -s search`)") from None
 
 
 def train_all(params: Params, stage: str, methods: Mapping[str, Cells], fresh: bool) -> pd.DataFrame:
@@ -42,6 +45,9 @@ def train_all(params: Params, stage: str, methods: Mapping[str, Cells], fresh: b
 
     Returns the loss curves.
     """
+    for kind, cells in methods.items():
+        if lacking := set(params.split_seeds) - set(cells):
+            raise UserError(f"{kind}: nothing was chosen for split {min(lacking)}; run the search again (`dvc repro`)")
     specs = [
         make_spec(params, f"train-{kind}-split{seed}", kind, seed, dict(cells[seed]), table="train", validate=0)
         for kind, cells in methods.items()

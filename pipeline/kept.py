@@ -18,7 +18,7 @@ import pandas as pd
 
 from pipeline.dependencies import trial_key
 from pipeline.stage import root, write, write_json
-from pipeline.trial import METRICS, TrialSpec, load_state
+from pipeline.trial import DIVERGED, METRICS, TrialSpec, load_state
 
 REPORTS = "reports.jsonl"
 
@@ -40,6 +40,14 @@ class Finished:
     def state(self) -> dict:
         """The trial's state at its end."""
         return load_state(self.checkpoint)
+
+
+@dataclass(frozen=True)
+class Diverged:
+    """A trial whose loss would not stay finite, and nor would it another time."""
+
+    spec: TrialSpec
+    why: str
 
 
 def add_report(trial_folder: Path, row: Mapping[str, Any]) -> None:
@@ -74,13 +82,20 @@ def keep_trial(trial: Finished) -> None:
     write_json(_trial_path(trial.spec), values)
 
 
-def read_trial(spec: TrialSpec) -> Finished | None:
-    """A finished trial; None where there is none, or its checkpoint is gone or damaged."""
+def keep_diverged(trial: Diverged) -> None:
+    """Remember that a trial diverged."""
+    write_json(_trial_path(trial.spec), {DIVERGED: trial.why})
+
+
+def read_trial(spec: TrialSpec) -> Finished | Diverged | None:
+    """A trial that has ended; None where there is none, or its checkpoint is gone or damaged."""
     path = _trial_path(spec)
     if not path.is_file():
         return None
     with contextlib.suppress(ValueError, KeyError, TypeError):
         values = json.loads(path.read_text())
+        if DIVERGED in values:
+            return Diverged(spec, str(values[DIVERGED]))
         trial = Finished(spec, values["history"], _folder() / values["checkpoint"], values["run_key"])
         if trial.history and is_whole(trial.checkpoint):
             return trial

@@ -15,7 +15,8 @@ import torch
 if TYPE_CHECKING:
     from ray.tune import Checkpoint
 
-from pipeline.trial import STATE, MetaTraining, TrialSpec, load_state, own_device
+from pipeline.trial import DIVERGED, STATE, MetaTraining, TrialSpec, load_state, own_device
+from pudnet.errors import RunFailed
 
 WORKERS = "-workers"  # after a trial's name, the folder of its workers' checkpoints
 
@@ -61,8 +62,11 @@ def _work(config: dict[str, Any]) -> None:
     if checkpoint := train.get_checkpoint():
         with checkpoint.as_directory() as folder:
             trial.load_state_dict(load_state(Path(folder)))
-    for metrics in trial.run():
-        with tempfile.TemporaryDirectory() as folder:
-            if rank == 0:
-                torch.save(trial.state_dict(), Path(folder) / STATE)
-            train.report(metrics, checkpoint=train.Checkpoint.from_directory(folder) if rank == 0 else None)
+    try:
+        for metrics in trial.run():
+            with tempfile.TemporaryDirectory() as folder:
+                if rank == 0:
+                    torch.save(trial.state_dict(), Path(folder) / STATE)
+                train.report(metrics, checkpoint=train.Checkpoint.from_directory(folder) if rank == 0 else None)
+    except RunFailed as error:
+        train.report({DIVERGED: str(error)})

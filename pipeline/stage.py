@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import fcntl
 import json
 import math
@@ -54,7 +55,12 @@ def alone(path: Path, wait: bool = False) -> Iterator[None]:
     with path.open("a+") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                where = path.parent.absolute()
+                raise UserError(
+                    f"{where}: files cannot be locked there ({error.strerror}); use another file system"
+                ) from None
             lock.seek(0)
             name, owner = path.name.partition(".")[0], lock.read().strip()
             raise UserError(f"{name}: another process ({owner}) is at it; wait for it or stop it") from None

@@ -5,6 +5,7 @@ No stage fails because of it: what is logged is kept elsewhere, and logged again
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import getpass
 import logging
@@ -101,6 +102,14 @@ class Tracking:
                 self._say("is written again")
             self.is_down = False
 
+    def finish_waiting(self) -> None:
+        """At the end of the process: what waits is logged after all, or it is said that it is not."""
+        if self.waiting:
+            self.asked_again = 0.0
+            self.attempt(lambda: None)
+        if self.waiting:
+            self._say("was not told all of it; `python -m pipeline.STAGE` logs the rest")
+
     def _answers(self) -> bool:
         try:
             with quiet():
@@ -182,14 +191,16 @@ def _open(uri: str, name: str, artifacts: str | None, tags: tuple[tuple[str, str
             raise UserError(f"MLFLOW_TRACKING_URI: {uri} is no address that MLflow knows") from None
 
     tracking.attempt(contact)
+    atexit.register(tracking.finish_waiting)
     return tracking
 
 
 def project_id() -> str:
     """What tells this project's runs from those of its clones, on one server; lies with the state of its runs."""
     path = root() / ".pud" / "project"
-    if not path.is_file():
-        write(path, f"{uuid.uuid4().hex[:12]}\n")
+    with alone(path.with_suffix(".lock"), wait=True):
+        if not path.is_file():
+            write(path, f"{uuid.uuid4().hex[:12]}\n")
     return path.read_text().strip()
 
 
@@ -248,6 +259,8 @@ def _lock_md5s() -> dict[str, str]:
     lock = Path("dvc.lock")
     if not lock.is_file():
         return {}
-    stages = (yaml.safe_load(lock.read_text()) or {}).get("stages", {})
-    outs = [out for stage in ("prepare", "groups") for out in stages.get(stage, {}).get("outs", [])]
-    return {out["path"]: out["md5"] for out in outs if "md5" in out}
+    with contextlib.suppress(yaml.YAMLError, KeyError, TypeError, AttributeError):  # after a merge, say; dvc will tell
+        stages = (yaml.safe_load(lock.read_text()) or {}).get("stages", {})
+        outs = [out for stage in ("prepare", "groups") for out in stages.get(stage, {}).get("outs", [])]
+        return {out["path"]: out["md5"] for out in outs if "md5" in out}
+    return {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+import zipfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from pudnet.data.groups import open_groups
 from pudnet.data.images import StoreImages
 from pudnet.data.store import Store, open_store
 from pudnet.device import wants_bf16
+from pudnet.errors import RunFailed
 from pudnet.evaluation import Adapts, mean_interval, twin_accuracies
 from pudnet.learner import Learner, MetaLearner
 from pudnet.predictor import Predictor, build_model
@@ -29,6 +31,7 @@ from pudnet.targets import Target, build_target
 from pudnet.training import Trainer
 
 STATE = "state.pt"
+DIVERGED = "diverged"  # in a trial's last report: why it ends there. It would again, so it is no failure to Ray
 METRICS = (  # the compare page opens on the first
     "validation_accuracy",
     "validation_ci95",
@@ -102,9 +105,9 @@ def card_of(spec: TrialSpec, store: Store) -> Card:
     )
 
 
-def pick_device() -> torch.device:
-    """A GPU where this process may use one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def pick_device(gpus: float = 1) -> torch.device:
+    """A GPU where there is one and this process was given some of it, else the CPU. (Ray hides none from others.)"""
+    return torch.device("cuda" if gpus and torch.cuda.is_available() else "cpu")
 
 
 class MetaTraining:
@@ -218,21 +221,31 @@ def run_trial(config: dict[str, Any]) -> None:
     if checkpoint := tune.get_checkpoint():
         with checkpoint.as_directory() as folder:
             trial.load_state_dict(load_state(Path(folder)))
-    for metrics in trial.run():
-        with tempfile.TemporaryDirectory() as folder:
-            torch.save(trial.state_dict(), Path(folder) / STATE)
-            tune.report(metrics, checkpoint=tune.Checkpoint.from_directory(folder))
+    try:
+        for metrics in trial.run():
+            with tempfile.TemporaryDirectory() as folder:
+                torch.save(trial.state_dict(), Path(folder) / STATE)
+                tune.report(metrics, checkpoint=tune.Checkpoint.from_directory(folder))
+    except RunFailed as error:
+        tune.report({DIVERGED: str(error)})
 
 
 def own_device(config: dict[str, Any]) -> torch.device:
-    """The device of this process, held to the `cpus` and `gpus` that are a trial's."""
-    torch.set_num_threads(config["cpus"])
-    device = pick_device()
-    if device.type == "cuda" and config["gpus"] < 1:
-        torch.cuda.set_per_process_memory_fraction(config["gpus"])  # Ray shares a card's time, not its memory
+    """The device of this process, held to what is a trial's share."""
+    share = config["share"]
+    torch.set_num_threads(share["cpu"])
+    device = pick_device(share["gpu"])
+    if device.type == "cuda" and share["gpu"] < 1:
+        torch.cuda.set_per_process_memory_fraction(share["gpu"])  # Ray shares a card's time, not its memory
     return device
 
 
 def load_state(folder: Path) -> dict:
-    """A checkpoint's tensors and numbers; nothing else is unpickled."""
+    """A checkpoint's tensors and numbers; nothing else is unpickled.
+
+    Raises an error of any kind where the file is not as it was written: torch checks no checksums, zipfile does.
+    """
+    with zipfile.ZipFile(folder / STATE) as records:
+        if damaged := records.testzip():
+            raise zipfile.BadZipFile(f"{folder / STATE}: {damaged} is damaged")
     return torch.load(folder / STATE, map_location="cpu", weights_only=True)

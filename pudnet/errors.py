@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -52,6 +53,10 @@ def exit_code(command: Callable[[], object]) -> int:
         if error.filename is None:  # not of a file that the user named or may not touch
             raise
         return _say(UserError(f"{error.filename}: {error.strerror}"), 2)
+    except (MemoryError, RuntimeError) as error:  # torch has no error of its own for memory that is not there
+        if not is_out_of_memory(error):
+            raise
+        return _say(f"out of memory ({next(iter(str(error).splitlines()), '')}); a smaller model, or fewer at once", 1)
     except KeyboardInterrupt:
         return _say("interrupted; the same command continues or starts again", 130)
     return 0
@@ -60,6 +65,11 @@ def exit_code(command: Callable[[], object]) -> int:
 def is_full(error: OSError) -> bool:
     """Whether it says that a disk is full: no mistake of the user's, but the end of a run."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether it says that memory is used up."""
+    return isinstance(error, MemoryError) or bool(re.search("out of memory|allocate memory", str(error)))
 
 
 def _where(error: OSError) -> str:

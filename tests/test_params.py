@@ -11,6 +11,8 @@ import yaml
 
 from pipeline.dependencies import CODE, TRAINING_CODE, VALIDATION_CODE, code_files
 from pipeline.params import check, load_params, resolve
+from pipeline.tracking import provenance
+from pipeline.trial import pick_device
 from pudnet.config import VARIANTS
 from pudnet.errors import UserError
 from pudnet.settings import SETTINGS
@@ -193,3 +195,14 @@ def test_baselines_are_trained_as_the_variant_is_and_given_as_many_labels(raw):
         params = resolve(raw)
         train = params.for_baselines(images).train
         assert train == replace(params.configured({})[1], support_per_class=support)
+
+
+def test_a_gpu_is_for_those_who_were_given_some_of_it(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert [pick_device(gpus).type for gpus in (1, 0.5, 0)] == ["cuda", "cuda", "cpu"]
+
+
+def test_a_lock_file_in_a_merge_is_left_to_dvc(raw, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "dvc.lock").write_text("<<<<<<< HEAD\nstages: {}\n=======\n>>>>>>> other\n")
+    assert not [tag for tag in provenance(resolve(raw)) if tag.startswith("dvc.md5")]

@@ -290,6 +290,25 @@ def test_a_changed_store_is_refused_by_name(repro, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"resources": {"workers": 64}, "train": {"groups_per_step": 64}}, "resources.workers: 64 of"),
+        ({"splits": 2}, "nothing was chosen for split 1; run the search again"),
+    ],
+)
+def test_a_training_that_cannot_be_as_asked_is_refused(repro, tmp_path, change, said):
+    project = tmp_path / "refused"
+    shutil.copytree(repro, project, ignore=shutil.ignore_patterns("mlflow.db", "mlartifacts"))
+    params = yaml.safe_load((project / "params.yaml").read_text())
+    for key, value in change.items():
+        params[key] = {**params[key], **value} if isinstance(value, dict) else value
+    (project / "params.yaml").write_text(yaml.safe_dump(params))
+    done = run(project, sys.executable, "-m", "pipeline.train")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert said in done.stderr
+
+
+@pytest.mark.parametrize(
     ("change", "named"),
     [
         ({"groups": {"classes_per_group": 5}}, "5"),

@@ -7,6 +7,7 @@ import pickle
 import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +68,17 @@ def test_a_pickle_in_a_checkpoint_is_refused_unread(tmp_path):
     with pytest.raises(pickle.UnpicklingError, match="weights_only"):
         load_state(tmp_path)
     assert not mark.exists()
+
+
+def test_a_checkpoint_with_a_page_of_zeros_is_refused(tmp_path):
+    """As a power cut leaves it: torch reads it without a word."""
+    path = tmp_path / "state.pt"
+    torch.save({"model": torch.ones(10_000)}, path)
+    content = path.read_bytes()
+    path.write_bytes(content[:8192] + bytes(4096) + content[12288:])
+    assert not torch.load(path, weights_only=True)["model"].all()
+    with pytest.raises(zipfile.BadZipFile, match="is damaged"):
+        load_state(tmp_path)
 
 
 def test_pickled_arrays_in_data_are_refused_unread(tmp_path, monkeypatch):

@@ -131,9 +131,10 @@ class Run:
             self.started |= {one.pid: one for one in psutil.Process(self.process.pid).children(recursive=True)}
         return [one for one in self.started.values() if one.is_running()]
 
-    def workers(self) -> list[psutil.Process]:
-        """Processes in which a trial or a task runs."""
-        return [one for one in self.remember() if any(name in _title(one) for name in ("ImplicitFunc", "run_trial"))]
+    def workers(self, *titles: str) -> list[psutil.Process]:
+        """Processes in which a trial runs, or a task of this title."""
+        titles = titles or ("ImplicitFunc", "run_trial")
+        return [one for one in self.remember() if any(name in _title(one) for name in titles)]
 
     def clear(self) -> None:
         """End what is left of it, process by process."""

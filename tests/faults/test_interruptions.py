@@ -33,6 +33,16 @@ def test_a_search_whose_driver_was_killed_goes_on_where_it_stood(undisturbed, st
     }
 
 
+def test_a_search_killed_and_begun_again_at_once_repeats_no_finished_trial(undisturbed, start, same, tmp_path):
+    """With what Ray left running, and its snapshots as often as they are by default."""
+    project = undisturbed.before("search", tmp_path / "at-once")
+    killed = start(project, "search").until("split0-eta0.2-depth1: group     4").hit()
+    said = start(project, "search").well()
+    finished = [line for run in (killed.out, said) for line in run.splitlines() if line.endswith(": finished")]
+    assert len(finished) == len(set(finished)) == 2
+    same(project, "search", *SEARCH)
+
+
 @pytest.mark.parametrize(("sig", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, None)])
 def test_a_search_that_is_stopped_says_so_and_goes_on(undisturbed, start, same, sig, code, tmp_path):
     """Ctrl-C as a terminal sends it, to every process of the session; and what a machine that shuts down sends."""

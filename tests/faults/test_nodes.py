@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.harness import Run, change
+from tests.faults.harness import Run, change, shorten
+from tests.test_pipeline import copy_project
 
 SEARCH = ("results/search.csv", "results/best.yaml")
 TRIALS = ("split0-eta0.0-depth1", "split0-eta0.2-depth1")
@@ -29,14 +30,14 @@ class Cluster:
         own = ("--node-ip-address=127.0.0.1", f"--port={self.address.rpartition(':')[2]}")
         self._start("--head", "--num-cpus=0", "--include-dashboard=false", f"--temp-dir={self.sockets}", *own)
 
-    def add(self, gpus: int = 0) -> Run:
+    def add(self, gpus: int = 0, **extra: str) -> Run:
         """One more node; the GPUs are Ray's count of them, by which it places trials."""
-        return self._start(f"--address={self.address}", f"--num-cpus={self.cpus}", f"--num-gpus={gpus}")
+        return self._start(f"--address={self.address}", f"--num-cpus={self.cpus}", f"--num-gpus={gpus}", **extra)
 
-    def _start(self, *options: str) -> Run:
+    def _start(self, *options: str, **extra: str) -> Run:
         ray = str(Path(sys.executable).with_name("ray"))
         command = (ray, "start", "--block", "--disable-usage-stats", "--object-store-memory=100000000", *options)
-        self.nodes.append(Run(self.folder, *command, **self.token))
+        self.nodes.append(Run(self.folder, *command, **self.token, **extra))
         return self.nodes[-1].until("Ray runtime started")
 
     def clear(self) -> None:
@@ -62,6 +63,33 @@ def test_a_trial_whose_node_is_lost_goes_on_at_another(undisturbed, start, same,
     said = run.well()
     assert all(said.count(f"{trial}: group     {step}") == 1 for trial in TRIALS for step in (2, 4))
     same(project, "search", *SEARCH)
+
+
+def test_a_search_that_no_node_has_room_for_says_so_and_waits(undisturbed, start, same, cluster, tmp_path):
+    project = undisturbed.before("search", tmp_path / "waits")
+    node = cluster.add()
+    run = start(project, "search", **cluster.joining).until(f"{TRIALS[0]}: group     4")
+    node.clear()
+    run.until(f"no node has room for a trial ({cluster.cpus} CPU(s) and 0 GPU(s)); waiting for one")
+    cluster.add()
+    assert f"{TRIALS[0]}: group     2" not in run.well().partition("waiting for one")[2]
+    same(project, "search", *SEARCH)
+
+
+def test_repro_on_a_cluster_runs_the_code_that_it_is_started_from(undisturbed, same, cluster, tmp_path):
+    """All its stages. The nodes find the project's code by no path of their own, but the installed one's."""
+    project = copy_project(tmp_path / "project")
+    shorten(project / "params.yaml")
+    ran = tmp_path / "ran"
+    with (project / "pipeline/trial.py").open("a") as code:
+        code.write(f"\nwith open({str(ran)!r}, 'a') as file:\n    print(__file__, file=file)\n")
+    for _ in range(2):
+        cluster.add(PYTHONPATH="")
+    Run(project, "dvc", "repro", PYTHONPATH=str(project), **cluster.joining).well()
+    places = {Path(line).parent.parent for line in ran.read_text().splitlines()}
+    assert {place for place in places if "runtime_resources" in place.parts} == places - {project}
+    assert len(places) > 1
+    same(project, "baselines", "results/metrics.json", "results/accuracies.csv")
 
 
 def test_a_node_that_joins_gets_the_trial_that_waits(undisturbed, start, same, cluster, tmp_path):

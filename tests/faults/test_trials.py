@@ -15,6 +15,13 @@ def truncate(path):
     path.write_bytes(content[: len(content) // 2])
 
 
+def blank(path):
+    """A page of zeros in the middle, of what a power cut leaves."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2 : len(content) // 2 + 4096] = bytes(4096)
+    path.write_bytes(content)
+
+
 def test_a_trial_that_diverges_is_left_out_and_the_others_finish(undisturbed, start, tmp_path):
     project = undisturbed.before("search", tmp_path / "nan")
     change(project, "search", space={"eta": [0.2], "depth": [1], "learning_rate": [0.001, 1e30]})
@@ -25,18 +32,32 @@ def test_a_trial_that_diverges_is_left_out_and_the_others_finish(undisturbed, st
     assert found.accuracy.tolist() == whole.accuracy[whole.eta == 0.2].tolist()
     before = (project / "results/search.csv").read_bytes()
     again = start(project, "search").well()
-    assert "1 of 2 trials are finished already" in again and "learning_rate0.001: group" not in again
+    assert "1 of 2 trials are finished already" in again and ": group" not in again  # it would diverge again
+    assert "learning_rate1e+30 is left out: training: the loss was not finite" in again
     assert (project / "results/search.csv").read_bytes() == before
 
 
-@pytest.mark.parametrize("damaged", ["the newest", "every"])
-def test_a_trial_whose_checkpoint_is_truncated_goes_on_from_what_was_before(undisturbed, start, same, damaged):
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_training_that_diverges_says_so_once_and_is_not_repeated(undisturbed, start, workers, tmp_path):
+    project = undisturbed.before("train", tmp_path / "diverges")
+    change(project, "train", learning_rate=1e30, groups_per_step=2)
+    change(project, "resources", workers=workers, cpus=1)
+    for begins in (True, False):
+        run = start(project, "train")
+        assert "train-pudnet-split0: training: the loss was not finite" in run.badly(1)
+        assert run.out.count("train-pudnet-split0: failed") == begins
+    change(project, "train", learning_rate=0.001)
+    start(project, "train").well()
+
+
+@pytest.mark.parametrize(("damage", "damaged"), [(truncate, "the newest"), (blank, "the newest"), (truncate, "every")])
+def test_a_trial_whose_checkpoint_is_damaged_goes_on_from_what_was_before(undisturbed, start, same, damage, damaged):
     project = undisturbed.interrupted()
     (folder,) = (project / ".pud/ray").glob(f"search-*/{TRIALS[1]}")
     checkpoints = sorted(folder.glob("checkpoint_*"))
     assert len(checkpoints) >= 2
     for checkpoint in checkpoints if damaged == "every" else checkpoints[-1:]:
-        truncate(checkpoint / "state.pt")
+        damage(checkpoint / "state.pt")
     said = start(project, "search").well()
     assert said.count("is damaged; it goes on from what was before") == (len(checkpoints) if damaged == "every" else 1)
     assert f"{TRIALS[0]}: group" not in said
@@ -114,6 +135,16 @@ def test_a_trial_whose_process_is_killed_goes_on_in_another(undisturbed, start, 
     said = run.well()
     assert all(said.count(f"{trial}: group     4") == 1 for trial in TRIALS)  # said once, and not from the beginning
     same(project, "search", *SEARCH)
+
+
+def test_a_measurement_whose_process_is_killed_is_made_in_another(undisturbed, start, same, tmp_path):
+    project = undisturbed.before("baselines", tmp_path / "task")
+    run = start(project, "baselines").until("test groups done")
+    run.until(lambda: run.workers("_measure"))
+    for worker in run.workers("_measure"):
+        worker.kill()
+    run.well()
+    same(project, "baselines", "results/accuracies.csv")
 
 
 def test_a_search_out_of_memory_says_so_and_ends_as_if_it_had_not_been(undisturbed, start, same, tmp_path):
