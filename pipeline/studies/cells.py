@@ -63,7 +63,8 @@ class Cell:
         plain = [*told, *more, trial_key(self.spec), params.evaluate.precision, params.baselines.sketch_groups]
         data = [STORE / "meta.json", TEST_STORE / "meta.json", *group_folder(self.spec.split_seed).iterdir()]
         code = code_files(TRAINING_CODE + VALIDATION_CODE) + method_files(self.spec.kind, params.target)
-        code += [CODE / "pipeline" / name for name in ("bench.py", "measure.py")] + sorted(HERE.glob("*.py"))
+        code += [CODE / "pipeline" / name for name in ("bench.py", "measure.py")]
+        code += set(HERE.glob("*.py")) - {HERE / "page.py"}  # which words what was measured
         return f"cell-{digest(plain, [*data, *code])}"
 
 

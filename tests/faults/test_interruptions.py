@@ -2,11 +2,12 @@
 
 import signal
 
+import pandas as pd
 import psutil
 import pytest
 import yaml
 
-from tests.faults.harness import OFTEN, PATIENCE, Run, runs_of, shorten
+from tests.faults.harness import OFTEN, PATIENCE, Run, change, runs_of, shorten
 from tests.test_pipeline import copy_project
 
 SEARCH = ("results/search.csv", "results/best.yaml")
@@ -41,6 +42,19 @@ def test_a_search_killed_and_begun_again_at_once_repeats_no_finished_trial(undis
     finished = [line for run in (killed.out, said) for line in run.splitlines() if line.endswith(": finished")]
     assert len(finished) == len(set(finished)) == 2
     same(project, "search", *SEARCH)
+
+
+def test_a_search_with_asha_that_was_killed_goes_on(undisturbed, start, tmp_path):
+    """Which trials it stops early depends on who is first: that all end, and that none begins again, does not."""
+    project = undisturbed.before("search", tmp_path / "asha")
+    change(project, "search", asha=True)
+    trial = "split0-eta0.2-depth1"
+    start(project, "search", **OFTEN).until(f"{trial}: group     2").hold(project, trial).hit().clear()
+    said = start(project, "search").well()
+    assert "going on with" in said and "group     2" not in said
+    rows = pd.read_csv(project / "results/search.csv")
+    assert len(rows) == 2 and rows.groups.max() == 12
+    assert start(project, "search").well().count(": group") == 0
 
 
 @pytest.mark.parametrize(("sig", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, None)])
