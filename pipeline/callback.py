@@ -18,7 +18,7 @@ from pipeline.params import Params
 from pipeline.tracking import Tracking, open_tracking
 from pipeline.trial import DIVERGED, METRICS, TrialSpec
 
-PATIENCE = 60  # seconds without a trial at work before it is said that there is no room for one
+PATIENCE = 60  # seconds without a trial at work before it is said
 
 
 class TrialProgress(Callback):
@@ -101,7 +101,7 @@ class TrialProgress(Callback):
         elif time.monotonic() - self.at_work > PATIENCE:
             share = trials[0].config["share"]
             wanted = f"{share['cpu']} CPU(s) and {share['gpu']:g} GPU(s)"
-            print(f"  no node has room for a trial ({wanted}); waiting for one", flush=True)
+            print(f"  no trial is at work; waiting for a node with {wanted} free", flush=True)
             self.at_work = math.inf
 
     def _end(self, trial: Trial, status: str) -> None:

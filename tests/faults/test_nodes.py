@@ -70,9 +70,10 @@ def test_a_search_that_no_node_has_room_for_says_so_and_waits(undisturbed, start
     node = cluster.add()
     run = start(project, "search", **cluster.joining).until(f"{TRIALS[0]}: group     4")
     node.clear()
-    run.until(f"no node has room for a trial ({cluster.cpus} CPU(s) and 0 GPU(s)); waiting for one")
+    waits = f"no trial is at work; waiting for a node with {cluster.cpus} CPU(s) and 0 GPU(s) free"
+    run.until(waits)
     cluster.add()
-    assert f"{TRIALS[0]}: group     2" not in run.well().partition("waiting for one")[2]
+    assert f"{TRIALS[0]}: group     2" not in run.well().partition(waits)[2]
     same(project, "search", *SEARCH)
 
 
