@@ -16,7 +16,7 @@ import pandas as pd
 
 from pipeline import cluster
 from pipeline.figures import to_png
-from pipeline.params import Params
+from pipeline.params import Params, StudyParams
 from pipeline.stage import alone, write
 from pipeline.studies import accuracy, correlation, finetuning, losses, page, whole, work
 from pipeline.studies.definition import STUDIES, Study, check_rows, column_params, load_study, wanted
@@ -64,22 +64,22 @@ def _run(name: str, study: Study, columns: Mapping[str, Params], left_out: Mappi
         with work.workspace(params):
             frames.append(KINDS[study.measure].measure(work.train(name, study, column, params)))
         if waiting:  # the last is written below
-            _write(name, study, frames, left_out | waiting, params.study.budget)
+            _write(name, study, frames, left_out | waiting, params.study)
     if not frames:
         raise UserError(f"study: {name}: no column can be run: {next(iter(left_out.values()))}")
-    _write(name, study, frames, left_out, params.study.budget)
+    _write(name, study, frames, left_out, params.study)
     print(f"study: {name}: {sum(map(len, frames))} lines in {STUDIES / 'results' / name}.md")
 
 
 def _write(
-    name: str, study: Study, frames: Sequence[pd.DataFrame], left_out: Mapping[str, str], budget: float | None
+    name: str, study: Study, frames: Sequence[pd.DataFrame], left_out: Mapping[str, str], asked: StudyParams
 ) -> None:
     """What there is of a study: a table, a figure, a page."""
     table, kind, folder = pd.concat(frames, ignore_index=True), KINDS[study.measure], STUDIES / "results"
     table.insert(0, "study", name)
     write(folder / f"{name}.csv", table.to_csv(index=False, float_format="%.4f"))
     write(folder / f"{name}.png", to_png(kind.figure(study, table)))
-    write(folder / f"{name}.md", page.render(name, study, kind.tables(study, table), left_out, budget))
+    write(folder / f"{name}.md", page.render(name, study, kind.tables(study, table), left_out, asked))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -127,7 +127,7 @@ def _table(study: Study, column: str, part: pd.DataFrame) -> str:
         study.axis_name if study.axis == "rows" else "": part.row,
         "accuracy": [plus_minus(line.accuracy, line.ci95) for line in part.itertuples()],
         "the paper's": [plus_minus(line.paper, line.paper_ci95) for line in part.itertuples()],
-        "less the paper's": (part.accuracy - part.paper.astype(float)).map(lambda value: number(value, "{:+.2f}")),
+        "less the paper's": _to_the_papers(part),
         "groups": part.test_groups.map("{:,}".format) if part.test_groups.nunique() > 1 else None,
         f"less {study.reference}": _differences(study, part),
         "time a group": part.milliseconds.map(lambda value: number(value, "{:,.0f} ms")),
@@ -135,6 +135,10 @@ def _table(study: Study, column: str, part: pd.DataFrame) -> str:
         "probe": part.probe.map(lambda value: number(value, "{:.0f}")),
     }
     return f"\n## {column}\n\n{told}\n\n{table_of(columns)}"
+
+
+def _to_the_papers(part: pd.DataFrame) -> pd.Series:
+    return (part.accuracy - part.paper.astype(float)).map(lambda value: number(value, "{:+.2f}"))
 
 
 def _differences(study: Study, part: pd.DataFrame) -> list[str] | None:
@@ -147,10 +151,11 @@ def _differences(study: Study, part: pd.DataFrame) -> list[str] | None:
 
 
 def _grid(study: Study, panel: str, part: pd.DataFrame) -> str:
-    """Places on the axis by rows, each with the paper's figure below."""
+    """Places on the axis by rows, each with the paper's figure and the difference to it beside."""
     columns = {study.axis_name: [f"{point(column)[1]:,.0f}" for column in part.column.unique()]}
     for row, own in part.groupby("row", sort=False):
         columns[row] = [plus_minus(line.accuracy, line.ci95) for line in own.itertuples()]
         columns[f"{row}, the paper's"] = [plus_minus(line.paper, line.paper_ci95) for line in own.itertuples()]
+        columns[f"{row}, less the paper's"] = _to_the_papers(own)
     told = f"{part.test_groups.iloc[0]:,} test groups, {part.splits.iloc[0]} class split(s)."
     return f"\n## {panel or 'All'}\n\n{told}\n\n{table_of(columns)}"

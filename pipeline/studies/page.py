@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 
 import pandas as pd
 
+from pipeline.params import StudyParams
 from pipeline.studies.definition import Study
 
 PAGE = """# {title}
 
-{text}Made by `python -m pipeline.study {name}`{budget}. {legend}
+{text}Made by `python -m pipeline.study {name}`{asked}. {legend}
 
 ![{title}]({name}.png)
 """
@@ -24,23 +26,26 @@ LEGENDS = {
     "whole": "Accuracy in percent, with its 95% interval over test images.",
 }
 PAIRED = " Differences to “{reference}” are paired over the same test groups."
-PAPER = " The paper's figures are of its own class split and its full number of groups."
+PAPER = " The paper's figures are of its own class split and {groups} number of groups."
 DIAGNOSED = """ *Weights move*: how far
 predicted weights are from their mean over groups, relative to its size, mean over layers. *Probe*: how well a linear
 probe reads from the sketch which classes a group has (area under the ROC curve; 50 is chance)."""
 
 
-def render(name: str, study: Study, tables: str, left_out: Mapping[str, str], budget: float | None) -> str:
-    """The study as Markdown."""
+def render(name: str, study: Study, tables: str, left_out: Mapping[str, str], asked: StudyParams) -> str:
+    """The study as Markdown; `asked`: what holds for all studies, which the page names."""
     legend = LEGENDS[study.measure]
     legend += PAIRED.format(reference=study.reference) if study.reference else ""
-    legend += PAPER if any(column.paper for column in study.columns.values()) else ""
+    groups = "the same" if study.axis == "columns" else "its full"
+    legend += PAPER.format(groups=groups) if any(column.paper for column in study.columns.values()) else ""
     legend += DIAGNOSED if study.diagnose else ""
+    asked_for = {key: value for key, value in asdict(asked).items() if value is not None and key != "sources"}
+    named = [f"`study.{key}: {value}`" for key, value in asked_for.items()]
     page = PAGE.format(
         title=study.title,
         text=f"{study.text.strip()}\n\n" if study.text.strip() else "",
         name=name,
-        budget=f" with `study.budget: {budget:g}`" if budget is not None else "",
+        asked=f" with {', '.join(named)}" if named else "",
         legend=legend,
     )
     reasons = "".join(f"- {column}: {reason}\n" for column, reason in left_out.items())
