@@ -315,7 +315,9 @@ def bars_figure(table: pd.DataFrame, x_label: str) -> Figure:
     panels = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
     for axes, (column, part) in zip(panels, columns, strict=True):
         axes.errorbar(part.accuracy, part.row, xerr=part.ci95, fmt="o", ms=5, color=LIGHT["s0"])
-        axes.scatter(part.paper.astype(float), part.row, marker="D", s=22, color=LIGHT["s1"], label="the paper's")
+        if part.paper.notna().any():
+            axes.scatter(part.paper.astype(float), part.row, marker="D", s=22, color=LIGHT["s1"], label="the paper's")
+            axes.legend(labelcolor=INK)
         axes.set(title=column, xlabel=x_label)
     panels[0].invert_yaxis()
     panels[0].tick_params(axis="y", labelcolor=INK)

@@ -46,7 +46,12 @@ def mean_interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
 
 
 def stratified_interval(strata: Sequence[np.ndarray]) -> tuple[float, float]:
-    """Mean over strata (class splits) of their means, and its 95% half-width with the strata held fixed."""
+    """Mean over strata (class splits) of their means, and its 95% half-width with the strata held fixed.
+
+    Of strata of one value each (a whole set) there is only an interval over strata.
+    """
+    if all(len(values) == 1 for values in strata):
+        return mean_interval(np.concatenate(strata))
     parts = [mean_interval(values) for values in strata]
     return float(np.mean([m for m, _ in parts])), float(np.sqrt(sum(h**2 for _, h in parts)) / len(parts))
 

@@ -49,6 +49,8 @@ def test_strata_are_held_fixed():
     easy, hard = np.array([97.0, 98.0, 99.0, 98.0]), np.array([60.0, 70.0, 80.0])
     halves = [mean_interval(values)[1] for values in (easy, hard)]
     assert stratified_interval([easy, hard]) == pytest.approx((84.0, math.hypot(*halves) / 2))
+    whole = [np.array([value]) for value in (50.0, 54.0, 58.0)]  # a set a split: nothing to tell but over splits
+    assert stratified_interval(whole) == pytest.approx(mean_interval([50.0, 54.0, 58.0]))
     assert stratified_interval([easy, hard - 50])[1] == pytest.approx(stratified_interval([easy, hard])[1])
 
 

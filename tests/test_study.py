@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -77,7 +78,7 @@ KINDS = {  # one of each other kind, over cells that they share with the first
         "title": "Many",
         "over": SMALL,
         "measure": "whole",
-        "whole": {"images": "data/raw/here", "test_images": "data/raw/there", "top": 2, "classes": 3},
+        "whole": {"images": "data/raw/here", "test_images": "data/raw/there", "top": 2, "classes": 10},
         "columns": {"digits": {"setting": "digits", "paper": "imagenet1k.{row}"}},
         "rows": {"PudNet": {"paper": "pudnet"}, "PudNet+": {"variant": "pudnet_plus"}},
     },
@@ -155,7 +156,7 @@ def _check_kinds(folder, output):
     chance, _ = results(folder, "chance")
     assert chance.layer.nunique() == 3 and chance.correlation.between(-1, 1).all() and chance.p.between(0.04, 1).all()
     many, page = results(folder, "many")
-    assert many.accuracy.between(60, 100).all() and (many.classes == 3).all() and "44.92" in page
+    assert many.accuracy.between(40, 100).all() and (many.classes == 10).all() and "44.92" in page  # by chance: 20
     runs = MlflowClient(f"sqlite:///{folder}/mlflow.db").search_runs(["1"], "tags.study = 'start'")
     assert {(run.data.tags["row"], run.data.tags["column"], run.data.tags["seed"]) for run in runs} == {
         ("random", "digits", "0"),
@@ -249,12 +250,27 @@ def test_a_budget_is_a_part_of_the_papers_number_of_groups(project, tmp_path):
     assert wanted(study, params) == (params, {})
 
 
+def test_a_column_that_is_not_to_run_stops_no_other(project, tmp_path):
+    """Of a budget that is enough for one setting alone, or with too few points for correlations."""
+    columns = {"few": {"setting": "fashion"}, "many": {"setting": "cifar100"}}
+    project({**TINY, "columns": columns})
+    text = (ROOT / "params.yaml").read_text()
+    (tmp_path / "params.yaml").write_text(text.replace("budget: null", "budget: 0.0002"))
+    study = load_study("tiny")
+    chosen, left_out = wanted(study, {column: column_params(study, column) for column in columns})
+    assert list(chosen) == ["many"] and chosen["many"].groups.train_groups == 20
+    assert "0.0002 of the 2,000 groups of fashion leaves none" in left_out["few"]
+    study = replace(study, measure="correlation")
+    with pytest.raises(UserError, match="half of 20 training groups is too few for 10 components a side"):
+        wanted(study, {"many": column_params(study, "many")})
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
         ("budget: 0.0001", "study.budget: 0.0001 of the 400 groups of digits leaves none; give at least 0.0025"),
         ("budget: 2", "study.budget: "),
-        ("settings: [fashion]", "study: nothing is left to run: no column is of study.settings"),
+        ("settings: [fashion]", "study: nothing is left to run: not among study.settings"),
         ("settings: [magic]", "setting: unknown name 'magic'"),
         ("targets: [magic]", "target: "),
         ("sources: 3", "study.sources: "),

@@ -130,6 +130,7 @@ def _table(study: Study, column: str, part: pd.DataFrame) -> str:
         "less the paper's": _to_the_papers(part),
         "groups": part.test_groups.map("{:,}".format) if part.test_groups.nunique() > 1 else None,
         f"less {study.reference}": _differences(study, part),
+        f"the paper's, less {study.reference}": _papers_differences(study, part),
         "time a group": part.milliseconds.map(lambda value: number(value, "{:,.0f} ms")),
         "weights move": part.movement.map(lambda value: number(value, "{:.1f} %")),
         "probe": part.probe.map(lambda value: number(value, "{:.0f}")),
@@ -148,6 +149,15 @@ def _differences(study: Study, part: pd.DataFrame) -> list[str] | None:
         "" if line.row == study.reference else plus_minus(line.difference, line.difference_ci95, "+")
         for line in part.itertuples()
     ]
+
+
+def _papers_differences(study: Study, part: pd.DataFrame) -> list[str] | None:
+    """What `_differences` are in the paper, where it has the reference."""
+    reference = part.paper[part.row == study.reference].astype(float)
+    if reference.empty or reference.isna().all():
+        return None
+    differences = (part.paper.astype(float) - reference.item()).where(part.row != study.reference)
+    return [number(value, "{:+.2f}") for value in differences]
 
 
 def _grid(study: Study, panel: str, part: pd.DataFrame) -> str:

@@ -184,7 +184,7 @@ def reported(column: Column, row: Row) -> Reported | None:
 def column_params(study: Study, column: str) -> Params:
     """params.yaml with the study's and the column's keys changed, and the budget and test groups that are asked for.
 
-    A column's own number of training groups is its own; any other is the budget's.
+    A column's own number of training groups is its own; any other is the budget's, one where `wanted` finds none.
     """
     raw, own = read_yaml(PARAMS), study.columns[column].changes
     for where, changes in (("over", study.over), (f"columns.{column}", own)):
@@ -200,7 +200,7 @@ def column_params(study: Study, column: str) -> Params:
         get_setting(name)
     for name in settings.targets or ():
         check_target_name(name)
-    groups = {} if GROUPS_KEY in own else {"train_groups": budget(study, params)}
+    groups = {} if GROUPS_KEY in own else {"train_groups": max(1, budget(study, params))}
     if settings.test_groups is not None:
         groups["test_groups"] = settings.test_groups
     prepare = {
@@ -216,37 +216,23 @@ def column_params(study: Study, column: str) -> Params:
 
 
 def budget(study: Study, params: Params) -> int:
-    """How many training groups a column may have. Raises `UserError` for a budget that leaves none."""
+    """How many training groups a column may have."""
     paper = SETTINGS[params.setting].train_groups
     if params.study.budget is None:
         return study.over.get(GROUPS_KEY) or paper
-    groups = round(params.study.budget * paper)
-    if groups < 1:
-        raise UserError(
-            f"study.budget: {params.study.budget} of the {paper:,} groups of {params.setting} leaves none; "
-            f"give at least {1 / paper:g}"
-        )
-    return groups
+    return round(params.study.budget * paper)
 
 
 def wanted(study: Study, params: Mapping[str, Params]) -> tuple[dict[str, Params], dict[str, str]]:
     """The columns that are to run, and why the others are not. Raises `UserError` where none is."""
     chosen, left_out = {}, {}
     for column, own in params.items():
-        limit, groups = budget(study, own), own.groups.train_groups
-        asked = own.study
-        if own.setting not in (asked.settings or [own.setting]) or own.target not in (asked.targets or [own.target]):
-            continue
-        if groups > limit:
-            part = min(1.0, groups / SETTINGS[own.setting].train_groups)
-            left_out[column] = (
-                f"{groups:,} training groups are over the budget of {limit:,}; study.budget: {part:g} runs it"
-            )
+        if why := _why_not(study, own):
+            left_out[column] = why
         else:
             chosen[column] = own
     if not chosen:
-        first = next(iter(left_out.values()), "no column is of study.settings and study.targets")
-        raise UserError(f"study: nothing is left to run: {first}")
+        raise UserError(f"study: nothing is left to run: {next(iter(left_out.values()))}")
     return chosen, left_out
 
 
@@ -277,6 +263,26 @@ def row_spec(params: Params, name: str, row: Row, seed: int, images: int) -> Tri
         return spec
     own = {part: asdict(changed(kind(**getattr(spec, part)), row.changes, where)) for part, kind in parts.items()}
     return dataclasses.replace(spec, train=own["train"], model=own["model"] if spec.model else {})
+
+
+def _why_not(study: Study, own: Params) -> str | None:
+    """Why a column is not to run, if it is not."""
+    asked, limit, groups = own.study, budget(study, own), own.groups.train_groups
+    paper = SETTINGS[own.setting].train_groups
+    if own.setting not in (asked.settings or [own.setting]) or own.target not in (asked.targets or [own.target]):
+        return "not among study.settings and study.targets"
+    if limit < 1:
+        return (
+            f"study.budget: {asked.budget} of the {paper:,} groups of {own.setting} leaves none; "
+            f"give at least {1 / paper:g}"
+        )
+    if groups > limit:
+        part = min(1.0, groups / paper)
+        return f"{groups:,} training groups are over the budget of {limit:,}; study.budget: {part:g} runs it"
+    plan, half = study.correlation, min(study.correlation.groups, groups) // 2
+    if study.measure == "correlation" and 2 * plan.components >= half - 1:
+        return f"half of {groups:,} training groups is too few for {plan.components} components a side; have more"
+    return None
 
 
 def check_rows(study: Study, params: Params) -> None:

@@ -12,13 +12,13 @@ from pipeline.studies.definition import Study
 
 PAGE = """# {title}
 
-{text}Made by `python -m pipeline.study {name}`{asked}. {legend}
+{text}Made by `{command}`. {legend}
 
 ![{title}]({name}.png)
 """
 LEGENDS = {
     "accuracy": "Accuracy in percent, with its 95% interval over test groups: of one training a row and class split, "
-    "whose own chance (another seed) is in no interval.",
+    "each group passed once; a training's own chance (another seed) is in no interval.",
     "losses": "Losses of training, mean over the groups since the line before.",
     "finetune": "Accuracy in percent on test images that were not trained on, with its 95% interval over them.",
     "correlation": "Canonical correlations on groups that they were not fitted to; beside them, with 95% of them, "
@@ -37,19 +37,28 @@ def render(name: str, study: Study, tables: str, left_out: Mapping[str, str], as
     legend = LEGENDS[study.measure]
     legend += PAIRED.format(reference=study.reference) if study.reference else ""
     groups = "the same" if study.axis == "columns" else "its full"
-    legend += PAPER.format(groups=groups) if any(column.paper for column in study.columns.values()) else ""
+    of_the_paper = any(c.paper for name, c in study.columns.items() if name not in left_out)
+    legend += PAPER.format(groups=groups) if of_the_paper else ""
     legend += DIAGNOSED if study.diagnose else ""
-    asked_for = {key: value for key, value in asdict(asked).items() if value is not None and key != "sources"}
-    named = [f"`study.{key}: {value}`" for key, value in asked_for.items()]
     page = PAGE.format(
         title=study.title,
         text=f"{study.text.strip()}\n\n" if study.text.strip() else "",
         name=name,
-        asked=f" with {', '.join(named)}" if named else "",
+        command=_command(name, asked),
         legend=legend,
     )
     reasons = "".join(f"- {column}: {reason}\n" for column, reason in left_out.items())
     return page + tables + (f"\n## Not run\n\n{reasons}" if reasons else "")
+
+
+def _command(name: str, asked: StudyParams) -> str:
+    """What runs the study as it was run, but for where sets lie."""
+    told = {key: value for key, value in asdict(asked).items() if value is not None and key != "sources"}
+    if not told:
+        return f"python -m pipeline.study {name}"
+    lists = {key: f"[{','.join(value)}]" if isinstance(value, list) else value for key, value in told.items()}
+    changes = " ".join(f"-S 'study.{key}={value}'" for key, value in lists.items())
+    return f"dvc exp run {changes} studies/dvc.yaml:study@{name}"
 
 
 def table_of(columns: Mapping[str, Sequence[str] | pd.Series | None]) -> str:
