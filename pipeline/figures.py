@@ -328,14 +328,14 @@ def bars_figure(table: pd.DataFrame, x_label: str) -> Figure:
 def correlations_figure(table: pd.DataFrame) -> Figure:
     """Draw each layer's correlation as a dot, and as a bar the range that shuffled pairs have, a panel a column."""
     columns = list(table.assign(label=table.row + ", " + table.layer).groupby("column", sort=False))
-    figure = new_figure(240 + 260 * len(columns), 80 + 24 * len(columns[0][1]))
-    panels = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
+    figure = new_figure(240 + 260 * len(columns), 110 + 24 * len(columns[0][1]))
+    panels = figure.subplots(1, len(columns), sharex=True, sharey=True, squeeze=False)[0]
     for axes, (column, part) in zip(panels, columns, strict=True):
         axes.hlines(part.label, part.shuffled_low, part.shuffled_high, LIGHT["s4"], lw=5, alpha=0.5, label="shuffled")
         axes.scatter(part.correlation, part.label, color=LIGHT["s0"], s=26, zorder=3, label="own")
         axes.axvline(0, color=SOFT, lw=0.9)
         axes.set(title=column, xlabel="held-out canonical correlation")
-    panels[0].legend(labelcolor=INK)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower right", ncols=2, labelcolor=INK)
     panels[0].invert_yaxis()
     panels[0].tick_params(axis="y", labelcolor=INK)
     return figure
