@@ -111,6 +111,7 @@ class StudyParams:
     sources: dict[str, str]  # where a source lies: torchvision:CIFAR100 -> npz:data/raw/cifar100.npz
     budget: Annotated[float, Field(gt=0, le=1)] | None = None  # training groups, as a part of the paper's number
     test_groups: Annotated[int, Field(ge=2)] | None = None
+    trainings: Annotated[int, Field(ge=2)] | None = None  # of each row and class split, in studies of accuracies
     settings: Annotated[list[str], Field(min_length=1)] | None = None  # columns of other settings are left out
     targets: Annotated[list[str], Field(min_length=1)] | None = None  # likewise
 

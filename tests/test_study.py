@@ -139,6 +139,18 @@ def test_every_kind_of_study_runs_and_what_is_done_is_not_done_again(project, tm
     assert "2 of 2 trials are finished already" in again and "test groups done" not in again
     rest, _ = results(tmp_path, "tiny")
     assert rest.accuracy.tolist() == table.accuracy[table.row != "untrained"].tolist()
+    params = (tmp_path / "params.yaml").read_text()
+    (tmp_path / "params.yaml").write_text(params.replace("trainings: null", "trainings: 2"))
+    project({**TINY, "rows": {row: TINY["rows"][row] for row in ("static trunk", "PudNet+", "untrained")}})
+    assert "2 of 4 trials are finished already" in run_studies(tmp_path, "tiny")
+    _check_trainings(*results(tmp_path, "tiny"))
+
+
+def _check_trainings(table, page):
+    """Two of each row that is trained: deviations, and the interval of a difference over both."""
+    assert table.trainings.tolist() == [2, 2, 1] and table.trainings_sd.notna().tolist() == [True, True, False]
+    assert (table.difference_ci95_trainings[1:] > 0).all() and "mean of 2 trainings a row" in page
+    assert "± over trainings | deviation of a training" in page
 
 
 def _check_kinds(folder, output):

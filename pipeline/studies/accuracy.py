@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -15,16 +17,24 @@ from pipeline.studies.cells import Diagnosis, diagnose_cells, measure_cells, tim
 from pipeline.studies.definition import Study, point, reported
 from pipeline.studies.page import number, plus_minus, table_of
 from pipeline.studies.work import Work
+from pudnet.evaluation import mean_interval
 
 
 def measure(work: Work) -> pd.DataFrame:
     """A line a row."""
     study, params = work.study, work.params
-    tables = dict(zip(work.cells, measure_cells(params, list(work.cells.values())), strict=True))
-    frames = {row: pd.concat([tables[row, seed] for seed in params.split_seeds]) for row in study.rows}
+    cells = {at: [cell, *work.again[at]] for at, cell in work.cells.items()}  # of each training
+    wanted = [cell for own in cells.values() for cell in own]
+    tables = dict(zip(wanted, measure_cells(params, wanted), strict=True))
+    trained = {
+        row: [pd.concat(map(tables.get, own)) for own in zip(*(cells[row, s] for s in params.split_seeds), strict=True)]
+        for row in study.rows
+    }
+    frames = {row: _mean(own) for row, own in trained.items()}
     times, diagnoses = _times(work), _diagnoses(work)
+    of_split = {at: _mean([tables[cell] for cell in own]) for at, own in cells.items()}
     for row, seed in work.cells:
-        _log(work, row, seed, tables, times.get(row))
+        _log(work, row, seed, of_split, times.get(row))
     return pd.DataFrame(
         [
             {
@@ -33,6 +43,7 @@ def measure(work: Work) -> pd.DataFrame:
                 "splits": params.splits,
                 "train_groups": work.groups(row),
                 **_numbers(frame, frames.get(study.reference)),
+                **_over_trainings(trained[row], trained.get(study.reference)),
                 **_paper(work, row),
                 "milliseconds": times.get(row),
                 **asdict(diagnoses.get(row, Diagnosis(math.nan, math.nan))),
@@ -40,6 +51,26 @@ def measure(work: Work) -> pd.DataFrame:
             for row, frame in frames.items()
         ]
     )
+
+
+def _mean(trainings: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """Of each test group the mean accuracy over trainings."""
+    return trainings[0].assign(accuracy=np.mean([one.accuracy.to_numpy() for one in trainings], axis=0))
+
+
+def _over_trainings(own: Sequence[pd.DataFrame], reference: Sequence[pd.DataFrame] | None) -> dict[str, float]:
+    """What a seed of training moves: the deviation of the accuracy, and the interval of the difference (Student's t).
+
+    The n-th training of a row stands beside the reference's n-th.
+    """
+    accuracies = [summary(one)["accuracy"] for one in own]
+    found = {"trainings": len(own), "trainings_sd": np.std(accuracies, ddof=1) if len(own) > 1 else math.nan}
+    if reference is None:
+        return found
+    others = [summary(one)["accuracy"] for one in reference]
+    count = max(len(own), len(others))  # what is not trained is there once
+    differences = [accuracies[n % len(own)] - others[n % len(others)] for n in range(count)]
+    return found | {"difference_ci95_trainings": mean_interval(differences)[1]}
 
 
 def _times(work: Work) -> dict[str, float]:
@@ -76,7 +107,8 @@ def _log(work: Work, row: str, seed: int, tables: dict[tuple[str, int], pd.DataF
 def figure(study: Study, table: pd.DataFrame) -> Figure:
     """Lines over the axis; without one, each row's difference to the reference, if there is one."""
     if study.axis is None and study.reference is not None:
-        return differences_figure(table, study.reference)
+        widest = table.difference_ci95_trainings.fillna(table.difference_ci95)
+        return differences_figure(table.assign(difference_ci95=widest), study.reference)
     if study.axis is None:
         return bars_figure(table, "accuracy, %")
     return lines_figure(_points(study, table), study.axis_name, "accuracy, %", log=study.axis == "columns")
@@ -130,6 +162,8 @@ def _table(study: Study, column: str, part: pd.DataFrame) -> str:
         "less the paper's": _to_the_papers(part),
         "groups": part.test_groups.map("{:,}".format) if part.test_groups.nunique() > 1 else None,
         f"less {study.reference}": _differences(study, part),
+        "± over trainings": None if study.reference is None else _over(study, part),
+        "deviation of a training": part.trainings_sd.map(lambda value: number(value, "{:.2f}")),
         f"the paper's, less {study.reference}": _papers_differences(study, part),
         "time a group": part.milliseconds.map(lambda value: number(value, "{:,.0f} ms")),
         "weights move": part.movement.map(lambda value: number(value, "{:.1f} %")),
@@ -147,6 +181,13 @@ def _differences(study: Study, part: pd.DataFrame) -> list[str] | None:
         return None
     return [
         "" if line.row == study.reference else plus_minus(line.difference, line.difference_ci95, "+")
+        for line in part.itertuples()
+    ]
+
+
+def _over(study: Study, part: pd.DataFrame) -> list[str]:
+    return [
+        "" if line.row == study.reference else number(line.difference_ci95_trainings, "± {:.2f}")
         for line in part.itertuples()
     ]
 

@@ -25,6 +25,11 @@ LEGENDS = {
     "those of weights paired with other groups.",
     "whole": "Accuracy in percent, with its 95% interval over test images.",
 }
+TRAININGS = (
+    "Accuracy in percent, mean of {trainings} trainings a row and class split, each group passed once, with its 95% "
+    "interval over test groups. *Over trainings*, which differ in their seed alone: the 95% interval of a difference "
+    "(Student's t), and the deviation of a training's accuracy."
+)
 PAIRED = " Differences to “{reference}” are paired over the same test groups."
 PAPER = " The paper's figures are of its own class split and {groups} number of groups."
 DIAGNOSED = """ *Weights move*: how far
@@ -34,7 +39,8 @@ probe reads from the sketch which classes a group has (area under the ROC curve;
 
 def render(name: str, study: Study, tables: str, left_out: Mapping[str, str], asked: StudyParams) -> str:
     """The study as Markdown; `asked`: what holds for all studies, which the page names."""
-    legend = LEGENDS[study.measure]
+    several = study.measure == "accuracy" and asked.trainings
+    legend = TRAININGS.format(trainings=asked.trainings) if several else LEGENDS[study.measure]
     legend += PAIRED.format(reference=study.reference) if study.reference else ""
     groups = "the same" if study.axis == "columns" else "its full"
     of_the_paper = any(c.paper for name, c in study.columns.items() if name not in left_out)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from pipeline.bench import images_of_a_class
@@ -17,7 +17,7 @@ from pipeline.params import Params
 from pipeline.prepare import prepare
 from pipeline.stage import GROUPS, PREPARED, alone, root
 from pipeline.studies.cells import Cell
-from pipeline.studies.definition import Column, Study, row_spec
+from pipeline.studies.definition import Column, Row, Study, row_spec
 from pipeline.tracking import Tracking, open_tracking
 from pipeline.trial import TrialSpec
 
@@ -31,6 +31,7 @@ class Work:
     column: str
     params: Params
     cells: Mapping[tuple[str, int], Cell]
+    again: Mapping[tuple[str, int], Sequence[Cell]]  # each once more for every further seed of `study.trainings`
     trained: Mapping[tuple[str, int], Finished]  # those that were trained
     tracking: Tracking
 
@@ -68,22 +69,43 @@ def train(name: str, study: Study, column: str, params: Params) -> Work:
     """Every training of a column that is not done, each once, whatever number of rows it serves."""
     tracking = open_tracking(params)
     rows = study.rows.items()
-    images = images_of_a_class(params)
-    specs = {(row, seed): row_spec(params, row, own, seed, images) for row, own in rows for seed in params.split_seeds}
+    images, trainings = images_of_a_class(params), params.study.trainings or 1
+    specs = {
+        (row, split, n): _seeded(row_spec(params, row, own, split, images), n)
+        for row, own in rows
+        for split in params.split_seeds
+        for n in range(trainings if own.trained and study.measure == "accuracy" else 1)
+    }
     wanted: dict[str, TrialSpec] = {}
-    for (row, _), spec in specs.items():
+    for (row, _, _), spec in specs.items():
         if study.rows[row].trained:
             wanted.setdefault(trial_key(spec), spec)
     print(f"study: {name}, {column}: {len(wanted)} training(s) on {params.groups.train_groups:,} groups")
     ended = run_missing(Experiment(f"study-{name}", list(wanted.values())), params, tracking) if wanted else []
     of_key = dict(zip(wanted, ended, strict=True))
     trained = {at: of_key[trial_key(spec)] for at, spec in specs.items() if study.rows[at[0]].trained}
-    cells = {at: _cell(study, at, spec, trained.get(at)) for at, spec in specs.items()}
-    return Work(name, study, column, params, cells, trained, tracking)
+    cells = {at: _cell(study.rows[at[0]], spec, trained.get(at)) for at, spec in specs.items()}
+    first, again = ({at[:2]: [] for at in specs} for _ in range(2))
+    for (row, split, n), cell in cells.items():
+        (again if n else first)[row, split].append(cell)
+    return Work(
+        name=name,
+        study=study,
+        column=column,
+        params=params,
+        cells={at: cell for at, (cell,) in first.items()},
+        again=again,
+        trained={(row, split): ended for (row, split, n), ended in trained.items() if n == 0},
+        tracking=tracking,
+    )
 
 
-def _cell(study: Study, at: tuple[str, int], spec: TrialSpec, trained: Finished | None) -> Cell:
-    row = study.rows[at[0]]
+def _seeded(spec: TrialSpec, n: int) -> TrialSpec:
+    """The n-th training of a row: initialised and run by another seed, on the same groups."""
+    return replace(spec, name=f"{spec.name}-training{n}", seed=spec.seed + n) if n else spec
+
+
+def _cell(row: Row, spec: TrialSpec, trained: Finished | None) -> Cell:
     return Cell(spec, trained and trained.checkpoint, row.sketch, row.sketch_images, row.support_per_class)
 
 
