@@ -216,16 +216,14 @@ def _mend(experiment: Experiment) -> None:
     A power cut leaves such a one, and Ray goes on from the newest, whatever it holds.
     """
     for spec in (TrialSpec(**saved["config"]["spec"]) for saved in _unfinished(_saved(experiment.folder))):
-        name, state = spec.name, None
-        own = name + (WORKERS if experiment.workers > 1 else "")
+        before, own = None, spec.name + (WORKERS if experiment.workers > 1 else "")
         for folder in sorted(filter(Path.is_dir, experiment.folder.glob(f"{own}/checkpoint_*"))):
-            if is_whole(folder):
-                state = load_state(folder)
-                continue
-            print(f"  {name}: {folder.name} is damaged; it goes on from what was before", flush=True)
-            state = state or open_trial(spec, torch.device("cpu")).state_dict()
-            with replacing(folder / STATE) as whole:
-                torch.save(state, whole)
+            if not is_whole(folder):
+                print(f"  {spec.name}: {folder.name} is damaged; it goes on from what was before", flush=True)
+                state = load_state(before) if before else open_trial(spec, torch.device("cpu")).state_dict()
+                with replacing(folder / STATE) as whole:
+                    torch.save(state, whole)
+            before = folder
 
 
 def _collect(

@@ -23,18 +23,18 @@ from pudnet.evaluation import mean_interval
 def measure(work: Work) -> pd.DataFrame:
     """A line a row."""
     study, params = work.study, work.params
-    cells = {at: [cell, *work.again[at]] for at, cell in work.cells.items()}  # of each training
-    wanted = [cell for own in cells.values() for cell in own]
-    tables = dict(zip(wanted, measure_cells(params, wanted), strict=True))
-    trained = {
-        row: [pd.concat(map(tables.get, own)) for own in zip(*(cells[row, s] for s in params.split_seeds), strict=True)]
+    cells = [cell for own in work.trainings.values() for cell in own]
+    measured = dict(zip(cells, measure_cells(params, cells), strict=True))
+    tables = {at: [measured[cell] for cell in own] for at, own in work.trainings.items()}
+    trained = {  # of each training the rows of all splits
+        row: [pd.concat(own) for own in zip(*(tables[row, seed] for seed in params.split_seeds), strict=True)]
         for row in study.rows
     }
     frames = {row: _mean(own) for row, own in trained.items()}
     times, diagnoses = _times(work), _diagnoses(work)
-    of_split = {at: _mean([tables[cell] for cell in own]) for at, own in cells.items()}
-    for row, seed in work.cells:
-        _log(work, row, seed, of_split, times.get(row))
+    means = {at: _mean(own) for at, own in tables.items()}
+    for row, seed in means:
+        _log(work, row, seed, means, times.get(row))
     return pd.DataFrame(
         [
             {
@@ -63,14 +63,14 @@ def _over_trainings(own: Sequence[pd.DataFrame], reference: Sequence[pd.DataFram
 
     The n-th training of a row stands beside the reference's n-th.
     """
-    accuracies = [summary(one)["accuracy"] for one in own]
-    found = {"trainings": len(own), "trainings_sd": np.std(accuracies, ddof=1) if len(own) > 1 else math.nan}
-    if reference is None:
-        return found
-    others = [summary(one)["accuracy"] for one in reference]
-    count = max(len(own), len(others))  # what is not trained is there once
-    differences = [accuracies[n % len(own)] - others[n % len(others)] for n in range(count)]
-    return found | {"difference_ci95_trainings": mean_interval(differences)[1]}
+    accuracies, others = ([summary(one)["accuracy"] for one in frames] for frames in (own, reference or own))
+    count = max(len(accuracies), len(others))  # what is not trained is there once
+    differences = [accuracies[n % len(accuracies)] - others[n % len(others)] for n in range(count)]
+    return {
+        "trainings": len(own),
+        "trainings_sd": np.std(accuracies, ddof=1) if len(own) > 1 else math.nan,
+        "difference_ci95_trainings": mean_interval(differences)[1] if reference else math.nan,
+    }
 
 
 def _times(work: Work) -> dict[str, float]:
@@ -162,7 +162,7 @@ def _table(study: Study, column: str, part: pd.DataFrame) -> str:
         "less the paper's": _to_the_papers(part),
         "groups": part.test_groups.map("{:,}".format) if part.test_groups.nunique() > 1 else None,
         f"less {study.reference}": _differences(study, part),
-        "± over trainings": None if study.reference is None else _over(study, part),
+        "± over trainings": _but_of_the_reference(study, part, part.difference_ci95_trainings, "± {:.2f}"),
         "deviation of a training": part.trainings_sd.map(lambda value: number(value, "{:.2f}")),
         f"the paper's, less {study.reference}": _papers_differences(study, part),
         "time a group": part.milliseconds.map(lambda value: number(value, "{:,.0f} ms")),
@@ -185,11 +185,8 @@ def _differences(study: Study, part: pd.DataFrame) -> list[str] | None:
     ]
 
 
-def _over(study: Study, part: pd.DataFrame) -> list[str]:
-    return [
-        "" if line.row == study.reference else number(line.difference_ci95_trainings, "± {:.2f}")
-        for line in part.itertuples()
-    ]
+def _but_of_the_reference(study: Study, part: pd.DataFrame, values: pd.Series, form: str) -> list[str]:
+    return [number(value, form) for value in values.where(part.row != study.reference)]
 
 
 def _papers_differences(study: Study, part: pd.DataFrame) -> list[str] | None:
@@ -197,8 +194,7 @@ def _papers_differences(study: Study, part: pd.DataFrame) -> list[str] | None:
     reference = part.paper[part.row == study.reference].astype(float)
     if reference.empty or reference.isna().all():
         return None
-    differences = (part.paper.astype(float) - reference.item()).where(part.row != study.reference)
-    return [number(value, "{:+.2f}") for value in differences]
+    return _but_of_the_reference(study, part, part.paper.astype(float) - reference.item(), "{:+.2f}")
 
 
 def _grid(study: Study, panel: str, part: pd.DataFrame) -> str:

@@ -43,7 +43,7 @@ def render(name: str, study: Study, tables: str, left_out: Mapping[str, str], as
     legend = TRAININGS.format(trainings=asked.trainings) if several else LEGENDS[study.measure]
     legend += PAIRED.format(reference=study.reference) if study.reference else ""
     groups = "the same" if study.axis == "columns" else "its full"
-    of_the_paper = any(c.paper for name, c in study.columns.items() if name not in left_out)
+    of_the_paper = any(own.paper for column, own in study.columns.items() if column not in left_out)
     legend += PAPER.format(groups=groups) if of_the_paper else ""
     legend += DIAGNOSED if study.diagnose else ""
     page = PAGE.format(

@@ -24,16 +24,20 @@ from pipeline.trial import TrialSpec
 
 @dataclass(frozen=True)
 class Work:
-    """One column of a study, trained: a cell a row and class split."""
+    """One column of a study, trained: a cell a row, class split and training, of which most studies have one."""
 
     name: str  # of the study
     study: Study
     column: str
     params: Params
-    cells: Mapping[tuple[str, int], Cell]
-    again: Mapping[tuple[str, int], Sequence[Cell]]  # each once more for every further seed of `study.trainings`
+    trainings: Mapping[tuple[str, int], Sequence[Cell]]  # `study.trainings` of them, where it says so
     trained: Mapping[tuple[str, int], Finished]  # those that were trained
     tracking: Tracking
+
+    @property
+    def cells(self) -> dict[tuple[str, int], Cell]:
+        """Of each row and class split the first training."""
+        return {at: first for at, (first, *_) in self.trainings.items()}
 
     @property
     def own(self) -> Column:
@@ -69,12 +73,12 @@ def train(name: str, study: Study, column: str, params: Params) -> Work:
     """Every training of a column that is not done, each once, whatever number of rows it serves."""
     tracking = open_tracking(params)
     rows = study.rows.items()
-    images, trainings = images_of_a_class(params), params.study.trainings or 1
+    images, seeds = images_of_a_class(params), params.study.trainings or 1
     specs = {
         (row, split, n): _seeded(row_spec(params, row, own, split, images), n)
         for row, own in rows
         for split in params.split_seeds
-        for n in range(trainings if own.trained and study.measure == "accuracy" else 1)
+        for n in range(seeds if own.trained and study.measure == "accuracy" else 1)
     }
     wanted: dict[str, TrialSpec] = {}
     for (row, _, _), spec in specs.items():
@@ -84,20 +88,11 @@ def train(name: str, study: Study, column: str, params: Params) -> Work:
     ended = run_missing(Experiment(f"study-{name}", list(wanted.values())), params, tracking) if wanted else []
     of_key = dict(zip(wanted, ended, strict=True))
     trained = {at: of_key[trial_key(spec)] for at, spec in specs.items() if study.rows[at[0]].trained}
-    cells = {at: _cell(study.rows[at[0]], spec, trained.get(at)) for at, spec in specs.items()}
-    first, again = ({at[:2]: [] for at in specs} for _ in range(2))
-    for (row, split, n), cell in cells.items():
-        (again if n else first)[row, split].append(cell)
-    return Work(
-        name=name,
-        study=study,
-        column=column,
-        params=params,
-        cells={at: cell for at, (cell,) in first.items()},
-        again=again,
-        trained={(row, split): ended for (row, split, n), ended in trained.items() if n == 0},
-        tracking=tracking,
-    )
+    trainings: dict[tuple[str, int], list[Cell]] = {}
+    for (row, split, n), spec in specs.items():
+        trainings.setdefault((row, split), []).append(_cell(study.rows[row], spec, trained.get((row, split, n))))
+    first = {(row, split): ended for (row, split, n), ended in trained.items() if n == 0}
+    return Work(name, study, column, params, trainings, first, tracking)
 
 
 def _seeded(spec: TrialSpec, n: int) -> TrialSpec:
