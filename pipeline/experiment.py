@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 import time
 from collections.abc import Collection, Mapping, Sequence
@@ -25,10 +26,11 @@ from pipeline.params import Params
 from pipeline.stage import alone, root, write, write_json
 from pipeline.tracking import Tracking
 from pipeline.trial import DIVERGED, STATE, TrialSpec, load_state, open_trial, run_trial
-from pudnet.errors import RunFailed
+from pudnet.errors import RunFailed, is_out_of_memory
 from pudnet.files import replacing
 
 ATTEMPTS_AFTER_A_FAULT = 2  # in a row: a report in between makes good for what was
+ERROR = "error.pkl"  # in a trial's folder: how it failed last; Ray's own name
 DRIVER = {"memory": 2**28}  # of a trial whose workers have the cores: Tune wants some resource, and it has a process
 
 
@@ -196,17 +198,27 @@ def run_trials(
             _note_finished(experiment.folder, kept)
             _mend(experiment)
         progress = TrialProgress(params, key, len(experiment.specs), parent, keep=not experiment.asha)
-        finished = _collect(experiment, key, groups, kept, _tuner(experiment, params, progress).fit())
+        finished = _collect(experiment, key, groups, kept, _fit(_tuner(experiment, params, progress)))
     for trial in finished:
         tracking.attempt(partial(log_finished, tracking, params, trial, parent))
     return finished
+
+
+def _fit(tuner: tune.Tuner) -> tune.ResultGrid:
+    """Run to the end of all trials. Raises `RunFailed` when how one failed cannot be told."""
+    try:
+        return tuner.fit()
+    except (EOFError, pickle.UnpicklingError):  # Ray reads what it wrote of an error, also where that was cut off
+        raise RunFailed("a trial failed while the disk is full; make room, then the same command continues") from None
 
 
 def _groups(spec: TrialSpec) -> int:
     """On how many groups a trial runs: it is opened, and so found fit, and let go, since all together may be large."""
     try:
         return open_trial(spec, torch.device("cpu")).groups
-    except (MemoryError, RuntimeError) as error:  # torch has no error of its own for memory that is not there
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
         raise RunFailed(f"{spec.name}: cannot start ({cluster.reason(error)})") from None
 
 
@@ -216,6 +228,7 @@ def _mend(experiment: Experiment) -> None:
     A power cut leaves such a one, and Ray goes on from the newest, whatever it holds.
     """
     for spec in (TrialSpec(**saved["config"]["spec"]) for saved in _unfinished(_saved(experiment.folder))):
+        (experiment.folder / spec.name / ERROR).unlink(missing_ok=True)  # a cut off one would end the experiment again
         before, own = None, spec.name + (WORKERS if experiment.workers > 1 else "")
         for folder in sorted(filter(Path.is_dir, experiment.folder.glob(f"{own}/checkpoint_*"))):
             if not is_whole(folder):

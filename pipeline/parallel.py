@@ -5,18 +5,14 @@ The trial is still one of Ray Tune's, and reports as any other; it only drives t
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 if TYPE_CHECKING:
     from ray.tune import Checkpoint
 
-from pipeline.trial import DIVERGED, STATE, MetaTraining, TrialSpec, load_state, own_device
-from pudnet.errors import RunFailed
+from pipeline.trial import MetaTraining, TrialSpec, own_device, report_all
 
 WORKERS = "-workers"  # after a trial's name, the folder of its workers' checkpoints
 
@@ -53,20 +49,10 @@ def checkpoint_folder(checkpoint: Checkpoint | None, result: Mapping[str, Any]) 
 
 
 def _work(config: dict[str, Any]) -> None:
-    """One worker. All report, so that they keep step; the first gives the checkpoint."""
+    """One worker. The first saves the checkpoints."""
     from ray import train
 
-    context, device = train.get_context(), own_device(config)
+    context = train.get_context()
     rank = context.get_world_rank()
-    trial = MetaTraining(TrialSpec(**config["spec"]), device, rank, context.get_world_size())
-    if checkpoint := train.get_checkpoint():
-        with checkpoint.as_directory() as folder:
-            trial.load_state_dict(load_state(Path(folder)))
-    try:
-        for metrics in trial.run():
-            with tempfile.TemporaryDirectory() as folder:
-                if rank == 0:
-                    torch.save(trial.state_dict(), Path(folder) / STATE)
-                train.report(metrics, checkpoint=train.Checkpoint.from_directory(folder) if rank == 0 else None)
-    except RunFailed as error:
-        train.report({DIVERGED: str(error)})
+    trial = MetaTraining(TrialSpec(**config["spec"]), own_device(config), rank, context.get_world_size())
+    report_all(trial, train, saves=rank == 0)

@@ -10,6 +10,7 @@ import contextlib
 import getpass
 import logging
 import os
+import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -78,6 +79,7 @@ class Tracking:
         What a server that answers does not take, an artifact on a full disk, is left to the stage's next run.
         """
         self.waiting.append(log)
+        handled = sys.exception()  # of the trial, where Ray tells of its end
         start = time.monotonic()
         if start < self.asked_again:
             return
@@ -95,7 +97,8 @@ class Tracking:
             self.asked_again = time.monotonic() + REST * (time.monotonic() - start)
             self.__dict__.pop("experiment", None)
             if not self.is_down:
-                self._say(f"cannot be written ({_reason(error)}); the run goes on; the stage, run again, logs the rest")
+                why = _reason(error, handled)
+                self._say(f"cannot be written ({why}); the run goes on; the stage, run again, logs the rest")
             self.is_down = True
         else:
             if self.is_down:
@@ -228,9 +231,9 @@ def quiet() -> Iterator[None]:
         logger.setLevel(before)
 
 
-def _reason(error: BaseException) -> str:
-    """The first cause, in one short line."""
-    while cause := error.__cause__ or error.__context__:
+def _reason(error: BaseException, handled: BaseException | None) -> str:
+    """The first cause, in one short line; not what was `handled` when it came."""
+    while (cause := error.__cause__ or error.__context__) not in (None, handled):
         error = cause
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
 

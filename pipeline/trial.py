@@ -8,6 +8,7 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -216,18 +217,25 @@ def run_trial(config: dict[str, Any]) -> None:
     """Ray Tune's trainable: run the trial, and give each report with a checkpoint."""
     from ray import tune
 
-    spec, device = TrialSpec(**config["spec"]), own_device(config)
-    trial = open_trial(spec, device)
-    if checkpoint := tune.get_checkpoint():
+    report_all(open_trial(TrialSpec(**config["spec"]), own_device(config)), tune)
+
+
+def report_all(trial: MetaTraining | FromScratch, ray: ModuleType, saves: bool = True) -> None:
+    """Run a trial from its last checkpoint to its end; `ray`, Ray's Tune or Train, gets each report with the next one.
+
+    Of several workers one `saves`; all of them report, so that they keep step.
+    """
+    if checkpoint := ray.get_checkpoint():
         with checkpoint.as_directory() as folder:
             trial.load_state_dict(load_state(Path(folder)))
     try:
         for metrics in trial.run():
             with tempfile.TemporaryDirectory() as folder:
-                torch.save(trial.state_dict(), Path(folder) / STATE)
-                tune.report(metrics, checkpoint=tune.Checkpoint.from_directory(folder))
+                if saves:
+                    torch.save(trial.state_dict(), Path(folder) / STATE)
+                ray.report(metrics, checkpoint=ray.Checkpoint.from_directory(folder) if saves else None)
     except RunFailed as error:
-        tune.report({DIVERGED: str(error)})
+        ray.report({DIVERGED: str(error)})
 
 
 def own_device(config: dict[str, Any]) -> torch.device:

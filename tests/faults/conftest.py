@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.faults.harness import Run, Undisturbed, python
+from tests.faults.harness import Cluster, Run, Undisturbed, python
 
 
 @pytest.fixture(scope="session")
@@ -34,3 +34,10 @@ def same(undisturbed):
             assert (project / name).read_bytes() == (whole / name).read_bytes(), name
 
     return same
+
+
+@pytest.fixture
+def cluster(tmp_path, undisturbed):
+    cluster = Cluster(tmp_path, undisturbed.cpus)
+    yield cluster
+    cluster.clear()

@@ -4,10 +4,13 @@ import contextlib
 import json
 import os
 import re
+import secrets
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -161,6 +164,12 @@ def _title(process: psutil.Process) -> str:
     return ""
 
 
+def truncate(path: Path) -> None:
+    """Cut off the second half of a file."""
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+
+
 def runs_of(project: Path, uri: str | None = None, by_project: bool = False) -> dict:
     """What MLflow has of each run: its status, and the steps of its speed; `by_project`: apart for each project."""
     client, found = MlflowClient(uri or f"sqlite:///{project}/mlflow.db"), {}
@@ -221,3 +230,33 @@ class Undisturbed:
         """A copy of the project as it was before a stage."""
         self.run(stage)
         return shutil.copytree(self.folder.with_name(f"before-{stage}"), destination, dirs_exist_ok=True)
+
+
+class Cluster:
+    """A head without cores, which a driver on this machine needs, and nodes with the cores of one trial each."""
+
+    def __init__(self, folder: Path, cpus: int) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.address = f"127.0.0.1:{free.getsockname()[1]}"
+        self.folder, self.cpus, self.nodes = folder, cpus, []
+        self.sockets = Path(tempfile.mkdtemp(prefix="pud", dir="/tmp"))  # their paths have to be short
+        self.token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+        self.joining = {"RAY_ADDRESS": self.address} | self.token
+        own = ("--node-ip-address=127.0.0.1", f"--port={self.address.rpartition(':')[2]}")
+        self._start("--head", "--num-cpus=0", "--include-dashboard=false", f"--temp-dir={self.sockets}", *own)
+
+    def add(self, gpus: int = 0, **extra: str) -> Run:
+        """One more node; the GPUs are Ray's count of them, by which it places trials."""
+        return self._start(f"--address={self.address}", f"--num-cpus={self.cpus}", f"--num-gpus={gpus}", **extra)
+
+    def _start(self, *options: str, **extra: str) -> Run:
+        ray = str(Path(sys.executable).with_name("ray"))
+        command = (ray, "start", "--block", "--disable-usage-stats", "--object-store-memory=100000000", *options)
+        self.nodes.append(Run(self.folder, *command, **self.token, **extra))
+        return self.nodes[-1].until("Ray runtime started")
+
+    def clear(self) -> None:
+        for node in reversed(self.nodes):
+            node.clear()
+        shutil.rmtree(self.sockets, ignore_errors=True)

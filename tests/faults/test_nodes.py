@@ -1,10 +1,5 @@
 """Nodes of a cluster are lost, join, have a GPU or none: several `ray start` on this machine, each a session."""
 
-import secrets
-import shutil
-import socket
-import sys
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -14,43 +9,6 @@ from tests.test_pipeline import copy_project
 
 SEARCH = ("results/search.csv", "results/best.yaml")
 TRIALS = ("split0-eta0.0-depth1", "split0-eta0.2-depth1")
-
-
-class Cluster:
-    """A head without cores, which a driver on this machine needs, and nodes with the cores of one trial each."""
-
-    def __init__(self, folder: Path, cpus: int) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.address = f"127.0.0.1:{free.getsockname()[1]}"
-        self.folder, self.cpus, self.nodes = folder, cpus, []
-        self.sockets = Path(tempfile.mkdtemp(prefix="pud", dir="/tmp"))  # their paths have to be short
-        self.token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-        self.joining = {"RAY_ADDRESS": self.address} | self.token
-        own = ("--node-ip-address=127.0.0.1", f"--port={self.address.rpartition(':')[2]}")
-        self._start("--head", "--num-cpus=0", "--include-dashboard=false", f"--temp-dir={self.sockets}", *own)
-
-    def add(self, gpus: int = 0, **extra: str) -> Run:
-        """One more node; the GPUs are Ray's count of them, by which it places trials."""
-        return self._start(f"--address={self.address}", f"--num-cpus={self.cpus}", f"--num-gpus={gpus}", **extra)
-
-    def _start(self, *options: str, **extra: str) -> Run:
-        ray = str(Path(sys.executable).with_name("ray"))
-        command = (ray, "start", "--block", "--disable-usage-stats", "--object-store-memory=100000000", *options)
-        self.nodes.append(Run(self.folder, *command, **self.token, **extra))
-        return self.nodes[-1].until("Ray runtime started")
-
-    def clear(self) -> None:
-        for node in reversed(self.nodes):
-            node.clear()
-        shutil.rmtree(self.sockets, ignore_errors=True)
-
-
-@pytest.fixture
-def cluster(tmp_path, undisturbed):
-    cluster = Cluster(tmp_path, undisturbed.cpus)
-    yield cluster
-    cluster.clear()
 
 
 def test_a_trial_whose_node_is_lost_goes_on_at_another(undisturbed, start, same, cluster, tmp_path):

@@ -50,16 +50,24 @@ def test_a_store_on_a_full_disk_leaves_nothing_and_is_written_whole_later(undist
     same(project, "prepare", *(f"data/prepared/train/{name}" for name in ("images.npy", "labels.npy", "meta.json")))
 
 
-def test_a_search_on_a_full_disk_goes_on_once_there_is_room(undisturbed, start, same, disk, tmp_path):
-    project = undisturbed.before("search", disk(tmp_path / "search", "200m"))
-    run = start(project, "search", **OFTEN).until("[1/2 done]")
+@pytest.mark.parametrize(
+    ("stage", "when", "done", "files"),
+    [
+        ("search", "[1/2 done]", "split0-eta0.0-depth1: group", SEARCH),
+        ("train", "split0: group     8", "split0: group     2", ("models/pudnet.safetensors",)),
+    ],
+)
+def test_trials_on_a_full_disk_go_on_once_there_is_room(
+    undisturbed, start, same, disk, stage, when, done, files, tmp_path
+):
+    project = undisturbed.before(stage, disk(tmp_path / stage, "200m"))
+    run = start(project, stage, **OFTEN).until(when)
     ballast = fill(project)
     error = run.badly(1)
     assert "o space left" in error or "the disk is full" in error
     ballast.unlink()
-    said = start(project, "search").well()
-    assert "split0-eta0.0-depth1: group" not in said
-    same(project, "search", *SEARCH)
+    assert done not in start(project, stage).well()
+    same(project, stage, *files)
 
 
 def test_an_artifact_on_a_full_disk_is_left_out_and_logged_later(undisturbed, start, same, disk, tmp_path):

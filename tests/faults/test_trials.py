@@ -1,18 +1,14 @@
 """One trial diverges, is killed, loses its checkpoint, or has too little memory."""
 
 import pandas as pd
+import psutil
 import pytest
 
-from tests.faults.harness import OFTEN, change
+from tests.faults.harness import OFTEN, change, truncate
 
 SEARCH = ("results/search.csv", "results/best.yaml")
 TRIALS = ("split0-eta0.0-depth1", "split0-eta0.2-depth1")
 STEPS = [2, 4, 6, 8, 10, 12]
-
-
-def truncate(path):
-    content = path.read_bytes()
-    path.write_bytes(content[: len(content) // 2])
 
 
 def blank(path):
@@ -98,24 +94,6 @@ def test_a_measured_table_that_is_truncated_is_measured_again(undisturbed, start
     same(project, "baselines", "results/accuracies.csv")
 
 
-def test_workers_whose_driver_is_killed_go_on_also_from_a_truncated_checkpoint(undisturbed, start, tmp_path):
-    """Two workers with half of a trial's threads each. What they had done by then stays done."""
-    curves = []
-    for hurt in (True, False):
-        project = undisturbed.before("train", tmp_path / f"hurt{hurt:d}")
-        change(project, "train", groups_per_step=2)
-        change(project, "resources", workers=2, cpus=1)
-        if hurt:
-            start(project, "train", **OFTEN).until("train-pudnet-split0: group     8").hit().clear()
-            truncate(sorted((project / ".pud/ray").glob("train-*/*-workers/checkpoint_*/state.pt"))[-1])
-        said = start(project, "train").well()
-        if hurt:
-            assert said.count("is damaged; it goes on from what was before") == 1
-            assert "train-pudnet-split0: group     2" not in said
-        curves.append(pd.read_csv(project / "results/train_curves.csv"))
-    pd.testing.assert_frame_equal(*curves)
-
-
 def test_a_search_with_other_resources_begins_its_unfinished_trials_again(undisturbed, start):
     project = undisturbed.interrupted()
     change(project, "resources", cpus=1)
@@ -134,6 +112,17 @@ def test_a_trial_whose_process_is_killed_goes_on_in_another(undisturbed, start, 
         worker.kill()
     said = run.well()
     assert all(said.count(f"{trial}: group     4") == 1 for trial in TRIALS)  # said once, and not from the beginning
+    same(project, "search", *SEARCH)
+
+
+def test_a_trial_that_gets_no_more_memory_goes_on_in_another_process(undisturbed, start, same, tmp_path):
+    project = undisturbed.before("search", tmp_path / "no-more")
+    run = start(project, "search").until(f"{TRIALS[0]}: group     4")
+    for worker in run.workers():
+        worker.rlimit(psutil.RLIMIT_AS, (worker.memory_info().vms, psutil.RLIM_INFINITY))
+    run.until(lambda: run.workers() and all(one.rlimit(psutil.RLIMIT_AS)[0] < 0 for one in run.workers()))
+    said = run.well()
+    assert all(said.count(f"{trial}: group     4") == 1 for trial in TRIALS)
     same(project, "search", *SEARCH)
 
 
