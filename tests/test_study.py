@@ -149,6 +149,9 @@ def test_every_kind_of_study_runs_and_what_is_done_is_not_done_again(project, tm
 def _check_trainings(table, page):
     """Two of each row that is trained: deviations, and the interval of a difference over both."""
     assert table.trainings.tolist() == [2, 2, 1] and table.trainings_sd.notna().tolist() == [True, True, False]
+    for line in table[:2].itertuples():
+        each = [float(one) for one in line.trainings_accuracies.split()]
+        assert len(each) == 2 and sum(each) / 2 == pytest.approx(line.accuracy, abs=0.01)
     assert (table.difference_ci95_trainings[1:] > 0).all() and "mean of 2 trainings a row" in page
     assert "± over trainings | deviation of a training" in page
 

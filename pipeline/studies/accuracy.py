@@ -32,9 +32,8 @@ def measure(work: Work) -> pd.DataFrame:
     }
     frames = {row: _mean(own) for row, own in trained.items()}
     times, diagnoses = _times(work), _diagnoses(work)
-    means = {at: _mean(own) for at, own in tables.items()}
-    for row, seed in means:
-        _log(work, row, seed, means, times.get(row))
+    for row, seed in tables:
+        _log(work, row, seed, tables, times.get(row))
     return pd.DataFrame(
         [
             {
@@ -59,7 +58,7 @@ def _mean(trainings: Sequence[pd.DataFrame]) -> pd.DataFrame:
 
 
 def _over_trainings(own: Sequence[pd.DataFrame], reference: Sequence[pd.DataFrame] | None) -> dict[str, float]:
-    """What a seed of training moves: the deviation of the accuracy, and the interval of the difference (Student's t).
+    """What a seed of training moves: the accuracies, their deviation, and the interval of the difference (Student's t).
 
     The n-th training of a row stands beside the reference's n-th.
     """
@@ -68,6 +67,7 @@ def _over_trainings(own: Sequence[pd.DataFrame], reference: Sequence[pd.DataFram
     differences = [accuracies[n % len(accuracies)] - others[n % len(others)] for n in range(count)]
     return {
         "trainings": len(own),
+        "trainings_accuracies": " ".join(f"{one:.2f}" for one in accuracies) if len(own) > 1 else "",
         "trainings_sd": np.std(accuracies, ddof=1) if len(own) > 1 else math.nan,
         "difference_ci95_trainings": mean_interval(differences)[1] if reference else math.nan,
     }
@@ -97,11 +97,16 @@ def _paper(work: Work, row: str) -> dict[str, float | None]:
     return {"paper": figure and figure.accuracy, "paper_ci95": figure and figure.ci95}
 
 
-def _log(work: Work, row: str, seed: int, tables: dict[tuple[str, int], pd.DataFrame], time: float | None) -> None:
-    numbers = _numbers(tables[row, seed], tables.get((work.study.reference, seed)))
-    named = {"accuracy": "test_accuracy", "ci95": "test_ci95"}
-    metrics = {named.get(key, key): value for key, value in numbers.items() if not pd.isna(value)}
-    work.log(row, seed, metrics | ({} if time is None else {"adapt_ms": time}), {})
+def _log(
+    work: Work, row: str, seed: int, tables: dict[tuple[str, int], list[pd.DataFrame]], time: float | None
+) -> None:
+    """A run for each training, compared with the reference's that stands beside it."""
+    reference = tables.get((work.study.reference, seed))
+    for n, table in enumerate(tables[row, seed]):
+        numbers = _numbers(table, reference and reference[n % len(reference)])
+        named = {"accuracy": "test_accuracy", "ci95": "test_ci95"}
+        metrics = {named.get(key, key): value for key, value in numbers.items() if not pd.isna(value)}
+        work.log(row, seed, metrics | ({} if time is None else {"adapt_ms": time}), {}, n)
 
 
 def figure(study: Study, table: pd.DataFrame) -> Figure:

@@ -48,15 +48,30 @@ class Work:
         """How many groups a row is trained on."""
         return self.params.groups.train_groups if self.study.rows[row].trained else 0
 
-    def log(self, row: str, seed: int, metrics: Mapping[str, float], curve: Mapping[str, Mapping[int, float]]) -> None:
+    def log(
+        self,
+        row: str,
+        seed: int,
+        metrics: Mapping[str, float],
+        curve: Mapping[str, Mapping[int, float]],
+        training: int = 0,
+    ) -> None:
         """The MLflow run of a cell: its metrics, and its curves by step."""
-        self.tracking.attempt(lambda: self._log(row, seed, metrics, curve))
+        self.tracking.attempt(lambda: self._log(row, seed, metrics, curve, training))
 
-    def _log(self, row: str, seed: int, metrics: Mapping[str, float], curve: Mapping[str, Mapping[int, float]]) -> None:
-        key = self.cells[row, seed].key(self.params)
+    def _log(
+        self,
+        row: str,
+        seed: int,
+        metrics: Mapping[str, float],
+        curve: Mapping[str, Mapping[int, float]],
+        training: int,
+    ) -> None:
+        key = self.trainings[row, seed][training].key(self.params)
         label = f"{self.name}: {row}, {self.column}" + (f", split {seed}" if self.params.splits > 1 else "")
+        label += f", training {training}" if len(self.trainings[row, seed]) > 1 else ""
         run_id = self.tracking.find_or_create(f"study/{digest([self.name, row, self.column], [])}/{key}", label)
-        tags = {"study": self.name, "row": row, "column": self.column, "seed": str(seed)}
+        tags = {"study": self.name, "row": row, "column": self.column, "seed": str(seed), "training": str(training)}
         self.tracking.log_tags(run_id, tags)
         own = self.study.rows[row]
         plain = {"method": own.method, "variant": own.variant, "train_groups": self.groups(row), **own.changes}
