@@ -26,7 +26,7 @@ SMALL = {
 TINY = {
     "title": "Tiny",
     "over": SMALL,
-    "columns": {"digits": {"setting": "digits", "baselines.scratch_groups": 2}},
+    "columns": {"digits": {"setting": "digits", "baselines.scratch_groups": 2, "paper": "table1.fashion.{row}"}},
     "reference": "static trunk",
     "rows": {
         "static trunk": {"method": "static_trunk", "variant": "pudnet_plus"},
@@ -34,7 +34,7 @@ TINY = {
         "another group's": {"variant": "pudnet_plus", "sketch": "shuffled"},
         "few images": {"variant": "pudnet_plus", "sketch_images": 4},
         "untrained": {"method": "random_weights"},
-        "from scratch": {"method": "scratch_adam", "changes": {"epochs": 1}},
+        "from scratch": {"method": "scratch_adam", "changes": {"epochs": 1}, "paper": "adam_1"},
     },
 }
 
@@ -133,6 +133,7 @@ def test_every_kind_of_study_runs_and_what_is_done_is_not_done_again(project, tm
     assert table.accuracy.nunique() >= 4 and table.accuracy.between(50, 100).all()
     assert table.set_index("row").milliseconds.notna().tolist() == [True, True, False, True, True, True]
     assert all(f"| {row} | " in page for row in TINY["rows"])
+    assert "| 91.07 ± 1.11 |" in page and "| 0.87 s |" in page
     _check_kinds(tmp_path, first)
     project({**TINY, "rows": {row: own for row, own in TINY["rows"].items() if row != "untrained"}})
     again = run_studies(tmp_path, "tiny")

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from pipeline.bench import compare, summary
 from pipeline.figures import bars_figure, differences_figure, lines_figure
+from pipeline.reported import load_reported
 from pipeline.studies.cells import Diagnosis, diagnose_cells, measure_cells, time_cells
 from pipeline.studies.definition import Study, point, reported
 from pipeline.studies.page import number, plus_minus, table_of
@@ -94,7 +95,9 @@ def _numbers(frame: pd.DataFrame, reference: pd.DataFrame | None) -> dict[str, A
 
 def _paper(work: Work, row: str) -> dict[str, float | None]:
     figure = reported(work.own, work.study.rows[row])
-    return {"paper": figure and figure.accuracy, "paper_ci95": figure and figure.ci95}
+    if figure is None:
+        return dict.fromkeys(("paper", "paper_ci95", "paper_seconds"))
+    return {"paper": figure.accuracy, "paper_ci95": figure.ci95, "paper_seconds": figure.seconds}
 
 
 def _log(
@@ -155,7 +158,7 @@ def _overview_cell(study: Study, line: Any) -> str:
 
 
 def _table(study: Study, column: str, part: pd.DataFrame) -> str:
-    first = part.iloc[0]
+    first, hardware = part.iloc[0], load_reported()["hardware"]
     told = (
         f"{part.train_groups.max():,} training groups, {part.test_groups.max():,} test groups, "
         f"{first.splits} class split(s)."
@@ -171,6 +174,7 @@ def _table(study: Study, column: str, part: pd.DataFrame) -> str:
         "deviation of a training": part.trainings_sd.map(lambda value: number(value, "{:.2f}")),
         f"the paper's, less {study.reference}": _papers_differences(study, part),
         "time a group": part.milliseconds.map(lambda value: number(value, "{:,.0f} ms")),
+        f"the paper's ({hardware})": part.paper_seconds.map(lambda value: number(value, "{:,.2f} s")),
         "weights move": part.movement.map(lambda value: number(value, "{:.1f} %")),
         "probe": part.probe.map(lambda value: number(value, "{:.0f}")),
     }
