@@ -16,7 +16,7 @@ from pipeline.bench import compare, images_of_a_class
 from pipeline.final import read_best, train_all, write_curves
 from pipeline.measure import measure_all, time_all
 from pipeline.params import Params
-from pipeline.stage import BASELINES, RESULTS, run_stage, wants_fresh, write, write_json
+from pipeline.stage import BASELINES, RESULTS, read_result, run_stage, wants_fresh, write, write_json
 from pipeline.tracking import Tracking, open_tracking
 from pipeline.tuning import named, tune
 from pudnet.baselines import LEARNED, SCRATCH
@@ -27,7 +27,7 @@ def baselines(params: Params) -> None:
     """Tune, train, measure and time every method; write the tables, log a run a method."""
     params = params.for_baselines(images_of_a_class(params))
     fresh, methods, tracking = wants_fresh(), _possible(params), open_tracking(params)
-    pudnet = pd.read_csv(RESULTS / "pudnet.csv")
+    pudnet = read_result(RESULTS / "pudnet.csv", pd.read_csv, "evaluate")
     with cluster.session():
         tuning, choices = tune(params, [m for m in methods if m in LEARNED or m in SCRATCH], tracking, fresh)
         curves = _train(params, methods, choices, fresh)
@@ -66,7 +66,7 @@ def _train(
     params: Params, methods: Sequence[str], choices: Mapping[tuple[str, int], list], fresh: bool
 ) -> pd.DataFrame:
     """Train what has to be trained, write the models; the loss curves, PudNet's first."""
-    curves = pd.read_csv(RESULTS / "train_curves.csv")
+    curves = read_result(RESULTS / "train_curves.csv", pd.read_csv, "train")
     cells = {m: {seed: choices[m, seed][0] for seed in params.split_seeds} for m in methods if m in LEARNED}
     if "static_trunk" in methods:
         cells["static_trunk"] = read_best()  # PudNet's own choice, as far as it is one of training

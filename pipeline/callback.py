@@ -9,6 +9,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from pipeline import cluster  # first: it sets Ray's environment
+
+# isort: split
 from ray.tune import Callback
 from ray.tune.experiment import Trial
 
@@ -17,6 +20,7 @@ from pipeline.parallel import checkpoint_folder
 from pipeline.params import Params
 from pipeline.tracking import Tracking, open_tracking
 from pipeline.trial import DIVERGED, METRICS, TrialSpec
+from pudnet.errors import RunFailed
 
 PATIENCE = 60  # seconds without a trial at work before it is said
 
@@ -37,7 +41,7 @@ class TrialProgress(Callback):
         self.unlogged: dict[str, list[dict[str, Any]]] = {}
         self.runs: dict[str, tuple[str, int]] = {}  # and the last step when it was opened
         self._tracking: Tracking | None = None
-        self.at_work = time.monotonic()  # when some trial last was
+        self._is_at_work()  # when some trial last was, and whether it was said that none is
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: getattr(self, key) for key in ("params", "key", "trials", "parent", "keep", "rollbacks")}
@@ -64,6 +68,7 @@ class TrialProgress(Callback):
     ) -> None:
         """Print a line and log a step, unless they were before an interruption."""
         earlier = self.reported[trial.trial_id]
+        self._is_at_work()
         if DIVERGED in result:
             return
         trial.run_metadata.num_failures = 0  # it gets on: what counts are failures in a row. (There is no public way.)
@@ -95,14 +100,26 @@ class TrialProgress(Callback):
         self._end(trial, "FAILED")
 
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
-        """Say, once, that trials wait for room: a node that has it may have been lost."""
-        if any(trial.status == Trial.RUNNING for trial in trials):
-            self.at_work = time.monotonic()
+        """Say, once, that trials wait for room: a node that has it may have been lost.
+
+        Raises `RunFailed` where none can come: the Ray of this machine alone is gone.
+        """
+        workers, share = trials[0].config["workers"], trials[0].config["share"]
+        if any(trial.status == Trial.RUNNING for trial in trials) and workers == 1:
+            self._is_at_work()
         elif time.monotonic() - self.at_work > PATIENCE:
-            share = trials[0].config["share"]
-            wanted = f"{share['cpu']} CPU(s) and {share['gpu']:g} GPU(s)"
-            print(f"  no trial is at work; waiting for a node with {wanted} free", flush=True)
-            self.at_work = math.inf
+            if cluster.is_lost():
+                raise RunFailed("the Ray of this machine is gone (out of memory?); the same command continues")
+            if workers > 1 and cluster.has_room(self.params, workers):  # the process that drives them always runs
+                self._is_at_work()
+            elif not self.said_to_wait:
+                wanted = f"{share['cpu']} CPU(s) and {share['gpu']:g} GPU(s)"
+                each = f" for each of {workers} workers" if workers > 1 else ""
+                print(f"  no trial is at work; waiting for a node with {wanted} free{each}", flush=True)
+                self.said_to_wait = True
+
+    def _is_at_work(self) -> None:
+        self.at_work, self.said_to_wait = time.monotonic(), False
 
     def _end(self, trial: Trial, status: str) -> None:
         self._log(trial, status)

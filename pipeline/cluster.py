@@ -7,6 +7,8 @@ import logging
 import math
 import os
 import re
+import signal
+import socket
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,6 +22,7 @@ os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_
 # Tune's own handler of Ctrl-C ends the search as if it were finished; without it the stage is interrupted.
 os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # its boxes say less than the callback
+os.environ.setdefault("RAY_task_oom_retries", "2")  # for ever, else: a measurement that no memory can hold
 os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")  # a trial that diverged has no accuracy for ASHA
 
 import ray
@@ -37,6 +40,7 @@ def session() -> Iterator[None]:
     address = os.environ.get("RAY_ADDRESS")
     try:
         if address:
+            _reach(address)
             environment = {"working_dir": str(CODE), "excludes": NOT_SENT}
             ray.init(runtime_env=environment, log_to_driver=False, logging_level=logging.CRITICAL)
         else:
@@ -48,11 +52,39 @@ def session() -> Iterator[None]:
                 log_to_driver=False,  # the callback says what there is to say
             )
     except Exception as error:  # on a machine too busy to start in time Ray raises a plain one
-        raise RunFailed(f"Ray at {address or 'this machine'} does not answer ({reason(error)})") from None
+        hint = "" if not address or "RAY_AUTH_MODE" in os.environ else "; has it a token, set RAY_AUTH_MODE=token"
+        raise RunFailed(f"Ray at {address or 'this machine'} does not answer ({reason(error)}){hint}") from None
+    before = signal.signal(signal.SIGTERM, _interrupt)  # Ray's own ends the process with a dump
     try:
         yield
     finally:
+        signal.signal(signal.SIGTERM, before)
         ray.shutdown()
+
+
+def _reach(address: str) -> None:
+    """Raise `OSError` soon where nothing listens: Ray asks for minutes."""
+    host, _, port = address.rpartition("/")[2].rpartition(":")
+    if port.isdigit():
+        socket.create_connection((host, int(port)), 10).close()
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def is_lost() -> bool:
+    """Whether the Ray that a session started of its own is gone: no node joins it."""
+    return not os.environ.get("RAY_ADDRESS") and not any(node["Alive"] for node in ray.nodes())
+
+
+def has_room(params: Params, workers: int) -> bool:
+    """Whether the nodes that there are now have together what workers are to get."""
+    try:
+        share(params, workers)
+    except UserError:
+        return False
+    return True
 
 
 def share(params: Params, workers: int = 1) -> dict[str, float]:
@@ -60,7 +92,7 @@ def share(params: Params, workers: int = 1) -> dict[str, float]:
 
     Raises `UserError` when no node has what a trial is to get, or all together not what its workers are.
     """
-    nodes, wanted = [node["Resources"] for node in ray.nodes() if node["Alive"]], params.resources
+    nodes, wanted = [node["Resources"] for node in ray.nodes() if node["Alive"]] or [{}], params.resources
     gpus = max(node.get("GPU", 0) for node in nodes)
     if gpus and (wanted.gpus > gpus or (wanted.gpus > 1 and wanted.gpus % 1)):
         raise UserError(f"resources.gpus: {wanted.gpus} a trial; give a fraction, or a whole number up to {gpus:.0f}")

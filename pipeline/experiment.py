@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import pickle
+import re
 import shutil
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -31,6 +31,7 @@ from pudnet.files import replacing
 
 ATTEMPTS_AFTER_A_FAULT = 2  # in a row: a report in between makes good for what was
 ERROR = "error.pkl"  # in a trial's folder: how it failed last; Ray's own name
+RECORD = "checkpoint_manager_snapshot.json"  # of workers' checkpoints; Ray Train's own name
 DRIVER = {"memory": 2**28}  # of a trial whose workers have the cores: Tune wants some resource, and it has a process
 
 
@@ -113,6 +114,11 @@ def _begun(experiment: Experiment, missing: Sequence[TrialSpec], fresh: bool, pa
     return rest
 
 
+def _is_cut_off(path: Path) -> bool:
+    """Whether one of Ray's own files lacks the full stop that ends them all."""
+    return not path.read_bytes().endswith(b".")
+
+
 def _noted(note: Path) -> dict:
     """What `_begun` wrote; nothing where it did not, or what it wrote is damaged."""
     try:
@@ -127,17 +133,17 @@ def _restorable(experiment: Experiment, names: Collection[str], params: Params) 
 
     What a trial gets is part of Ray's state of it, and would stay whatever params.yaml says by now.
     """
-    now = _resources(experiment, params)
+    now, trainable = _resources(experiment, params), _trainable(experiment, params)
     if not tune.Tuner.can_restore(str(experiment.folder)):
         return False
-    pickles = [experiment.folder / "tuner.pkl", *experiment.folder.glob("basic-variant-state-*")]
     try:
-        trials = _saved(experiment.folder)
-        begun_with = [{key: one["config"][key] for key in now} for one in _unfinished(trials)]
-        is_cut_off = not all(path.read_bytes().endswith(b".") for path in pickles)  # as every pickle does
-    except (OSError, ValueError, KeyError, TypeError):
-        is_cut_off = True
-    if is_cut_off:
+        trials = [trial for trial, _ in _saved(experiment.folder)]
+        begun_with = [{key: one["config"][key] for key in now} for one in trials if _is_unfinished(one)]
+        tune.Tuner.restore(str(experiment.folder), trainable)
+        is_whole = not any(map(_is_cut_off, experiment.folder.glob("basic-variant-state-*")))
+    except Exception:  # a damaged file can fail in nearly every way
+        is_whole = False
+    if not is_whole:
         print(f"  {experiment.key}: its state is not whole; what is not finished begins again", flush=True)
         return False
     if any(one != now for one in begun_with):
@@ -146,13 +152,14 @@ def _restorable(experiment: Experiment, names: Collection[str], params: Params) 
     return not any(one["status"] == "TERMINATED" and one["config"]["spec"]["name"] in names for one in trials)
 
 
-def _saved(folder: Path) -> list[dict]:
-    """What Ray's newest snapshot of an experiment says of each trial."""
-    return [json.loads(trial) for trial, _ in json.loads(_snapshot(folder).read_text())["trial_data"]]
+def _saved(folder: Path) -> list[tuple[dict, dict]]:
+    """What Ray's newest snapshot of an experiment says of each trial, and of its state."""
+    pairs = json.loads(_snapshot(folder).read_text())["trial_data"]
+    return [(json.loads(trial), json.loads(state)) for trial, state in pairs]
 
 
-def _unfinished(trials: Sequence[dict]) -> list[dict]:
-    return [trial for trial in trials if trial["status"] != "TERMINATED"]
+def _is_unfinished(trial: dict) -> bool:
+    return trial["status"] != "TERMINATED"
 
 
 def _note_finished(folder: Path, names: Collection[str]) -> None:
@@ -198,17 +205,20 @@ def run_trials(
             _note_finished(experiment.folder, kept)
             _mend(experiment)
         progress = TrialProgress(params, key, len(experiment.specs), parent, keep=not experiment.asha)
-        finished = _collect(experiment, key, groups, kept, _fit(_tuner(experiment, params, progress)))
+        results = _fit(experiment, _tuner(experiment, params, progress))
+        finished = _collect(experiment, key, groups, kept, results)
     for trial in finished:
         tracking.attempt(partial(log_finished, tracking, params, trial, parent))
     return finished
 
 
-def _fit(tuner: tune.Tuner) -> tune.ResultGrid:
-    """Run to the end of all trials. Raises `RunFailed` when how one failed cannot be told."""
+def _fit(experiment: Experiment, tuner: tune.Tuner) -> tune.ResultGrid:
+    """Run to the end of all trials. Raises `RunFailed` where Ray cannot read what it wrote of one that failed."""
     try:
         return tuner.fit()
-    except (EOFError, pickle.UnpicklingError):  # Ray reads what it wrote of an error, also where that was cut off
+    except Exception:  # an error of any kind
+        if not any(map(_is_cut_off, experiment.folder.glob(f"*/{ERROR}"))):
+            raise
         raise RunFailed("a trial failed while the disk is full; make room, then the same command continues") from None
 
 
@@ -223,20 +233,51 @@ def _groups(spec: TrialSpec) -> int:
 
 
 def _mend(experiment: Experiment) -> None:
-    """Put the checkpoint before it, or the trial's beginning, in the place of one that cannot be read.
+    """Put another checkpoint, or the trial's beginning, in the place of one that cannot be read, or is not there.
 
-    A power cut leaves such a one, and Ray goes on from the newest, whatever it holds.
+    A power cut leaves such a one, and Ray goes on from the newest that it knows of, whatever that holds. It removes
+    old ones before its snapshot says so, so that a kill can leave a name for nothing.
     """
-    for spec in (TrialSpec(**saved["config"]["spec"]) for saved in _unfinished(_saved(experiment.folder))):
-        (experiment.folder / spec.name / ERROR).unlink(missing_ok=True)  # a cut off one would end the experiment again
-        before, own = None, spec.name + (WORKERS if experiment.workers > 1 else "")
-        for folder in sorted(filter(Path.is_dir, experiment.folder.glob(f"{own}/checkpoint_*"))):
-            if not is_whole(folder):
-                print(f"  {spec.name}: {folder.name} is damaged; it goes on from what was before", flush=True)
-                state = load_state(before) if before else open_trial(spec, torch.device("cpu")).state_dict()
-                with replacing(folder / STATE) as whole:
-                    torch.save(state, whole)
-            before = folder
+    for trial, state in _saved(experiment.folder):
+        if _is_unfinished(trial):
+            spec = TrialSpec(**trial["config"]["spec"])
+            own = experiment.folder / spec.name
+            (own / ERROR).unlink(missing_ok=True)  # one that is cut off would end the experiment again
+            if experiment.workers > 1:
+                own = own.with_name(f"{spec.name}{WORKERS}")
+                known = _known_to_workers(own, spec.name)
+            else:
+                known = re.findall(r"checkpoint_\d{6}", _text(state["checkpoint_manager"]))
+            _mend_checkpoints(spec, {own / name for name in known} | {*filter(Path.is_dir, own.glob("checkpoint_*"))})
+
+
+def _text(state: Mapping[str, str]) -> str:
+    """What can be read of an object of Ray's that its snapshot has as hexadecimal digits."""
+    return bytes.fromhex(state["value"]).decode("latin-1")
+
+
+def _known_to_workers(folder: Path, name: str) -> list[str]:
+    """The checkpoints that Ray Train goes by; where its record of them is damaged, all of them are removed."""
+    try:
+        record = json.loads((folder / RECORD).read_text())
+        return [one["checkpoint_dir_name"] for one in record["checkpoint_results"]]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, KeyError, TypeError):
+        print(f"  {name}: the record of its workers is damaged; they begin again", flush=True)
+        shutil.rmtree(folder)
+        return []
+
+
+def _mend_checkpoints(spec: TrialSpec, folders: Collection[Path]) -> None:
+    whole = {folder for folder in folders if is_whole(folder)}
+    for folder in sorted({*folders} - whole):
+        what = "damaged; it goes on from what was before" if folder.is_dir() else "gone; it goes on from what there is"
+        print(f"  {spec.name}: {folder.name} is {what}", flush=True)
+        nearest = max((one for one in whole if one < folder), default=min(whole, default=None))
+        state = load_state(nearest) if nearest else open_trial(spec, torch.device("cpu")).state_dict()
+        with replacing(folder / STATE) as path:
+            torch.save(state, path)
 
 
 def _collect(
@@ -288,8 +329,7 @@ def _name(result: tune.Result) -> str:
 
 
 def _tuner(experiment: Experiment, params: Params, progress: TrialProgress) -> tune.Tuner:
-    share, parallel = cluster.share(params, experiment.workers), experiment.workers > 1
-    trainable = tune.with_resources(run_parallel if parallel else run_trial, DRIVER if parallel else share)
+    share, trainable = cluster.share(params, experiment.workers), _trainable(experiment, params)
     if tune.Tuner.can_restore(str(experiment.folder)):
         print(f"  going on with {experiment.key}: finished trials are not run again", flush=True)
         return tune.Tuner.restore(str(experiment.folder), trainable, resume_errored=True)
@@ -313,6 +353,12 @@ def _tuner(experiment: Experiment, params: Params, progress: TrialProgress) -> t
             checkpoint_config=tune.CheckpointConfig(num_to_keep=2),
         ),
     )
+
+
+def _trainable(experiment: Experiment, params: Params) -> Callable[[dict], None]:
+    if experiment.workers > 1:
+        return tune.with_resources(run_parallel, DRIVER)
+    return tune.with_resources(run_trial, cluster.share(params))
 
 
 def _resources(experiment: Experiment, params: Params) -> dict[str, float]:

@@ -15,7 +15,7 @@ from pipeline.experiment import Experiment, run_missing
 from pipeline.kept import Finished
 from pipeline.params import Params
 from pipeline.registry import register
-from pipeline.stage import PUDNET, RESULTS, STORE, git_commit, group_folder, split_model
+from pipeline.stage import PUDNET, RESULTS, STORE, git_commit, group_folder, read_result, split_model
 from pipeline.tracking import Tracking, open_tracking
 from pipeline.trial import card_of, make_spec
 from pudnet.card import write_tensors
@@ -30,14 +30,12 @@ Cells = Mapping[int, Mapping[str, Any]]  # of one method: what was chosen for ea
 
 def read_best() -> dict[int, dict[str, Any]]:
     """What the search chose for each split seed, its validation accuracy left aside."""
-    path = RESULTS / "best.yaml"
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; run the search first (`dvc repro search`)")
-    try:
-        splits = yaml.safe_load(path.read_text())["splits"]
-        return {seed: {k: v for k, v in cell.items() if k != "accuracy"} for seed, cell in splits.items()}
-    except (yaml.YAMLError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{path}: is not as the search writes it; run it again (`dvc repro -f -s search`)") from None
+    return read_result(RESULTS / "best.yaml", _cells, "search")
+
+
+def _cells(path: Path) -> dict[int, dict[str, Any]]:
+    splits = yaml.safe_load(path.read_text())["splits"]
+    return {int(seed): {k: v for k, v in cell.items() if k != "accuracy"} for seed, cell in splits.items()}
 
 
 def train_all(params: Params, stage: str, methods: Mapping[str, Cells], fresh: bool) -> pd.DataFrame:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,9 @@ from markupsafe import Markup
 from pipeline import figures
 from pipeline.params import CONTROLS, Params
 from pipeline.reported import Reported, load_reported, paper_figures
-from pipeline.stage import RESULTS, git_commit, run_stage, write
+from pipeline.stage import RESULTS, git_commit, read_result, run_stage, write
 from pudnet import diagnosis
 from pudnet.card import read_tensors
-from pudnet.errors import UserError
 from pudnet.evaluation import stratified_interval
 from pudnet.settings import get_setting
 
@@ -41,6 +40,7 @@ PRODUCERS = {
     "loss_curves.csv": "baselines",
 }
 
+WEIGHTS = "split-*/group-*.safetensors"
 TARGETS = {"convnet3": "ConvNet-3", "resnet18": "ResNet-18", "resnet34": "ResNet-34"}
 
 # Method -> how the page calls it, and what it is. A method that is not listed goes by its own name.
@@ -140,22 +140,26 @@ class Results:
 
 def read_results(folder: Path) -> Results:
     """Read a results folder. `UserError` names the first missing file and the stage that writes it."""
-    for name, stage in PRODUCERS.items():
-        if not (folder / name).exists():
-            raise UserError(f"{folder / name} is missing; `dvc repro {stage}` writes it")
-    paths = sorted((folder / "weights").glob("split-*/group-*.safetensors"))
+
+    def read(name: str, parse: Callable[[Path], Any]) -> Any:
+        return read_result(folder / name, parse, PRODUCERS[name])
+
     return Results(
-        search=pd.read_csv(folder / "search.csv"),
-        best=yaml.safe_load((folder / "best.yaml").read_text())["splits"],
-        curves=pd.read_csv(folder / "loss_curves.csv"),
-        metrics=json.loads((folder / "metrics.json").read_text()),
-        timing=json.loads((folder / "timing.json").read_text()),
-        accuracies=pd.read_csv(folder / "accuracies.csv", dtype={"classes": str}),
-        baselines=json.loads((folder / "baselines.json").read_text())["methods"],
-        tuning=pd.read_csv(folder / "tuning.csv"),
-        adaptation=json.loads((folder / "adaptation.json").read_text())["milliseconds"],
-        predicted=[_read_predicted(path) for path in paths],
+        search=read("search.csv", pd.read_csv),
+        best=read("best.yaml", lambda path: yaml.safe_load(path.read_text())["splits"]),
+        metrics=read("metrics.json", _from_json),
+        timing=read("timing.json", _from_json),
+        predicted=read("weights", lambda path: [*map(_read_predicted, sorted(path.glob(WEIGHTS)))]),
+        accuracies=read("accuracies.csv", lambda path: pd.read_csv(path, dtype={"classes": str})),
+        adaptation=read("adaptation.json", lambda path: _from_json(path)["milliseconds"]),
+        baselines=read("baselines.json", lambda path: _from_json(path)["methods"]),
+        tuning=read("tuning.csv", pd.read_csv),
+        curves=read("loss_curves.csv", pd.read_csv),
     )
+
+
+def _from_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
 
 
 def _read_predicted(path: Path) -> Predicted:

@@ -13,7 +13,9 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import yaml
 
 from pipeline.params import Params, load_params
 from pudnet.errors import UserError, exit_code
@@ -27,6 +29,8 @@ MODELS = Path("models")
 PUDNET = MODELS / "pudnet.safetensors"  # the first split's, for those who want one model
 BASELINES = MODELS / "baselines"
 RESULTS = Path("results")
+
+T = TypeVar("T")
 
 
 def root() -> Path:
@@ -43,6 +47,16 @@ def run_stage(stage: Callable[[Params], None]) -> None:
             stage(params)
 
     sys.exit(exit_code(run))
+
+
+def read_result(path: Path, parse: Callable[[Path], T], stage: str) -> T:
+    """What an earlier stage wrote. `UserError` where it is missing or damaged."""
+    if not path.exists():
+        raise UserError(f"{path} is missing; `dvc repro {stage}` writes it")
+    try:
+        return parse(path)
+    except (ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError):
+        raise UserError(f"{path} is damaged; `dvc repro -f -s {stage}` writes it anew") from None
 
 
 @contextlib.contextmanager

@@ -110,6 +110,9 @@ class Tracking:
         if self.waiting:
             self.asked_again = 0.0
             self.attempt(lambda: None)
+            while self.waiting and self._answers():  # what it does not take keeps nothing else from being logged
+                self.asked_again = 0.0
+                self.attempt(lambda: None)
         if self.waiting:
             self._say("was not told all of it; `python -m pipeline.STAGE` logs the rest")
 

@@ -1,5 +1,7 @@
 """One trial diverges, is killed, loses its checkpoint, or has too little memory."""
 
+import shutil
+
 import pandas as pd
 import psutil
 import pytest
@@ -56,6 +58,31 @@ def test_a_trial_whose_checkpoint_is_damaged_goes_on_from_what_was_before(undist
         damage(checkpoint / "state.pt")
     said = start(project, "search").well()
     assert said.count("is damaged; it goes on from what was before") == (len(checkpoints) if damaged == "every" else 1)
+    assert f"{TRIALS[0]}: group" not in said
+    same(project, "search", *SEARCH)
+
+
+def test_a_trial_whose_checkpoint_is_gone_goes_on_from_a_later_one(undisturbed, start, same):
+    """Ray removes an old one before its snapshot says so."""
+    project = undisturbed.interrupted()
+    (state,) = (project / ".pud/ray").glob("search-*/experiment_state-*.json")
+    for path in sorted(state.parent.glob(f"{TRIALS[1]}/checkpoint_*"))[:-1]:
+        shutil.rmtree(path)
+    (last,) = state.parent.glob(f"{TRIALS[1]}/checkpoint_*")
+    last.rename(last.with_name("checkpoint_000050"))  # as if there had been many since
+    said = start(project, "search").well()
+    assert "is gone; it goes on from what there is" in said
+    assert all(f"{trial}: group     2" not in said for trial in TRIALS)
+    same(project, "search", *SEARCH)
+
+
+@pytest.mark.parametrize("damage", [truncate, blank])
+def test_a_search_whose_setup_is_damaged_begins_again(undisturbed, start, same, damage):
+    project = undisturbed.interrupted()
+    (setup,) = (project / ".pud/ray").glob("search-*/tuner.pkl")
+    damage(setup)
+    said = start(project, "search").well()
+    assert "its state is not whole; what is not finished begins again" in said
     assert f"{TRIALS[0]}: group" not in said
     same(project, "search", *SEARCH)
 
@@ -143,6 +170,27 @@ def test_a_search_out_of_memory_says_so_and_ends_as_if_it_had_not_been(undisturb
     error = run.badly(1)
     assert "0 of 2 trials are done" in error and "memory" in error and "the same command continues" in error
     start(project, "search").well()
+    same(project, "search", *SEARCH)
+
+
+def test_a_measurement_out_of_memory_says_so(undisturbed, start, same, tmp_path):
+    project = undisturbed.before("baselines", tmp_path / "measured")
+    change(project, "baselines", methods=["random_weights"])
+    run = start(project, "baselines", RAY_memory_usage_threshold="0.01", RAY_memory_monitor_refresh_ms="100")
+    assert "a task was lost" in (error := run.badly(1)) and "memory" in error
+    start(project, "baselines").well()
+
+
+def test_a_search_whose_ray_is_gone_says_so(undisturbed, start, same, tmp_path):
+    """As when the machine's memory is used up, and the kernel ends what it will."""
+    project = undisturbed.before("search", tmp_path / "raylet")
+    run = start(project, "search", **OFTEN).until("[1/2 done]")
+    raylet = [one for one in run.remember() if one.name() == "raylet"]
+    for one in [*raylet, *run.workers()]:
+        one.kill()
+    assert "the Ray of this machine is gone" in run.badly(1)
+    run.clear()
+    assert f"{TRIALS[0]}: group" not in start(project, "search").well()
     same(project, "search", *SEARCH)
 
 

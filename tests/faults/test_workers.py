@@ -39,6 +39,15 @@ def test_workers_whose_driver_is_killed_go_on_also_from_a_truncated_checkpoint(u
     assert ends_as(whole, project)
 
 
+def test_workers_whose_record_is_truncated_begin_again(undisturbed, start, whole, tmp_path):
+    project = by_two(undisturbed, tmp_path / "record")
+    start(project, "train", **OFTEN).until("train-pudnet-split0: group     8").hit().clear()
+    (record,) = (project / ".pud/ray").glob("train-*/*-workers/checkpoint_manager_snapshot.json")
+    truncate(record)
+    assert "the record of its workers is damaged; they begin again" in start(project, "train").well()
+    assert ends_as(whole, project)
+
+
 def test_a_worker_that_is_killed_is_replaced(undisturbed, start, whole, tmp_path):
     project = by_two(undisturbed, tmp_path / "worker")
     run = start(project, "train").until("train-pudnet-split0: group     4")
@@ -49,14 +58,18 @@ def test_a_worker_that_is_killed_is_replaced(undisturbed, start, whole, tmp_path
     assert ends_as(whole, project)
 
 
-def test_a_worker_whose_node_is_lost_is_replaced_at_another(undisturbed, start, whole, cluster, tmp_path):
+def test_a_worker_whose_node_is_lost_is_replaced_at_one_that_joins(undisturbed, start, whole, cluster, tmp_path):
     project = by_two(undisturbed, tmp_path / "node")
     cluster.cpus = 1
     nodes = [cluster.add() for _ in range(3)]
     run = start(project, "train", **cluster.joining).until("train-pudnet-split0: group     4")
     working = [node for node in nodes if node.workers("RayTrainWorker")]
     assert len(working) == 2
+    spare = next(node for node in nodes if node not in working)
+    spare.clear()
     working[-1].clear()
+    run.until("no trial is at work; waiting for a node with 1 CPU(s) and 0 GPU(s) free for each of 2 workers")
+    cluster.add()
     said = run.well()
     assert said.count("train-pudnet-split0: group     2") == 1
     assert ends_as(whole, project)
