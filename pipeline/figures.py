@@ -7,6 +7,7 @@ that one picture serves the light and the dark scheme; `to_png` leaves them as t
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -283,7 +284,7 @@ def lines_figure(points: pd.DataFrame, x_label: str, y_label: str, log: bool = F
     panels = list(points.groupby("panel", sort=False))
     figure = new_figure(60 + 400 * len(panels), 310)
     for axes, (panel, part) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        for (line, own), color in zip(part.groupby("line", sort=False), SERIES, strict=False):
+        for (line, own), color in zip(part.groupby("line", sort=False), itertools.cycle(SERIES)):
             _series(axes, own.sort_values("x"), str(line), LIGHT[color])
         if log:
             axes.set_xscale("log")

@@ -8,8 +8,9 @@ class split an MLflow run.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -34,23 +35,35 @@ KINDS = {
 def run(names: Sequence[str]) -> None:
     """Run studies, what is not done of them, all of them checked before the first begins."""
     studies = {name: load_study(name) for name in names}
-    params = {name: {c: column_params(study, c) for c in study.columns} for name, study in studies.items()}
-    chosen = {name: wanted(study, params[name]) for name, study in studies.items()}
+    chosen = {}
+    for name, study in studies.items():
+        with _of(name):
+            chosen[name] = wanted(study, {column: column_params(study, column) for column in study.columns})
     for name, (columns, _) in chosen.items():
         for column in columns.values():
-            check_rows(studies[name], column)
+            with _of(name):
+                check_rows(studies[name], column)
     with cluster.session():
         for name, (columns, left_out) in chosen.items():
             with alone(Path(".pud") / f"study-{name}.lock"):
                 _run(name, studies[name], columns, left_out)
 
 
+@contextlib.contextmanager
+def _of(name: str) -> Iterator[None]:
+    """Say of which study a mistake is."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{STUDIES / name}.yaml: {error}") from None
+
+
 def _run(name: str, study: Study, columns: Mapping[str, Params], left_out: Mapping[str, str]) -> None:
     """One study. A column whose data is not there is left out, and the page says what is missing.
 
-    Raises `UserError` where that leaves no column.
+    Raises `UserError` where that leaves no column, or, when the others have run, where one does not fit its data.
     """
-    frames, left_out, waiting = [], dict(left_out), dict.fromkeys(columns, "not yet")
+    frames, left_out, waiting, unfit = [], dict(left_out), dict.fromkeys(columns, "not yet"), None
     for column, params in columns.items():
         del waiting[column]
         try:
@@ -61,13 +74,19 @@ def _run(name: str, study: Study, columns: Mapping[str, Params], left_out: Mappi
             left_out[column] = str(error)
             print(f"study: {name}, {column}: not run: {error}", flush=True)
             continue
-        with work.workspace(params):
-            frames.append(KINDS[study.measure].measure(work.train(name, study, column, params)))
-        if waiting:  # the last is written below
+        try:
+            with work.workspace(params):
+                frames.append(KINDS[study.measure].measure(work.train(name, study, column, params)))
+        except UserError as error:
+            left_out[column], unfit = str(error), unfit or f"study: {name}, {column}: {error}"
+            print(f"study: {name}, {column}: not run: {error}", flush=True)
+        if waiting and frames:  # the last is written below
             _write(name, study, frames, left_out | waiting, params.study)
     if not frames:
         raise UserError(f"study: {name}: no column can be run: {next(iter(left_out.values()))}")
     _write(name, study, frames, left_out, params.study)
+    if unfit:
+        raise UserError(unfit)
     print(f"study: {name}: {sum(map(len, frames))} lines in {STUDIES / 'results' / name}.md")
 
 

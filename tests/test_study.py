@@ -154,7 +154,7 @@ def _check_trainings(table, page):
         each = [float(one) for one in line.trainings_accuracies.split()]
         assert len(each) == 2 and sum(each) / 2 == pytest.approx(line.accuracy, abs=0.01)
     assert (table.difference_ci95_trainings[1:] > 0).all() and "mean of 2 trainings a row" in page
-    assert "± over trainings | deviation of a training" in page
+    assert "| deviation of a training |" in page and "test groups and trainings" in page
 
 
 def _check_kinds(folder, output):
@@ -212,6 +212,9 @@ def test_a_baseline_beside_a_variant_is_trained_as_it_is_and_given_as_many_label
         ({"rows": {"a": {"variant": "pudnet_minus"}}}, "rows.a.variant: "),
         ({"rows": {"a": {"colour": 1}}}, "rows.a.colour: unknown key"),
         ({"rows": {"a": None}}, "rows.a: must be a block"),
+        ({"rows": {"static trunk": {"method": "protonet", "sketch": "shuffled"}}}, "rows.static trunk: sketch: "),
+        ({"measure": "losses", "rows": {"static trunk": {"method": "scratch_gc"}}}, "has no losses"),
+        ({"axis": "columns", "columns": {"x / nan": {}}}, "axis: columns.x / nan: must be called NUMBER"),
         ({"rows": {}}, "rows: "),
         (
             {"rows": {"static trunk": {}, "Static-trunk!": {"variant": "pudnet_plus"}}},
@@ -244,11 +247,19 @@ def test_what_is_wrong_in_a_study_is_said_in_one_line(changes, message, project)
         ({"groups.train_groups": 0}, {}, "groups.train_groups: "),
         ({}, {"colour": 1}, "rows.PudNet.changes.colour: unknown key"),
         ({}, {"filter_grid": 0}, "filter_grid: "),
+        ({}, {}, "rows.PudNet: is the same as the row before it"),
         ({}, {"hidden": 1_000_000}, "rows.PudNet: model: a hypernetwork of "),
     ],
 )
 def test_what_a_study_asks_for_in_vain_is_said_in_one_line(over, changes, message, project):
-    project({**TINY, "over": over, "reference": "PudNet", "rows": {"PudNet": {"changes": changes}}})
+    project(
+        {
+            **TINY,
+            "over": over,
+            "reference": "PudNet",
+            "rows": {"usual": {"changes": {"pooling": "mean"}}, "PudNet": {"changes": changes}},
+        }
+    )
     study = load_study("tiny")
     with pytest.raises(UserError) as error:
         check_rows(study, column_params(study, "digits"))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from scipy.special import stdtrit
 
 from pipeline.bench import compare, summary
 from pipeline.figures import bars_figure, differences_figure, lines_figure
@@ -19,6 +20,7 @@ from pipeline.studies.definition import Study, point, reported
 from pipeline.studies.page import number, plus_minus, table_of
 from pipeline.studies.work import Work
 from pudnet.evaluation import mean_interval
+from pudnet.settings import SETTINGS
 
 
 def measure(work: Work) -> pd.DataFrame:
@@ -32,6 +34,7 @@ def measure(work: Work) -> pd.DataFrame:
         for row in study.rows
     }
     frames = {row: _mean(own) for row, own in trained.items()}
+    spread = Spread.of(list(trained.values()))
     times, diagnoses = _times(work), _diagnoses(work)
     for row, seed in tables:
         _log(work, row, seed, tables, times.get(row))
@@ -42,8 +45,9 @@ def measure(work: Work) -> pd.DataFrame:
                 "column": work.column,
                 "splits": params.splits,
                 "train_groups": work.groups(row),
+                "paper_groups": SETTINGS[params.setting].train_groups,
                 **_numbers(frame, frames.get(study.reference)),
-                **_over_trainings(trained[row], trained.get(study.reference)),
+                **_over_trainings(work, row, trained, spread),
                 **_paper(work, row),
                 "milliseconds": times.get(row),
                 **asdict(diagnoses.get(row, Diagnosis(math.nan, math.nan))),
@@ -58,20 +62,60 @@ def _mean(trainings: Sequence[pd.DataFrame]) -> pd.DataFrame:
     return trainings[0].assign(accuracy=np.mean([one.accuracy.to_numpy() for one in trainings], axis=0))
 
 
-def _over_trainings(own: Sequence[pd.DataFrame], reference: Sequence[pd.DataFrame] | None) -> dict[str, float]:
-    """What a seed of training moves: the accuracies, their deviation, and the interval of the difference (Student's t).
+@dataclass(frozen=True)
+class Spread:
+    """How far apart trainings of a row lie that differ in their seed: one deviation for all rows of a column."""
 
-    The n-th training of a row stands beside the reference's n-th.
+    deviation: float
+    freedom: int
+
+    @classmethod
+    def of(cls, trained: Sequence[Sequence[pd.DataFrame]]) -> Spread:
+        """Pooled over the rows that were trained more than once."""
+        several = [_accuracies(own) for own in trained if len(own) > 1]
+        freedom = sum(len(own) - 1 for own in several)
+        squares = sum((len(own) - 1) * np.var(own, ddof=1) for own in several)
+        return cls(math.sqrt(squares / freedom) if freedom else math.nan, freedom)
+
+    def half_width(self, *counts: int) -> float:
+        """Of the 95% interval (Student's t) of a mean of so many trainings, or of a difference of two such means."""
+        parts = sum(1 / count for count in counts if count > 1)  # what is not trained is there once, and certain
+        return float(stdtrit(self.freedom, 0.975)) * self.deviation * math.sqrt(parts) if parts else math.nan
+
+
+def _accuracies(trainings: Sequence[pd.DataFrame]) -> list[float]:
+    return [summary(one)["accuracy"] for one in trainings]
+
+
+def _over_trainings(
+    work: Work, row: str, trained: Mapping[str, Sequence[pd.DataFrame]], spread: Spread
+) -> dict[str, Any]:
+    """What a seed of training moves: the accuracies, their deviation, and intervals.
+
+    Trainings that a row shares with the reference are compared one by one, others in the mean.
     """
-    accuracies, others = ([summary(one)["accuracy"] for one in frames] for frames in (own, reference or own))
-    count = max(len(accuracies), len(others))  # what is not trained is there once
-    differences = [accuracies[n % len(accuracies)] - others[n % len(others)] for n in range(count)]
+    own, reference, split = _accuracies(trained[row]), work.study.reference, work.params.seed
+    several, half = len(own) > 1, math.nan
+    if reference is not None and row != reference:
+        others, cells = _accuracies(trained[reference]), work.trainings
+        models = [[cell.checkpoint for cell in cells[name, split]] for name in (row, reference)]
+        shared = several and models[0] == models[1]
+        half = mean_interval(np.subtract(own, others))[1] if shared else spread.half_width(len(own), len(others))
     return {
         "trainings": len(own),
-        "trainings_accuracies": " ".join(f"{one:.2f}" for one in accuracies) if len(own) > 1 else "",
-        "trainings_sd": np.std(accuracies, ddof=1) if len(own) > 1 else math.nan,
-        "difference_ci95_trainings": mean_interval(differences)[1] if reference else math.nan,
+        "trainings_accuracies": " ".join(f"{one:.2f}" for one in own) if several else "",
+        "trainings_sd": np.std(own, ddof=1) if several else math.nan,
+        "trainings_ci95": spread.half_width(len(own)),
+        "difference_ci95_trainings": half,
     }
+
+
+def _over_both(table: pd.DataFrame) -> pd.DataFrame:
+    """With intervals over test groups and trainings in one: the two are drawn apart from each other."""
+    pairs = (("ci95", "trainings_ci95"), ("difference_ci95", "difference_ci95_trainings"))
+    return table.assign(
+        **{groups: np.hypot(table[groups], table[own].fillna(0)) for groups, own in pairs if groups in table}
+    )
 
 
 def _times(work: Work) -> dict[str, float]:
@@ -109,14 +153,15 @@ def _log(
         numbers = _numbers(table, reference and reference[n % len(reference)])
         named = {"accuracy": "test_accuracy", "ci95": "test_ci95"}
         metrics = {named.get(key, key): value for key, value in numbers.items() if not pd.isna(value)}
-        work.log(row, seed, metrics | ({} if time is None else {"adapt_ms": time}), {}, n)
+        timed = time is not None and (seed, n) == (work.params.seed, 0)  # the training whose time it is
+        work.log(row, seed, metrics | ({"adapt_ms": time} if timed else {}), {}, n)
 
 
 def figure(study: Study, table: pd.DataFrame) -> Figure:
     """Lines over the axis; without one, each row's difference to the reference, if there is one."""
+    table = _over_both(table)
     if study.axis is None and study.reference is not None:
-        widest = table.difference_ci95_trainings.fillna(table.difference_ci95)
-        return differences_figure(table.assign(difference_ci95=widest), study.reference)
+        return differences_figure(table, study.reference)
     if study.axis is None:
         return bars_figure(table, "accuracy, %")
     return lines_figure(_points(study, table), study.axis_name, "accuracy, %", log=study.axis == "columns")
@@ -134,6 +179,7 @@ def _points(study: Study, table: pd.DataFrame) -> pd.DataFrame:
 
 def tables(study: Study, table: pd.DataFrame) -> str:
     """A table a column, or where columns are an axis a table a panel."""
+    table = _over_both(table)
     if study.axis == "columns":
         panels = table.column.map(lambda column: point(column)[0])
         return "".join(_grid(study, panel, part) for panel, part in table.groupby(panels, sort=False))
@@ -144,9 +190,10 @@ def tables(study: Study, table: pd.DataFrame) -> str:
 def overview(study: Study, table: pd.DataFrame) -> str:
     """Rows by columns: accuracies, and in brackets the differences to the reference."""
     lines = {(line.row, line.column): line for line in table.itertuples()}
-    columns = {"": table.row.unique().tolist()}
+    rows = table.row.unique().tolist()
+    columns = {study.axis_name if study.axis == "rows" else "": rows}
     for column in table.column.unique():
-        columns[column] = [_overview_cell(study, lines[row, column]) for row in columns[""]]
+        columns[column] = [_overview_cell(study, lines[row, column]) for row in rows]
     return table_of(columns)
 
 
@@ -160,8 +207,8 @@ def _overview_cell(study: Study, line: Any) -> str:
 def _table(study: Study, column: str, part: pd.DataFrame) -> str:
     first, hardware = part.iloc[0], load_reported()["hardware"]
     told = (
-        f"{part.train_groups.max():,} training groups, {part.test_groups.max():,} test groups, "
-        f"{first.splits} class split(s)."
+        f"{part.train_groups.max():,} training groups (the paper: {first.paper_groups:,}), "
+        f"{part.test_groups.max():,} test groups, {first.splits} class split(s)."
     )
     columns = {
         study.axis_name if study.axis == "rows" else "": part.row,
@@ -170,7 +217,6 @@ def _table(study: Study, column: str, part: pd.DataFrame) -> str:
         "less the paper's": _to_the_papers(part),
         "groups": part.test_groups.map("{:,}".format) if part.test_groups.nunique() > 1 else None,
         f"less {study.reference}": _differences(study, part),
-        "± over trainings": _but_of_the_reference(study, part, part.difference_ci95_trainings, "± {:.2f}"),
         "deviation of a training": part.trainings_sd.map(lambda value: number(value, "{:.2f}")),
         f"the paper's, less {study.reference}": _papers_differences(study, part),
         "time a group": part.milliseconds.map(lambda value: number(value, "{:,.0f} ms")),

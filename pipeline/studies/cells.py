@@ -13,6 +13,7 @@ import torch
 from pipeline import cluster
 from pipeline.bench import Bench
 from pipeline.dependencies import CODE, TRAINING_CODE, VALIDATION_CODE, code_files, digest, method_files, trial_key
+from pipeline.kept import keep_table, read_tables
 from pipeline.measure import (
     SCRATCH_TIMINGS,
     constant_sketches,
@@ -79,7 +80,13 @@ def measure_cells(params: Params, cells: Sequence[Cell]) -> list[pd.DataFrame]:
 
 def time_cells(params: Params, cells: Mapping[str, Cell]) -> dict[str, float]:
     """Median milliseconds that each takes for a group of the first split: in turns, with nothing beside."""
-    return cluster.result(task(params, _time)(cells))
+    told = [[name, cell.key(params, params.evaluate.timing_groups)] for name, cell in cells.items()]
+    key = f"time-{digest(told, [])}"
+    if not (kept := read_tables({key: key})):
+        times = cluster.result(task(params, _time)(cells))
+        kept = {key: pd.DataFrame({"row": list(times), "milliseconds": list(times.values())})}
+        keep_table(key, kept[key])
+    return dict(zip(kept[key].row, kept[key].milliseconds, strict=True))
 
 
 def diagnose_cells(params: Params, cells: Sequence[Cell]) -> list[Diagnosis]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, field
@@ -151,6 +152,17 @@ def _check(path: Path, study: Study) -> None:
             if (plain := dataclasses.replace(cell, paper=None)) in seen:
                 raise UserError(f"{path}: {what}.{key}: stands twice")
             seen.append(plain)
+    _check_names(path, study)
+    for name, row in study.rows.items():
+        if why := _unfit(row, study.measure):
+            raise UserError(f"{path}: rows.{name}: {why}")
+    for column in study.columns.values():
+        for row in study.rows.values():
+            reported(column, row)
+
+
+def _check_names(path: Path, study: Study) -> None:
+    """Raise `UserError` where a row's name gives none for its trials, or a name is no place on the axis."""
     slugs = [_slug(row) for row in study.rows]
     for row, slug in zip(study.rows, slugs, strict=True):
         if not slug or slugs.count(slug) > 1:
@@ -160,15 +172,28 @@ def _check(path: Path, study: Study) -> None:
             point(name)
         except ValueError:
             raise UserError(f"{path}: axis: {study.axis}.{name}: must be called NUMBER or PANEL / NUMBER") from None
-    for column in study.columns.values():
-        for row in study.rows.values():
-            reported(column, row)
+
+
+def _unfit(row: Row, measure: str) -> str | None:
+    """Why what a study measures cannot be had of a row, if it cannot."""
+    if row.sketch != "own" and (row.method != "pudnet" or measure != "accuracy"):
+        return f"sketch: {row.sketch} is for `method: pudnet` and `measure: accuracy`"
+    if row.sketch_images is not None and row.method != "pudnet":
+        return "sketch_images: is for `method: pudnet`, the others have no sketch"
+    if measure == "whole" and row.method in (*LEARNED, *SCRATCH):
+        return f"method: {row.method} is not for `measure: whole`, which takes networks of predicted weights"
+    if measure == "losses" and not row.trained:
+        return f"method: {row.method} is not trained on groups, and has no losses"
+    return None
 
 
 def point(name: str) -> tuple[str, float]:
     """The panel and the place on the axis that a row or column stands for: `fashion / 500` or `0.2`."""
     panel, _, number = name.rpartition(" / ")
-    return panel, float(number.replace(",", ""))
+    place = float(number.replace(",", ""))
+    if not math.isfinite(place):
+        raise ValueError(name)
+    return panel, place
 
 
 def reported(column: Column, row: Row) -> Reported | None:
@@ -288,9 +313,13 @@ def _why_not(study: Study, own: Params) -> str | None:
 def check_rows(study: Study, params: Params) -> None:
     """Raise `UserError` for a row of a column whose keys are wrong, or whose hypernetwork could not be trained."""
     target = build_target(params.target, params.prepare.channels, params.prepare.image_size)
-    sound = set()
+    sound, seen = set(), []
     for name, row in study.rows.items():
         spec = row_spec(params, name, row, params.seed, ANY)
+        same = [dataclasses.replace(spec, name=""), row.sketch, row.sketch_images, row.support_per_class]
+        if same in seen:
+            raise UserError(f"rows.{name}: is the same as the row before it in other words")
+        seen.append(same)
         if row.method != "pudnet" or (model := ModelConfig(**spec.model | {"eta": 0.0})) in sound:  # eta has no size
             continue
         try:

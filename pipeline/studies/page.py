@@ -27,8 +27,8 @@ LEGENDS = {
 }
 TRAININGS = (
     "Accuracy in percent, mean of {trainings} trainings a row and class split, each group passed once, with its 95% "
-    "interval over test groups. *Over trainings*, which differ in their seed alone: the 95% interval of a difference "
-    "(Student's t), and the deviation of a training's accuracy."
+    "interval over test groups and trainings, which differ in their seed alone (Student's t, with one deviation of a "
+    "training for all rows of a column)."
 )
 PAIRED = " Differences to “{reference}” are paired over the same test groups."
 PAPER = " The paper's figures are of its own class split and {groups} number of groups."

@@ -57,23 +57,24 @@ class Work:
         training: int = 0,
     ) -> None:
         """The MLflow run of a cell: its metrics, and its curves by step."""
-        self.tracking.attempt(lambda: self._log(row, seed, metrics, curve, training))
+        key = self.trainings[row, seed][training].key(self.params)  # now: it is of files of this working directory
+        self.tracking.attempt(lambda: self._log(key, row, seed, metrics, curve, training))
 
     def _log(
         self,
+        key: str,
         row: str,
         seed: int,
         metrics: Mapping[str, float],
         curve: Mapping[str, Mapping[int, float]],
         training: int,
     ) -> None:
-        key = self.trainings[row, seed][training].key(self.params)
         label = f"{self.name}: {row}, {self.column}" + (f", split {seed}" if self.params.splits > 1 else "")
         label += f", training {training}" if len(self.trainings[row, seed]) > 1 else ""
         run_id = self.tracking.find_or_create(f"study/{digest([self.name, row, self.column], [])}/{key}", label)
         tags = {"study": self.name, "row": row, "column": self.column, "seed": str(seed), "training": str(training)}
-        self.tracking.log_tags(run_id, tags)
         own = self.study.rows[row]
+        self.tracking.log_tags(run_id, tags | {"variant": own.variant})
         plain = {"method": own.method, "variant": own.variant, "train_groups": self.groups(row), **own.changes}
         self.tracking.log_params(run_id, plain)
         self.tracking.log_metrics(run_id, metrics)
@@ -145,7 +146,19 @@ def _one_at_a_time(folder: Path) -> contextlib.AbstractContextManager[None]:
 
 
 def _data_folder(params: Params) -> Path:
-    return root() / ".pud" / "studies" / digest(asdict(params.prepare), [])
+    sources = filter(None, (params.prepare.source, params.prepare.test_source))
+    there = [_files(*source.split(":", 1)) for source in sources]
+    return root() / ".pud" / "studies" / digest([asdict(params.prepare), there], [])
+
+
+def _files(kind: str, place: str = "") -> list[tuple[str, int, int]]:
+    """What would tell that images were changed: each file's size and time. (What torchvision has does not.)"""
+    path = root() / place
+    if kind == "torchvision":
+        return []
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    found = [(str(file.relative_to(path)), file.stat()) for file in files if file.is_file()]
+    return [(name, status.st_size, status.st_mtime_ns) for name, status in found]
 
 
 @contextlib.contextmanager
