@@ -9,7 +9,8 @@ import os
 import re
 import signal
 import socket
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from pipeline.dependencies import CODE
@@ -28,6 +29,7 @@ os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")  # a trial tha
 import ray
 from ray.exceptions import RayError, RayTaskError
 
+AGAIN = 5  # seconds
 OBJECT_STORE_BYTES = 200_000_000  # trials memory-map their arrays; little goes through the object store
 # Patterns of .gitignore: anchored, since `data` alone would leave out pudnet/data too.
 NOT_SENT = ["/data", "/mlartifacts", "/.pud", "/.dvc", "/.venv", "/models", "/mlflow.db"]
@@ -37,7 +39,16 @@ NOT_SENT = ["/data", "/mlartifacts", "/.pud", "/.dvc", "/.venv", "/models", "/ml
 def session() -> Iterator[None]:
     """A Ray of our own, or the cluster that RAY_ADDRESS names (with this project's code sent along)."""
     logging.getLogger("ray").setLevel(logging.CRITICAL)  # a failed trial's traceback is in its error.txt
-    address = os.environ.get("RAY_ADDRESS")
+    with _interruptible() as interrupt:
+        try:
+            _connect(os.environ.get("RAY_ADDRESS"))
+            signal.signal(signal.SIGTERM, interrupt)  # Ray has set its own, which ends the process with a dump
+            yield
+        finally:
+            ray.shutdown()
+
+
+def _connect(address: str | None) -> None:
     try:
         if address:
             _reach(address)
@@ -54,12 +65,28 @@ def session() -> Iterator[None]:
     except Exception as error:  # on a machine too busy to start in time Ray raises a plain one
         hint = "" if not address or "RAY_AUTH_MODE" in os.environ else "; has it a token, set RAY_AUTH_MODE=token"
         raise RunFailed(f"Ray at {address or 'this machine'} does not answer ({reason(error)}){hint}") from None
-    before = signal.signal(signal.SIGTERM, _interrupt)  # Ray's own ends the process with a dump
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[Callable[..., None]]:
+    """Ctrl-C and SIGTERM interrupt what runs; again after a while, where the first is lost in what cannot raise."""
+
+    def interrupt(*_: object) -> None:
+        signal.setitimer(signal.ITIMER_REAL, AGAIN)
+        raise KeyboardInterrupt
+
+    numbers = [signal.SIGTERM, signal.SIGALRM]
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as it is in a shell's background
+        numbers.append(signal.SIGINT)
+    before, said = {number: signal.signal(number, interrupt) for number in numbers}, sys.unraisablehook
+    sys.unraisablehook = lambda lost: None if lost.exc_type is KeyboardInterrupt else said(lost)
     try:
-        yield
+        yield interrupt
     finally:
-        signal.signal(signal.SIGTERM, before)
-        ray.shutdown()
+        sys.unraisablehook = said
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _reach(address: str) -> None:
@@ -67,10 +94,6 @@ def _reach(address: str) -> None:
     host, _, port = address.rpartition("/")[2].rpartition(":")
     if port.isdigit():
         socket.create_connection((host, int(port)), 10).close()
-
-
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
 
 
 def is_lost() -> bool:

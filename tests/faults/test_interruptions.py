@@ -57,6 +57,13 @@ def test_a_search_with_asha_that_was_killed_goes_on(undisturbed, start, tmp_path
     assert start(project, "search").well().count(": group") == 0
 
 
+def test_a_search_that_is_stopped_as_it_begins_says_so(undisturbed, start, tmp_path):
+    """A first interruption is lost there, in what Ray does as it starts."""
+    project = undisturbed.before("search", tmp_path / "begins")
+    run = start(project, "search").until("search: ").hit(signal.SIGINT)
+    assert run.badly(130) == "error: interrupted; the same command continues or starts again"
+
+
 @pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGTERM])
 def test_a_search_that_is_stopped_says_so_and_goes_on(undisturbed, start, same, sig, tmp_path):
     """Ctrl-C as a terminal sends it, to every process of the session; and what a machine that shuts down sends."""
