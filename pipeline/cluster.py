@@ -49,9 +49,10 @@ def session() -> Iterator[None]:
 
 
 def _connect(address: str | None) -> None:
+    if address:
+        _reach(address)
     try:
         if address:
-            _reach(address)
             environment = {"working_dir": str(CODE), "excludes": NOT_SENT}
             ray.init(runtime_env=environment, log_to_driver=False, logging_level=logging.CRITICAL)
         else:
@@ -63,7 +64,9 @@ def _connect(address: str | None) -> None:
                 log_to_driver=False,  # the callback says what there is to say
             )
     except Exception as error:  # on a machine too busy to start in time Ray raises a plain one
-        hint = "" if not address or "RAY_AUTH_MODE" in os.environ else "; has it a token, set RAY_AUTH_MODE=token"
+        hint = (
+            "" if not address or "RAY_AUTH_MODE" in os.environ else "; where it wants a token, set RAY_AUTH_MODE=token"
+        )
         raise RunFailed(f"Ray at {address or 'this machine'} does not answer ({reason(error)}){hint}") from None
 
 
@@ -90,10 +93,13 @@ def _interruptible() -> Iterator[Callable[..., None]]:
 
 
 def _reach(address: str) -> None:
-    """Raise `OSError` soon where nothing listens: Ray asks for minutes."""
+    """Raise `RunFailed` soon where nothing listens: Ray asks for minutes."""
     host, _, port = address.rpartition("/")[2].rpartition(":")
     if port.isdigit():
-        socket.create_connection((host, int(port)), 10).close()
+        try:
+            socket.create_connection((host, int(port)), 10).close()
+        except (OSError, OverflowError) as error:
+            raise RunFailed(f"RAY_ADDRESS: nothing answers at {address} ({error})") from None
 
 
 def is_lost() -> bool:
