@@ -140,7 +140,6 @@ class Results:
 
 def read_results(folder: Path) -> Results:
     """Read a results folder. `UserError` names the first missing file and the stage that writes it."""
-
     for name, stage in PRODUCERS.items():
         read_result(folder / name, Path.exists, stage)  # of what is missing the first is named
 

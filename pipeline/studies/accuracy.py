@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -34,7 +34,8 @@ def measure(work: Work) -> pd.DataFrame:
         for row in study.rows
     }
     frames = {row: _mean(own) for row, own in trained.items()}
-    spread = Spread.of(list(trained.values()))
+    accuracies = {row: [summary(one)["accuracy"] for one in own] for row, own in trained.items()}
+    spread = Spread.of(accuracies.values())
     times, diagnoses = _times(work), _diagnoses(work)
     for row, seed in tables:
         _log(work, row, seed, tables, times.get(row))
@@ -47,7 +48,7 @@ def measure(work: Work) -> pd.DataFrame:
                 "train_groups": work.groups(row),
                 "paper_groups": SETTINGS[params.setting].train_groups,
                 **_numbers(frame, frames.get(study.reference)),
-                **_over_trainings(work, row, trained, spread),
+                **_over_trainings(work, row, accuracies, spread),
                 **_paper(work, row),
                 "milliseconds": times.get(row),
                 **asdict(diagnoses.get(row, Diagnosis(math.nan, math.nan))),
@@ -70,9 +71,9 @@ class Spread:
     freedom: int
 
     @classmethod
-    def of(cls, trained: Sequence[Sequence[pd.DataFrame]]) -> Spread:
+    def of(cls, accuracies: Iterable[Sequence[float]]) -> Spread:
         """Pooled over the rows that were trained more than once."""
-        several = [_accuracies(own) for own in trained if len(own) > 1]
+        several = [own for own in accuracies if len(own) > 1]
         freedom = sum(len(own) - 1 for own in several)
         squares = sum((len(own) - 1) * np.var(own, ddof=1) for own in several)
         return cls(math.sqrt(squares / freedom) if freedom else math.nan, freedom)
@@ -83,21 +84,15 @@ class Spread:
         return float(stdtrit(self.freedom, 0.975)) * self.deviation * math.sqrt(parts) if parts else math.nan
 
 
-def _accuracies(trainings: Sequence[pd.DataFrame]) -> list[float]:
-    return [summary(one)["accuracy"] for one in trainings]
-
-
-def _over_trainings(
-    work: Work, row: str, trained: Mapping[str, Sequence[pd.DataFrame]], spread: Spread
-) -> dict[str, Any]:
+def _over_trainings(work: Work, row: str, accuracies: Mapping[str, Sequence[float]], spread: Spread) -> dict[str, Any]:
     """What a seed of training moves: the accuracies, their deviation, and intervals.
 
     Trainings that a row shares with the reference are compared one by one, others in the mean.
     """
-    own, reference, split = _accuracies(trained[row]), work.study.reference, work.params.seed
+    own, reference, split = accuracies[row], work.study.reference, work.params.seed
     several, half = len(own) > 1, math.nan
     if reference is not None and row != reference:
-        others, cells = _accuracies(trained[reference]), work.trainings
+        others, cells = accuracies[reference], work.trainings
         models = [[cell.checkpoint for cell in cells[name, split]] for name in (row, reference)]
         shared = several and models[0] == models[1]
         half = mean_interval(np.subtract(own, others))[1] if shared else spread.half_width(len(own), len(others))

@@ -173,7 +173,7 @@ def test_a_search_out_of_memory_says_so_and_ends_as_if_it_had_not_been(undisturb
     same(project, "search", *SEARCH)
 
 
-def test_a_measurement_out_of_memory_says_so(undisturbed, start, same, tmp_path):
+def test_a_measurement_out_of_memory_says_so(undisturbed, start, tmp_path):
     project = undisturbed.before("baselines", tmp_path / "measured")
     change(project, "baselines", methods=["random_weights"])
     run = start(project, "baselines", RAY_memory_usage_threshold="0.01", RAY_memory_monitor_refresh_ms="100")
