@@ -4,6 +4,11 @@ A step is bound by memory traffic and by three operators that torch's CPU back e
 BatchNorm and max-pooling of large maps, the weight gradient of convolutions on small maps, and convolutions
 whose kernel mostly meets padding. `accelerate` swaps them in place; parameters and their names stay.
 benchmarks/README.md has what each is worth.
+
+It also keeps training away from one oneDNN kernel that is wrong. On processors without AVX-512, the weight gradient
+of a strided 1x1 convolution in channels_last with fewer than 8 input channels writes outside its memory
+(uxlfoundation/oneDNN#6035, in the oneDNN 3.13.3 of torch 2.15.0). Every 1x1 convolution therefore runs with
+stride 1, on the pixels that its stride would have picked.
 """
 
 from __future__ import annotations
@@ -13,7 +18,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -66,8 +71,10 @@ def _can_compile() -> bool:
 def accelerate(model: nn.Module, compiled: bool = False) -> None:
     """Swap the model's slow layers for those of this file, in place. `compiled`: those that need a compiler too."""
     for module in model.modules():
-        if type(module) is nn.Conv2d:
+        if type(module) is nn.Conv2d and _is_usual(module):
             module.__class__ = Conv2d
+        elif isinstance(module, nn.Conv2d) and not isinstance(module, Conv2d):
+            _pick_pixels_first(module)
         if type(module) is nn.MaxPool2d and (module.kernel_size, module.stride, module.dilation) == (2, 2, 1):
             module.__class__ = MaxPool2x2
         if compiled and type(module) is Block:
@@ -77,24 +84,41 @@ def accelerate(model: nn.Module, compiled: bool = False) -> None:
 
 
 def plain_layers(model: nn.Module) -> None:
-    """Undo `accelerate`, in place."""
+    """Undo `accelerate`, in place. A layer whose pixels are picked first stays so: it gives the same values."""
     for module in model.modules():
         for fast in (Conv2d, MaxPool2x2, FusedBlock, FusedNormalize):
             if type(module) is fast:
                 module.__class__ = fast.__base__
 
 
+def _is_usual(conv: nn.Conv2d) -> bool:
+    zeros = conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
+    return zeros and conv.groups == 1 and conv.dilation == (1, 1)
+
+
+def _pick_pixels_first(conv: nn.Conv2d) -> None:
+    """Let a strided 1x1 layer of another kind, or of a user's own class, run with stride 1 on the pixels it sees."""
+    unpadded = conv.padding in ((0, 0), "valid")
+    if conv.kernel_size == (1, 1) and unpadded and conv.stride != (1, 1):
+        conv.register_forward_pre_hook(partial(_picked, stride=conv.stride))
+        conv.stride = (1, 1)
+
+
+def _picked(conv: nn.Module, args: tuple[Tensor], stride: tuple[int, int]) -> tuple[Tensor]:
+    return (args[0][..., :: stride[0], :: stride[1]],)
+
+
 class Conv2d(nn.Conv2d):
     """`nn.Conv2d` without the taps that only meet padding, and with the weight gradient of small maps as a product.
 
-    Of a 3x3 kernel on the 1x1 maps that ResNets make of 32 px images, one tap in nine sees anything.
+    Of a 3x3 kernel on the 1x1 maps that ResNets make of 32 px images, one tap in nine sees anything. For layers
+    without groups, without dilation, and padded with zeros.
     """
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (N, d_in, H, W) -> (N, d_out, H', W')."""
-        plain = self.groups == 1 and self.dilation == (1, 1) and self.padding_mode == "zeros"
-        if not plain or isinstance(self.padding, str) or images.ndim != 4:
-            return super().forward(images)
+        """Images (N, d_in, H, W) -> (N, d_out, H', W'); one image (d_in, H, W) -> (d_out, H', W')."""
+        if images.ndim == 3:
+            return self(images.unsqueeze(0)).squeeze(0)
         if torch.is_autocast_enabled("cpu"):
             dtype = torch.get_autocast_dtype("cpu")
             images, weight = images.to(dtype), self.weight.to(dtype)
@@ -107,7 +131,7 @@ class Conv2d(nn.Conv2d):
         if torch.is_grad_enabled():
             output = _Convolution.apply(images, weight, self.stride, padding)
         else:
-            output = F.conv2d(images, weight, None, self.stride, padding)
+            output = _convolution(images, weight, self.stride, padding)
         return output if self.bias is None else output + self.bias.to(output.dtype)[:, None, None]
 
 
@@ -135,12 +159,24 @@ def patches(images: Tensor, kernel: tuple[int, int], stride: tuple[int, int], pa
     return windows.permute(0, 1, 2, 4, 5, 3).flatten(3).flatten(0, 2)
 
 
+def _step(weight: Tensor, stride: tuple[int, int], padding: tuple[int, int]) -> tuple[int, int]:
+    """Every how many pixels a kernel (d_out, d_in, kh, kw) sees one alone: its stride if it is 1x1, else (1, 1)."""
+    return stride if weight.shape[2:] == (1, 1) and padding == (0, 0) else (1, 1)
+
+
+def _convolution(images: Tensor, weight: Tensor, stride: tuple[int, int], padding: tuple[int, int]) -> Tensor:
+    """`F.conv2d` without a bias; a 1x1 kernel runs with stride 1 on the pixels that it sees."""
+    down, across = _step(weight, stride, padding)
+    unit = (stride[0] // down, stride[1] // across)
+    return F.conv2d(images[:, :, ::down, ::across], weight, None, unit, padding)
+
+
 class _Convolution(torch.autograd.Function):
     """A convolution whose weight gradient on small maps is one product, of patches with the output's gradient."""
 
     @staticmethod
     def forward(images: Tensor, weight: Tensor, stride: tuple, padding: tuple) -> Tensor:
-        return F.conv2d(images, weight, None, stride, padding)
+        return _convolution(images, weight, stride, padding)
 
     @staticmethod
     def setup_context(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:
@@ -155,9 +191,15 @@ class _Convolution(torch.autograd.Function):
         needed = [ctx.needs_input_grad[0], ctx.needs_input_grad[1] and not small, False]
         of_images = of_weight = None
         if any(needed):
+            down, across = _step(weight, ctx.stride, ctx.padding)
+            unit = (ctx.stride[0] // down, ctx.stride[1] // across)
+            picked = images[:, :, ::down, ::across]
             of_images, of_weight, _ = torch.ops.aten.convolution_backward(
-                gradient, images, weight, None, ctx.stride, ctx.padding, (1, 1), False, (0, 0), 1, needed
+                gradient, picked, weight, None, unit, ctx.padding, (1, 1), False, (0, 0), 1, needed
             )
+            if needed[0] and picked.shape != images.shape:  # the pixels between have no gradient
+                of_picked, of_images = of_images, torch.zeros_like(images)
+                of_images[:, :, ::down, ::across] = of_picked
         if small:
             seen = patches(images, weight.shape[2:], ctx.stride, ctx.padding)
             flat = gradient.permute(0, 2, 3, 1).flatten(0, 2)  # (N * H' * W', d_out)
