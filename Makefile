@@ -9,12 +9,17 @@ IN_VENV := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 repro: $(READY)
 	$(IN_VENV) dvc repro
 
+# The numeric tests run a second time as on a processor without AVX-512, where torch takes other kernels.
+WITHOUT_AVX512 := ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/$(VENV)/kernels-avx2
+PYTEST := python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
 test: $(READY)
-	$(IN_VENV) python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(IN_VENV) $(WITHOUT_AVX512) $(PYTEST) -m numeric
+	$(IN_VENV) $(PYTEST)
 
 # Kills, full disks, lost servers and nodes, for real; some need root.
 faults: $(READY)
-	$(IN_VENV) python -m pytest tests/faults --durations=0
+	$(IN_VENV) python -m pytest tests/faults --durations=0 -o timeout=3600
 
 lint: $(READY)
 	$(IN_VENV) ruff check .

@@ -14,13 +14,23 @@ from pudnet.data.store import Store, open_store, write_store
 torch.set_num_threads(1)  # tests are tiny: a second thread costs more than it does
 
 LONG = ("test_pipeline.py", "test_study.py")  # minutes, by real stages
+LONGEST = 1800  # seconds that one of their tests may take, on a slow machine
+NUMERIC = {
+    f"test_{name}.py"
+    for name in ("class_filters", "cpu", "evaluation", "finetune", "hypernet", "objective", "targets", "training")
+}
 
 SIZES = GroupSizes(2, 40, train_groups=60, search_groups=2, validation_groups=2, test_groups=12, test_whole=False)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The long files first, one to a worker: a long one that begins late is waited for."""
+    """Mark tests by their file; the long files first, one to a worker: a long one that begins late is waited for."""
     items.sort(key=lambda item: item.path.name not in LONG)
+    for item in items:
+        if item.path.name in LONG:
+            item.add_marker(pytest.mark.timeout(LONGEST))
+        if item.path.name in NUMERIC:
+            item.add_marker(pytest.mark.numeric)
 
 
 @dataclass(frozen=True)
