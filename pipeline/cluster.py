@@ -10,7 +10,7 @@ import re
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from pipeline.dependencies import CODE
@@ -39,13 +39,15 @@ NOT_SENT = ["/data", "/mlartifacts", "/.pud", "/.dvc", "/.venv", "/models", "/ml
 def session() -> Iterator[None]:
     """A Ray of our own, or the cluster that RAY_ADDRESS names (with this project's code sent along)."""
     logging.getLogger("ray").setLevel(logging.CRITICAL)  # a failed trial's traceback is in its error.txt
-    with _interruptible() as interrupt:
+    with _interruptible() as interruptions:
         try:
-            _connect(os.environ.get("RAY_ADDRESS"))
-            signal.signal(signal.SIGTERM, interrupt)  # Ray has set its own, which ends the process with a dump
+            with interruptions.held():
+                _connect(os.environ.get("RAY_ADDRESS"))
+                signal.signal(signal.SIGTERM, interruptions)  # Ray has set its own, which ends the process with a dump
             yield
         finally:
-            ray.shutdown()
+            with interruptions.held():
+                ray.shutdown()
 
 
 def _connect(address: str | None) -> None:
@@ -70,21 +72,50 @@ def _connect(address: str | None) -> None:
         raise RunFailed(f"Ray at {address or 'this machine'} does not answer ({reason(error)}){hint}") from None
 
 
+class _Interruptions:
+    """A handler of signals that raises `KeyboardInterrupt`, or keeps it until Ray has started or ended."""
+
+    def __init__(self) -> None:
+        self.holding, self.pending = False, False
+
+    def __call__(self, number: int, frame: object) -> None:
+        if not self.holding:
+            signal.setitimer(signal.ITIMER_REAL, AGAIN)
+            raise KeyboardInterrupt
+        if self.pending and number == signal.SIGINT:  # whoever presses Ctrl-C twice does not want to wait
+            print("error: interrupted while Ray was starting or ending", file=sys.stderr, flush=True)
+            os._exit(130)
+        self.pending = True
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Raise what comes meanwhile at the end of the block.
+
+        An interruption inside `ray.init` or `ray.shutdown` leaves Ray's C++ half made or half gone: it is lost
+        there, and the process crashes as it exits.
+        """
+        self.holding = True
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        try:
+            yield
+        finally:
+            self.holding = False
+        if self.pending:
+            self.pending = False
+            raise KeyboardInterrupt
+
+
 @contextlib.contextmanager
-def _interruptible() -> Iterator[Callable[..., None]]:
+def _interruptible() -> Iterator[_Interruptions]:
     """Ctrl-C and SIGTERM interrupt what runs; again after a while, where the first is lost in what cannot raise."""
-
-    def interrupt(*_: object) -> None:
-        signal.setitimer(signal.ITIMER_REAL, AGAIN)
-        raise KeyboardInterrupt
-
+    interruptions = _Interruptions()
     numbers = [signal.SIGTERM, signal.SIGALRM]
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as it is in a shell's background
         numbers.append(signal.SIGINT)
-    before, said = {number: signal.signal(number, interrupt) for number in numbers}, sys.unraisablehook
+    before, said = {number: signal.signal(number, interruptions) for number in numbers}, sys.unraisablehook
     sys.unraisablehook = lambda lost: None if lost.exc_type is KeyboardInterrupt else said(lost)
     try:
-        yield interrupt
+        yield interruptions
     finally:
         sys.unraisablehook = said
         signal.setitimer(signal.ITIMER_REAL, 0)

@@ -1,6 +1,7 @@
 """The driver of a stage, or of a study, is ended in the middle of its work."""
 
 import signal
+import time
 
 import pandas as pd
 import psutil
@@ -57,11 +58,22 @@ def test_a_search_with_asha_that_was_killed_goes_on(undisturbed, start, tmp_path
     assert start(project, "search").well().count(": group") == 0
 
 
-def test_a_search_that_is_stopped_as_it_begins_says_so(undisturbed, start, tmp_path):
-    """A first interruption is lost there, in what Ray does as it starts."""
+@pytest.mark.parametrize("seconds", [0.3 * moment for moment in range(12)])
+def test_a_search_that_is_stopped_as_it_begins_says_so(undisturbed, start, seconds, tmp_path):
+    """At a dozen moments of Ray's start, in some of which it loses an interruption, and crashes later."""
     project = undisturbed.before("search", tmp_path / "begins")
-    run = start(project, "search").until("search: ").hit(signal.SIGINT)
-    assert run.badly(130) == "error: interrupted; the same command continues or starts again"
+    run = start(project, "search").until("search: ")
+    time.sleep(seconds)
+    assert run.hit(signal.SIGINT).badly(130) == "error: interrupted; the same command continues or starts again"
+
+
+def test_a_second_interruption_does_not_wait_for_rays_start(undisturbed, start, tmp_path):
+    project = undisturbed.before("search", tmp_path / "twice")
+    run = start(project, "search").until("search: ")
+    time.sleep(0.5)
+    run.process.send_signal(signal.SIGINT)
+    time.sleep(0.2)
+    assert run.hit(signal.SIGINT).badly(130) == "error: interrupted while Ray was starting or ending"
 
 
 @pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGTERM])
