@@ -40,6 +40,7 @@ class Card:
     ridge: PositiveFloat | None = None  # for kind "network": the penalty, where its classifier was solved for
     labels_per_class: int = 0  # for kind "network": of the first so many images of a class the labels made the weights
     predicted: tuple[str, ...] = ()  # for kind "network": the tensors that were predicted, in the order of use
+    looked_at: tuple[str, ...] = ()  # for kind "network": a checksum of each image that it was predicted from
     provenance: dict = dataclasses.field(default_factory=dict)  # setting, class split, seeds, commit, ...
     format: int = FORMAT
 

@@ -112,20 +112,22 @@ def _predict(options: argparse.Namespace) -> None:
 
 
 def _classify(options: argparse.Namespace) -> None:
-    from pudnet.data.own import open_folder
+    from pudnet.data.own import noting, open_folder
     from pudnet.network import PredictedNetwork
 
     network = PredictedNetwork.load(options.weights, options.target)
     images = open_folder(options.data, network.card, options.skip_bad)
     known = set(map(str, network.classes))
-    found = [str(label) for label in network.classify(images)]
+    seen: dict[int, str] = {}
+    found = [str(label) for label in network.classify(noting(images, seen))]
     truth = [label if label in known else "" for label in images.labels or [None] * images.count]
     rows = list(zip(map(str, images.files), found, truth, strict=True))
     if options.out:
         _write_csv(options.out, ("file", "class", "label"), rows)
     right = [predicted == label for predicted, label in zip(found, truth, strict=True) if label]
     accuracy = f", accuracy {100 * sum(right) / len(right):.2f} % of {len(right)} labelled" if right else ""
-    print(f"{len(rows)} images{_as_trained(network.card)}{accuracy}{_skipped(images.skipped)}")
+    again = sum(checksum in set(network.card.looked_at) for checksum in seen.values())
+    print(f"{len(rows)} images{_as_trained(network.card)}{accuracy}{_again(again)}{_skipped(images.skipped)}")
 
 
 def _finetune(options: argparse.Namespace) -> None:
@@ -173,6 +175,7 @@ def _info(options: argparse.Namespace) -> None:
 
     tensors, card = read_tensors(local_file(options.file))
     values = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(card).items()}
+    values["looked_at"] = f"{len(card.looked_at)} images, by their checksums"
     print(yaml.safe_dump(values, sort_keys=False).rstrip())
     print(f"tensors: {len(tensors)}, {sum(t.numel() for t in tensors.values()):,} numbers")
 
@@ -180,6 +183,12 @@ def _info(options: argparse.Namespace) -> None:
 def _looked_at(network: PredictedNetwork) -> int:
     """How many images a prediction looked at: sketch, calibration and support take the first of each class."""
     return max(network.card.provenance[f"{use}_images"] for use in ("sketch", "calibration", "support"))
+
+
+def _again(count: int) -> str:
+    return f"; {count} of them are images that the weights were predicted from: for an accuracy, give new ones" * (
+        count > 0
+    )
 
 
 def _as_trained(card: Card) -> str:

@@ -19,7 +19,7 @@ from pudnet.config import ModelConfig, TrainConfig, apply_variant, default_extra
 from pudnet.controls import StaticTrunk
 from pudnet.cpu import accelerate, keep_freed_memory
 from pudnet.data.images import normalize
-from pudnet.data.own import Images, ImageSet, Pixels, images_at_a_time, labelled_set
+from pudnet.data.own import Images, ImageSet, Pixels, images_at_a_time, labelled_set, noting
 from pudnet.device import wants_bf16
 from pudnet.errors import UserError
 from pudnet.hypernet import PudNet
@@ -173,8 +173,8 @@ class Predictor:
     def predict(self, images: Images | ImageSet, labels: Sequence | Pixels | None = None) -> PredictedNetwork:
         """Predict a network for labelled images, in one forward pass of the hypernetwork.
 
-        Images are uint8 (N, H, W, C) or float (N, C, H, W) in 0..1, a list of images, a torch Dataset or a folder
-        with a subfolder a class (`pudnet.data.own.image_set`), of any size; labels (N,) of any type, where the
+        Images are uint8 (N, H, W, C) or float (N, C, H, W) in 0..1, a list of images, a Dataset or DataLoader or
+        a folder with a subfolder a class (`pudnet.data.own.image_set`), of any size; labels (N,) of any type, where the
         images do not bring theirs. The first `support_per_class` images of each class give its centroid, or all that
         are looked at a layer that is solved for.
 
@@ -203,23 +203,36 @@ class Predictor:
         """`predict` for each of several groups; the hypernetwork runs once for up to 100, of 64 M weights."""
         networks, batch = [], max(1, min(GROUPS_AT_A_TIME, WEIGHTS_AT_A_TIME // self.target.predicted))
         for first in range(0, len(groups), batch):
-            prepared = [self._prepare(images, labels) for images, labels in groups[first : first + batch]]
+            part = groups[first : first + batch]
+            seen: list[dict[int, str]] = [{} for _ in part]
+            prepared = [self._prepare(*group, noted) for group, noted in zip(part, seen, strict=True)]
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-                if self.class_aware:  # a sketch is as long as its group has classes
-                    networks += [self.adapt(*group) for group in prepared]
-                    continue
-                sketches = torch.stack([self.sketch(images, labels) for images, labels, _ in prepared])
-                with torch.no_grad():
-                    weights = self.model.generate(sketches)
-                for g, (images, labels, classes) in enumerate(prepared):
-                    networks.append(self.network({n: w[g] for n, w in weights.items()}, images, labels, classes))
+                predicted = self._one_by_one(prepared) if self.class_aware else self._together(prepared)
+            for network, noted in zip(predicted, seen, strict=True):
+                network.card = dataclasses.replace(network.card, looked_at=tuple(sorted(noted.values())))
+            networks += predicted
         return networks
 
-    def _prepare(self, images: Images | ImageSet, labels: Sequence | Pixels | None) -> tuple:
-        """What a prediction looks at: normalised images (N, C, H, W), labels (N,) and the k classes."""
+    def _one_by_one(self, groups: Sequence[tuple]) -> list[PredictedNetwork]:
+        """Where labels enter the sketch: it is as long as its group has classes."""
+        return [self.adapt(*group) for group in groups]
+
+    def _together(self, groups: Sequence[tuple]) -> list[PredictedNetwork]:
+        sketches = torch.stack([self.sketch(images, labels) for images, labels, _ in groups])
+        with torch.no_grad():
+            weights = self.model.generate(sketches)
+        return [self.network({n: w[g] for n, w in weights.items()}, *group) for g, group in enumerate(groups)]
+
+    def _prepare(
+        self, images: Images | ImageSet, labels: Sequence | Pixels | None, seen: dict[int, str]
+    ) -> tuple[Tensor | Streamed, Tensor, tuple]:
+        """What a prediction looks at: normalised images (N, C, H, W), labels (N,) and the k classes.
+
+        `seen` gets the checksum of each image, as it is read.
+        """
         own, encoded, classes = labelled_set(images, labels, self.card)
         rows = self.rows(encoded)
-        looked_at = Streamed(own, rows, self.mean, self.std)
+        looked_at = Streamed(noting(own, seen), rows, self.mean, self.std)
         if len(rows) <= images_at_a_time(self.card.image_size):
             looked_at = looked_at[torch.arange(len(rows))]  # each is read once
         return looked_at, encoded[rows].to(self.device), classes

@@ -14,6 +14,7 @@ from PIL import Image
 from pipeline.groups import build
 from pipeline.params import load_params
 from pipeline.prepare import prepare
+from pudnet.data.decode import read_image, to_array
 from pudnet.data.groups import (
     GroupSizes,
     Split,
@@ -25,7 +26,7 @@ from pudnet.data.groups import (
     whole_class_images,
     write_groups,
 )
-from pudnet.data.sources import Source, open_source, read_image, to_array
+from pudnet.data.sources import Source, open_source
 from pudnet.data.store import Store, open_store, write_store
 from pudnet.errors import UserError
 

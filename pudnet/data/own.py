@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +18,11 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
-from pudnet.data.sources import convert, eight_bits, image_files, read_image, read_images, to_array
+from pudnet.data.datasets import is_dataset, rows_of
+from pudnet.data.decode import convert, eight_bits, read_image, read_images, to_array
+from pudnet.data.folders import class_folders, image_files, refuse_parts
 from pudnet.errors import UserError
 
 AT_A_TIME = 500  # images where they do not depend on each other, of 32 px; fewer of larger ones
@@ -26,7 +30,7 @@ CHANNELS = (1, 2, 3, 4)  # grey, grey and alpha, RGB, RGB and alpha
 
 Label = bool | int | float | str  # what a file can hold; other labels go by their `str`
 Pixels = np.ndarray | Tensor
-Images = Pixels | Sequence[Pixels | Image.Image] | str | Path | Dataset
+Images = Pixels | Sequence[Pixels | Image.Image] | str | Path | Dataset | DataLoader
 
 
 class Form(Protocol):
@@ -47,6 +51,7 @@ class ImageSet:
     count: int
     read: Callable[[list[int]], Pixels]  # rows -> (n, S, S, C) of 0..255
     labels: Sequence[str | None] | None = None  # of a folder that has subfolders
+    folder: Path | None = None  # where they come from, if it is one
     files: tuple[Path, ...] = ()  # of a folder
     skipped: tuple[Path, ...] = ()  # files that cannot be read
 
@@ -66,7 +71,7 @@ def image_set(images: Images | ImageSet, form: Form) -> ImageSet:
 
     Takes an array or tensor: integers (N, H, W, C) or (N, H, W), uint8 or uint16, or floats (N, C, H, W) in 0..1
     (the channels may stand in the other place, where that is clear); a list of PIL images or arrays of any
-    sizes; a torch Dataset of images or of (image, label); a folder.
+    sizes; a Dataset of images or of (image, label), torch's or Hugging Face's, or a DataLoader of one; a folder.
 
     Raises:
         UserError: for anything else, floats that are not in 0..1, no images, or a folder without any.
@@ -75,8 +80,9 @@ def image_set(images: Images | ImageSet, form: Form) -> ImageSet:
         return images
     if isinstance(images, str | Path):
         return open_folder(Path(images), form)
-    if isinstance(images, Dataset):
-        return _of_dataset(images, form)
+    if is_dataset(images):
+        rows = rows_of(images)
+        return ImageSet(rows.count, lambda wanted: torch.stack([_one(rows.image(row), row, form) for row in wanted]))
     if isinstance(images, list | tuple):
         return _of_list(images, form)
     return _of_array(images, form)
@@ -88,23 +94,49 @@ def labelled_set(
     """Labelled images: the `ImageSet`, the labels (N,) in 0..k-1, and the k classes.
 
     A folder (a subfolder of images a class) and a Dataset of (image, label) bring their labels, other images need
-    them. Raises `UserError` as `image_set` and `encode_labels` do, and where labels are given to what has its own.
+    them. Raises `UserError` as `image_set` and `encode_labels` do, where labels are given to what has its own, and
+    for a folder whose subfolders are no classes.
     """
     own = image_set(images, form)
-    if labels is not None and (own.files or isinstance(images, Dataset)):
+    if labels is not None and (own.folder or is_dataset(images)):
         raise UserError("labels: a folder's are its subfolders, a Dataset's are with its images; leave these out")
-    if own.files and own.labels is None:
-        raise UserError(
-            f"{images if isinstance(images, str | Path) else own.files[0].parent}: has no subfolders; "
-            "it needs one subfolder of images a class"
-        )
-    if isinstance(images, Dataset):
-        labels = _dataset_labels(images)
-    elif own.labels is not None:
-        labels = own.labels
-        if None in labels:
-            raise UserError(f"{own.files[list(labels).index(None)]}: lies beside the subfolders, so it has no class")
+    if own.folder:
+        labels = _folder_labels(own)
+    elif is_dataset(images):
+        labels = rows_of(images).labels()
     return own, *encode_labels(labels, own.count)
+
+
+def _folder_labels(images: ImageSet) -> Sequence[str]:
+    """The class of each image of a folder."""
+    if images.labels is None:
+        raise UserError(f"{images.folder}: has no subfolders; it needs one subfolder of images a class")
+    if None in images.labels:
+        file = images.files[list(images.labels).index(None)]
+        raise UserError(f"{file}: lies beside the subfolders, so it has no class")
+    classes: dict[Path, list[Path]] = {}
+    for file, label in zip(images.files, images.labels, strict=True):
+        classes.setdefault(images.folder / label, []).append(file)
+    refuse_parts(images.folder, classes)
+    return images.labels
+
+
+def noting(images: ImageSet, seen: dict[int, str]) -> ImageSet:
+    """The same images; `seen` gets the checksum of each that is read, by its row."""
+
+    def read(rows: list[int]) -> Pixels:
+        pixels = images.read(rows)
+        seen.update(zip(rows, checksums(pixels), strict=True))
+        return pixels
+
+    return dataclasses.replace(images, read=read)
+
+
+def checksums(pixels: Pixels) -> list[str]:
+    """A short checksum of each image (n, S, S, C) of 0..255: it tells whether an image was seen before."""
+    plain = torch.as_tensor(pixels)
+    whole = plain.round().to(torch.uint8) if plain.is_floating_point() else plain
+    return [f"{zlib.crc32(image):08x}" for image in np.ascontiguousarray(whole.cpu().numpy())]
 
 
 # Arrays and tensors
@@ -112,6 +144,9 @@ def labelled_set(
 
 def _of_array(images: Pixels, form: Form) -> ImageSet:
     if not isinstance(images, np.ndarray | Tensor):
+        if isinstance(images, Mapping) and images and all(is_dataset(part) for part in images.values()):
+            first = next(iter(images))
+            raise UserError(f"images: these are the parts of a data set ({', '.join(images)}); give one, [{first!r}]")
         raise UserError(f"images: must be an array, a list of images, a Dataset or a folder, got {_kind(images)}")
     if isinstance(images, Tensor) and images.dtype == torch.uint16:
         images = images.cpu().numpy()  # torch cannot take rows of these
@@ -190,7 +225,7 @@ def _pixels(images: Pixels, form: Form) -> Tensor:
     return torch.from_numpy(convert(rounded, form.image_size, form.channels))
 
 
-# Lists and Datasets
+# Lists
 
 
 def _of_list(images: Sequence, form: Form) -> ImageSet:
@@ -213,42 +248,6 @@ def _one(image: Pixels | Image.Image, row: int, form: Form) -> Tensor:
         raise UserError(f"image {row}: {str(error).removeprefix('images: ')}") from None
 
 
-def _of_dataset(dataset: Dataset, form: Form) -> ImageSet:
-    if not hasattr(dataset, "__len__"):
-        raise UserError("images: a Dataset must have a length (and items by their row); an iterable one has not")
-    if not len(dataset):
-        raise UserError("images: the Dataset has none")
-
-    def image(row: int) -> Pixels | Image.Image:
-        item = _item(dataset, row)
-        return item[0] if isinstance(item, tuple | list) else item
-
-    return ImageSet(len(dataset), lambda rows: torch.stack([_one(image(row), row, form) for row in rows]))
-
-
-def _dataset_labels(dataset: Dataset) -> Sequence:
-    """A Dataset's labels: its `targets`, as torchvision's sets have them, or else from all of its items."""
-    targets = getattr(dataset, "targets", None)
-    own = isinstance(targets, list | np.ndarray | Tensor) and len(targets) == len(dataset)
-    if own and getattr(dataset, "target_transform", None) is None:
-        return targets
-    labels = []
-    for row in range(len(dataset)):
-        item = _item(dataset, row)
-        if not isinstance(item, tuple | list) or len(item) != 2:
-            raise UserError(f"images: item {row} of the Dataset is not (image, label)")
-        labels.append(item[1])
-    return labels
-
-
-def _item(dataset: Dataset, row: int) -> Any:
-    try:
-        return dataset[row]
-    except Exception as error:  # a user's own code
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        raise UserError(f"images: item {row} of the Dataset cannot be read ({reason})") from None
-
-
 # Folders
 
 
@@ -264,8 +263,11 @@ def open_folder(folder: Path, form: Form, skip_bad: bool = False) -> ImageSet:
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
-    files = image_files(folder)
-    subfolders = {child.name for child in folder.iterdir() if child.is_dir() and not child.name.startswith(".")}
+    subfolders = {child.name for child in class_folders(folder)}
+    files = [file for child in sorted(subfolders) for file in image_files(folder / child, above=folder)]
+    files += [file for file in image_files(folder) if file.parent == folder]
+    if not files:
+        raise UserError(f"folder {folder} has no images; add some or remove the folder")
     names = [_subfolder(file, folder) for file in files]
     if empty := sorted(subfolders - set(names)):
         raise UserError(f"{folder / empty[0]}: has no images; add some or remove the folder")
@@ -281,7 +283,7 @@ def open_folder(folder: Path, form: Form, skip_bad: bool = False) -> ImageSet:
     def read(rows: list[int]) -> np.ndarray:
         return read_images([files[row] for row in rows], form.image_size, form.channels)
 
-    return ImageSet(len(files), read, names if subfolders else None, tuple(files), tuple(sorted(bad)))
+    return ImageSet(len(files), read, names if subfolders else None, folder, tuple(files), tuple(sorted(bad)))
 
 
 def _subfolder(file: Path, folder: Path) -> str | None:

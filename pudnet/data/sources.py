@@ -1,20 +1,23 @@
-"""Where labelled images come from: scikit-learn, torchvision, folders and .npz files, all as one `Source`."""
+"""Where labelled images come from: scikit-learn, torchvision, folders, .npz files, Datasets: each as a `Source`."""
 
 import contextlib
 import gzip
+import importlib
 import io
 import struct
 import sys
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+import torch
 
+from pudnet.data.datasets import is_dataset
+from pudnet.data.decode import convert, read_images
+from pudnet.data.folders import class_folders, image_files, refuse_parts
+from pudnet.data.own import labelled_set
 from pudnet.errors import UserError
 
 BATCH = 256
@@ -43,8 +46,9 @@ class Source:
 
 
 def open_source(spec: str, raw: Path, image_size: int, channels: int) -> Source:
-    """Open `sklearn:digits`, `torchvision:NAME`, `folder:PATH` or `npz:PATH`.
+    """Open `sklearn:digits`, `torchvision:NAME`, `folder:PATH`, `npz:PATH` or `python:MODULE:NAME`.
 
+    `python:` names a Dataset (torch's or Hugging Face's) or DataLoader of your own, or a function that gives one.
     `raw` keeps what torchvision downloads; a relative PATH is relative to the current directory; `channels`
     is 1 (grey) or 3 (RGB). Raises UserError for an unknown spec and for files that are missing or damaged.
     """
@@ -58,73 +62,12 @@ def open_source(spec: str, raw: Path, image_size: int, channels: int) -> Source:
             return _open_folder(Path(rest).expanduser(), image_size, channels)
         if kind == "npz" and rest:
             return _open_npz(Path(rest).expanduser(), image_size, channels)
+        if kind == "python" and ":" in rest:
+            return _open_python(rest, image_size, channels)
     except (OSError, RuntimeError) as error:  # may not be read, a name that no file can have, the home of nobody
         raise UserError(f"source '{spec}' cannot be read ({error})") from error
-    raise UserError(f"source '{spec}' is not known; use sklearn:digits, torchvision:NAME, folder:PATH or npz:PATH")
-
-
-# One image, one batch
-
-
-def to_array(image: Image.Image, image_size: int, channels: int) -> np.ndarray:
-    """Any PIL image as uint8 (image_size, image_size, channels).
-
-    Turned as its EXIF orientation says; centre-cropped to a square, so that shapes keep their proportions,
-    and resized with antialiased bilinear. Transparent pixels become white, as a viewer shows them: the colour
-    stored under them is arbitrary. Raises ValueError where the pixels have no known range (floating point).
-    """
-    image = _to_eight_bits(ImageOps.exif_transpose(image))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("L" if channels == 1 else "RGB")
-    if image.size != (image_size, image_size):
-        image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BILINEAR)
-    return np.array(image).reshape(image_size, image_size, channels)
-
-
-def _to_eight_bits(image: Image.Image) -> Image.Image:
-    """Scale 16-bit grey to 8 bits, which PIL's own conversion would clip instead; leave other modes alone."""
-    if image.mode == "F":
-        raise ValueError("floating-point pixels have no known range; save it with 8 or 16 bits")
-    if not image.mode.startswith("I"):
-        return image
-    wide = np.asarray(image)
-    if wide.min() < 0 or wide.max() > 65_535:
-        raise ValueError("32-bit pixels have no known range; save it with 8 or 16 bits")
-    return Image.fromarray(eight_bits(wide))
-
-
-def eight_bits(wide: np.ndarray) -> np.ndarray:
-    """Values 0..65,535 as uint8, rounded."""
-    return ((wide.astype(np.uint32) * 255 + 32_767) // 65_535).astype(np.uint8)
-
-
-def read_image(path: Path, image_size: int, channels: int) -> np.ndarray:
-    """The image file as uint8 (image_size, image_size, channels); UserError names a file it cannot read."""
-    try:
-        with Image.open(path) as image:
-            return to_array(image, image_size, channels)
-    except Exception as error:  # Pillow's decoders raise nearly every type for a damaged file
-        raise UserError(f"{path} cannot be read as an image ({error}); repair or remove it") from error
-
-
-def read_images(paths: Sequence[Path], image_size: int, channels: int) -> np.ndarray:
-    """`read_image` of several files at once: uint8 (B, image_size, image_size, channels)."""
-    read = partial(read_image, image_size=image_size, channels=channels)
-    with ThreadPoolExecutor() as pool:  # Pillow decodes outside Python's lock
-        return np.stack(list(pool.map(read, paths)))
-
-
-def convert(images: np.ndarray, image_size: int, channels: int) -> np.ndarray:
-    """uint8 (B, H, W) or (B, H, W, C) with C 1 or 3 as uint8 (B, image_size, image_size, channels)."""
-    if images.ndim == 3:
-        images = images[..., None]
-    if images.shape[1:] == (image_size, image_size, channels):
-        return images
-    if images.shape[-1] == 1:
-        images = images[..., 0]  # PIL's grey images have no channel axis
-    return np.stack([to_array(Image.fromarray(image), image_size, channels) for image in images])
+    known = "sklearn:digits, torchvision:NAME, folder:PATH, npz:PATH or python:MODULE:NAME"
+    raise UserError(f"source '{spec}' is not known; use {known}")
 
 
 def _array_source(
@@ -244,10 +187,14 @@ def _open_folder(folder: Path, image_size: int, channels: int) -> Source:
     """One subfolder a class, by sorted name; images are found at any depth and decoded batch by batch."""
     if not folder.is_dir():
         raise UserError(f"folder:{folder} does not exist or is no folder; it needs one subfolder of images a class")
-    classes = sorted(child for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
+    classes = class_folders(folder)
     if not classes:
         raise UserError(f"folder:{folder} has no subfolders; it needs one subfolder of images a class")
-    files = [image_files(child) for child in classes]
+    files = [image_files(child, above=folder) for child in classes]
+    for child, found in zip(classes, files, strict=True):
+        if not found:
+            raise UserError(f"folder {child} has no images; add some or remove the folder")
+    refuse_parts(folder, dict(zip(classes, files, strict=True)))
     labels = np.repeat(np.arange(len(classes)), [len(paths) for paths in files])
     paths = [path for paths in files for path in paths]
 
@@ -259,19 +206,33 @@ def _open_folder(folder: Path, image_size: int, channels: int) -> Source:
     return Source(f"folder:{folder}", names, labels.astype(np.int64), batches)
 
 
-def image_files(folder: Path) -> list[Path]:
-    """Sorted image files at any depth below a folder, hidden ones left aside; UserError where there are none."""
-    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    paths = sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in suffixes
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-        and path.is_file()
-    )
-    if not paths:
-        raise UserError(f"folder {folder} has no images; add some or remove the folder")
-    return paths
+# What a user's own code gives
+
+
+def _open_python(path: str, image_size: int, channels: int) -> Source:
+    """`package.module:name`: a Dataset or DataLoader of the user's own, or a function that gives one."""
+    module, _, name = path.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), name)
+        found = found if is_dataset(found) else found()
+    except (Exception, SystemExit) as error:  # whatever the user's own code may raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise UserError(f"source 'python:{path}' gives no Dataset ({reason})") from None
+    if not is_dataset(found):
+        raise UserError(f"source 'python:{path}' gives a {type(found).__name__}; it has to be a Dataset or DataLoader")
+    images, labels, names = labelled_set(found, None, _Form(image_size, channels))
+
+    def batches() -> Iterator[np.ndarray]:
+        for pixels in images.chunks(BATCH):
+            yield pixels.round().to(torch.uint8).numpy() if pixels.is_floating_point() else pixels.numpy()
+
+    return Source(f"python:{path}", tuple(map(str, names)), labels.numpy(), batches)
+
+
+@dataclass(frozen=True)
+class _Form:
+    image_size: int
+    channels: int
 
 
 # .npz files
