@@ -119,11 +119,23 @@ def test_skip_bad_goes_on_and_counts(photos, weights, tmp_path, capsys):
         (tmp_path / "out").unlink()
 
 
+def test_classify_says_which_images_the_weights_were_predicted_from(photos, weights, capsys):
+    command = ["classify", "--weights", str(weights), "--data"]
+    assert main([*command, str(photos / "data")]) == 0
+    assert "of 30 labelled; 30 of them are images that the weights were predicted from" in capsys.readouterr().out
+    assert main([*command, str(photos / "new")]) == 0
+    assert "predicted from" not in capsys.readouterr().out
+    assert main(["info", str(weights)]) == 0
+    assert "looked_at: 30 images, by their checksums" in capsys.readouterr().out
+
+
 @pytest.fixture
 def bad(photos, weights, tmp_path):
     """What a user may hand over by mistake."""
     write_digits(tmp_path / "one", (3,), 2)
     (tmp_path / "none").mkdir()
+    for part in ("train", "val"):
+        write_digits(tmp_path / "set" / part, (0, 1), 2)
     (tmp_path / "text.safetensors").write_text("no tensors at all, but long enough to have a header")
     damaged = bytearray(weights.read_bytes())
     (tmp_path / "cut.safetensors").write_bytes(damaged[:-100])
@@ -148,6 +160,11 @@ CLASSIFY = "classify --weights {weights} --data {data}"
         ("predict --data {tmp}/one --out {tmp}/o", "labels: need images of at least two classes, got 1 (3)"),
         ("predict --data {tmp}/none --out {tmp}/o", "none has no images"),
         ("predict --data {tmp}/absent --out {tmp}/o", "absent: no such folder"),
+        (
+            "predict --data {tmp}/set --out {tmp}/o",
+            "set: train, val look like parts of a data set, not classes (their ",
+        ),
+        ("finetune --weights {weights} --data {tmp}/set --out {tmp}/o", "0, 1); give one of them, as {tmp}/set/train"),
         ("predict --data {data} --out {tmp}/text.safetensors/o", "text.safetensors/o: cannot be written"),
         ("predict --data {flat} --out {tmp}/o", "flat: has no subfolders; it needs one subfolder of images a class"),
         ("predict --data {data} --out .", ".: cannot be written (it is a folder)"),
@@ -184,7 +201,7 @@ def test_mistakes_are_said_in_one_line(command, message, bad, photos, weights, c
     places = {"tmp": bad, "data": photos / "data", "flat": photos / "flat", "weights": weights}
     assert main(command.format(**places).split()) == 2
     said = capsys.readouterr().err
-    assert said.startswith("error: ") and said.count("\n") == 1 and message in said
+    assert said.startswith("error: ") and said.count("\n") == 1 and message.replace("{tmp}", str(bad)) in said
     assert sorted(bad.rglob("*")) == before
 
 

@@ -54,7 +54,7 @@ def rows_of(dataset: object) -> Rows:
 def _of_loader(loader: DataLoader) -> Rows:
     """Images as the Dataset has them: neither batches nor `collate_fn` matter. In the Dataset's order."""
     own, batches = rows_of(loader.dataset), loader.batch_sampler
-    picked = loader.sampler
+    picked = batches.sampler if type(batches) is BatchSampler else loader.sampler
     if batches is not None and type(batches) is not BatchSampler:  # one of the user's own
         picked = (row for batch in batches for row in batch)
     elif isinstance(picked, SequentialSampler | RandomSampler):
@@ -126,7 +126,8 @@ def _of_table(table: Any) -> Rows:
 def _table_labels(table: Any) -> list:
     """A column of labels, without reading an image; integers become the names that the features give them."""
     name = _column(table, "ClassLabel", LABEL_KEYS, "label")
-    labels = [label.item() if hasattr(label, "item") else label for label in table.select_columns([name])[name]]
+    column = table.select_columns([name]).with_format(None)[name]  # without a transform, which may want the images
+    labels = [label.item() if hasattr(label, "item") else label for label in column]
     names = getattr(table.features[name], "names", None)
     if not names:
         return labels
