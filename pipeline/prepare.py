@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pipeline.params import Params
 from pipeline.stage import PREPARED, STORE, TEST_STORE, root, run_stage
+from pudnet.data.folders import by_type
 from pudnet.data.sources import open_source
 from pudnet.data.store import whole_folder, write_store
 
@@ -22,6 +23,8 @@ def prepare(params: Params) -> None:
                 f"prepare: {spec}: {len(source.labels):,} images of {len(source.class_names)} classes, "
                 f"{params.prepare.image_size} px, {params.prepare.channels} channel(s) -> {PREPARED / name}"
             )
+            if source.passed_over:
+                print(f"prepare: {spec}: passed over, since their type is not read: {by_type(source.passed_over)}")
 
 
 if __name__ == "__main__":

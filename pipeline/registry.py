@@ -14,6 +14,7 @@ from mlflow.artifacts import download_artifacts
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, Schema
+from mlflow.types.schema import AnyType
 from PIL import Image
 
 from pipeline.tracking import Tracking, quiet, tracking_uri
@@ -28,8 +29,8 @@ REQUIREMENTS = ("mlflow", "numpy", "pandas", "pillow", "pydantic", "pyyaml", "ri
 REQUIREMENTS += ("scipy", "torch", "torchvision")
 
 SIGNATURE = ModelSignature(
-    Schema([ColSpec("binary", "image"), ColSpec("string", "label", required=False)]),
-    Schema([ColSpec("string", "label"), ColSpec("double", "probability")]),
+    Schema([ColSpec("binary", "image"), ColSpec(AnyType(), "label", required=False)]),  # a string, number, or null
+    Schema([ColSpec(AnyType(), "label"), ColSpec("double", "probability")]),
 )
 
 

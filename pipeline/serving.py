@@ -18,7 +18,10 @@ from mlflow.pyfunc import PythonModel, PythonModelContext
 from PIL import Image
 
 from pudnet import Predictor
+from pudnet.data.own import is_missing, plain_labels
 from pudnet.errors import UserError
+
+KINDS = ((bool, "truth value"), (int | float, "number"), (str, "string"))
 
 
 class PudNetModel(PythonModel):
@@ -31,7 +34,10 @@ class PudNetModel(PythonModel):
     def predict(
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
     ) -> pd.DataFrame:
-        """Rows of `image` (an encoded image file) and `label` (a string, null for a query) -> one row a query.
+        """Rows of `image` (an encoded image file) and `label` -> one row a query.
+
+        A query's label is null, NaN or not there at all. The others are labels, all of one kind: strings (the empty
+        one too), numbers or truth values.
 
         Raises `MlflowException`, which a server answers with status 400, for unfit input.
         """
@@ -42,9 +48,9 @@ class PudNetModel(PythonModel):
 
     def _predict(self, rows: pd.DataFrame) -> pd.DataFrame:
         images = [_decoded(content, row) for row, content in enumerate(rows["image"])]
-        labels = list(rows["label"]) if "label" in rows else []
-        known = [row for row, label in enumerate(labels) if isinstance(label, str) and label]
-        queries = sorted(set(range(len(images))) - set(known))
+        labels = _labels(rows)
+        known = [row for row, label in enumerate(labels) if not is_missing(label)]
+        queries = [row for row, label in enumerate(labels) if is_missing(label)]
         if not known or not queries:
             raise UserError(
                 f"rows: {len(known)} with a label and {len(queries)} without; a group needs labelled images and queries"
@@ -53,6 +59,24 @@ class PudNetModel(PythonModel):
         odds = network([images[row] for row in queries]).softmax(1).cpu().numpy()
         found = [network.classes[column] for column in odds.argmax(1)]
         return pd.DataFrame({"label": found, "probability": odds.max(1).astype(np.float64)})
+
+
+def _labels(rows: pd.DataFrame) -> list:
+    """The label of each row; `UserError` names a row whose label is of no kind, or of another than those before."""
+    if "label" not in rows:
+        return [None] * len(rows)
+    labels, before = plain_labels(rows["label"]), None
+    for row, label in enumerate(labels):
+        if is_missing(label):
+            continue
+        kind = next((name for kind, name in KINDS if isinstance(label, kind)), None)
+        if kind is None:
+            raise UserError(f"row {row}: the label is a {type(label).__name__}; it has to be a string or a number")
+        if kind != (before := before or kind):
+            raise UserError(f"row {row}: the label {label!r} is a {kind}, those before it are {before}s")
+    if all(is_missing(label) or isinstance(label, float) and label.is_integer() for label in labels):
+        return [None if is_missing(label) else int(label) for label in labels]  # pandas made floats of them, for NaN
+    return labels
 
 
 def _decoded(content: bytes, row: int) -> Image.Image:

@@ -15,6 +15,7 @@ from pudnet.files import check_writable, replacing
 
 if TYPE_CHECKING:
     from pudnet.card import Card
+    from pudnet.data.own import ImageSet
     from pudnet.network import PredictedNetwork
 
 # What is slow to import (torch) is imported by the commands, so that --help is quick.
@@ -107,7 +108,7 @@ def _predict(options: argparse.Namespace) -> None:
     network.save(options.out)
     print(
         f"{options.out}: {card.target} for {len(network.classes)} classes, predicted from {_looked_at(network)} of "
-        f"{images.count} images{_as_trained(card)}{_skipped(images.skipped)}"
+        f"{images.count} images{_as_trained(card)}{_left_out(images)}"
     )
 
 
@@ -127,7 +128,7 @@ def _classify(options: argparse.Namespace) -> None:
     right = [predicted == label for predicted, label in zip(found, truth, strict=True) if label]
     accuracy = f", accuracy {100 * sum(right) / len(right):.2f} % of {len(right)} labelled" if right else ""
     again = sum(checksum in set(network.card.looked_at) for checksum in seen.values())
-    print(f"{len(rows)} images{_as_trained(network.card)}{accuracy}{_again(again)}{_skipped(images.skipped)}")
+    print(f"{len(rows)} images{_as_trained(network.card)}{accuracy}{_again(again)}{_left_out(images)}")
 
 
 def _finetune(options: argparse.Namespace) -> None:
@@ -151,7 +152,7 @@ def _finetune(options: argparse.Namespace) -> None:
         print(f"from {start} weights: {points[0].accuracy:.2f} % -> {points[-1].accuracy:.2f} %")
     print(
         f"{options.out}: trained on {found.trained_on} images{_as_trained(network.card)}, accuracies on "
-        f"{found.held_out} others{_skipped(images.skipped)}"
+        f"{found.held_out} others{_left_out(images)}"
     )
 
 
@@ -196,8 +197,12 @@ def _as_trained(card: Card) -> str:
     return f" (made {card.image_size}x{card.image_size} px, {colour}, as the model's training data was)"
 
 
-def _skipped(files: Sequence[Path]) -> str:
-    return f"; {len(files)} file(s) that cannot be read were left out, the first {files[0]}" if files else ""
+def _left_out(images: ImageSet) -> str:
+    from pudnet.data.folders import by_type
+
+    bad, others = images.skipped, images.passed_over
+    said = f"; {len(bad)} file(s) that cannot be read were left out, the first {bad[0]}" if bad else ""
+    return said + (f"; passed over, since their type is not read: {by_type(others)}" if others else "")
 
 
 def _write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence]) -> None:

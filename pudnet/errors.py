@@ -69,7 +69,9 @@ def is_full(error: OSError) -> bool:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether it says that memory is used up."""
-    return isinstance(error, MemoryError) or bool(re.search("out of memory|allocate memory", str(error)))
+    return isinstance(error, MemoryError) or bool(
+        re.search("out of memory|allocate memory|start new thread", str(error))
+    )
 
 
 def _where(error: OSError) -> str:

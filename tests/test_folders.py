@@ -113,4 +113,4 @@ def test_a_class_with_folders_of_its_own_stays_one_class(files, predictor, tmp_p
 def test_hidden_and_other_files_are_left_aside(tmp_path):
     root = fill(tmp_path, "a.png", "deep/er/b.JPG", ".hidden/c.png", ".d.png")
     (root / "notes.txt").write_text("no image")
-    assert image_files(root) == [root / "a.png", root / "deep/er/b.JPG"]
+    assert image_files(root) == ([root / "a.png", root / "deep/er/b.JPG"], [root / "notes.txt"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
@@ -11,6 +12,7 @@ from PIL import Image
 
 from pudnet.errors import UserError
 
+HEIC = {".heic", ".heif"}
 PARTS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval"}  # of a data set
 
 
@@ -31,14 +33,15 @@ def leads_nowhere(path: Path) -> bool:
     return path.is_symlink() and not path.exists()
 
 
-def image_files(folder: Path, above: Path | None = None) -> list[Path]:
-    """Sorted image files at any depth below a folder; links are followed, hidden files and folders left aside.
+def image_files(folder: Path, above: Path | None = None) -> tuple[list[Path], list[Path]]:
+    """Sorted image files at any depth below a folder, and all other files; hidden files and folders are left aside.
 
-    No folder is entered twice, and none from within that is `above` it: a link that leads back ends there. A link
-    that leads nowhere counts as a file, which cannot be read.
+    Links are followed. No folder is entered twice, and none from within that is `above` it: a link that leads back
+    ends there. A link that leads nowhere counts as a file, which cannot be read.
     """
-    entered = {_identity(above)} if above else set()
-    return sorted(_walk(folder, entered))
+    files = sorted(_walk(folder, {_identity(above)} if above else set()))
+    images = [file for file in files if file.suffix.lower() in image_suffixes()]
+    return images, [file for file in files if file.suffix.lower() not in image_suffixes()]
 
 
 def _walk(folder: Path, entered: set[tuple[int, int]]) -> Iterator[Path]:
@@ -50,8 +53,22 @@ def _walk(folder: Path, entered: set[tuple[int, int]]) -> Iterator[Path]:
             continue
         if child.is_dir():
             yield from _walk(child, entered)
-        elif child.suffix.lower() in image_suffixes() and (child.is_file() or leads_nowhere(child)):
+        elif child.is_file() or leads_nowhere(child):
             yield child
+
+
+def by_type(files: Sequence[Path]) -> str:
+    """How many files there are of each type: `50 .heic, 1 .txt`."""
+    counts = Counter(file.suffix.lower() or "without an ending" for file in files)
+    return ", ".join(f"{count} {suffix}" for suffix, count in counts.most_common())
+
+
+def no_images(folder: Path, others: Sequence[Path]) -> UserError:
+    """The error for a folder in which no file is of a type that is read."""
+    held = f", only files that are not read as such ({by_type(others)})" if others else ""
+    heic = any(file.suffix.lower() in HEIC for file in others)
+    remedy = "pip install pillow-heif reads HEIC" if heic else "add some or remove the folder"
+    return UserError(f"folder {folder} has no images{held}; {remedy}")
 
 
 def _identity(folder: Path) -> tuple[int, int]:
@@ -61,7 +78,11 @@ def _identity(folder: Path) -> tuple[int, int]:
 
 @cache
 def image_suffixes() -> frozenset[str]:
-    """The endings of the files that Pillow reads."""
+    """The endings of the files that Pillow reads, and where pillow-heif is installed, HEIC's."""
+    with contextlib.suppress(ImportError):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
     return frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN)
 
 

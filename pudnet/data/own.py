@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import sys
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,8 +19,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from pudnet.data.datasets import is_dataset, rows_of
-from pudnet.data.decode import convert, eight_bits, read_image, read_images, to_array
-from pudnet.data.folders import class_folders, image_files, refuse_parts
+from pudnet.data.decode import convert, eight_bits, read_images, to_array, unreadable
+from pudnet.data.folders import class_folders, image_files, no_images, refuse_parts
 from pudnet.errors import UserError
 
 AT_A_TIME = 500  # images where they do not depend on each other, of 32 px; fewer of larger ones
@@ -54,6 +52,7 @@ class ImageSet:
     folder: Path | None = None  # where they come from, if it is one
     files: tuple[Path, ...] = ()  # of a folder
     skipped: tuple[Path, ...] = ()  # files that cannot be read
+    passed_over: tuple[Path, ...] = ()  # files of a folder whose type is not read
 
     def chunks(self, at_a_time: int) -> Iterator[Tensor]:
         """All images, in order, (n, S, S, C) of 0..255."""
@@ -263,15 +262,17 @@ def open_folder(folder: Path, form: Form, skip_bad: bool = False) -> ImageSet:
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
-    subfolders = {child.name for child in class_folders(folder)}
-    files = [file for child in sorted(subfolders) for file in image_files(folder / child, above=folder)]
-    files += [file for file in image_files(folder) if file.parent == folder]
+    subfolders = class_folders(folder)
+    found = [image_files(child, above=folder) for child in subfolders]
+    for child, (images, others) in zip(subfolders, found, strict=True):
+        if not images:
+            raise no_images(child, others)
+    loose = [[file for file in part if file.parent == folder] for part in image_files(folder)]
+    files, passed_over = ([file for part in parts for file in part] for parts in zip(*found, loose, strict=True))
     if not files:
-        raise UserError(f"folder {folder} has no images; add some or remove the folder")
+        raise no_images(folder, passed_over)
     names = [_subfolder(file, folder) for file in files]
-    if empty := sorted(subfolders - set(names)):
-        raise UserError(f"{folder / empty[0]}: has no images; add some or remove the folder")
-    bad = _unreadable(files) if skip_bad else set()
+    bad = unreadable(files) if skip_bad else set()
     kept = [row for row, file in enumerate(files) if file not in bad]
     if lost := sorted(set(map(str, names)) - {str(names[row]) for row in kept}):
         raise UserError(f"{folder}: none of the images of {lost[0] if subfolders else 'it'} can be read")
@@ -283,27 +284,15 @@ def open_folder(folder: Path, form: Form, skip_bad: bool = False) -> ImageSet:
     def read(rows: list[int]) -> np.ndarray:
         return read_images([files[row] for row in rows], form.image_size, form.channels)
 
-    return ImageSet(len(files), read, names if subfolders else None, folder, tuple(files), tuple(sorted(bad)))
+    return ImageSet(
+        len(files), read, names if subfolders else None, folder, tuple(files), tuple(sorted(bad)), tuple(passed_over)
+    )
 
 
 def _subfolder(file: Path, folder: Path) -> str | None:
     """The name of the folder's child that a file lies below."""
     parts = file.relative_to(folder).parts
     return parts[0] if len(parts) > 1 else None
-
-
-def _unreadable(files: Sequence[Path]) -> set[Path]:
-    """The files that cannot be read as images."""
-
-    def bad(file: Path) -> bool:
-        try:
-            read_image(file, 8, 1)
-        except UserError:
-            return True
-        return False
-
-    with ThreadPoolExecutor() as pool:
-        return {file for file, is_bad in zip(files, pool.map(bad, files), strict=True) if is_bad}
 
 
 # Labels
@@ -316,10 +305,10 @@ def encode_labels(labels: Sequence | Pixels | None, images: int) -> tuple[Tensor
     """
     if labels is None:
         raise UserError("labels: one an image is needed")
-    values = _plain_labels(labels)
+    values = plain_labels(labels)
     if len(values) != images:
         raise UserError(f"labels: {images} images need as many labels, got {len(values)}")
-    lacking = next((row for row, value in enumerate(values) if _is_missing(value)), None)
+    lacking = next((row for row, value in enumerate(values) if is_missing(value)), None)
     if lacking is not None:
         raise UserError(f"labels: image {lacking} has none ({values[lacking]})")
     keys = [(type(value), value) for value in values]  # 1 and True are two labels
@@ -333,28 +322,36 @@ def encode_labels(labels: Sequence | Pixels | None, images: int) -> tuple[Tensor
     return torch.tensor([column[key] for key in keys]), names
 
 
-def _plain_labels(labels: Sequence | Pixels) -> list:
-    """Labels as a list of Python's own values."""
+def plain_labels(labels: Sequence | Pixels) -> list:
+    """Labels as a list of Python's own values; a missing one (`is_missing`) stays missing.
+
+    Raises `UserError` for what is not one label an image.
+    """
     if isinstance(labels, np.ndarray | Tensor):
         if labels.ndim != 1:
             raise UserError(f"labels: must be one an image, got shape {tuple(labels.shape)}")
-        dated = isinstance(labels, np.ndarray) and labels.dtype.kind in "mM"
-        return [_plain_label(label) for label in (labels.astype(str) if dated else labels).tolist()]
-    if isinstance(labels, str | bytes) or not hasattr(labels, "__iter__"):
+        labels = labels if isinstance(labels, np.ndarray) and labels.dtype.kind in "mM" else labels.tolist()
+    if isinstance(labels, str | bytes | Mapping) or not hasattr(labels, "__iter__"):
         raise UserError(f"labels: must be one an image, got {_kind(labels)}")
     return [_plain_label(label) for label in labels]
 
 
 def _plain_label(label: Any) -> Any:
     if isinstance(label, np.datetime64 | np.timedelta64):
-        return str(label)
+        return None if np.isnat(label) else str(label)
     if isinstance(label, np.generic | Tensor) and not label.ndim:
         return label.item()
+    if hasattr(label, "as_py"):  # a scalar of pyarrow's
+        return label.as_py()
     return label.decode(errors="replace") if isinstance(label, bytes) else label
 
 
-def _is_missing(value: Any) -> bool:
-    return value is None or isinstance(value, float) and math.isnan(value)
+def is_missing(value: Any) -> bool:
+    """Whether a label is none: None, NaN, NaT, or pandas' NA, whatever the column's type."""
+    try:
+        return value is None or bool(value != value)  # NaN and NaT are not equal to themselves
+    except (TypeError, ValueError):  # pandas' NA is neither equal nor unequal; an array is several values
+        return type(value).__name__ == "NAType"
 
 
 def _sorted_distinct(keys: list[tuple[type, Any]]) -> list[tuple[type, Any]]:

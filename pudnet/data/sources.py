@@ -16,7 +16,7 @@ import torch
 
 from pudnet.data.datasets import is_dataset
 from pudnet.data.decode import convert, read_images
-from pudnet.data.folders import class_folders, image_files, refuse_parts
+from pudnet.data.folders import class_folders, image_files, no_images, refuse_parts
 from pudnet.data.own import labelled_set
 from pudnet.errors import UserError
 
@@ -43,6 +43,7 @@ class Source:
     class_names: tuple[str, ...]
     labels: np.ndarray
     batches: Callable[[], Iterator[np.ndarray]]
+    passed_over: tuple[Path, ...] = ()  # files of a folder whose type is not read
 
 
 def open_source(spec: str, raw: Path, image_size: int, channels: int) -> Source:
@@ -190,10 +191,11 @@ def _open_folder(folder: Path, image_size: int, channels: int) -> Source:
     classes = class_folders(folder)
     if not classes:
         raise UserError(f"folder:{folder} has no subfolders; it needs one subfolder of images a class")
-    files = [image_files(child, above=folder) for child in classes]
-    for child, found in zip(classes, files, strict=True):
-        if not found:
-            raise UserError(f"folder {child} has no images; add some or remove the folder")
+    found = [image_files(child, above=folder) for child in classes]
+    for child, (images, others) in zip(classes, found, strict=True):
+        if not images:
+            raise no_images(child, others)
+    files, passed_over = ([part[kind] for part in found] for kind in (0, 1))
     refuse_parts(folder, dict(zip(classes, files, strict=True)))
     labels = np.repeat(np.arange(len(classes)), [len(paths) for paths in files])
     paths = [path for paths in files for path in paths]
@@ -203,7 +205,8 @@ def _open_folder(folder: Path, image_size: int, channels: int) -> Source:
             yield read_images(paths[start : start + BATCH], image_size, channels)
 
     names = tuple(child.name for child in classes)
-    return Source(f"folder:{folder}", names, labels.astype(np.int64), batches)
+    others = tuple(path for paths in passed_over for path in paths)
+    return Source(f"folder:{folder}", names, labels.astype(np.int64), batches, others)
 
 
 # What a user's own code gives
