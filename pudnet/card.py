@@ -95,8 +95,11 @@ def card_target(card: Card, target: str | nn.Module | None = None) -> Target:
 
 def loaded(module: nn.Module, tensors: dict[str, Tensor], path: str | Path) -> nn.Module:
     """The module with a file's tensors in it; `UserError` where they do not fit."""
+    state = module.state_dict()  # it carries the versions that some layers look at as they load
+    state.clear()
+    state.update(tensors)
     try:
-        module.load_state_dict(tensors)
+        module.load_state_dict(state)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path}: its tensors do not fit its card ({reason})") from None

@@ -98,7 +98,7 @@ class LinearClassifier(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Logits (N, k)."""
         with torch.autocast(features.device.type, enabled=False):
-            return F.linear(features.float(), self.head_weight, self.head_bias)
+            return F.linear(features.float(), self.head_weight.float(), self.head_bias.float())
 
     def plain(self) -> nn.Module:
         """The same for exporters, which know nothing of autocast."""

@@ -61,11 +61,11 @@ class PredictedNetwork(nn.Module):
 
     def logits(self, normalized: Tensor) -> Tensor:
         """`forward` on images (N, C, H, W) that are normalised already."""
-        return self.classifier(features_in_parts(self.body, normalized))
+        return self.classifier(features_in_parts(self.body, normalized.to(self.mean.dtype)))
 
     @torch.no_grad()
     def _features(self, normalized: Tensor) -> Tensor:
-        return self.body(normalized).flatten(1)
+        return self.body(normalized.to(self.mean.dtype)).flatten(1)  # after `half()` or `double()` that dtype
 
     @torch.no_grad()
     def _logits(self, normalized: Tensor) -> Tensor:
@@ -73,11 +73,11 @@ class PredictedNetwork(nn.Module):
 
     def _chunks(self, images: Images | ImageSet) -> Iterator[Tensor]:
         for pixels in image_set(images, self.card).chunks(images_at_a_time(self.card.image_size)):
-            yield normalize(pixels.to(self.mean.device), self.mean, self.std)
+            yield normalize(pixels.to(self.mean.device), self.mean.float(), self.std.float())
 
     def target_state_dict(self) -> dict[str, Tensor]:
-        """The state dict of the plain target network, running statistics included."""
-        return dict(self.body.state_dict())
+        """The state dict of the plain target network, running statistics and layers' versions included."""
+        return self.body.state_dict()
 
     def save(self, path: str | Path) -> None:
         """Write the plain target's tensors, the classifier's and the card as .safetensors."""

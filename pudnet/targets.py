@@ -25,6 +25,7 @@ from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
+from pudnet.device import wants_bf16
 from pudnet.errors import UserError
 
 Weights = Mapping[str, Tensor]  # predicted weights: parameter name -> (..., d_out, d_in, f, f), leading: groups
@@ -162,7 +163,11 @@ def build_target(target: str | nn.Module, channels: int, image_size: int) -> Tar
     _refuse_unfit_layers(network, name)
     images = torch.randn(2, channels, image_size, image_size, generator=torch.Generator().manual_seed(0))
     convs, features = _forward_order(network.eval(), name, images)
+    images = images.contiguous(memory_format=torch.channels_last)  # as they come in training
+    if _wants_contiguous_maps(network, images):
+        _give_contiguous_maps(network)
     _refuse_what_only_training_does(network.train(), name, images)
+    _refuse_what_cannot_be_trained(network, name, images)
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
@@ -280,6 +285,45 @@ def _refuse_what_only_training_does(network: nn.Module, name: str, images: Tenso
     for path, buffer in trained.named_buffers():
         if path not in before or not torch.allclose(before[path], buffer, rtol=0, atol=0, equal_nan=True):
             raise UserError(f"target {name}: {path} changes in training: it would carry one group into the next")
+
+
+@torch.no_grad()
+def _wants_contiguous_maps(network: nn.Module, images: Tensor) -> bool:
+    """Whether the network, which takes contiguous images, fails on channels_last ones, as a `view` of its maps does."""
+    try:
+        copy.deepcopy(network).to(memory_format=torch.channels_last)(images)
+    except RuntimeError:  # "view size is not compatible with input tensor's size and stride"
+        return True
+    return False
+
+
+def _give_contiguous_maps(network: nn.Module) -> None:
+    """Make a network's images and the output of its convolutions contiguous, in whatever layout they are computed."""
+    network.register_forward_pre_hook(_contiguous_images)
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(_contiguous_output)
+
+
+def _contiguous_images(network: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+    return (inputs[0].contiguous(),)
+
+
+def _contiguous_output(conv: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+    return output.contiguous()
+
+
+def _refuse_what_cannot_be_trained(network: nn.Module, name: str, images: Tensor) -> None:
+    """Run a step as training does: its layout, its precision, and a gradient."""
+    trained = copy.deepcopy(network).to(memory_format=torch.channels_last).train()
+    _forget_statistics(trained)
+    with torch.enable_grad():
+        with torch.autocast("cpu", torch.bfloat16, enabled=wants_bf16("auto", images.device)):
+            features = _features(trained, name, images)
+        try:
+            features.float().sum().backward()
+        except RuntimeError as error:
+            raise UserError(f"target {name}: has no gradient ({_one_line(error)})") from None
 
 
 def _features(network: nn.Module, name: str, images: Tensor) -> Tensor:
@@ -444,4 +488,4 @@ def _write_in_passing(network: nn.Module, name: str, write: Callable[[Tensor], T
 
 def _make_biased(norm: _BatchNorm, inputs: tuple[Tensor], output: Tensor) -> None:
     count = inputs[0].numel() / norm.num_features
-    norm.running_var.mul_((count - 1) / count)
+    norm.running_var.mul_((count - 1) / count).clamp_min_(0)  # of maps that are all alike, bf16 makes it negative

@@ -26,6 +26,20 @@ class Depthwise(nn.Module):
         return self.head(maps.mean((2, 3)) * self.mask)
 
 
+class Viewing(nn.Module):
+    """Takes a `view` of its maps, as tutorials do, which only contiguous ones allow."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+        self.conv = nn.Conv2d(8, 8, 3, stride=2, padding=1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps = self.conv(self.norm(self.stem(images)).relu())
+        return maps.view(maps.size(0), -1)
+
+
 class Wrapped(nn.Module):
     """One layer that a test chooses, and a convolution."""
 

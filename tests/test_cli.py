@@ -129,6 +129,14 @@ def test_classify_says_which_images_the_weights_were_predicted_from(photos, weig
     assert "looked_at: 30 images, by their checksums" in capsys.readouterr().out
 
 
+def test_files_of_a_type_that_is_not_read_are_said(weights, tmp_path, capsys):
+    folder = write_digits(tmp_path / "data", (0, 1, 4), 20)
+    (folder / "0" / "x.psdx").write_text("no image")
+    for command in ("predict", f"classify --weights {weights}", f"finetune --weights {weights} --epochs 1"):
+        assert main([*command.split(), "--data", str(folder), "--out", str(tmp_path / "out")]) == 0
+        assert "passed over, since their type is not read: 1 .psdx" in capsys.readouterr().out
+
+
 @pytest.fixture
 def bad(photos, weights, tmp_path):
     """What a user may hand over by mistake."""

@@ -393,7 +393,7 @@ def test_other_test_store_is_taken_whole():
 def test_a_class_of_one_image_has_no_halves():
     split = split_classes(10, 6, 2, seed=0, test_store_classes=3)
     sizes = GroupSizes(2, 10, 3, 3, 3, 1, test_whole=True)
-    with pytest.raises(UserError, match="a test class has fewer than 2 images"):
+    with pytest.raises(UserError, match="name1. has 1 image.s., too few for two halves"):
         build_groups(split, sizes, make_store([20] * 10), make_store([6, 1, 10]))
 
 

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from pudnet import Predictor
-from pudnet.data.folders import image_files
+from pudnet.data.folders import by_type, image_files
 from pudnet.data.own import open_folder
 from pudnet.data.sources import open_source
 from pudnet.errors import UserError
@@ -114,3 +114,17 @@ def test_hidden_and_other_files_are_left_aside(tmp_path):
     root = fill(tmp_path, "a.png", "deep/er/b.JPG", ".hidden/c.png", ".d.png")
     (root / "notes.txt").write_text("no image")
     assert image_files(root) == ([root / "a.png", root / "deep/er/b.JPG"], [root / "notes.txt"])
+
+
+def test_files_of_a_type_that_is_not_read_are_counted(predictor, tmp_path):
+    root = fill(tmp_path / "root", "cat/a.png", "cat/b.png", "dog/c.png")
+    for row in range(5):
+        (root / "cat" / f"{row}.xcf").write_bytes(b"a layered image")
+    (root / "dog" / "notes.txt").write_text("no image")
+    assert by_type(open_folder(root, predictor.card).passed_over) == "5 .xcf, 1 .txt"
+    assert by_type(open_source(f"folder:{root}", root, 16, 3).passed_over) == "5 .xcf, 1 .txt"
+    (root / "emu").mkdir()
+    (root / "emu" / "x.xcf").write_bytes(b"a layered image")
+    for attempt in (lambda: predictor.predict(root), lambda: open_source(f"folder:{root}", root, 16, 3)):
+        with pytest.raises(UserError, match=r"emu has no images, only files that are not read as such \(1 .xcf\)"):
+            attempt()

@@ -1,19 +1,34 @@
 """A user's own images, in every form they come in: the same pixels as the model's training data was made of."""
 
+import contextlib
+import os
+import resource
+import struct
+import subprocess
+import sys
+import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from decimal import Decimal
 from enum import Enum
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
+import pyarrow as pa
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 from pudnet import Predictor
+from pudnet.data.decode import _Gate, read_image, to_array, unreadable
 from pudnet.data.own import ConvertedImages, encode_labels, image_set, open_folder
 from pudnet.data.sources import open_source
-from pudnet.errors import UserError
+from pudnet.errors import RunFailed, UserError
+
+ROOT = Path(__file__).parent.parent
 
 
 @dataclass
@@ -245,3 +260,106 @@ def test_floats_of_any_kind_and_read_only_arrays_will_do(dtype):
 def test_one_image_is_not_taken_for_many(image):
     with pytest.raises(UserError, match="looks like one image; give .N, ...., as `image.None.`"):
         pixels(image)
+
+
+MISSING = {
+    "strings": pd.Series(["a", None, "b"], dtype="string"),
+    "arrow strings": pd.Series(["a", None, "b"], dtype="string[pyarrow]"),
+    "nullable integers": pd.Series([1, None, 2], dtype="Int64"),
+    "nullable truth values": pd.Series([True, None, False], dtype="boolean"),
+    "categories": pd.Series(["a", None, "b"], dtype="category"),
+    "days": pd.Series(pd.to_datetime(["2026-01-01", None, "2026-01-02"])),
+    "numpy's days": np.array(["2026-01-01", "NaT", "2026-01-02"], "datetime64[D]"),
+    "floats": np.array([1.0, np.nan, 2.0]),
+    "objects": ["a", pd.NA, "b"],
+    "arrow": pa.array(["a", None, "b"]),
+    "arrow in parts": pa.chunked_array([["a", None], ["b"]]),
+    "decimals": [Decimal(1), Decimal("NaN"), Decimal(2)],
+}
+
+
+@pytest.mark.parametrize("kind", MISSING)
+def test_a_missing_label_is_no_class_whatever_the_column(kind):
+    with pytest.raises(UserError, match="labels: image 1 has none"):
+        encode_labels(MISSING[kind], 3)
+
+
+def test_arrow_values_are_plain_labels_and_a_mapping_is_none():
+    assert encode_labels(pa.array(["b", "a", "b"]), 3)[1] == ("a", "b")
+    with pytest.raises(UserError, match="labels: must be one an image, got a dict"):
+        encode_labels({"a": 1, "b": 2}, 2)
+
+
+def big_photos(folder, count, size=(9000, 8000)):
+    """Class folders of large JPEGs."""
+    for name in ("a", "b"):
+        (folder / name).mkdir(parents=True)
+    Image.fromarray(picture(80, 90, 3)).resize(size).save(folder / "a" / "0.jpg")
+    for row in range(1, count):
+        (folder / "ab"[row % 2] / f"{row}.jpg").write_bytes((folder / "a" / "0.jpg").read_bytes())
+    return folder
+
+
+def limited(limit, folder, *options):
+    """`pudnet predict` under a limit of the shell's."""
+    command = (
+        f"{limit}; exec {sys.executable} -m pudnet.cli predict --data {folder} --out {folder}/w {' '.join(options)}"
+    )
+    return subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT)
+
+
+def test_little_memory_makes_no_good_image_a_bad_one(tmp_path):
+    """Twelve images of 72 M pixels took 5 GB when they were decoded side by side."""
+    done = limited("ulimit -v 6000000", big_photos(tmp_path, 12), "--skip-bad")
+    assert done.returncode == 0 and "from 12 of 12 images" in done.stdout and "left out" not in done.stdout, done.stderr
+
+
+def test_what_is_the_machines_fault_is_no_bad_file(tmp_path):
+    for row in range(4):
+        (tmp_path / "ab"[row % 2]).mkdir(exist_ok=True)
+        Image.fromarray(picture(20, 20, 3)).save(tmp_path / "ab"[row % 2] / f"{row}.png")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    opened = []
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    try:
+        with contextlib.suppress(OSError):
+            while True:
+                opened.append(open(os.devnull))  # noqa: SIM115, PTH123
+        with pytest.raises(RunFailed, match="cannot be read now .Too many open files.; the file may be good"):
+            unreadable([tmp_path / "a" / "0.png"])
+    finally:
+        for file in opened:
+            file.close()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_images_are_decoded_side_by_side_only_as_far_as_their_pixels_allow():
+    gate, inside, most = _Gate(10), [], []
+
+    def enter(pixels):
+        with gate.holding(pixels):
+            inside.append(pixels)
+            most.append(sum(inside) if len(inside) > 1 else 0)
+            time.sleep(0.01)
+            inside.remove(pixels)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(enter, [4, 4, 4, 50, 4, 4, 4, 9]))  # what is larger than all that may be inside goes alone
+    assert 4 < max(most) <= 10
+
+
+def test_a_large_jpeg_is_decoded_smaller_and_looks_the_same(tmp_path):
+    big_photos(tmp_path, 1, (5000, 5000))
+    with Image.open(tmp_path / "a" / "0.jpg") as image:
+        expected = to_array(image, 32, 3)
+    assert close(torch.from_numpy(read_image(tmp_path / "a" / "0.jpg", 32, 3)), expected, 6)
+
+
+def test_an_odd_entry_of_exif_does_not_matter(tmp_path):
+    entries = struct.pack("<HHI4s", ExifTags.Base.ImageWidth, 2, 4, b"abc")  # text, where a number has to stand
+    entries += struct.pack("<HHIHH", ExifTags.Base.Orientation, 3, 1, 6, 0)
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + entries + bytes(4)
+    Image.fromarray(picture(20, 20, 3)).save(tmp_path / "odd.jpg", exif=exif)
+    with Image.open(tmp_path / "odd.jpg") as odd:
+        turned = np.array(odd.transpose(Image.Transpose.ROTATE_270))
+    assert close(torch.from_numpy(read_image(tmp_path / "odd.jpg", 20, 3)), turned)

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 from torch.testing import assert_close
+from torchvision.models import mnasnet0_5
 
 from pudnet.card import FORMAT, METADATA, Card, read_tensors, write_tensors
 from pudnet.config import parse
@@ -429,3 +431,25 @@ def test_unfit_images_are_refused_by_predictor_and_network(images, message, pred
     for use in (network, network.features, network.normalize):
         with pytest.raises(UserError, match=message):
             use(images)
+
+
+def test_a_network_whose_layers_look_at_their_versions_is_saved_and_loaded(tmp_path):
+    def mnasnet():
+        network = mnasnet0_5()
+        network.classifier = nn.Identity()
+        return network
+
+    network = Predictor.untrained(mnasnet(), 3, 32).predict(np.zeros((4, 32, 32, 3), np.uint8), [0, 1, 0, 1])
+    network.save(tmp_path / "w.safetensors")
+    images = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
+    assert torch.equal(PredictedNetwork.load(tmp_path / "w.safetensors", mnasnet())(images), network(images))
+    mnasnet().load_state_dict(network.target_state_dict())
+
+
+@pytest.mark.parametrize("dtype", [torch.half, torch.bfloat16, torch.double])
+@pytest.mark.parametrize("variant", ["pudnet", "pudnet_plus"])
+def test_a_network_of_another_precision_classifies_alike(dtype, variant):
+    predictor = Predictor.untrained("convnet3", 3, 16, variant=variant)
+    network = predictor.predict(IMAGES, LABELS)
+    expected = network(QUERIES)
+    assert_close(network.to(dtype)(QUERIES).float(), expected, rtol=0.1, atol=0.2)

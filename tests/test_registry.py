@@ -2,9 +2,13 @@
 
 from dataclasses import asdict
 
+import mlflow
+import pandas as pd
 import pytest
 
-from pipeline.registry import hypernetwork
+from pipeline.registry import example_group, hypernetwork
+from pipeline.serving import PudNetModel
+from pudnet import Predictor
 from pudnet.card import Card
 from pudnet.config import ModelConfig, TrainConfig, apply_variant
 
@@ -19,3 +23,48 @@ from pudnet.config import ModelConfig, TrainConfig, apply_variant
 def test_what_makes_the_weights_is_said_whatever_was_searched(variant, said):
     model, _ = apply_variant(variant, ModelConfig(), TrainConfig())
     assert hypernetwork(Card("pudnet", "convnet3", 1, 8, (0.5,), (0.5,), 10.0, 10, asdict(model))) == said
+
+
+@pytest.fixture(scope="module")
+def served():
+    model = PudNetModel()
+    model.predictor = Predictor.untrained("convnet3", 3, 16)
+    return model
+
+
+def request(served, labels):
+    """A request of as many images as labels."""
+    images = list(example_group(served.predictor.card).image) * 2
+    return served.predict(None, pd.DataFrame({"image": images[: len(labels)], "label": labels}))
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes"),
+    [
+        (["a", "b", "a", "b", None, float("nan")], {"a", "b"}),
+        (["a", "", "a", "", None, pd.NA], {"a", ""}),  # the empty string is a label, as in Predictor.predict
+        ([1, 2, 1, 2, None, None], {1, 2}),
+        ([True, False, True, False, None, None], {True, False}),
+        ([0.5, 1.5, 0.5, 1.5, None, None], {0.5, 1.5}),
+        (pd.Series([1, 2, 1, 2, None, None], dtype="Int64"), {1, 2}),
+        (pd.Series(["a", "b", "a", "b", None, None], dtype="category"), {"a", "b"}),
+    ],
+)
+def test_a_query_is_a_row_without_a_label_and_nothing_else(labels, classes, served):
+    found = request(served, labels).label.tolist()
+    assert len(found) == 2 and set(found) <= classes
+    assert {type(label) for label in found} <= {type(label) for label in classes}
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (["a", "a", "a", "b", "b", 7, None, None], "row 5: the label 7 is a number, those before it are strings"),
+        (["a", "b", False, None], "row 2: the label False is a truth value, those before it are strings"),
+        (["a", ["b"], None], "row 1: the label is a list; it has to be a string or a number"),
+        (["a", "b"], "rows: 2 with a label and 0 without"),
+    ],
+)
+def test_labels_that_are_not_of_one_kind_are_refused_by_their_row(labels, message, served):
+    with pytest.raises(mlflow.MlflowException, match=message):
+        request(served, labels)

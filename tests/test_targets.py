@@ -14,7 +14,7 @@ from pudnet.errors import UserError
 from pudnet.targets import Calibrator, ConvNet3, SharedTarget, build_target, norms, target_code
 from tests.nets import REFUSED, features_of
 
-NAMES = ["convnet3", "resnet18", "tests.nets:Depthwise"]
+NAMES = ["convnet3", "resnet18", "tests.nets:Depthwise", "tests.nets:Viewing"]
 SIZE = 16
 
 

@@ -179,7 +179,7 @@ def build_groups(split: Split, sizes: GroupSizes, train: Store, test: Store | No
     }
     if sizes.test_whole:
         if not whole_class_images(test.labels, split.test_classes):
-            raise UserError("a test class has fewer than 2 images, too few for two halves; add images to it")
+            raise UserError(f"{_smallest(test, split.test_classes)}, too few for two halves; add images to it")
         rng = np.random.default_rng([split.seed, ROLE_STREAMS["test"]])
         tables["test"] = halve(test.labels, split.test_classes, rng)
     else:
@@ -198,8 +198,18 @@ def _images_per_class(split: Split, sizes: GroupSizes, train: Store, test: Store
     if not sizes.test_whole:
         fitting = min(fitting, whole_class_images(test.labels, split.test_classes))
     if fitting == 0:
-        raise UserError("a class has fewer than 2 images, too few for a group and its twin; add images to it")
+        lacking = test, split.test_classes
+        if not whole_class_images(train.labels, split.train_classes):
+            lacking = train, split.train_classes
+        raise UserError(f"{_smallest(*lacking)}, too few for a group and its twin; add images to it")
     return fitting
+
+
+def _smallest(store: Store, classes: Sequence[int]) -> str:
+    """Which class has the fewest images, and how many."""
+    counts = np.bincount(store.labels, minlength=len(store.class_names))
+    label = min(classes, key=lambda each: counts[each])
+    return f"class '{store.class_names[label]}' has {counts[label]} image(s)"
 
 
 def write_groups(
