@@ -29,7 +29,7 @@ lint: $(READY)
 ui: $(READY)
 	@echo "runs: http://127.0.0.1:5000/#/experiments/1/runs (of other settings: 2, 3, ...)"
 	$(IN_VENV) MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false MLFLOW_DISABLE_TELEMETRY=true \
-		mlflow ui --host 127.0.0.1 --backend-store-uri sqlite:///$(CURDIR)/mlflow.db --workers 1
+		mlflow ui --host 127.0.0.1 --backend-store-uri sqlite:///mlflow.db --workers 1
 
 $(READY): requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $(PYTHON) is older than Python 3.11; run make PYTHON=/path/to/python3.11"; exit 2; }

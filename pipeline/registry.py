@@ -17,7 +17,8 @@ from mlflow.types import ColSpec, Schema
 from mlflow.types.schema import AnyType
 from PIL import Image
 
-from pipeline.tracking import Tracking, quiet, tracking_uri
+from pipeline.stage import root
+from pipeline.tracking import Tracking, follow_move, quiet, tracking_uri
 from pudnet.card import Card, read_tensors
 from pudnet.config import ModelConfig
 from pudnet.errors import UserError
@@ -109,6 +110,8 @@ def download(uri: str) -> Path:
     database = Path("mlflow.db")
     if "MLFLOW_TRACKING_URI" not in os.environ and not database.is_file():
         raise UserError(f"{uri}: no {database} here; go to the project's folder or set MLFLOW_TRACKING_URI")
+    if "MLFLOW_TRACKING_URI" not in os.environ:
+        follow_move(root())
     mlflow.set_tracking_uri(tracking_uri())
     try:
         with quiet():

@@ -10,6 +10,7 @@ import contextlib
 import getpass
 import logging
 import os
+import sqlite3
 import sys
 import time
 import uuid
@@ -17,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import yaml
 
@@ -25,10 +27,11 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
 
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param, Run, RunTag
+from mlflow.entities import LifecycleStage, Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, ErrorCode
 from mlflow.tracking.registry import UnsupportedModelRegistryStoreURIException
+from sqlalchemy import make_url
 
 from pipeline.params import Params
 from pipeline.stage import alone, git_commit, root, write
@@ -36,6 +39,13 @@ from pudnet.errors import RunFailed, UserError
 
 KEY, PROJECT = "pudnet.key", "pudnet.project"
 REST = 10  # times as long as it took to fail, before a server is asked again
+PLACES = (  # the columns of MLflow's database that hold where artifacts lie
+    ("experiments", "artifact_location"),
+    ("runs", "artifact_uri"),
+    ("logged_models", "artifact_location"),
+    ("model_versions", "source"),
+    ("model_versions", "storage_location"),
+)
 EXPERIMENT_TAGS = {
     "mlflow.experimentKind": "custom_model_development",  # else the UI opens on its pages for language models
     "mlflow.note.content": "A search is one parent run with a child a trial; mark the children and press Compare. "
@@ -50,18 +60,24 @@ class Tracking:
         self.uri, self.name, self.artifacts, self.tags = uri, experiment, artifacts, dict(tags)
         self.project = project_id()
         self.is_down, self.asked_again = False, 0.0
+        self.said: set[str] = set()  # causes for which something was not logged
         self.waiting: list[Callable[[], object]] = []  # what is to be logged, in order
 
     @cached_property
     def client(self) -> MlflowClient:
         """The server, or the database, which is made where there is none."""
-        with _alone(self.uri):
+        with _alone(self.uri) as database:
+            if database:
+                sqlite3.connect(database).close()  # raises at once; MLflow tries for minutes
             return MlflowClient(self.uri)
 
     @cached_property
     def experiment(self) -> str:
         """The experiment's id."""
         found = self.client.get_experiment_by_name(self.name)
+        if found and found.lifecycle_stage == LifecycleStage.DELETED:
+            remedy = f"`mlflow experiments restore --experiment-id {found.experiment_id}` brings it back"
+            raise MlflowException(f"experiment {self.name} was deleted; {remedy}")
         try:
             return (
                 found.experiment_id
@@ -76,7 +92,8 @@ class Tracking:
     def attempt(self, log: Callable[[], object]) -> None:
         """Log, now or when the server answers again: nothing else ends because of it, or waits long for it.
 
-        What a server that answers does not take, an artifact on a full disk, is left to the stage's next run.
+        What a server that answers does not take (an artifact on a full disk, a run of a deleted experiment) is left
+        to the stage's next run, and said once for each cause.
         """
         self.waiting.append(log)
         handled = sys.exception()  # of the trial, where Ray tells of its end
@@ -92,17 +109,19 @@ class Tracking:
             del self.waiting[0]
             raise
         except Exception as error:  # MLflow's layers (HTTP, SQL, files) each raise errors of their own
-            if self._answers():
+            why, refused = _reason(error, handled), self._answers()
+            if refused:
                 del self.waiting[0]
             self.asked_again = time.monotonic() + REST * (time.monotonic() - start)
             self.__dict__.pop("experiment", None)
-            if not self.is_down:
-                why = _reason(error, handled)
+            if why not in self.said:
                 self._say(f"cannot be written ({why}); the run goes on; the stage, run again, logs the rest")
-            self.is_down = True
+            self.said.add(why)
+            self.is_down = not refused
         else:
             if self.is_down:
                 self._say("is written again")
+                self.said.clear()
             self.is_down = False
 
     def finish_waiting(self) -> None:
@@ -113,7 +132,7 @@ class Tracking:
             while self.waiting and self._answers():  # what it does not take keeps nothing else from being logged
                 self.asked_again = 0.0
                 self.attempt(lambda: None)
-        if self.waiting:
+        if self.waiting or self.said:
             self._say("was not told all of it; `python -m pipeline.STAGE` logs the rest")
 
     def _answers(self) -> bool:
@@ -172,7 +191,7 @@ class Tracking:
 
 def tracking_uri() -> str:
     """The project's sqlite database, or where MLFLOW_TRACKING_URI says."""
-    return os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{root()}/mlflow.db")
+    return os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{quote(str(root() / 'mlflow.db'))}")
 
 
 def open_tracking(params: Params) -> Tracking:
@@ -182,7 +201,9 @@ def open_tracking(params: Params) -> Tracking:
     """
     uri = tracking_uri()
     name = f"pudnet-{params.setting}-{params.target}"
-    artifacts = None if uri.startswith("http") else str(root() / "mlartifacts" / name)
+    artifacts = None if uri.startswith("http") else (root() / "mlartifacts" / name).as_uri()
+    if "MLFLOW_TRACKING_URI" not in os.environ:
+        follow_move(root())
     return _open(uri, name, artifacts, tuple(provenance(params).items()))
 
 
@@ -210,15 +231,44 @@ def project_id() -> str:
     return path.read_text().strip()
 
 
+def _database(uri: str) -> Path | None:
+    """The file of a sqlite database; None for another address."""
+    if not uri.startswith("sqlite:///"):
+        return None
+    return Path(make_url(uri).database or "")
+
+
 @contextlib.contextmanager
-def _alone(uri: str) -> Iterator[None]:
-    """One process at a time: several that open a fresh sqlite database trip over each other."""
-    path = Path(uri.removeprefix("sqlite:///"))
-    if not uri.startswith("sqlite:///") or not path.parent.is_dir():
-        yield
+def _alone(uri: str) -> Iterator[Path | None]:
+    """One process at a time: several that open a fresh sqlite database trip over each other. Gives the database."""
+    path = _database(uri)
+    if path is None or not path.parent.is_dir():
+        yield path
         return
     with alone(path.with_name(f"{path.name}.lock"), wait=True):
-        yield
+        yield path
+
+
+def follow_move(project: Path) -> None:
+    """Let the database of a project that was moved or copied say where its artifacts lie now.
+
+    MLflow keeps absolute places, and has no call that changes them (mlflow#3144), so that a moved project would write
+    to where it was, and a copy into its original.
+    """
+    database, now = project / "mlflow.db", (project / "mlartifacts").as_uri()
+    if not database.is_file():
+        return
+    with alone(database.with_name(f"{database.name}.lock"), wait=True), contextlib.suppress(sqlite3.Error):
+        connection = sqlite3.connect(database)
+        with contextlib.closing(connection), connection:
+            rows = connection.execute("SELECT artifact_location FROM experiments WHERE name LIKE 'pudnet-%'")
+            before = {place.rpartition("/")[0] for (place,) in rows if place}
+            for old in sorted(before - {now, str(project / "mlartifacts")}):
+                if not old.endswith("/mlartifacts"):  # put there by hand
+                    continue
+                for table, column in PLACES:
+                    moved = f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE substr({column}, 1, ?) = ?"
+                    connection.execute(moved, (now, len(old) + 1, len(old) + 1, f"{old}/"))
 
 
 @contextlib.contextmanager

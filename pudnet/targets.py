@@ -488,4 +488,4 @@ def _write_in_passing(network: nn.Module, name: str, write: Callable[[Tensor], T
 
 def _make_biased(norm: _BatchNorm, inputs: tuple[Tensor], output: Tensor) -> None:
     count = inputs[0].numel() / norm.num_features
-    norm.running_var.mul_((count - 1) / count).clamp_min_(0)  # of maps that are all alike, bf16 makes it negative
+    norm.running_var.mul_((count - 1) / count)

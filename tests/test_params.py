@@ -181,7 +181,7 @@ def test_results_depend_on_every_file_of_the_method_that_a_trial_imports():
     names = "import pipeline.trial, sys; print(*(name for name in sys.modules if name.startswith('pudnet.')))"
     imported = subprocess.run([sys.executable, "-c", names], capture_output=True, text=True, check=True).stdout.split()
     plain = {f"pudnet.{name}" for name in ("data", "errors", "files", "locations", "settings")}
-    plain |= {f"pudnet.data.{name}" for name in ("groups", "sources", "store")}
+    plain |= {f"pudnet.data.{name}" for name in ("datasets", "decode", "folders", "groups", "sources", "store")}
     counted = {file.relative_to(CODE).with_suffix("") for file in code_files(TRAINING_CODE + VALIDATION_CODE)}
     counted = {".".join(path.parts).removesuffix(".__init__") for path in counted}
     own_of_a_method = {name for name in imported if name.startswith("pudnet.baselines")}

@@ -439,9 +439,9 @@ def test_a_network_whose_layers_look_at_their_versions_is_saved_and_loaded(tmp_p
         network.classifier = nn.Identity()
         return network
 
-    network = Predictor.untrained(mnasnet(), 3, 32).predict(np.zeros((4, 32, 32, 3), np.uint8), [0, 1, 0, 1])
+    images = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), dtype=np.uint8)
+    network = Predictor.untrained(mnasnet(), 3, 32).predict(images, [0, 1] * 4)
     network.save(tmp_path / "w.safetensors")
-    images = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
     assert torch.equal(PredictedNetwork.load(tmp_path / "w.safetensors", mnasnet())(images), network(images))
     mnasnet().load_state_dict(network.target_state_dict())
 

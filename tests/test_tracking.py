@@ -1,0 +1,94 @@
+"""What MLflow is told stays with the project, wherever that lies, and what it does not take is said."""
+
+import shutil
+import sqlite3
+import time
+
+import pytest
+from mlflow import MlflowClient
+
+from pipeline.params import load_params
+from pipeline.registry import download
+from pipeline.tracking import Tracking, _open, open_tracking, tracking_uri
+from tests.smallest import shrink
+from tests.test_pipeline import ROOT
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """Go to a project's folder, as a stage's process finds it."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+
+    def enter(name):
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        if not (folder / "params.yaml").exists():
+            shutil.copy(ROOT / "params.yaml", folder)
+            shrink(folder / "params.yaml")
+        monkeypatch.chdir(folder)
+        _open.cache_clear()
+        return folder
+
+    return enter
+
+
+def log(tracking: Tracking, key: str, folder) -> None:
+    """A run with one artifact."""
+    (folder / "note.txt").write_text(key)
+    run = tracking.find_or_create(key, key)
+    tracking.client.log_artifact(run, str(folder / "note.txt"))
+    tracking.finish(run)
+
+
+@pytest.mark.parametrize("name", ["plain", "My%20Repo", "a?b=c", "c#d", "with space", "100%", "ü&;"])
+def test_any_folder_holds_its_own_database(name, project):
+    folder = project(name)
+    log(open_tracking(load_params()), "first", folder)
+    assert (folder / "mlflow.db").is_file() and len(list(folder.glob("mlartifacts/**/note.txt"))) == 1
+    assert sorted(path.name for path in folder.parent.iterdir()) == [name]  # and nothing lies beside it
+
+
+@pytest.mark.parametrize("way", ["moved", "copied"])
+def test_a_project_that_was_moved_or_copied_logs_to_where_it_is(way, project, tmp_path):
+    old = project("old")
+    log(open_tracking(load_params()), "first", old)
+    first = open_tracking(load_params()).find("first").info.run_id
+    before = sorted(path for path in old.rglob("*.txt"))
+    new = tmp_path / "new"
+    (shutil.move if way == "moved" else shutil.copytree)(old, new)
+    project("new")
+    log(open_tracking(load_params()), "second", new)
+    assert len(list(new.glob("mlartifacts/**/note.txt"))) == 2
+    assert download(f"runs:/{first}").is_relative_to(new) if list(new.glob("mlartifacts/**/*.safetensors")) else True
+    run = MlflowClient(tracking_uri()).get_run(first)
+    assert run.info.artifact_uri.startswith(new.as_uri())
+    assert sorted(old.rglob("*.txt")) == (before if way == "copied" else [])
+
+
+def test_a_database_that_cannot_be_opened_is_said_at_once(project, capsys):
+    folder = project("plain")
+    (folder / "mlflow.db").mkdir()
+    begun = time.monotonic()
+    open_tracking(load_params())
+    assert "cannot be written (unable to open database file)" in capsys.readouterr().out
+    assert time.monotonic() - begun < 20
+
+
+def test_what_the_server_refuses_for_good_is_never_called_written(project, capsys):
+    folder = project("plain")
+    tracking = open_tracking(load_params())
+    log(tracking, "first", folder)
+    tracking.client.delete_experiment(tracking.experiment)
+    _open.cache_clear()
+    again = open_tracking(load_params())
+    for key in ("second", "third"):
+        again.asked_again = 0.0
+        again.attempt(lambda key=key: log(again, key, folder))
+    again.attempt(lambda: None)
+    again.finish_waiting()
+    said = capsys.readouterr().out
+    assert said.count("was deleted; `mlflow experiments restore --experiment-id 1` brings it back") == 1
+    assert "is written again" not in said and said.count("was not told all of it") == 1
+    with sqlite3.connect(folder / "mlflow.db") as database:
+        assert database.execute("SELECT count(*) FROM runs").fetchone() == (1,)
