@@ -17,7 +17,6 @@ from mlflow.types import ColSpec, Schema
 from mlflow.types.schema import AnyType
 from PIL import Image
 
-from pipeline.stage import root
 from pipeline.tracking import Tracking, follow_move, quiet, tracking_uri
 from pudnet.card import Card, read_tensors
 from pudnet.config import ModelConfig
@@ -110,8 +109,7 @@ def download(uri: str) -> Path:
     database = Path("mlflow.db")
     if "MLFLOW_TRACKING_URI" not in os.environ and not database.is_file():
         raise UserError(f"{uri}: no {database} here; go to the project's folder or set MLFLOW_TRACKING_URI")
-    if "MLFLOW_TRACKING_URI" not in os.environ:
-        follow_move(root())
+    follow_move(tracking_uri())
     mlflow.set_tracking_uri(tracking_uri())
     try:
         with quiet():

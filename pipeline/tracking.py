@@ -191,7 +191,10 @@ class Tracking:
 
 def tracking_uri() -> str:
     """The project's sqlite database, or where MLFLOW_TRACKING_URI says."""
-    return os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{quote(str(root() / 'mlflow.db'))}")
+    database = str(root() / "mlflow.db")
+    if "%" in database or "?" in database:  # a slash is quoted too: of the quoted path MLflow makes the folders
+        database = quote(database, safe="")
+    return os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{database}")
 
 
 def open_tracking(params: Params) -> Tracking:
@@ -202,8 +205,7 @@ def open_tracking(params: Params) -> Tracking:
     uri = tracking_uri()
     name = f"pudnet-{params.setting}-{params.target}"
     artifacts = None if uri.startswith("http") else (root() / "mlartifacts" / name).as_uri()
-    if "MLFLOW_TRACKING_URI" not in os.environ:
-        follow_move(root())
+    follow_move(uri)
     return _open(uri, name, artifacts, tuple(provenance(params).items()))
 
 
@@ -249,15 +251,16 @@ def _alone(uri: str) -> Iterator[Path | None]:
         yield path
 
 
-def follow_move(project: Path) -> None:
+def follow_move(uri: str) -> None:
     """Let the database of a project that was moved or copied say where its artifacts lie now.
 
-    MLflow keeps absolute places, and has no call that changes them (mlflow#3144), so that a moved project would write
-    to where it was, and a copy into its original.
+    MLflow keeps absolute places and has no call that changes them (mlflow#3144). Left as they are, a moved project
+    would write to where it was, and a copy would write into its original. Another database is left alone.
     """
-    database, now = project / "mlflow.db", (project / "mlartifacts").as_uri()
-    if not database.is_file():
+    project, database = root(), _database(uri)
+    if database is None or database.resolve() != project / "mlflow.db" or not database.is_file():
         return
+    now = (project / "mlartifacts").as_uri()
     with alone(database.with_name(f"{database.name}.lock"), wait=True), contextlib.suppress(sqlite3.Error):
         connection = sqlite3.connect(database)
         with contextlib.closing(connection), connection:

@@ -23,7 +23,7 @@ from mlflow import MlflowClient
 from sklearn.datasets import load_digits
 from torch.testing import assert_close
 
-from pipeline.registry import png
+from pipeline.registry import download, png
 from pudnet import PredictedNetwork, Predictor
 from pudnet.baselines import LEARNED
 from pudnet.errors import UserError
@@ -154,6 +154,14 @@ def test_registered_model_is_loaded_by_its_uri(repro, monkeypatch):
         assert_close(found.model.state_dict(), expected.model.state_dict(), rtol=0, atol=0)
     with pytest.raises(UserError, match="models:/pudnet-digits-convnet3/9: cannot be had from sqlite:"):
         Predictor.load("models:/pudnet-digits-convnet3/9")
+
+
+def test_a_copied_project_has_its_registered_model_in_its_own_folder(repro, tmp_path, monkeypatch):
+    shutil.copy(repro / "mlflow.db", tmp_path)
+    shutil.copytree(repro / "mlartifacts", tmp_path / "mlartifacts")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert download("models:/pudnet-digits-convnet3@newest").is_relative_to(tmp_path)
 
 
 def test_publish_puts_the_model_and_its_card_among_those_that_ship(repro, tmp_path):
