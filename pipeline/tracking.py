@@ -60,7 +60,8 @@ class Tracking:
         self.uri, self.name, self.artifacts, self.tags = uri, experiment, artifacts, dict(tags)
         self.project = project_id()
         self.is_down, self.asked_again = False, 0.0
-        self.said: set[str] = set()  # causes for which something was not logged
+        self.said: set[str] = set()  # why nothing could be logged, since it last could
+        self.left_out = False  # something was refused, and is logged by the stage's next run
         self.waiting: list[Callable[[], object]] = []  # what is to be logged, in order
 
     @cached_property
@@ -112,6 +113,7 @@ class Tracking:
             why, refused = _reason(error, handled), self._answers()
             if refused:
                 del self.waiting[0]
+                self.left_out = True
             self.asked_again = time.monotonic() + REST * (time.monotonic() - start)
             self.__dict__.pop("experiment", None)
             if why not in self.said:
@@ -132,7 +134,7 @@ class Tracking:
             while self.waiting and self._answers():  # what it does not take keeps nothing else from being logged
                 self.asked_again = 0.0
                 self.attempt(lambda: None)
-        if self.waiting or self.said:
+        if self.waiting or self.left_out:
             self._say("was not told all of it; `python -m pipeline.STAGE` logs the rest")
 
     def _answers(self) -> bool:
