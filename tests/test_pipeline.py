@@ -282,6 +282,16 @@ def test_two_workers_train_as_one_does_with_all_groups_of_a_step(repro, tmp_path
         assert (found.state_dict()[name] - weight).abs().max() <= 0.05 * weight.abs().max() + 1e-4, name
 
 
+def test_ray_starts_whatever_folder_is_for_temporary_files(tmp_path):
+    """Ray puts sockets there, whose paths may have 107 characters."""
+    folder = tmp_path / ("a" * 60)
+    folder.mkdir()
+    ends = "import ray; from pipeline.cluster import session\nwith session(): print(ray.get(ray.put('answered')))"
+    env = environment(ROOT) | {"TMPDIR": str(folder)}
+    done = subprocess.run([sys.executable, "-c", ends], env=env, capture_output=True, text=True, check=False)
+    assert done.stdout == "answered\n", done.stderr
+
+
 def test_a_changed_store_is_refused_by_name(repro, tmp_path):
     project = tmp_path / "changed"
     shutil.copytree(repro / "data", project / "data")
