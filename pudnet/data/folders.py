@@ -67,7 +67,7 @@ def no_images(folder: Path, others: Sequence[Path]) -> UserError:
     """The error for a folder in which no file is of a type that is read."""
     held = f", only files that are not read as such ({by_type(others)})" if others else ""
     heic = any(file.suffix.lower() in HEIC for file in others)
-    remedy = "pip install pillow-heif reads HEIC" if heic else "add some or remove the folder"
+    remedy = "`pip install pillow-heif` lets HEIC be read" if heic else "add some or remove the folder"
     return UserError(f"folder {folder} has no images{held}; {remedy}")
 
 
