@@ -381,18 +381,26 @@ class _Vectorisable(TorchFunctionMode):
     def __torch_function__(self, function: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         if function is F.batch_norm:
-            return _norm_then_scale(**inspect.signature(function).bind(*args, **kwargs).arguments)
+            return _norm_then_scale(*args, **kwargs)
         if function is F.adaptive_avg_pool2d and args[1:] in ((1,), ((1, 1),)):  # torch's looks at the layout
             return args[0].mean((-2, -1), keepdim=True)
         return function(*args, **kwargs)
 
 
-def _norm_then_scale(input: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, **rest: Any) -> Tensor:
-    """`F.batch_norm` without scale and shift, and those after it.
+def _norm_then_scale(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *how: Any,
+    **named: Any,
+) -> Tensor:
+    """`F.batch_norm`, which is called as this is: first without scale and shift, and then those.
 
     With them it may be cuDNN's, which asks for the layout, or vmap's own, which makes maps of bf16 fp32.
     """
-    maps = F.batch_norm(input, **rest)
+    maps = F.batch_norm(input, running_mean, running_var, None, None, *how, **named)
     if weight is None:
         return maps
     scale, shift = (each.to(maps.dtype).view(-1, *[1] * (maps.ndim - 2)) for each in (weight, bias))

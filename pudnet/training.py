@@ -18,6 +18,7 @@ from pudnet.cpu import accelerate, compiling_pays, keep_freed_memory
 from pudnet.data.images import StoreImages
 from pudnet.device import flushing_denormals, wants_bf16
 from pudnet.errors import RunFailed, UserError
+from pudnet.gpu import compile_parts
 from pudnet.learner import Learner
 from pudnet.objective import Losses
 
@@ -92,6 +93,9 @@ class Trainer:
         if self.device.type == "cpu":
             keep_freed_memory()
             accelerate(self.learner, compiling_pays(*table.shape, images.image_size))
+        self.compiled = self.device.type == "cuda" and config.compile != "none"
+        if self.compiled:
+            compile_parts(self.learner, config.compile)
         self.parameters = list(learner.parameters())
         self.optimizer = torch.optim.Adam(self.parameters, lr=config.learning_rate, fused=True)
         self.autocast = wants_bf16(config.precision, self.device)
@@ -154,6 +158,8 @@ class Trainer:
 
     def _step(self, groups: np.ndarray | Tensor) -> Tensor:
         """One update on groups (B, N); sums over this worker's of losses, accuracy and the gradient's norm (6,)."""
+        if self.compiled:
+            torch.compiler.cudagraph_mark_step_begin()  # what the last step's graphs gave is done with
         own = groups[self.rank :: self.workers]
         losses = self._losses(own) if len(own) else None  # a last step may have fewer groups than there are workers
         self.optimizer.zero_grad()

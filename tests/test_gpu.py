@@ -140,6 +140,28 @@ def test_a_predicted_networks_features_are_those_of_the_cpu():
         assert_close(found[1], found[0], rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("kind", ["pudnet", "pudnet_plus", "r2d2"])
+def test_what_may_be_compiled_is_one_graph_and_the_same(kind, vectorised):
+    """`aot_eager` traces as every back end has it, and compiles nothing: seconds."""
+    learner = make_learner(kind)[0].to(DEVICE)
+    group = torch.randn(2, 24, 1, 8, 8, device=DEVICE), torch.tensor([[1] * 12 + [4] * 12] * 2, device=DEVICE)
+    expected = losses_and_gradients(learner, *group)
+    whole = {"backend": "aot_eager", "fullgraph": True, "dynamic": False}
+    model = getattr(learner.model, "trunk", learner.model)
+    model.shared.compile(**whole)
+    model.generate = torch.compile(model.generate, **whole)
+    assert_close(losses_and_gradients(learner, *group), expected, rtol=1e-4, atol=1e-5)
+
+
+@needs_gpu
+@pytest.mark.parametrize("how", ["kernels", "graphs"])
+def test_a_compiled_training_is_the_same(how, digits, images):
+    plain, compiled = (
+        list(make_trainer(digits, images, groups_per_step=2, compile=each).run())[-1] for each in ("none", how)
+    )
+    assert compiled.loss == pytest.approx(plain.loss, rel=1e-2)
+
+
 @needs_gpu
 def test_the_whole_set_lies_on_the_gpu_and_a_group_is_an_index(digits, images):
     group = digits.train[:2]
