@@ -32,8 +32,6 @@ from pudnet.errors import UserError
 
 # Predicted weights: parameter name -> (..., d_out, d_in, f, f). Leading are groups; what all groups share has none.
 Weights = Mapping[str, Tensor]
-
-
 Work = Callable[[Tensor, Weights], Tensor]  # of one group's images (N, C, H, W), under its weights
 
 
