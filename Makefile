@@ -4,7 +4,7 @@ VENV := .venv
 READY := $(VENV)/.ready
 IN_VENV := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 
-.PHONY: repro test faults lint ui
+.PHONY: repro test faults gpu lint ui
 
 repro: $(READY)
 	$(IN_VENV) dvc repro
@@ -20,6 +20,10 @@ test: $(READY)
 # Kills, full disks, lost servers and nodes, for real; some need root.
 faults: $(READY)
 	$(IN_VENV) python -m pytest tests/faults --durations=0 -o timeout=3600
+
+# Tests, speed, training at the paper's scale and a search by Ray on a GPU; without one it says so.
+gpu: $(READY)
+	$(IN_VENV) python -m benchmarks.gpu
 
 lint: $(READY)
 	$(IN_VENV) ruff check .

@@ -1,1 +1,1 @@
-"""Speed against the machine's floors: `python -m benchmarks.training`, `python -m benchmarks.prediction`."""
+"""Speed against the machine's floors: `python -m benchmarks.training`, `.prediction`, `.gpu`."""

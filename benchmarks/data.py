@@ -12,13 +12,13 @@ CLASSES, PER_CLASS, SIZE, CHANNELS = 80, 100, 32, 3
 CLASSES_PER_GROUP, IMAGES = 5, 500
 
 
-def make_images(device: torch.device) -> StoreImages:
+def make_images(device: torch.device, kind: type[StoreImages] = StoreImages) -> StoreImages:
     """8,000 colour images of 32 px, of 80 classes, on a device."""
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (CLASSES * PER_CLASS, SIZE, SIZE, CHANNELS), dtype=np.uint8)
     labels = np.repeat(np.arange(CLASSES), PER_CLASS)
     names = tuple(map(str, range(CLASSES)))
-    return StoreImages(Store(images, labels, names, (0.5,) * CHANNELS, (0.29,) * CHANNELS, "noise"), device)
+    return kind(Store(images, labels, names, (0.5,) * CHANNELS, (0.29,) * CHANNELS, "noise"), device)
 
 
 def make_groups(count: int) -> np.ndarray:

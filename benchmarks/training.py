@@ -45,17 +45,25 @@ def make_model(target: str) -> tuple[PudNet, Target]:
     return PudNet(config, plain), plain
 
 
-def as_trained(target: str, images: StoreImages, groups_per_step: int = 1) -> Callable[[], None]:
-    """A step as the pipeline makes it: `Trainer`'s own."""
-    config = TrainConfig(groups_per_step=groups_per_step)
-    table, classes = make_groups(LONG_RUN), tuple(range(CLASSES))
+def make_trainer(target: str, images: StoreImages, config: TrainConfig, groups: int = LONG_RUN) -> Trainer:
+    """A training of so many groups."""
+    table, classes = make_groups(groups), tuple(range(CLASSES))
     model, plain = make_model(target)
-    trainer = Trainer(MetaLearner(model, plain, config, CLASSES, CLASSES_PER_GROUP), images, table, classes, config)
+    return Trainer(MetaLearner(model, plain, config, CLASSES, CLASSES_PER_GROUP), images, table, classes, config)
+
+
+def step_of(trainer: Trainer) -> Callable[[], None]:
+    """A step as the pipeline makes it: `Trainer`'s own."""
 
     def step() -> None:
-        trainer._step(table[trainer.groups : trainer.groups + groups_per_step])
+        trainer._step(trainer.table[trainer.groups : trainer.groups + trainer.config.groups_per_step])
 
     return step
+
+
+def as_trained(target: str, images: StoreImages, groups_per_step: int = 1) -> Callable[[], None]:
+    """A step of a long training."""
+    return step_of(make_trainer(target, images, TrainConfig(groups_per_step=groups_per_step)))
 
 
 def straightforward(target: str, images: StoreImages) -> Callable[[], None]:
@@ -108,15 +116,21 @@ def take_turns(
     return times
 
 
-def step_floor(target: str, images: StoreImages, machine: Machine) -> Floor:
-    """What one step on one group has to do: extractor, target, generators, optimizer."""
-    model = make_model(target)[0].to(images.device)
+def count_layers(model: PudNet, images: StoreImages, machine: Machine) -> Counter:
+    """What one step on one group has to do in the layers of extractor and target."""
     counter = Counter(machine)
     handles = [*counter.watch(model.extractor), *counter.watch(model.shared)]
     batch = images(make_groups(1)[0])
     model.shared(batch, model.generate(model.sketch(batch)))
     for handle in handles:
         handle.remove()
+    return counter
+
+
+def step_floor(target: str, images: StoreImages, machine: Machine) -> Floor:
+    """What one step on one group has to do: extractor, target, generators, optimizer."""
+    model = make_model(target)[0].to(images.device)
+    counter = count_layers(model, images, machine)
     for generator in model.generators:
         rows, columns = generator.expand.shape
         counter.product(3 * 2 * rows * columns * generator.positions, 3 * rows * generator.positions)

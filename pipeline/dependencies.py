@@ -15,8 +15,8 @@ from pudnet.data.groups import open_groups
 from pudnet.targets import is_import_path, target_code
 
 CODE = Path(__file__).resolve().parent.parent
-TRAINING_CODE = ("config", "cpu", "device", "targets", "controls", "objective", "learner", "training", "hypernet")
-TRAINING_CODE += ("classifier", "data/images", "ridge")
+TRAINING_CODE = ("config", "cpu", "device", "gpu", "targets", "controls", "objective", "learner", "training")
+TRAINING_CODE += ("hypernet", "classifier", "data/images", "ridge")
 VALIDATION_CODE = ("evaluation", "predictor", "network", "card", "data/own")
 
 

@@ -9,24 +9,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pudnet.card import Card
-from pudnet.ridge import ridge_weights
+from pudnet.ridge import at_least_fp32, one_hot, ridge_weights
 
 
 def centroids(features: Tensor, labels: Tensor, classes: int) -> Tensor:
-    """Mean feature of each class, u_k of Eq. 6: features (N, d), labels (N,) in 0..k-1 -> (k, d), in fp32."""
-    one_hot = F.one_hot(labels, classes).float()  # (N, k); a product, since index_add is not reproducible on a GPU
+    """Mean feature of each class, u_k of Eq. 6: features (..., N, d), labels (N,) in 0..k-1 -> (..., k, d), in fp32."""
+    features = at_least_fp32(features)
+    own = one_hot(labels, classes).to(features.dtype)  # (N, k); a product: index_add is not reproducible on a GPU
     with torch.autocast(features.device.type, enabled=False):
-        return one_hot.T @ features.float() / one_hot.sum(0).unsqueeze(1)
+        return own.mT @ features / own.sum(-2).unsqueeze(-1)
 
 
 def metric_logits(features: Tensor, class_centroids: Tensor, temperature: Tensor | float) -> Tensor:
-    """Eq. 6 before its softmax: tau times the cosine of features (N, d) and centroids (k, d) -> (N, k).
+    """Eq. 6 before its softmax: tau times the cosine of features (..., N, d) and centroids (..., k, d) -> (..., N, k).
 
     In fp32 whatever the autocast: in bf16 the best two cosines of one image in a hundred are equal.
     """
     with torch.autocast(features.device.type, enabled=False):
-        cosines = F.normalize(features.float(), dim=-1) @ F.normalize(class_centroids.float(), dim=-1).T
-        return temperature * cosines
+        features, points = (F.normalize(at_least_fp32(each), dim=-1) for each in (features, class_centroids))
+        return temperature * (features @ points.mT)
 
 
 def ridge_layer(
@@ -34,19 +35,21 @@ def ridge_layer(
 ) -> tuple[Tensor, Tensor]:
     r"""Ridge regression of the one-hot labels on support features: :math:`s\,(1/k + R (f - \bar f) / n)`.
 
-    Features (N, d), of root mean square norm n about their mean, labels (N,) in 0..k-1 -> the same as a linear layer,
-    weight (k, d) and bias (k,), in fp32. The penalty is of features of unit mean square norm. Classes count alike,
-    however many images each has: mean, norm and squared errors are weighted.
+    Features (..., N, d), of root mean square norm n about their mean, labels (N,) in 0..k-1 -> the same as a linear
+    layer, weight (..., k, d) and bias (..., k), in fp32. The penalty is of features of unit mean square norm. Classes
+    count alike, however many images each has: mean, norm and squared errors are weighted. Leading dimensions are
+    groups, each with a layer of its own.
     """
     with torch.autocast(features.device.type, enabled=False):
-        features, y = features.float(), F.one_hot(labels, classes).float()
+        features = at_least_fp32(features)
+        y = one_hot(labels, classes).to(features.dtype)
         share = (y / (classes * y.sum(0))).sum(1, keepdim=True)  # (N, 1), of an image: sums to 1
-        mean = (share * features).sum(0)
+        mean = (share * features).sum(-2, keepdim=True)  # (..., 1, d)
         x = features - mean
-        norm = (share * x.square()).sum().clamp_min(1e-12).sqrt()
-        root = (len(features) * share).sqrt()
+        norm = (share * x.square()).sum((-2, -1), keepdim=True).clamp_min(1e-12).sqrt()  # (..., 1, 1)
+        root = (len(labels) * share).sqrt()
         weight = scale * ridge_weights(root * x / norm, root * (y - 1 / classes), ridge) / norm
-        return weight, scale / classes - weight @ mean
+        return weight, scale / classes - (weight @ mean.mT).squeeze(-1)
 
 
 class Regression(nn.Module):
@@ -60,10 +63,10 @@ class Regression(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(math.log(scale)))
 
     def forward(self, queries: Tensor, support: Tensor, labels: Tensor, classes: int) -> Tensor:
-        """Queries (Q, d) and support features (S, d) with labels (S,) in 0..k-1 -> logits (Q, k)."""
-        layer = ridge_layer(support, labels, classes, self.log_ridge.exp(), self.log_scale.exp())
+        """Queries (..., Q, d) and support features (..., S, d) with labels (S,) in 0..k-1 -> logits (..., Q, k)."""
+        weight, bias = ridge_layer(support, labels, classes, self.log_ridge.exp(), self.log_scale.exp())
         with torch.autocast(queries.device.type, enabled=False):
-            return F.linear(queries.float(), *layer)
+            return at_least_fp32(queries) @ weight.mT + bias.unsqueeze(-2)
 
     def card_values(self) -> dict[str, float]:
         """What a network's card says of it."""

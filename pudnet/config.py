@@ -71,6 +71,7 @@ class TrainConfig:
     schedule: Literal["constant", "cosine", "one_cycle"] = "constant"
     clip_norm: PositiveFloat = 10.0
     precision: Literal["auto", "fp32", "bf16"] = "auto"
+    compile: Literal["none", "kernels", "graphs"] = "none"  # what is done with small operators on a GPU: pudnet/gpu.py
     temperature: PositiveFloat = 10.0  # tau of Eq. 6: fixed in A.2, learnable in 3.5
     learn_temperature: bool = False
     full_weight: Weight = 1.0  # of L2, Eq. 8

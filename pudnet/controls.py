@@ -34,9 +34,8 @@ class StaticTrunk(nn.Module):
         return torch.empty(*images.shape[:-4], 0, device=images.device)
 
     def generate(self, sketch: Tensor) -> Weights:
-        """Return the one set of weights, for as many groups as the sketch (..., 0) is of."""
-        groups = sketch.shape[:-1]
-        return {name: kernel.expand(*groups, *kernel.shape) for name, kernel in self.base_weights().items()}
+        """Return the one set of weights, for however many groups the sketch (..., 0) is of."""
+        return {name: kernel.view_as(kernel) for name, kernel in self.base_weights().items()}
 
     def base_weights(self) -> dict[str, Tensor]:
         """The one set of weights."""

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pudnet.config import TrainConfig
 from pudnet.controls import StaticTrunk
 from pudnet.errors import UserError
 from pudnet.hypernet import PudNet
-from pudnet.objective import Losses, Objective
+from pudnet.objective import Losses, Objective, accuracy, cross_entropy, in_blocks
+from pudnet.ridge import at_least_fp32
 from pudnet.targets import Target
 
 MIX = 0  # seed of the order in which a table's images are mixed
@@ -33,8 +33,8 @@ class Learner(nn.Module):
 
     model: nn.Module
 
-    def losses(self, images: Tensor, labels: Tensor, done: float) -> list[Losses]:
-        """What each of several groups costs: images (B, N, C, H, W), labels (B, N) in 0..K-1, training classes.
+    def losses(self, images: Tensor, labels: Tensor, done: float) -> Losses:
+        """What each of several groups costs, (B,): images (B, N, C, H, W), labels (B, N) in 0..K-1, training classes.
 
         `done` is the share of the training that is over, 0..1.
         """
@@ -63,24 +63,24 @@ class MetaLearner(Learner):
         """The images of the groups that are for pretraining mixed, the others as they are."""
         return mixed(table, self.pretraining)
 
-    def losses(self, images: Tensor, labels: Tensor, done: float) -> list[Losses]:
+    def losses(self, images: Tensor, labels: Tensor, done: float) -> Losses:
         """Eq. 10 of each group, whose images stand in k blocks of one class; in pretraining L2 of mixed images."""
         if done < self.pretraining:
-            return [self._pretrain(*batch) for batch in zip(images, labels, strict=True)]
+            return self._pretrain(images, labels)
         sketch, seen = self._sketch(images)
         features = self.model.shared(images, self.model.generate(sketch))
         columns = labels.unflatten(1, (self.k, -1))[..., 0]  # (B, k)
         with torch.autocast(images.device.type, enabled=False):
-            groups = zip(features, columns, strict=True)
-            return [self.objective(*group, seen, self.model.regression) for group in groups]
+            return self.objective(features, columns, seen, self.model.regression)
 
     def _pretrain(self, images: Tensor, labels: Tensor) -> Losses:
-        """What images (N, C, H, W) with labels (N,) among all training classes cost under the base weights."""
+        """What images (B, N, C, H, W) with labels (B, N) among all training classes cost under the base weights."""
         features = self.model.shared(images, self.model.base_weights())
         with torch.autocast(images.device.type, enabled=False):
-            logits = self.objective.head(features.float())
-            loss, nothing = F.cross_entropy(logits, labels), torch.zeros((), device=images.device)
-        return Losses(loss, nothing, loss.detach(), nothing, (logits.argmax(1) == labels).float().mean())
+            logits = self.objective.head(at_least_fp32(features))
+            loss = cross_entropy(logits, labels)
+        nothing = torch.zeros_like(loss)
+        return Losses(loss, nothing, loss.detach(), nothing, accuracy(logits, labels))
 
     def _sketch(self, images: Tensor) -> tuple[Tensor, int]:
         """The groups' sketches, and of how many images of each class the labels are in them.
@@ -91,5 +91,5 @@ class MetaLearner(Learner):
             return self.model.sketch(images), 0
         blocks = images.unflatten(1, (self.k, -1))  # (B, k, n, C, H, W)
         seen = self.model.config.labelled(self.k, blocks.shape[2])
-        labels = torch.arange(self.k, device=images.device).repeat_interleave(seen)
-        return self.model.sketch(blocks[:, :, :seen].flatten(1, 2), labels.expand(len(blocks), -1)), seen
+        labels = in_blocks(self.k, seen, images.device)
+        return self.model.sketch(blocks[:, :, :seen].flatten(1, 2), labels, self.k), seen

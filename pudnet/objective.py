@@ -10,21 +10,40 @@ from torch import Tensor, nn
 
 from pudnet.classifier import Regression, metric_logits
 from pudnet.config import TrainConfig
+from pudnet.ridge import at_least_fp32
 
 
 def consistency(full: Tensor, metric: Tensor, columns: Tensor) -> Tensor:
-    """L3, Eq. 9: KL(q || p), q from the full head's logits (N, K), p from the metric's logits (N, k).
+    """L3, Eq. 9: KL(q || p) (...), q from the full head's logits (..., N, K), p from the metric's (..., N, k).
 
-    The k metric logits take the group's `columns` (k,) of the K and the rest are zeros, *before* the softmax
+    The k metric logits take the group's `columns` (..., k) of the K and the rest are zeros, *before* the softmax
     (A.2 pads logits; padded probabilities would make the divergence infinite).
     """
-    padded = torch.zeros_like(full).index_copy(1, columns, metric)
-    return F.kl_div(F.log_softmax(padded, 1), F.log_softmax(full, 1), log_target=True, reduction="batchmean")
+    padded = torch.zeros_like(full).scatter(-1, columns.unsqueeze(-2).expand_as(metric), metric)
+    each = F.kl_div(F.log_softmax(padded, -1), F.log_softmax(full, -1), log_target=True, reduction="none")
+    return each.sum((-2, -1)) / full.shape[-2]
+
+
+def cross_entropy(logits: Tensor, truth: Tensor) -> Tensor:
+    """Each group's mean cross-entropy: logits (..., N, k), truth (N,), of all groups, or (..., N) -> (...)."""
+    truth = truth.expand(logits.shape[:-1])
+    each = F.cross_entropy(logits.flatten(0, -2), truth.flatten(), reduction="none")
+    return each.view_as(truth).mean(-1)
+
+
+def accuracy(logits: Tensor, truth: Tensor) -> Tensor:
+    """Each group's share of images that are classified right: shapes as of `cross_entropy`."""
+    return (logits.argmax(-1) == truth).float().mean(-1)
+
+
+def in_blocks(classes: int, images: int, device: torch.device) -> Tensor:
+    """The labels (k n,) of k blocks of n images of one class."""
+    return torch.arange(classes, device=device).repeat_interleave(images)
 
 
 @dataclass(frozen=True)
 class Losses:
-    """What one group cost. Scalars, on the device, `total` with its gradient."""
+    """What groups cost, a value a group: tensors (...), on the device, `total` with its gradient."""
 
     total: Tensor  # Eq. 10
     metric: Tensor  # L1
@@ -34,7 +53,7 @@ class Losses:
 
 
 class Objective(nn.Module):
-    """L_total = L1 + L2 + L3 (Eq. 10) of one group's features, with the full head Q of Eq. 8.
+    """L_total = L1 + L2 + L3 (Eq. 10) of a group's features, with the full head Q of Eq. 8.
 
     The first `support_per_class` images of each class are the support set that gives the centroids; the
     others are the queries that L1 and L3 are of (Eq. 7 and 9 sum over all images; a support image would be
@@ -50,32 +69,34 @@ class Objective(nn.Module):
         self.temperature = nn.Parameter(tau) if config.learn_temperature else tau.item()
 
     def forward(self, features: Tensor, columns: Tensor, seen: int = 0, regression: Regression | None = None) -> Losses:
-        """Features (k * n, d) in blocks of n images a class; `columns` (k,) are the classes in 0..K-1.
+        """Features (..., k * n, d) in blocks of n images a class; `columns` (..., k) are the classes in 0..K-1.
 
-        Of the first `seen` images of each class the labels made the weights, so that they are no queries. `regression`
-        is the model's own way to classify, where it has one.
+        Leading dimensions are groups, all at once: what each costs (...). Of the first `seen` images of each class the
+        labels made the weights, so that they are no queries. `regression` is the model's own way to classify, where
+        it has one.
         """
-        seen = max(seen, self.config.support_per_class)
-        blocks = features.float().view(len(columns), -1, features.shape[-1])  # (k, n, d)
-        metric = self._metric(blocks, seen, regression)  # (k * (n - seen), k)
-        labels = _labels(blocks[:, seen:])
-        loss = F.cross_entropy(metric, labels)
+        k, seen = columns.shape[-1], max(seen, self.config.support_per_class)
+        blocks = at_least_fp32(features).unflatten(-2, (k, -1))  # (..., k, n, d)
+        images = blocks.shape[-2]
+        metric = self._metric(blocks, seen, regression)  # (..., k * (n - seen), k)
+        labels = in_blocks(k, images - seen, columns.device)
+        loss = cross_entropy(metric, labels)
         full_loss = kl = torch.zeros_like(loss)
         if self.config.full_weight > 0 or self.config.kl_weight > 0:
-            full = self.head(blocks)  # (k, n, K)
-            full_loss = F.cross_entropy(full.flatten(0, 1), columns.repeat_interleave(blocks.shape[1]))
-            kl = self._consistency(full[:, seen:].flatten(0, 1), metric, columns)
+            full = self.head(blocks)  # (..., k, n, K)
+            full_loss = cross_entropy(full.flatten(-3, -2), columns.repeat_interleave(images, -1))
+            kl = self._consistency(full[..., seen:, :].flatten(-3, -2), metric, columns)
         total = loss + self.config.full_weight * full_loss + self.config.kl_weight * kl
-        accuracy = (metric.argmax(1) == labels).float().mean()
-        return Losses(total, *(x.detach() for x in (loss, full_loss, kl)), accuracy)
+        return Losses(total, *(x.detach() for x in (loss, full_loss, kl)), accuracy(metric, labels))
 
     def _metric(self, blocks: Tensor, seen: int, regression: Regression | None) -> Tensor:
-        """Logits of the queries, those after the first `seen` of each class."""
-        queries = blocks[:, seen:].flatten(0, 1)
+        """Logits (..., Q, k) of the queries, those after the first `seen` of each class."""
+        k, queries = blocks.shape[-3], blocks[..., seen:, :].flatten(-3, -2)
         if regression is None:
-            return metric_logits(queries, blocks[:, : self.config.support_per_class].mean(1), self.temperature)
-        support = blocks[:, :seen]
-        return regression(queries, support.flatten(0, 1), _labels(support), len(blocks))
+            support = blocks[..., : self.config.support_per_class, :].mean(-2)
+            return metric_logits(queries, support, self.temperature)
+        support = blocks[..., :seen, :].flatten(-3, -2)
+        return regression(queries, support, in_blocks(k, seen, blocks.device), k)
 
     def _consistency(self, full: Tensor, metric: Tensor, columns: Tensor) -> Tensor:
         """L3, with the side that is not to learn from it held fixed.
@@ -88,8 +109,3 @@ class Objective(nn.Module):
         full = full.detach() if teaches == "metric" else full
         metric = metric.detach() if teaches == "full" else metric
         return consistency(full, metric, columns)
-
-
-def _labels(blocks: Tensor) -> Tensor:
-    """Of blocks (k, n, d) each image's own, (k * n,)."""
-    return torch.arange(len(blocks), device=blocks.device).repeat_interleave(blocks.shape[1])

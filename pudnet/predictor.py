@@ -25,7 +25,7 @@ from pudnet.errors import UserError
 from pudnet.hypernet import PudNet
 from pudnet.locations import local_file
 from pudnet.network import PredictedNetwork
-from pudnet.targets import Calibrator, Target, Weights, target_name
+from pudnet.targets import Calibrator, Target, Weights, own_weights, target_name
 
 if TYPE_CHECKING:
     from pudnet.finetune import FineTuned
@@ -221,7 +221,7 @@ class Predictor:
         sketches = torch.stack([self.sketch(images, labels) for images, labels, _ in groups])
         with torch.no_grad():
             weights = self.model.generate(sketches)
-        return [self.network({n: w[g] for n, w in weights.items()}, *group) for g, group in enumerate(groups)]
+        return [self.network(own_weights(weights, g), *group) for g, group in enumerate(groups)]
 
     def _prepare(
         self, images: Images | ImageSet, labels: Sequence | Pixels | None, seen: dict[int, str]
@@ -275,9 +275,9 @@ class Predictor:
     def _class_kernels(self, labels: Tensor, mark: Callable[[], None], maps: Tensor) -> Tensor:
         """The weight of the layer that has class filters, from what it is given for the images that calibrate."""
         mark()
-        filters, rows = self.model.filters, self.calibration_rows(labels)
+        filters, own = self.model.filters, _columns(labels[self.calibration_rows(labels)])
         with torch.autocast(self.device.type, enabled=False):
-            solved = filters.solve(maps, filters.layer(self.calibrate.empty), _columns(labels[rows]))
+            solved = filters.solve(maps, filters.layer(self.calibrate.empty), own, int(own.max()) + 1)
         weights = self.model.generate(solved.flatten())
         mark()
         return weights[filters.conv.name]

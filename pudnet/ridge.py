@@ -1,4 +1,4 @@
-"""Ridge regression in closed form, differentiable, of the smaller of its two systems."""
+"""Ridge regression in closed form, differentiable, of the smaller of its two systems; several groups' at once."""
 
 from __future__ import annotations
 
@@ -25,6 +25,16 @@ def _solve(gram: Tensor, ridge: Tensor | float, right: Tensor) -> Tensor:
     factor, failed = torch.linalg.cholesky_ex(gram + added)
     factor = factor.masked_fill(failed.bool()[..., None, None], math.nan)  # for training's guard, as any other loss
     return torch.cholesky_solve(right, factor)
+
+
+def one_hot(labels: Tensor, classes: int) -> Tensor:
+    """Labels (N,) in 0..k-1 -> (N, k) in fp32. Unlike `F.one_hot` it does not look whether they are, and wait."""
+    return (labels.unsqueeze(-1) == torch.arange(classes, device=labels.device)).float()
+
+
+def at_least_fp32(values: Tensor) -> Tensor:
+    """What autocast has made bf16 in fp32 again, which double precision, asked for by the caller, is left aside."""
+    return values if values.dtype == torch.float64 else values.float()
 
 
 def normalized_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

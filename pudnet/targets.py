@@ -14,10 +14,12 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -28,7 +30,14 @@ from torch.utils.hooks import RemovableHandle
 from pudnet.device import wants_bf16
 from pudnet.errors import UserError
 
-Weights = Mapping[str, Tensor]  # predicted weights: parameter name -> (..., d_out, d_in, f, f), leading: groups
+# Predicted weights: parameter name -> (..., d_out, d_in, f, f). Leading are groups; what all groups share has none.
+Weights = Mapping[str, Tensor]
+Work = Callable[[Tensor, Weights], Tensor]  # of one group's images (N, C, H, W), under its weights
+
+
+def own_weights(weights: Weights, group: int) -> dict[str, Tensor]:
+    """One group's weights (d_out, d_in, f, f) of those of several."""
+    return {name: weight[group] if weight.ndim > 4 else weight for name, weight in weights.items()}
 
 
 class Block(nn.Sequential):
@@ -359,6 +368,55 @@ class _Reached(Exception):
         self.maps = maps
 
 
+def one_by_one(work: Work, images: Tensor, weights: Weights) -> Tensor:
+    """`work` on several groups (G, N, C, H, W), one after the other."""
+    return torch.stack([work(group, own_weights(weights, g)) for g, group in enumerate(images)])
+
+
+class _Vectorisable(TorchFunctionMode):
+    """The same values of two functions that vmap cannot take as they are on a GPU, with channels_last maps."""
+
+    def __torch_function__(self, function: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if function is F.batch_norm:
+            return _norm_then_scale(*args, **kwargs)
+        if function is F.adaptive_avg_pool2d and args[1:] in ((1,), ((1, 1),)):  # torch's looks at the layout
+            return args[0].mean((-2, -1), keepdim=True)
+        return function(*args, **kwargs)
+
+
+def _norm_then_scale(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *how: Any,
+    **named: Any,
+) -> Tensor:
+    """`F.batch_norm`, which is called as this is: first without scale and shift, and then those.
+
+    With them it may be cuDNN's, which asks for the layout, or vmap's own, which makes maps of bf16 fp32.
+    """
+    maps = F.batch_norm(input, running_mean, running_var, None, None, *how, **named)
+    if weight is None:
+        return maps
+    scale, shift = (each.to(maps.dtype).view(-1, *[1] * (maps.ndim - 2)) for each in (weight, bias))
+    return torch.addcmul(shift, maps, scale)
+
+
+def together(work: Work, images: Tensor, weights: Weights) -> Tensor:
+    """`work` on several groups (G, N, C, H, W) as one vectorised call. Weights that they share are not repeated."""
+    own = {name: 0 if weight.ndim > 4 else None for name, weight in weights.items()}
+    try:
+        with _Vectorisable():
+            return vmap(work, (0, own), randomness="different")(images, dict(weights))
+    except RuntimeError as error:
+        if "vmap" not in str(error):
+            raise
+        raise UserError(f"train.groups_per_step: this target takes 1 only on a GPU ({_one_line(error)})") from None
+
+
 class SharedTarget(nn.Module):
     """What all groups share of a target: its structure, BatchNorm's affine parameters, biases.
 
@@ -381,28 +439,22 @@ class SharedTarget(nn.Module):
         Leading dimensions are groups, each under its own weights and its own images' statistics: one after the
         other on a CPU, which one group keeps busy, in one call on a GPU, which it does not.
         """
-        if images.ndim == 4:
-            return self._one(images, weights)
-        if images.device.type != "cpu" and len(images) > 1:
-            return self.together(images, weights)
-        features = []
-        for g, group in enumerate(images):
-            own = {name: each.squeeze(0) if len(images) == 1 else each[g] for name, each in weights.items()}
-            features.append(self._one(group, own))
-        return torch.stack(features)
-
-    def together(self, images: Tensor, weights: Weights) -> Tensor:
-        """`forward` of several groups (G, N, C, H, W) as one vectorised call."""
-        try:
-            return vmap(self._one, randomness="different")(images, dict(weights))
-        except RuntimeError as error:
-            if "vmap" not in str(error):
-                raise
-            raise UserError(f"train.groups_per_step: this target takes 1 only on a GPU ({_one_line(error)})") from None
+        return self._of_groups(self._one, images, weights)
 
     def input_of(self, conv: nn.Conv2d, images: Tensor, weights: Weights) -> Tensor:
-        """What a convolution of the body is given when a group's images (N, C, H, W) pass: (N, d_in, H', W')."""
+        """What a convolution of the body is given when images (..., N, C, H, W) pass: (..., N, d_in, H', W')."""
+        return self._of_groups(partial(self._input_of, conv), images, weights)
 
+    def _of_groups(self, work: Work, images: Tensor, weights: Weights) -> Tensor:
+        """`work` for however many groups the images (..., N, C, H, W) are of."""
+        if images.ndim == 4:
+            return work(images, weights)
+        if len(images) == 1:
+            alone = {name: weight.squeeze(0) if weight.ndim > 4 else weight for name, weight in weights.items()}
+            return work(images.squeeze(0), alone).unsqueeze(0)
+        return (one_by_one if images.device.type == "cpu" else together)(work, images, weights)
+
+    def _input_of(self, conv: nn.Conv2d, images: Tensor, weights: Weights) -> Tensor:
         def stop(module: nn.Module, args: tuple[Tensor]) -> None:
             raise _Reached(args[0])
 

@@ -18,6 +18,7 @@ from pudnet.cpu import accelerate, compiling_pays, keep_freed_memory
 from pudnet.data.images import StoreImages
 from pudnet.device import flushing_denormals, wants_bf16
 from pudnet.errors import RunFailed, UserError
+from pudnet.gpu import compile_parts
 from pudnet.learner import Learner
 from pudnet.objective import Losses
 
@@ -84,13 +85,17 @@ class Trainer:
                 "has leave none to train on; lower it or raise groups.images_per_group"
             )
         self.device = images.device
-        self.table = learner.arrange(table)
-        self.columns = np.zeros(max(train_classes) + 1, dtype=np.int64)
-        self.columns[list(train_classes)] = np.arange(len(train_classes))
+        self.table = images.beside(learner.arrange(table))
+        columns = np.zeros(images.labels.max() + 1, dtype=np.int64)
+        columns[list(train_classes)] = np.arange(len(train_classes))
+        self.columns = images.beside(columns[images.labels])  # of each image of the store its class among the K
         self.learner = learner.to(self.device, memory_format=torch.channels_last)
         if self.device.type == "cpu":
             keep_freed_memory()
             accelerate(self.learner, compiling_pays(*table.shape, images.image_size))
+        self.compiled = self.device.type == "cuda" and config.compile != "none"
+        if self.compiled:
+            compile_parts(self.learner, config.compile)
         self.parameters = list(learner.parameters())
         self.optimizer = torch.optim.Adam(self.parameters, lr=config.learning_rate, fused=True)
         self.autocast = wants_bf16(config.precision, self.device)
@@ -151,21 +156,24 @@ class Trainer:
             rollbacks=self.rollbacks,
         )
 
-    def _step(self, groups: np.ndarray) -> Tensor:
+    def _step(self, groups: np.ndarray | Tensor) -> Tensor:
         """One update on groups (B, N); sums over this worker's of losses, accuracy and the gradient's norm (6,)."""
+        if self.compiled:
+            torch.compiler.cudagraph_mark_step_begin()  # what the last step's graphs gave is done with
         own = groups[self.rank :: self.workers]
-        losses = self._losses(own) if len(own) else []  # a last step may have fewer groups than there are workers
+        losses = self._losses(own) if len(own) else None  # a last step may have fewer groups than there are workers
         self.optimizer.zero_grad()
         if losses:
-            (torch.stack([one.total for one in losses]).sum() / len(groups)).backward()
+            (losses.total.sum() / len(groups)).backward()
         self._add_gradients()
         norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm)
         self.optimizer.step()
         self.groups += len(groups)
         self._schedule()
-        rows = [(one.total, one.metric, one.full, one.kl, one.accuracy, norm) for one in losses]
-        found = [torch.stack([part.detach().float() for part in row]) for row in rows]
-        return torch.stack(found).sum(0) if found else torch.zeros(6, device=self.device)
+        if not losses:
+            return torch.zeros(6, device=self.device)
+        parts = (losses.total.detach(), losses.metric, losses.full, losses.kl, losses.accuracy)
+        return torch.stack([*(part.float().sum() for part in parts), norm * len(own)])
 
     def _add_gradients(self) -> None:
         """Add up the workers' gradients, in one message."""
@@ -185,8 +193,8 @@ class Trainer:
             torch.distributed.all_reduce(values)
         return values
 
-    def _losses(self, groups: np.ndarray) -> list[Losses]:
-        labels = torch.from_numpy(self.columns[self.images.labels[groups]]).to(self.device)
+    def _losses(self, groups: np.ndarray | Tensor) -> Losses:
+        labels = torch.as_tensor(self.columns[groups]).long()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             return self.learner.losses(self.images(groups), labels, self.groups / len(self.table))
 

@@ -66,9 +66,8 @@ def test_of_a_resnet_on_small_images_bdc_cuts_the_last_stage_off():
     method, own = make_method("meta_deepbdc", {}, target)
     assert own.features == 64 * 65 // 2
     assert {conv.name.split(".")[1] for conv in own.convs} == {"conv1", "layer1", "layer2", "layer3"} | {"0"}
-    method.learner(4, 2, 3).losses(torch.randn(1, 8, 3, 32, 32), torch.tensor([[0] * 4 + [1] * 4]), 0.9)[
-        0
-    ].total.backward()
+    losses = method.learner(4, 2, 3).losses(torch.randn(1, 8, 3, 32, 32), torch.tensor([[0] * 4 + [1] * 4]), 0.9)
+    losses.total.backward()
     assert all(p.grad is not None for p in method.trunk.parameters())
 
 
@@ -197,7 +196,7 @@ def test_musml_support_loss_leaves_each_image_out_of_its_own_centroid():
         means = [torch.stack([support[j] for j in range(6) if labels[j] == k and j != i]).mean(0) for k in range(2)]
         logits = torch.stack([10 * torch.cosine_similarity(support[i], mean, dim=0) for mean in means])
         losses.append(-float(logits.log_softmax(0)[labels[i]]))
-    found = method.support_loss(support, torch.tensor(labels)).item()
+    found = method.support_loss(support, torch.tensor(labels), 2).item()
     assert found == pytest.approx(sum(losses) / 6, rel=1e-4)
 
 
@@ -209,9 +208,9 @@ def test_musml_inner_steps_go_down_the_support_loss_by_its_numeric_gradient():
     def loss_at(v):
         with torch.no_grad():
             features = method.trunk.shared(images, method.trunk.generate(0, torch.tensor(v)))
-            return method.support_loss(features, labels).item()
+            return method.support_loss(features, labels, 2).item()
 
-    v = method.descend(0, images, labels)
+    v = method.descend(0, images, labels, 2)
     slopes = [(loss_at([0.5 + d, 0.5 + e]) - loss_at([0.5 - d, 0.5 - e])) / 2e-2 for d, e in ((1e-2, 0), (0, 1e-2))]
     assert v.tolist() == pytest.approx([0.5 - 0.01 * slope for slope in slopes], abs=2e-4)
 
@@ -221,8 +220,8 @@ def test_musml_takes_the_subspace_of_the_lowest_support_loss_and_learns_by_their
     method = method_of("musml", subspaces=3, softness=0.5)
     images, labels = torch.randn(1, 12, 1, 8, 8), torch.tensor([[0] * 6 + [1] * 6])
     support, own = images[0].unflatten(0, (2, 6))[:, :4].flatten(0, 1), torch.tensor([0] * 4 + [1] * 4)
-    ends = [method.descend(k, support, own) for k in range(3)]
-    losses = [method.support_loss_at(k, v, support, own).item() for k, v in enumerate(ends)]
+    ends = [method.descend(k, support, own, 2) for k in range(3)]
+    losses = [method.support_loss_at(k, v, support, own, 2).item() for k, v in enumerate(ends)]
     best = min(range(3), key=lambda k: losses[k])
     chosen = method.weights(support, own)
     expected = method.trunk.generate(best, ends[best])
@@ -236,7 +235,7 @@ def test_musml_takes_the_subspace_of_the_lowest_support_loss_and_learns_by_their
         outcomes.append(torch.nn.functional.cross_entropy(logits, torch.tensor([0, 0, 1, 1])).item())
     exps = [math.exp(-o / (0.5 * (1 - 0.4))) for o in outcomes]
     total = sum(e * o for e, o in zip(exps, outcomes, strict=True)) / sum(exps)
-    assert learner.losses(images, labels, 0.4)[0].total.item() == pytest.approx(total, rel=1e-4)
+    assert learner.losses(images, labels, 0.4).total.item() == pytest.approx(total, rel=1e-4)
 
 
 def test_musml_writes_weights_and_losses_in_fp32_under_autocast():
@@ -244,7 +243,7 @@ def test_musml_writes_weights_and_losses_in_fp32_under_autocast():
     images, labels = torch.randn(1, 12, 1, 8, 8), torch.tensor([[0] * 6 + [1] * 6])
     with torch.autocast("cpu", torch.bfloat16):
         weights = method.weights(images[0], labels[0])
-        (losses,) = method.learner(4, 2, 3).losses(images, labels, 0.0)
+        losses = method.learner(4, 2, 3).losses(images, labels, 0.0)
     assert {w.dtype for w in weights.values()} == {torch.float32} == {losses.total.dtype}
 
 
@@ -411,7 +410,7 @@ def test_pudnet_plus_and_the_static_trunk_are_pretrained_likewise(kind, toy):
     labels = torch.from_numpy(images.labels[train[0]])
     for done, head_learns in ((0.0, True), (0.25, False)):
         learner.zero_grad()
-        cost = learner.losses(images(train[:1]), labels[None], done)[0]
+        cost = learner.losses(images(train[:1]), labels[None], done)
         cost.total.backward()
         assert (learner.objective.head.weight.grad is not None) == head_learns
         assert (cost.full > 0) == head_learns and (cost.metric > 0) != head_learns
@@ -430,7 +429,7 @@ def test_two_stages_are_pretraining_and_then_episodes(name, toy):
     labels = torch.from_numpy(images.labels[train[0]])
     for done, head_learns in ((0.0, True), (0.5, False)):
         learner.zero_grad()
-        learner.losses(images(train[:1]), labels[None], done)[0].total.backward()
+        learner.losses(images(train[:1]), labels[None], done).total.backward()
         assert (learner.head[1].weight.grad is not None) == head_learns
 
 
@@ -438,7 +437,7 @@ def test_two_stages_are_pretraining_and_then_episodes(name, toy):
 def test_methods_take_a_network_of_ones_own(name):
     method, target = make_method(name, {}, build_target(Depthwise(3), 3, 16))
     images, labels = torch.randn(1, 12, 3, 16, 16), torch.tensor([[0] * 6 + [3] * 6])
-    (losses,) = method.learner(4, 2, 3).losses(images, labels, 0.9)
+    losses = method.learner(4, 2, 3).losses(images, labels, 0.9)
     losses.total.backward()
     assert all(p.grad is not None for p in method.trunk.parameters())
     card = Card(name, "tests.nets:Depthwise", 3, 16, (0.5,) * 3, (0.3,) * 3, 10.0, 3)

@@ -1,15 +1,19 @@
 """The floors that speed is compared with are counted right, and the benchmarks run."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import finetuning, prediction
+from benchmarks import finetuning, gpu, prediction
 from benchmarks.floors import Counter, Machine
-from pudnet.errors import UserError
+from benchmarks.gpu_scale import METHODS
+from pudnet.errors import UserError, exit_code
 from pudnet.predictor import Predictor
 
 MACHINE = Machine("cpu", 1, "float32", flops=1000.0, bandwidth=100.0, itemsize=4)
@@ -78,3 +82,30 @@ def test_the_finetuning_benchmark_is_on_classes_that_the_model_never_saw(tmp_pat
     predictor.save(model)
     with pytest.raises(UserError, match="sklearn:digits: 4 classes that the model was not trained on; it takes 5"):
         finetuning.main()
+
+
+def test_the_gpu_benchmark_runs_every_part_without_a_gpu(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--smallest", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent.parent)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert all(f"{part}: done" in done.stdout for part in gpu.PARTS)
+    parts = {part: json.loads((tmp_path / f"{part}.json").read_text()) for part in gpu.PARTS}
+    assert all(content["about"]["device"] == "cpu" and content["about"]["smallest"] for content in parts.values())
+    assert {row["outcome"] for row in parts["correct"]["tests"]} == {"passed", "skipped"}
+    assert [row["groups_a_step"] for row in parts["fast"]["steps"]] == [1, 2]
+    assert {row["what"] for row in parts["fast"]["profile"]} > {"all convolutions"}
+    assert {row["method"]: row["groups"] for row in parts["scale"]["methods"]} == dict.fromkeys(METHODS, 8)
+    assert all(0 <= row["accuracy"] <= 100 for row in parts["scale"]["methods"])
+    assert sorted(row["eta"] for row in parts["ray"]["trials"]) == ["0", "0.2"]
+
+
+def test_a_part_that_takes_too_long_ends_and_says_so(tmp_path):
+    ended = gpu.run_part("scale", ["--device", "cpu", "--smallest", "--out", str(tmp_path)], "cpu", limit=1)
+    assert ended.how == "did not end within its 1 s"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_gpu_benchmark_says_in_a_line_that_there_is_no_gpu(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["gpu", "--out", str(tmp_path)])
+    assert exit_code(gpu.main) == 2
+    assert capsys.readouterr().err.count("\n") == 1 and not list(tmp_path.iterdir())

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from torchvision.models import resnet18
 
 from pudnet.errors import UserError
-from pudnet.targets import Calibrator, ConvNet3, SharedTarget, build_target, norms, target_code
+from pudnet.targets import Calibrator, ConvNet3, SharedTarget, build_target, norms, target_code, together
 from tests.nets import REFUSED, features_of
 
 NAMES = ["convnet3", "resnet18", "tests.nets:Depthwise", "tests.nets:Viewing"]
@@ -93,7 +93,7 @@ def test_several_groups_at_once_are_the_same_as_one_by_one(name):
     stacked = {key: torch.stack([one[key] for one in weights]) for key in weights[0]}
     with torch.no_grad():
         expected = torch.stack([shared(group, own) for group, own in zip(images, weights, strict=True)])
-        for found in (shared(images, stacked), shared.together(images, stacked)):
+        for found in (shared(images, stacked), together(shared, images, stacked)):
             assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 

@@ -117,7 +117,7 @@ def test_resumed_run_ends_with_the_same_weights_bit_for_bit(kind, schedule, digi
 def test_several_groups_a_step_are_one_update_on_their_mean_loss(digits):
     together = make_trainer(digits, digits.train[:3], groups_per_step=3)
     single = make_trainer(digits, digits.train[:3])
-    losses = [single._losses(digits.train[g : g + 1])[0].total for g in range(3)]
+    losses = [single._losses(digits.train[g : g + 1]).total[0] for g in range(3)]
     torch.stack(losses).mean().backward()
     expected = [parameter.grad for parameter in single.parameters]
     (report,) = together.run()

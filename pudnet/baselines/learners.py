@@ -7,36 +7,28 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pudnet.baselines.method import Method
 from pudnet.learner import Learner, mixed
-from pudnet.objective import Losses
+from pudnet.objective import Losses, accuracy, cross_entropy, in_blocks
+from pudnet.ridge import at_least_fp32
 
 
 class MethodLearner(Learner):
-    """A method in training, a group at a time."""
+    """A method in training."""
 
     def __init__(self, method: Method, k: int, support: int) -> None:
         super().__init__()
         self.model, self.k, self.support = method, k, support
 
-    def losses(self, images: Tensor, labels: Tensor, done: float) -> list[Losses]:
-        """One loss a group."""
-        return [self.loss(*group, done) for group in zip(images, labels, strict=True)]
-
-    def loss(self, images: Tensor, labels: Tensor, done: float) -> Losses:
-        """What images (N, C, H, W) with labels (N,) among the training classes cost."""
-        raise NotImplementedError
-
     def features(self, images: Tensor) -> Tensor:
-        """Features (N, d) under the one set of weights, with the images' own BatchNorm statistics, in fp32."""
+        """Features (..., N, d) under the one set of weights, with the groups' own BatchNorm statistics, in fp32."""
         trunk = self.model.trunk
-        return trunk.shared(images, trunk.generate(trunk.sketch(images))).float()
+        return at_least_fp32(trunk.shared(images, trunk.generate(trunk.sketch(images))))
 
     def episode(self, features: Tensor) -> Losses:
-        """What a group's features (k * n, d), in k blocks of a class, cost as an episode."""
+        """What groups' features (..., k * n, d), in k blocks of a class, cost as episodes."""
         support, own, queries, truth = episode(features, self.k, self.support)
         with torch.autocast(features.device.type, enabled=False):
             return losses(self.model.logits(queries, support, own, self.k), truth)
@@ -45,8 +37,8 @@ class MethodLearner(Learner):
 class Episodic(MethodLearner):
     """Each group is an episode: its support set, the first images of each class, classifies the others."""
 
-    def loss(self, images: Tensor, labels: Tensor, done: float) -> Losses:
-        """Cross-entropy of the queries under the method's own rule. The group stands in k blocks of a class."""
+    def losses(self, images: Tensor, labels: Tensor, done: float) -> Losses:
+        """Cross-entropy of the queries under the method's own rule. Groups stand in k blocks of a class."""
         return self.episode(self.features(images))
 
 
@@ -65,7 +57,7 @@ class Pretraining(MethodLearner):
         """The same images, each as often, in an order that does not know of groups."""
         return mixed(table)
 
-    def loss(self, images: Tensor, labels: Tensor, done: float) -> Losses:
+    def losses(self, images: Tensor, labels: Tensor, done: float) -> Losses:
         """Cross-entropy of the full head."""
         features = self.features(images)
         with torch.autocast(features.device.type, enabled=False):
@@ -92,10 +84,10 @@ class TwoStages(Pretraining):
         """The first groups' images mixed, the others as they are."""
         return mixed(table, self.pretraining)
 
-    def loss(self, images: Tensor, labels: Tensor, done: float) -> Losses:
+    def losses(self, images: Tensor, labels: Tensor, done: float) -> Losses:
         """The full head's loss, then the method's own."""
         if done < self.pretraining:
-            return super().loss(images, labels, done)
+            return super().losses(images, labels, done)
         return self.episode(self.features(images))
 
     def rate(self, done: float) -> float:
@@ -104,17 +96,15 @@ class TwoStages(Pretraining):
 
 
 def episode(features: Tensor, k: int, support: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Features (k * n, d) in blocks of a class -> support (k * s, d), its labels, queries (k * (n - s), d), theirs."""
-    blocks = features.unflatten(0, (k, -1))  # (k, n, d)
-    classes = torch.arange(k, device=features.device)
-    parts = blocks[:, :support], blocks[:, support:]
-    (first, own), (rest, truth) = ((part.flatten(0, 1), classes.repeat_interleave(part.shape[1])) for part in parts)
+    """Features (..., k * n, d) in blocks of a class -> support (..., k * s, d), labels (k * s,), queries, theirs."""
+    blocks = features.unflatten(-2, (k, -1))  # (..., k, n, d)
+    first, rest = (part.flatten(-3, -2) for part in (blocks[..., :support, :], blocks[..., support:, :]))
+    own, truth = (in_blocks(k, count, features.device) for count in (support, blocks.shape[-2] - support))
     return first, own, rest, truth
 
 
 def losses(logits: Tensor, truth: Tensor) -> Losses:
-    """Cross-entropy of logits (N, k) as what a group cost."""
-    loss = F.cross_entropy(logits, truth)
+    """Cross-entropy of logits (..., N, k) as what groups cost."""
+    loss = cross_entropy(logits, truth)
     nothing = torch.zeros_like(loss)
-    accuracy = (logits.argmax(1) == truth).float().mean()
-    return Losses(loss, loss.detach(), nothing, nothing, accuracy)
+    return Losses(loss, loss.detach(), nothing, nothing, accuracy(logits, truth))

@@ -39,7 +39,7 @@ class MatchNet(Method):
 
     def logits(self, queries: Tensor, support: Tensor, labels: Tensor, k: int) -> Tensor:
         """Log-probabilities log p(y | x), (Q, k): their softmax is p again, so cross-entropy is the method's NLL."""
-        cosines = F.normalize(queries, dim=1) @ F.normalize(support, dim=1).T  # (Q, S)
-        attention = (self.config.scale * cosines).log_softmax(1)
+        cosines = F.normalize(queries, dim=-1) @ F.normalize(support, dim=-1).mT  # (..., Q, S)
+        attention = (self.config.scale * cosines).log_softmax(-1)
         other = labels != torch.arange(k, device=labels.device).unsqueeze(1)  # (k, S)
-        return attention.unsqueeze(1).masked_fill(other, -torch.inf).logsumexp(2)  # (Q, k)
+        return attention.unsqueeze(-2).masked_fill(other, -torch.inf).logsumexp(-1)  # (..., Q, k)

@@ -17,6 +17,7 @@ from pudnet.classifier import centroids
 from pudnet.config import STRICT, Fraction, Positive, PositiveFloat
 from pudnet.errors import UserError
 from pudnet.learner import Learner
+from pudnet.ridge import at_least_fp32
 from pudnet.targets import Block, Target
 
 
@@ -83,7 +84,7 @@ class BDCNetwork(nn.Module):
         """The upper triangle, with its diagonal, of each image's BDC matrix. In fp32 whatever the autocast."""
         maps = _map_of(self.body, self.layer, images)
         with torch.autocast(images.device.type, enabled=False):
-            matrices = bdc(self.reduce(maps.float()).flatten(2), self.tau)  # (N, c, c)
+            matrices = bdc(self.reduce(at_least_fp32(maps)).flatten(2), self.tau)  # (N, c, c)
         rows, columns = torch.triu_indices(*matrices.shape[1:], device=matrices.device)
         return matrices[:, rows, columns]
 

@@ -43,7 +43,10 @@ class Method(nn.Module):
         raise NotImplementedError
 
     def logits(self, queries: Tensor, support: Tensor, labels: Tensor, k: int) -> Tensor:
-        """Classify: queries (Q, d), support (S, d) with labels (S,) in 0..k-1 -> logits (Q, k). All in fp32."""
+        """Classify: queries (..., Q, d), support (..., S, d) with labels (S,) in 0..k-1 -> logits (..., Q, k), in fp32.
+
+        Leading dimensions are groups.
+        """
         raise NotImplementedError
 
     def weights(self, images: Tensor, labels: Tensor) -> Weights:
@@ -90,11 +93,11 @@ class Adapter:
 
 
 def squared_distances(queries: Tensor, points: Tensor) -> Tensor:
-    """Squared Euclidean distances of queries (Q, d) to points (k, d) -> (Q, k).
+    """Squared Euclidean distances of queries (..., Q, d) to points (..., k, d) -> (..., Q, k).
 
     By products, :math:`q^2 - 2 q p + p^2`, about the points' mean, so that no digits are lost to an offset.
     """
-    middle = points.mean(0)
+    middle = points.mean(-2, keepdim=True)
     queries, points = queries - middle, points - middle
-    squares = queries.square().sum(1, keepdim=True) + points.square().sum(1)
-    return torch.addmm(squares, queries, points.T, alpha=-2)
+    squares = queries.square().sum(-1, keepdim=True) + points.square().sum(-1).unsqueeze(-2)
+    return squares - 2 * (queries @ points.mT)

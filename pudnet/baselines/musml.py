@@ -15,7 +15,8 @@ from pudnet.baselines.method import Method
 from pudnet.classifier import centroids, metric_logits
 from pudnet.config import STRICT, Positive, PositiveFloat
 from pudnet.learner import Learner
-from pudnet.objective import Losses
+from pudnet.objective import Losses, cross_entropy, in_blocks
+from pudnet.ridge import at_least_fp32, one_hot
 from pudnet.targets import SharedTarget, Target, Weights
 
 
@@ -53,7 +54,7 @@ class Subspaces(nn.Module):
         )
 
     def generate(self, k: int, v: Tensor) -> Weights:
-        """w = S_k v, for v (m,), in fp32 whatever the autocast."""
+        """w = S_k v, for v (..., m), in fp32 whatever the autocast."""
         pairs = zip(self.shared.convs, self.bases, strict=True)
         with torch.autocast(v.device.type, enabled=False):
             return {conv.name: torch.tensordot(v, basis[k], 1) for conv, basis in pairs}
@@ -86,50 +87,53 @@ class MUSML(Method):
 
     def weights(self, images: Tensor, labels: Tensor) -> Weights:
         """Those of the subspace with the lowest support loss after the inner steps."""
-        found = [self.descend(k, images, labels) for k in range(self.config.subspaces)]
-        losses = [self.support_loss_at(k, v, images, labels).item() for k, v in enumerate(found)]
+        classes = int(labels.max()) + 1
+        found = [self.descend(k, images, labels, classes) for k in range(self.config.subspaces)]
+        losses = [self.support_loss_at(k, v, images, labels, classes).item() for k, v in enumerate(found)]
         best = losses.index(min(losses))
         return self.trunk.generate(best, found[best])
 
     @torch.enable_grad()
-    def descend(self, k: int, images: Tensor, labels: Tensor) -> Tensor:
-        """The inner steps in subspace k on support images (S, C, H, W): v (m,)."""
-        v = torch.full((self.config.dimension,), 1 / self.config.dimension, device=images.device)
+    def descend(self, k: int, images: Tensor, labels: Tensor, classes: int) -> Tensor:
+        """The inner steps in subspace k on groups' support images (..., S, C, H, W), labels (S,): v (..., m)."""
+        shape = (*images.shape[:-4], self.config.dimension)
+        v = self.trunk.bases[0].new_full(shape, 1 / self.config.dimension)
         for _ in range(self.config.inner_steps):
-            loss = self.support_loss_at(k, v.requires_grad_(), images, labels)
-            (gradient,) = torch.autograd.grad(loss, v)
+            loss = self.support_loss_at(k, v.requires_grad_(), images, labels, classes)
+            (gradient,) = torch.autograd.grad(loss.sum(), v)  # a group's loss is of its own v alone
             v = (v - self.config.inner_rate * gradient).detach()
         return v
 
-    def support_loss_at(self, k: int, v: Tensor, images: Tensor, labels: Tensor) -> Tensor:
+    def support_loss_at(self, k: int, v: Tensor, images: Tensor, labels: Tensor, classes: int) -> Tensor:
         """`support_loss` of the support images under the weights S_k v."""
-        return self.support_loss(self.trunk.shared(images, self.trunk.generate(k, v)).float(), labels)
+        features = self.trunk.shared(images, self.trunk.generate(k, v))
+        return self.support_loss(at_least_fp32(features), labels, classes)
 
-    def support_loss(self, support: Tensor, labels: Tensor) -> Tensor:
-        """Cross-entropy of support features (S, d), each against its class's centroid less its own share."""
+    def support_loss(self, support: Tensor, labels: Tensor, classes: int) -> Tensor:
+        """Cross-entropy (...) of support features (..., S, d), each against its class's centroid less its own share."""
         with torch.autocast(support.device.type, enabled=False):
-            means = centroids(support, labels, int(labels.max()) + 1)
+            means = centroids(support, labels, classes)
             cosines = metric_logits(support, means, self.config.temperature)
-            rest = labels.bincount()[labels].unsqueeze(1) * means[labels] - support  # a cosine needs its direction only
-            own = self.config.temperature * F.cosine_similarity(support, rest)
-            return F.cross_entropy(cosines.scatter(1, labels.unsqueeze(1), own.unsqueeze(1)), labels)
+            count = one_hot(labels, classes).sum(0)[labels].unsqueeze(1)  # of each image's class
+            rest = count * means[..., labels, :] - support  # a cosine needs its direction only
+            own = self.config.temperature * F.cosine_similarity(support, rest, dim=-1).unsqueeze(-1)
+            return cross_entropy(cosines.scatter(-1, labels.unsqueeze(1).expand_as(own), own), labels)
 
 
 class SubspaceLearner(MethodLearner):
     """Training of the bases and of what the target shares."""
 
-    def loss(self, images: Tensor, labels: Tensor, done: float) -> Losses:
+    def losses(self, images: Tensor, labels: Tensor, done: float) -> Losses:
         """The query losses of all subspaces, the better ones weighing more."""
         method, config = self.model, self.model.config
-        blocks = images.unflatten(0, (self.k, -1))[:, : self.support]
-        own = torch.arange(self.k, device=images.device).repeat_interleave(self.support)
+        support = images.unflatten(1, (self.k, -1))[:, :, : self.support].flatten(1, 2)
+        own = in_blocks(self.k, self.support, images.device)
         outcomes = []
         for k in range(config.subspaces):
-            v = method.descend(k, blocks.flatten(0, 1), own)
-            features = method.trunk.shared(images, method.trunk.generate(k, v)).float()
-            outcomes.append(self.episode(features))
+            v = method.descend(k, support, own, self.k)
+            outcomes.append(self.episode(at_least_fp32(method.trunk.shared(images, method.trunk.generate(k, v)))))
         totals = torch.stack([outcome.total for outcome in outcomes])
         shares = (-totals.detach() / (config.softness * max(0.01, 1 - done))).softmax(0)
-        total = (shares * totals).sum()
-        accuracy = (shares * torch.stack([outcome.accuracy for outcome in outcomes])).sum()
+        total = (shares * totals).sum(0)
+        accuracy = (shares * torch.stack([outcome.accuracy for outcome in outcomes])).sum(0)
         return replace(outcomes[0], total=total, metric=total.detach(), accuracy=accuracy)

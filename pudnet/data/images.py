@@ -23,7 +23,8 @@ def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 class StoreImages:
     """A store's images by index, on a device.
 
-    A GPU gets the whole uint8 array once; on a CPU it stays memory-mapped, so that all processes share it.
+    A GPU gets the whole uint8 array once; on a CPU it stays memory-mapped, so that all processes share it. Indices
+    are arrays, or on a GPU best tensors there (`beside`), which no step has to wait for.
     """
 
     def __init__(self, store: Store, device: torch.device) -> None:
@@ -36,15 +37,27 @@ class StoreImages:
         self._resident = torch.from_numpy(np.array(store.images)).to(device) if on_device else None
         self._mapped = store.images
 
-    def __call__(self, indices: np.ndarray) -> Tensor:
+    def beside(self, indices: np.ndarray) -> np.ndarray | Tensor:
+        """Integers that steps look up, a table of groups for one, where the images are: on a GPU a tensor of int32.
+
+        (Of int64 where they do not fit.) On a CPU the array itself, memory-mapped or not.
+        """
+        if self._resident is None:
+            return indices
+        small = indices.max(initial=0) < 2**31
+        return torch.from_numpy(indices.astype(np.int32 if small else np.int64)).to(self.device)
+
+    def __call__(self, indices: np.ndarray | Tensor) -> Tensor:
         """Rows `indices` (..., N) of the store -> normalised float images (..., N, C, H, W)."""
         return normalize(self.raw(indices), self.mean, self.std)
 
-    def raw(self, indices: np.ndarray) -> Tensor:
+    def raw(self, indices: np.ndarray | Tensor) -> Tensor:
         """Rows `indices` (..., N) of the store, uint8 (..., N, H, W, C)."""
         if self._resident is None:
             return torch.from_numpy(self._mapped[indices])  # fancy indexing copies out of the read-only map
-        return self._resident[torch.from_numpy(indices.astype(np.int64)).to(self.device)]
+        if isinstance(indices, np.ndarray):
+            indices = torch.from_numpy(indices.astype(np.int64)).pin_memory().to(self.device, non_blocking=True)
+        return self._resident[indices]
 
     def block_classes(self, indices: np.ndarray) -> np.ndarray:
         """Class ids (k,) of a group's blocks, in the order in which they stand in `indices`."""

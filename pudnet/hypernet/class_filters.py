@@ -16,23 +16,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pudnet.ridge import normalized_rows, ridge_weights
+from pudnet.ridge import at_least_fp32, normalized_rows, one_hot, ridge_weights
 from pudnet.targets import ConvShape
 
 
 def mean_patches(maps: Tensor, conv: nn.Conv2d, grid: int = 1) -> Tensor:
-    """The patch that a convolution sees of its input maps (N, d_in, H, W), averaged over each region: (N, R, p), fp32.
+    """The patch that a convolution sees of its input maps (..., d_in, H, W), averaged over each region: (..., R, p).
 
-    p = d_in f f, in the order of the convolution's weights. The regions are those of `regions`, of its output.
+    In fp32; p = d_in f f, in the order of the convolution's weights. The regions are those of `regions`, of its output.
     """
     before, after = _padding(conv)
+    maps = at_least_fp32(maps)
     if conv.padding_mode != "zeros":
-        maps = F.pad(maps.float(), (before[1], after[1], before[0], after[0]), conv.padding_mode)
+        padding = (before[1], after[1], before[0], after[0])  # of (N, d_in, H, W) alone: groups and images as one
+        maps = F.pad(maps.flatten(0, -4), padding, conv.padding_mode).unflatten(0, maps.shape[:-3])
         before = after = [0, 0]
-    sides = zip(maps.shape[2:], before, after, conv.kernel_size, conv.dilation, conv.stride, strict=True)
-    weights = _patch_weights(tuple(Side(*side) for side in sides), grid)
-    patches = maps.float().flatten(2) @ weights.to(maps.device)  # (N, d_in, R f f)
-    return patches.unflatten(2, (-1, math.prod(conv.kernel_size))).transpose(1, 2).flatten(2)
+    sides = zip(maps.shape[-2:], before, after, conv.kernel_size, conv.dilation, conv.stride, strict=True)
+    weights = _patch_weights(tuple(Side(*side) for side in sides), grid, maps.device).to(maps.dtype)
+    patches = maps.flatten(-2) @ weights  # (..., d_in, R f f)
+    return patches.unflatten(-1, (-1, math.prod(conv.kernel_size))).transpose(-3, -2).flatten(-2)
 
 
 class Side(NamedTuple):
@@ -62,11 +64,12 @@ class Side(NamedTuple):
 
 @cache
 @torch.inference_mode(False)  # it is kept: training may want it next
-def _patch_weights(sides: tuple[Side, Side], grid: int) -> Tensor:
-    """How much each pixel counts in each region's mean patch: (H W, R f f)."""
+def _patch_weights(sides: tuple[Side, Side], grid: int, device: torch.device) -> Tensor:
+    """How much each pixel counts in each region's mean patch: (H W, R f f), kept where it is used."""
     windows = regions(*(side.positions for side in sides), grid)
     taps = [[side.taps(part) for side, part in zip(sides, window, strict=True)] for window in windows]
-    return torch.stack([torch.einsum("ah,bw->hwab", *window) for window in taps], 2).flatten(2).flatten(0, 1)
+    weights = torch.stack([torch.einsum("ah,bw->hwab", *window) for window in taps], 2)
+    return weights.flatten(2).flatten(0, 1).to(device)
 
 
 def regions(height: int, width: int, grid: int) -> list[tuple[range, range]]:
@@ -95,7 +98,7 @@ def class_filters(patches: Tensor, labels: Tensor, classes: int, ridge: Tensor |
     Of the patches about their mean, of unit mean square norm, and the one-hot labels about theirs.
     """
     x, _, _ = normalized_rows(patches)
-    y = F.one_hot(labels, classes).float()
+    y = one_hot(labels, classes).to(x.dtype)
     y = (y - y.mean(0)).expand(*x.shape[:-1], classes)
     return F.normalize(ridge_weights(x, y, ridge), dim=-1)
 
@@ -120,16 +123,19 @@ class ClassFilters(nn.Module):
         """The convolution of a target network that the filters are of."""
         return network.get_submodule(self.conv.module)
 
-    def solve(self, maps: Tensor, conv: nn.Conv2d, labels: Tensor) -> Tensor:
-        """Maps (N, d_in, H, W) that `conv` is given, and labels (N,) in 0..k-1 -> class filters (R k, p)."""
-        patches = mean_patches(maps, conv, self.grid).transpose(0, 1)  # (R, N, p)
-        return class_filters(patches, labels, int(labels.max()) + 1, self.log_ridge.exp()).flatten(0, 1)
+    def solve(self, maps: Tensor, conv: nn.Conv2d, labels: Tensor, classes: int) -> Tensor:
+        """Maps (..., N, d_in, H, W) that `conv` is given, labels (N,) in 0..k-1 -> class filters (..., R k, p).
+
+        Leading dimensions are groups, whose images have the same labels in the same order.
+        """
+        patches = mean_patches(maps, conv, self.grid).transpose(-3, -2)  # (..., R, N, p)
+        return class_filters(patches, labels, classes, self.log_ridge.exp()).flatten(-3, -2)
 
     def forward(self, filters: Tensor) -> Tensor:
         """Class filters (..., R k, p) -> what they add to the kernels (..., d_out, d_in, f, f)."""
         channels, count = len(self.strength), filters.shape[-2]
         place = torch.arange(channels, device=filters.device)[:, None] - torch.arange(count, device=filters.device)
-        share = (place % min(channels, count) == 0).float()  # (d_out, R k)
+        share = (place % min(channels, count) == 0).to(filters.dtype)  # (d_out, R k)
         share = share / share.sum(1, keepdim=True).sqrt()
         added = self.strength * (share @ filters)  # (..., d_out, p)
         return added.unflatten(-1, self.conv.shape[1:])

@@ -14,6 +14,7 @@ from pudnet.hypernet.class_filters import ClassFilters
 from pudnet.hypernet.context import CONTEXTS
 from pudnet.hypernet.generator import WeightGenerator
 from pudnet.hypernet.sketch import Sketch
+from pudnet.ridge import at_least_fp32
 from pudnet.targets import SharedTarget, Target, Weights
 
 
@@ -55,18 +56,17 @@ class PudNet(nn.Module):
         """Whether a group's labels enter its sketch."""
         return self.filters is not None
 
-    def sketch(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
+    def sketch(self, images: Tensor, labels: Tensor | None = None, classes: int | None = None) -> Tensor:
         """Compress normalised images (..., N, C, H, W) to a sketch (..., l, m); the control returns its constant.
 
-        A class-aware one takes their labels (..., N) in 0..k-1, and is flat: the paper's (l m; nothing where there is
-        no change to predict), then the class filters (R k p).
+        A class-aware one takes their labels (N,) in 0..k-1, of every group alike, and is flat: the paper's (l m;
+        nothing where there is no change to predict), then the class filters (R k p). Of a GPU's labels the number of
+        `classes` is best given: to look for it is to wait for all that the GPU has to do.
         """
         if not self.class_aware:
             return self._summary(images)
-        if images.ndim > 4:
-            return torch.stack([self.sketch(*group) for group in zip(images, labels, strict=True)])
-        filters = self._solve(images, labels).flatten()
-        return torch.cat([self._summary(images).flatten(), filters]) if self.config.change else filters
+        filters = self._solve(images, labels, classes or int(labels.max()) + 1).flatten(-2)
+        return torch.cat([self._summary(images).flatten(-2), filters], -1) if self.config.change else filters
 
     def _summary(self, images: Tensor) -> Tensor:
         """The paper's sketch (..., l, m)."""
@@ -74,21 +74,24 @@ class PudNet(nn.Module):
             return self.extractor(images)
         return self.constant.expand(*images.shape[:-4], *self.constant.shape)
 
-    def _solve(self, images: Tensor, labels: Tensor) -> Tensor:
-        """One group's class filters (R k, p), from what the layer is given under the base."""
+    def _solve(self, images: Tensor, labels: Tensor, classes: int) -> Tensor:
+        """The groups' class filters (..., R k, p), from what the layer is given under the base."""
         conv = self.filters.layer(self.shared.body)
         maps = self.shared.input_of(conv, images, self.base_weights())
         with torch.autocast(images.device.type, enabled=False):
-            return self.filters.solve(maps, conv, labels)
+            return self.filters.solve(maps, conv, labels, classes)
 
     def base_weights(self) -> dict[str, Tensor]:
         """The learned kernels that predictions are a change of; none without a base."""
         return {conv.name: kernel for conv, kernel in zip(self.shared.convs, self.base, strict=self.config.base)}
 
     def generate(self, sketch: Tensor) -> Weights:
-        """Predict all convolution weights from a sketch, in fp32 whatever the autocast."""
+        """Predict all convolution weights from a sketch, in fp32 whatever the autocast.
+
+        Leading dimensions are groups; kernels that no group changes are one for all, without them.
+        """
         with torch.autocast(sketch.device.type, enabled=False):
-            sketch = sketch.float()
+            sketch = at_least_fp32(sketch)
             if not self.class_aware:
                 return self._changed(sketch)
             shape = (self.config.depth if self.config.change else 0, self.config.hidden)
@@ -101,7 +104,7 @@ class PudNet(nn.Module):
         """The base under a group's change, or whichever of the two there is, from the paper's sketch (..., l, m)."""
         base = self.base_weights()
         if not self.config.change:
-            return {name: kernel.expand(*summary.shape[:-2], *kernel.shape) for name, kernel in base.items()}
+            return {name: kernel.view_as(kernel) for name, kernel in base.items()}  # not the parameters themselves
         contexts = self._contexts(summary)
         made = {own.conv.name: own(context) for own, context in zip(self.generators, contexts, strict=True)}
         return {name: base[name] + change for name, change in made.items()} if base else made

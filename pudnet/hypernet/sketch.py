@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pudnet.config import ModelConfig
+from pudnet.ridge import at_least_fp32
 
 STRIDE = 2
 GROUPS = 8
@@ -77,5 +78,5 @@ class Sketch(nn.Module):
         groups = images.shape[:-3]
         maps = self.blocks(images.flatten(0, -4))  # (B, c, h, w)
         features = maps.mean((2, 3)) if self.linear is None else self.linear(maps.flatten(1))  # (B, d)
-        pooled = pool(features.float().view(*groups, -1), self.pooling)
+        pooled = pool(at_least_fp32(features).view(*groups, -1), self.pooling)
         return pooled[..., : math.prod(self.shape)].unflatten(-1, self.shape)

@@ -1,0 +1,60 @@
+"""Part `ray`: the smallest `dvc repro`, two trials of its search on one card."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import yaml
+
+from benchmarks.gpu_report import Report, Run
+from pudnet.errors import RunFailed
+from tests.smallest import shrink
+
+ROOT = Path(__file__).resolve().parent.parent
+NEEDED = ("ray", "mlflow", "dvc")
+NOT_COPIED = {".git", ".venv", ".pud", "data", "results", "mlartifacts", "mlflow.db", "dvc.lock"}
+ELSEWHERE = {"RAY_ADDRESS", "MLFLOW_TRACKING_URI", "DVC_ROOT"}  # a run of its own, whatever the shell has set
+
+
+def measure(run: Run, report: Report) -> None:
+    """Run a copy of the project, or say what is missing. With `smallest` up to the search alone: a real one, by Ray."""
+    if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
+        report.put("missing", missing)
+        print(f"ray: not run, as {' and '.join(missing)} are not installed; `make repro` installs them")
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        project = copy_project(Path(folder) / "pudnet")
+        command = ["dvc", "repro", *(["search"] if run.smallest else [])]
+        start = time.perf_counter()
+        environment = {key: value for key, value in os.environ.items() if key not in ELSEWHERE}
+        ended = subprocess.run(command, cwd=project, env=environment | {"PYTHONPATH": str(project)}, check=False)
+        report.put("command", " ".join(command))
+        report.put("seconds", time.perf_counter() - start)
+        if ended.returncode:
+            raise RunFailed(f"ray: `{' '.join(command)}` ended with exit code {ended.returncode}")
+        with (project / "results" / "search.csv").open() as rows:
+            for row in csv.DictReader(rows):
+                report.add("trials", row)
+        if not run.smallest:
+            report.put("metrics", json.loads((project / "results" / "metrics.json").read_text()))
+    report.show("trials")
+
+
+def copy_project(project: Path) -> Path:
+    """The project without what it has made, set to its smallest and to two trials side by side on one card."""
+    shutil.copytree(ROOT, project, ignore=lambda folder, names: NOT_COPIED & set(names) if Path(folder) == ROOT else [])
+    subprocess.run(["git", "init", "--quiet"], cwd=project, check=True)  # DVC wants one
+    path = project / "params.yaml"
+    shrink(path)
+    params = yaml.safe_load(path.read_text())
+    params["resources"] |= {"gpus": 0.5, "cpus": max(1, (os.cpu_count() or 1) // 2)}
+    path.write_text(yaml.safe_dump(params, sort_keys=False))
+    return project
