@@ -1,12 +1,12 @@
-"""What the driver does as trials report: one line in the terminal, one step in MLflow."""
+"""What the driver does as trials report: one line in the terminal, one step in MLflow; what has ended is kept."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
-from pathlib import Path
+from functools import cached_property, partial
 from typing import Any
 
 from pipeline import cluster  # first: it sets Ray's environment
@@ -15,89 +15,83 @@ from pipeline import cluster  # first: it sets Ray's environment
 from ray.tune import Callback
 from ray.tune.experiment import Trial
 
-from pipeline.kept import Diverged, Finished, add_report, keep_diverged, keep_trial, reports, written
-from pipeline.parallel import checkpoint_folder
+from pipeline.kept import Diverged, Finished, keep_trial, trial_folder
 from pipeline.params import Params
 from pipeline.tracking import Tracking, open_tracking
+from pipeline.trainable import AT, NOTE, REPLAYED, checkpoint_folder
 from pipeline.trial import DIVERGED, METRICS, TrialSpec
 from pudnet.errors import RunFailed
 
 PATIENCE = 60  # seconds without a trial at work before it is said
 
+Ended = dict[str, Finished | Diverged]  # by the trials' names
+
 
 class TrialProgress(Callback):
-    """Prints and logs each report once, also when trials are replayed after an interruption.
+    """Prints each report once and logs it once, also when a trial that goes on reports it again.
 
-    Ray pickles callbacks into the experiment: what is open is opened again where it is missing.
+    `keys` are those of all trials of an experiment, by name; `ended` are those of them that have ended.
     """
 
-    def __init__(self, params: Params, key: str, trials: int, parent: str | None, keep: bool) -> None:
-        self.params, self.key, self.trials, self.parent, self.keep = params, key, trials, parent, keep
-        self.rollbacks: dict[str, int] = {}
-        self._open()
+    def __init__(self, params: Params, key: str, parent: str | None, keys: Mapping[str, str], ended: Ended) -> None:
+        self.params, self.key, self.parent, self.keys, self.ended = params, key, parent, keys, {**ended}
+        self.got_on: set[str] = set()  # trials that reported something new
+        self.reports: dict[str, dict[int, dict[str, Any]]] = {}  # of each trial, by the number of groups
+        self.runs: dict[str, tuple[str, int]] = {}  # MLflow's of each trial, and the last step in it
+        self._is_at_work()
 
-    def _open(self) -> None:
-        self.reported: dict[str, list[dict[str, Any]]] = {}  # earlier, and by this process
-        self.unlogged: dict[str, list[dict[str, Any]]] = {}
-        self.runs: dict[str, tuple[str, int]] = {}  # and the last step when it was opened
-        self._tracking: Tracking | None = None
-        self._is_at_work()  # when some trial last was, and whether it was said that none is
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {key: getattr(self, key) for key in ("params", "key", "trials", "parent", "keep", "rollbacks")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__ |= state
-        self._open()
-
-    @property
+    @cached_property
     def tracking(self) -> Tracking:
-        """The open experiment."""
-        self._tracking = self._tracking or open_tracking(self.params)
-        return self._tracking
+        """The open experiment; opened when it is first used, as Ray pickles callbacks before that."""
+        return open_tracking(self.params)
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """Find the trial's MLflow run, or create it."""
-        if trial.trial_id not in self.reported:
-            earlier = written(Path(trial.path))
-            self.reported[trial.trial_id], self.unlogged[trial.trial_id] = earlier, [*earlier]
-        self._log(trial)
+        spec = _spec(trial)
+        if spec.name not in self.ended:
+            self.reports.setdefault(spec.name, {})
+            self._log(spec)
 
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
     ) -> None:
-        """Print a line and log a step, unless they were before an interruption."""
-        earlier = self.reported[trial.trial_id]
+        """Print a line and log a step, unless they were before."""
         self._is_at_work()
-        if DIVERGED in result:
+        spec = _spec(trial)
+        if NOTE in result:
+            print(f"  {spec.name}: {result[NOTE]}", flush=True)
+        if "groups" not in result or spec.name in self.ended:
             return
-        trial.run_metadata.num_failures = 0  # it gets on: what counts are failures in a row. (There is no public way.)
-        if result["groups"] <= max((row["groups"] for row in earlier), default=-1):
-            return
-        earlier.append(result)
-        add_report(Path(trial.path), result)
-        if result["rollbacks"] > self.rollbacks.get(trial.trial_id, 0):
-            self.rollbacks[trial.trial_id] = result["rollbacks"]
-            print(f"  {trial.config['spec']['name']}: the loss was not finite; went on from the last good weights")
-        self._say(trials, trial, result)
-        self.unlogged[trial.trial_id].append(result)
-        self._log(trial)
+        reports = self.reports[spec.name]
+        is_new = result["groups"] not in reports
+        before = max((row["rollbacks"] for row in reports.values()), default=0)
+        reports[result["groups"]] = {key: result[key] for key in ("groups", AT, *METRICS) if key in result}
+        if is_new and not result.get(REPLAYED):
+            self.got_on.add(spec.name)
+            if result["rollbacks"] > before:
+                print(f"  {spec.name}: the loss was not finite; went on from the last good weights")
+            self._say(spec, result)
+        if is_new:
+            self._log(spec)
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """Keep the trial at once, whatever becomes of the others, and close its run."""
-        spec, rows = TrialSpec(**trial.config["spec"]), self.reported.get(trial.trial_id, [])
-        if why := trial.last_result.get(DIVERGED):
-            keep_diverged(Diverged(spec, why))
-            self._end(trial, "FAILED")
+        spec = _spec(trial)
+        if spec.name in self.ended:
             return
-        if self.keep:
-            checkpoint = checkpoint_folder(trial.checkpoint, trial.last_result)
-            keep_trial(Finished(spec, reports(rows), checkpoint, f"{self.key}/{spec.name}"))
-        self._end(trial, "FINISHED")
+        if why := trial.last_result.get(DIVERGED):
+            ended, status = Diverged(spec, why), "FAILED"
+        else:
+            history = [{key: row[key] for key in row if key != AT} for row in self.reports[spec.name].values()]
+            checkpoint = checkpoint_folder(trial_folder(self.keys[spec.name]), history[-1]["groups"])
+            ended, status = Finished(spec, history, checkpoint, f"{self.key}/{spec.name}"), "FINISHED"
+        keep_trial(self.keys[spec.name], ended)
+        self._end(spec, status)
+        self.ended[spec.name] = ended
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """Close the trial's run as failed."""
-        self._end(trial, "FAILED")
+        self._end(_spec(trial), "FAILED")
 
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
         """Say, once, that trials wait for room: a node that has it may have been lost.
@@ -121,30 +115,22 @@ class TrialProgress(Callback):
     def _is_at_work(self) -> None:
         self.at_work, self.said_to_wait = time.monotonic(), False
 
-    def _end(self, trial: Trial, status: str) -> None:
-        self._log(trial, status)
-        print(f"  {trial.config['spec']['name']}: {status.lower()}", flush=True)
+    def _end(self, spec: TrialSpec, status: str) -> None:
+        self._log(spec, status)
+        print(f"  {spec.name}: {status.lower()}", flush=True)
 
-    def _log(self, trial: Trial, status: str | None = None) -> None:
-        """Log what MLflow does not have of a trial, as far as it answers."""
-        if trial.trial_id in self.unlogged:
-            self.tracking.attempt(lambda: self._log_rows(trial, status))
+    def _log(self, spec: TrialSpec, status: str | None = None) -> None:
+        """Log what MLflow does not have of a trial, now or when it answers again."""
+        self.tracking.attempt(partial(self._log_reports, spec, status))
 
-    def _log_rows(self, trial: Trial, status: str | None) -> None:
-        rows, spec = self.unlogged[trial.trial_id], TrialSpec(**trial.config["spec"])
-        run_id, last = self.runs.pop(trial.trial_id, (None, -1))
-        if run_id is None:
-            run_id, last = open_run(self.tracking, self.params, spec, f"{self.key}/{spec.name}", self.parent)
-        while rows:
-            if rows[0]["groups"] > last:
-                log_row(self.tracking, run_id, rows[0])
-            del rows[0]
+    def _log_reports(self, spec: TrialSpec, status: str | None) -> None:
+        found = self.runs.pop(spec.name, None)  # after a failure it is found anew, with what it holds
+        run_id, last = found or open_run(self.tracking, self.params, spec, f"{self.key}/{spec.name}", self.parent)
+        self.runs[spec.name] = run_id, log_reports(self.tracking, run_id, last, self.reports[spec.name].values())
         if status:
             self.tracking.finish(run_id, status)
-        self.runs[trial.trial_id] = (run_id, last)  # after a failure it is found anew, with what it holds
 
-    def _say(self, trials: list[Trial], trial: Trial, result: dict[str, Any]) -> None:
-        done = sum(t.status == "TERMINATED" for t in trials)
+    def _say(self, spec: TrialSpec, result: Mapping[str, Any]) -> None:
         parts = [f"loss {result['loss']:.3f}"] if "loss" in result else []
         if "validation_accuracy" in result:
             interval = result["validation_ci95"]
@@ -153,10 +139,14 @@ class TrialProgress(Callback):
         else:
             parts.append(f"training {result['train_accuracy']:5.2f} %")
         print(
-            f"  [{done}/{self.trials} done] {trial.config['spec']['name']}: group {result['groups']:>5}, "
+            f"  [{len(self.ended)}/{len(self.keys)} done] {spec.name}: group {result['groups']:>5}, "
             f"{', '.join(parts)}, {result['groups_per_second']:.2f} groups/s",
             flush=True,
         )
+
+
+def _spec(trial: Trial) -> TrialSpec:
+    return TrialSpec(**trial.config["trial"]["spec"])
 
 
 def open_run(tracking: Tracking, params: Params, spec: TrialSpec, key: str, parent: str | None) -> tuple[str, int]:
@@ -168,10 +158,14 @@ def open_run(tracking: Tracking, params: Params, spec: TrialSpec, key: str, pare
     return run_id, tracking.last_step(run_id, "groups_per_second")
 
 
-def log_row(tracking: Tracking, run_id: str, row: Mapping[str, Any]) -> None:
-    """Log a trial's report, but what is not a number: an interval of one group, or a null of a file."""
-    metrics = {key: row[key] for key in METRICS if row.get(key) is not None and math.isfinite(row[key])}
-    tracking.log_metrics(run_id, metrics, row["groups"], row.get("timestamp"))
+def log_reports(tracking: Tracking, run_id: str, last: int, reports: Iterable[Mapping[str, Any]]) -> int:
+    """Log what was reported after step `last`; the last step then."""
+    for row in reports:
+        if row["groups"] > last:  # an interval of one group, or a null of a file, is no number
+            metrics = {key: row[key] for key in METRICS if row.get(key) is not None and math.isfinite(row[key])}
+            tracking.log_metrics(run_id, metrics, row["groups"], row.get(AT))
+            last = row["groups"]
+    return last
 
 
 def log_finished(tracking: Tracking, params: Params, trial: Finished, parent: str | None) -> None:
@@ -180,7 +174,5 @@ def log_finished(tracking: Tracking, params: Params, trial: Finished, parent: st
     if found and found.info.status == "FINISHED":
         return
     run_id, last = open_run(tracking, params, trial.spec, trial.run_key, parent)
-    for row in trial.history:
-        if row["groups"] > last:
-            log_row(tracking, run_id, row)
+    log_reports(tracking, run_id, last, trial.history)
     tracking.finish(run_id)
