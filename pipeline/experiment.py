@@ -1,7 +1,7 @@
 """Ray Tune: many meta-trainings side by side, each of which goes on where it was left.
 
-Ray schedules the trials, gives them devices and starts them again when a process or a node is lost. It remembers
-nothing from one start to the next: what has ended is kept (`kept.py`), what has not goes on from its own folder
+Ray schedules trials, gives them devices and starts them again when a process or a node is lost. It remembers nothing
+from one start to the next: what has ended is kept (`kept.py`), what has not goes on from the trial's own folder
 (`trainable.py`), and every start makes a new Tuner of the trials that are missing.
 """
 
@@ -20,12 +20,11 @@ from pipeline import cluster  # first: it sets Ray's environment
 # isort: split
 import torch
 from ray import tune
-from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler
 
-from pipeline.callback import Ended, TrialProgress, log_finished
+from pipeline.callback import TrialProgress
 from pipeline.dependencies import digest, trial_key
-from pipeline.kept import Diverged, Finished, forget_trial, read_trial, trial_folder
+from pipeline.kept import Finished, forget_trial, read_trial, trial_folder
 from pipeline.params import Params
 from pipeline.stage import alone, root, write
 from pipeline.tracking import Tracking
@@ -33,7 +32,7 @@ from pipeline.trainable import REPLAYED, run_trial
 from pipeline.trial import TrialSpec, open_trial
 from pudnet.errors import RunFailed, is_out_of_memory
 
-FAILURES = 2  # of a trial, after which it is started again
+FAILURES = 2  # of a trial, after which Ray starts it again
 DRIVER = {"memory": 2**28}  # of a trial whose workers have the cores: Tune wants some resource, and it has a process
 
 
@@ -59,58 +58,65 @@ class Experiment:
 
     @cached_property
     def keys(self) -> dict[str, str]:
-        """By a trial's name, what it is kept under. Where ASHA may stop it, that depends on all the others, too."""
-        whole = f"-{self.key}" if self.asha else ""
-        return {spec.name: f"{trial_key(spec)}{whole}" for spec in self.specs}
+        """The trials' own, by their names. When ASHA stops a trial depends on the others, and so does its key then."""
+        return {spec.name: trial_key(spec) + (f"-{self.key}" if self.asha else "") for spec in self.specs}
 
 
 def run_missing(
     experiment: Experiment, params: Params, tracking: Tracking, parent: str | None = None, fresh: bool = False
 ) -> list[Finished]:
-    """Run the trials that have not ended, in an open Ray session. Returns those that finished, in the specs' order.
+    """Run the trials that have not ended, in an open Ray session. Returns all that ended well, in the specs' order.
 
     `parent` names the MLflow run that the trials' runs are children of; `fresh`: what was before is forgotten.
 
     Raises:
-        RunFailed: when a trial is unfinished at the end: interrupted, or failed for good.
+        RunFailed: when a trial failed for good, or diverged where none may.
         UserError: when another process runs the same trials, or a trial cannot start; then none is.
     """
+    progress = TrialProgress(params, tracking, parent, experiment.key, experiment.keys)
     with alone(root() / ".pud" / "running" / f"{experiment.key}.lock"):
-        if fresh:
-            _forget(experiment, tracking)
-        found = {spec.name: read_trial(experiment.keys[spec.name], spec) for spec in experiment.specs}
-        ended = {name: trial for name, trial in found.items() if trial}
-        if finished := _finished(experiment, ended):
-            print(f"  {len(finished)} of {len(experiment.specs)} trials are finished already", flush=True)
-        _leave_out(experiment, ended)
-        while len(ended) < len(experiment.specs):
-            progress = TrialProgress(params, experiment.key, parent, experiment.keys, ended)
+        for spec in experiment.specs:
+            if fresh:
+                forget_trial(experiment.keys[spec.name])
+                tracking.attempt(partial(tracking.supersede, f"{experiment.key}/{spec.name}"))
+            elif ended := read_trial(experiment.keys[spec.name], spec):
+                progress.ended[spec.name] = ended
+        if kept := [trial for trial in progress.ended.values() if not trial.diverged]:
+            print(f"  {len(kept)} of {len(experiment.specs)} trials are finished already", flush=True)
+        while len(progress.ended) < len(experiment.specs):
+            before = progress.heard
             errors = run_trials(experiment, params, progress)
-            _leave_out(experiment, {name: progress.ended[name] for name in progress.ended.keys() - ended.keys()})
-            ended = progress.ended
-            if len(ended) < len(experiment.specs) and not errors.keys() & progress.got_on:
-                raise RunFailed(_why(experiment, len(_finished(experiment, ended)), errors))
-    finished = [
-        replace(one, run_key=f"{experiment.key}/{one.spec.name}") if parent else one
-        for one in _finished(experiment, ended)
-    ]
+            if len(progress.ended) < len(experiment.specs) and progress.heard == before:
+                raise RunFailed(_why(experiment, len(progress.ended), errors))
+    trials = [progress.ended[spec.name] for spec in experiment.specs]
+    for trial in trials:
+        if trial.diverged and not experiment.keep_going:
+            raise RunFailed(f"{trial.spec.name}: {trial.diverged}")
+        if trial.diverged:
+            print(f"  {trial.spec.name} is left out: {trial.diverged}", flush=True)
+    finished = [trial for trial in trials if not trial.diverged]
+    if parent:  # a trial that an earlier experiment ran is a child of this one's parent, too
+        finished = [replace(trial, run_key=f"{experiment.key}/{trial.spec.name}") for trial in finished]
     for trial in finished:
-        tracking.attempt(partial(log_finished, tracking, params, trial, parent))
+        progress.log(trial.spec, trial.run_key, trial.history, "FINISHED")
     return finished
 
 
-def run_trials(experiment: Experiment, params: Params, progress: TrialProgress) -> dict[str, str]:
-    """Run what has not ended by a new Tuner. Returns the errors of those trials that failed too often, by name."""
+def run_trials(experiment: Experiment, params: Params, progress: TrialProgress) -> dict[str, object]:
+    """Run what has not ended, by a new Tuner. Returns the last errors of trials that failed too often, by name.
+
+    For ASHA what has ended reports once more, too, so that the others are compared with it.
+    """
     missing = [spec for spec in experiment.specs if spec.name not in progress.ended]
     for spec in missing:
         _check(spec)
-    known = [trial.spec for trial in _finished(experiment, progress.ended)] if experiment.asha else []
+    known = [trial.spec for trial in progress.ended.values() if experiment.asha and trial.history]
     trials = [
         {"spec": asdict(spec), "folder": str(trial_folder(experiment.keys[spec.name])), "ended": spec in known}
         for spec in (*known, *missing)
     ]
     share = cluster.share(params, experiment.workers)
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:  # Ray's own notes; none is read again
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:  # for Ray's own notes; none is read again
         tuner = tune.Tuner(
             tune.with_resources(run_trial, share if experiment.workers == 1 else DRIVER),
             param_space={"trial": tune.grid_search(trials), "share": share, "workers": experiment.workers},
@@ -127,28 +133,7 @@ def run_trials(experiment: Experiment, params: Params, progress: TrialProgress) 
                 failure_config=tune.FailureConfig(max_failures=FAILURES),
             ),
         )
-        return {Path(result.path).name: str(result.error) for result in tuner.fit() if result.error}
-
-
-def _forget(experiment: Experiment, tracking: Tracking) -> None:
-    for name, key in experiment.keys.items():
-        forget_trial(key)
-        tracking.attempt(partial(tracking.supersede, f"{experiment.key}/{name}"))
-
-
-def _finished(experiment: Experiment, ended: Ended) -> list[Finished]:
-    """Those of the trials that finished, in the order of the specs."""
-    trials = [ended.get(spec.name) for spec in experiment.specs]
-    return [trial for trial in trials if isinstance(trial, Finished)]
-
-
-def _leave_out(experiment: Experiment, ended: Ended) -> None:
-    """Say which trials diverged, and why; that is the end of an experiment that is not to keep going without them."""
-    for name, trial in ended.items():
-        if isinstance(trial, Diverged):
-            if not experiment.keep_going:
-                raise RunFailed(f"{name}: {trial.why}")
-            print(f"  {name} is left out: {trial.why}", flush=True)
+        return {Path(result.path).name: result.error for result in tuner.fit() if result.error}
 
 
 def _check(spec: TrialSpec) -> None:
@@ -161,22 +146,22 @@ def _check(spec: TrialSpec) -> None:
         raise RunFailed(f"{spec.name}: cannot start ({cluster.reason(error)})") from None
 
 
-def _why(experiment: Experiment, done: int, errors: Mapping[str, str]) -> str:
-    """One line on what is not done; the whole of the first error goes to a file."""
+def _why(experiment: Experiment, done: int, errors: Mapping[str, object]) -> str:
+    """What is not done and why, in one line; the whole of the first error goes to a file."""
     state = f"{done} of {len(experiment.specs)} trials are done"
     if not errors:
         return f"{state}, the others were interrupted; the same command continues"
     name, error = next(iter(errors.items()))
     path = trial_folder(experiment.keys[name]) / "error.txt"
     with contextlib.suppress(OSError):  # a full disk, which may be the error itself
-        write(path, error)
+        write(path, str(error))
     return f"{state}; {name}: {cluster.reason(error)} (all of it in {path}); the same command continues"
 
 
 class _Asha(ASHAScheduler):
-    """ASHA, which hears reports of before again, and stops no trial for one: what it decided then is decided."""
+    """ASHA, which hears again what was reported before, and stops no trial for that: it did not then, either."""
 
-    def on_trial_result(self, tune_controller: object, trial: Trial, result: dict[str, Any]) -> str:
+    def on_trial_result(self, tune_controller: object, trial: object, result: dict[str, Any]) -> str:
         decision = super().on_trial_result(tune_controller, trial, result)
         return self.CONTINUE if result.get(REPLAYED) else decision
 

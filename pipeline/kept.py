@@ -23,12 +23,16 @@ from pipeline.trial import DIVERGED, TrialSpec, load_state
 
 @dataclass(frozen=True)
 class Finished:
-    """A finished trial: what it was, its reports, its last checkpoint, its MLflow run's key."""
+    """A trial that has ended: what it was, its reports, its last checkpoint, its MLflow run's key.
+
+    `diverged`: why it ended early, where its loss did not stay finite. It would not another time, either.
+    """
 
     spec: TrialSpec
     history: list[dict[str, Any]]
     checkpoint: Path
     run_key: str
+    diverged: str | None = None
 
     @property
     def metrics(self) -> dict[str, Any]:
@@ -40,29 +44,19 @@ class Finished:
         return load_state(self.checkpoint)
 
 
-@dataclass(frozen=True)
-class Diverged:
-    """A trial whose loss would not stay finite, and nor would it another time."""
-
-    spec: TrialSpec
-    why: str
-
-
 def trial_folder(key: str) -> Path:
-    """The trial's own folder, with its checkpoints."""
+    """A trial's own folder, with its checkpoints."""
     return root() / ".pud" / "trials" / key
 
 
-def keep_trial(key: str, trial: Finished | Diverged) -> None:
+def keep_trial(key: str, trial: Finished) -> None:
     """Keep a trial that has ended; its checkpoint stays where it is."""
-    if isinstance(trial, Diverged):
-        write_json(_trial_path(key), {DIVERGED: trial.why})
-        return
     checkpoint = os.path.relpath(trial.checkpoint, _folder())  # the project may be moved
-    write_json(_trial_path(key), {"history": trial.history, "checkpoint": checkpoint, "run_key": trial.run_key})
+    values = {"history": trial.history, "checkpoint": checkpoint, "run_key": trial.run_key}
+    write_json(_trial_path(key), {DIVERGED: trial.diverged} if trial.diverged else values)
 
 
-def read_trial(key: str, spec: TrialSpec) -> Finished | Diverged | None:
+def read_trial(key: str, spec: TrialSpec) -> Finished | None:
     """A trial that has ended; None where there is none, or its checkpoint is gone or damaged."""
     path = _trial_path(key)
     if not path.is_file():
@@ -70,9 +64,9 @@ def read_trial(key: str, spec: TrialSpec) -> Finished | Diverged | None:
     with contextlib.suppress(Exception):  # a damaged file can fail in nearly every way
         values = json.loads(path.read_text())
         if DIVERGED in values:
-            return Diverged(spec, str(values[DIVERGED]))
+            return Finished(spec, [], path, "", values[DIVERGED])
         trial = Finished(spec, values["history"], _folder() / values["checkpoint"], values["run_key"])
-        if trial.history and trial.state():
+        if trial.metrics and trial.state():
             return trial
     print(f"  {spec.name}: its last checkpoint is gone or damaged; it is trained again", flush=True)
     return None

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from pipeline.trial import DIVERGED, STATE, MetaTraining, TrialSpec, load_state, open_trial, own_device
+from pipeline.trial import DIVERGED, STATE, FromScratch, MetaTraining, TrialSpec, load_state, open_trial, own_device
 from pudnet.errors import RunFailed, is_out_of_memory
 from pudnet.files import replacing
 
@@ -46,11 +46,6 @@ def run_trial(config: dict[str, Any]) -> None:
         _train_by_workers(config, checkpoint)
 
 
-def checkpoint_folder(trial_folder: Path, groups: int) -> Path:
-    """Where the checkpoint after so many groups lies."""
-    return trial_folder / f"{groups:09}"
-
-
 def _newest(trial_folder: Path, report: Report) -> tuple[Path | None, list[dict[str, Any]]]:
     """The newest checkpoint that is whole, None where there is none, and the reports in it."""
     for file in sorted(trial_folder.glob(f"*/{STATE}"), reverse=True):
@@ -63,33 +58,40 @@ def _newest(trial_folder: Path, report: Report) -> tuple[Path | None, list[dict[
     return None, []
 
 
-def _save(trial_folder: Path, groups: int, state: Mapping[str, Any]) -> None:
+def checkpoint_folder(trial_folder: Path, groups: int) -> Path:
+    """Where the checkpoint after so many groups lies."""
+    return trial_folder / f"{groups:09}"
+
+
+def _save(trial_folder: Path, state: Mapping[str, Any]) -> None:
     """Write a checkpoint, whole or not at all, and remove those before it but the last."""
-    own = checkpoint_folder(trial_folder, groups)
-    with replacing(own / STATE) as path, path.open("wb") as file:  # torch's own files say nothing of a full disk
+    own = checkpoint_folder(trial_folder, state[REPORTS][-1]["groups"])
+    with replacing(own / STATE) as path, path.open("wb") as file:  # by itself torch does not say that a disk is full
         torch.save(state, file)
-    earlier = sorted(folder for folder in trial_folder.iterdir() if folder.is_dir() and folder.name < own.name)
-    for folder in earlier[:-1]:
-        shutil.rmtree(folder, ignore_errors=True)
+    for before in sorted(file.parent for file in trial_folder.glob(f"*/{STATE}") if file.parent.name < own.name)[:-1]:
+        shutil.rmtree(before, ignore_errors=True)
 
 
 def _train(config: Mapping[str, Any], checkpoint: Path | None, report: Report, rank: int = 0, workers: int = 1) -> None:
     """Train from a checkpoint, or from the beginning, to the end. Of several workers the first writes checkpoints."""
-    spec, folder, device = TrialSpec(**config["trial"]["spec"]), Path(config["trial"]["folder"]), own_device(config)
+    spec, device = TrialSpec(**config["trial"]["spec"]), own_device(config)
     trial = open_trial(spec, device) if workers == 1 else MetaTraining(spec, device, rank, workers)
-    state = load_state(checkpoint) if checkpoint else {REPORTS: []}
-    if checkpoint:
-        trial.load_state_dict(state)
-    reports = state.pop(REPORTS)
-    del state
+    reports = _resume(trial, checkpoint) if checkpoint else []
     try:
         for metrics in trial.run():
             reports.append(metrics | {AT: time.time()})
             if rank == 0:
-                _save(folder, metrics["groups"], trial.state_dict() | {REPORTS: reports})
+                _save(Path(config["trial"]["folder"]), trial.state_dict() | {REPORTS: reports})
             report(reports[-1])
     except RunFailed as error:  # the loss does not stay finite; it would not another time, so this is no failure to Ray
         report({DIVERGED: str(error)})
+
+
+def _resume(trial: MetaTraining | FromScratch, checkpoint: Path) -> list[dict[str, Any]]:
+    """Load a checkpoint; the reports in it."""
+    state = load_state(checkpoint)
+    trial.load_state_dict(state)
+    return state[REPORTS]
 
 
 def _train_by_workers(config: Mapping[str, Any], checkpoint: Path | None) -> None:
