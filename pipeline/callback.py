@@ -146,10 +146,10 @@ def _spec(trial: Trial) -> TrialSpec:
 
 def _words(result: Mapping[str, Any]) -> str:
     """A report as it is printed."""
-    loss = f"loss {result['loss']:.3f}, " if "loss" in result else ""
-    accuracy = f"training {result['train_accuracy']:5.2f} %" if "train_accuracy" in result else ""
+    parts = [f"group {result['groups']:>5}"] + ([f"loss {result['loss']:.3f}"] if "loss" in result else [])
     if "validation_accuracy" in result:
-        interval = result["validation_ci95"]
-        half = f" +/- {interval:.2f}" if math.isfinite(interval) else ""
-        accuracy = f"validation {result['validation_accuracy']:5.2f}{half} %"
-    return f"group {result['groups']:>5}, {loss}{accuracy}, {result['groups_per_second']:.2f} groups/s"
+        interval = f" +/- {result['validation_ci95']:.2f}" if math.isfinite(result["validation_ci95"]) else ""
+        parts.append(f"validation {result['validation_accuracy']:5.2f}{interval} %")
+    else:
+        parts.append(f"training {result['train_accuracy']:5.2f} %")
+    return ", ".join([*parts, f"{result['groups_per_second']:.2f} groups/s"])

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -94,12 +94,10 @@ def run_missing(
             raise RunFailed(f"{trial.spec.name}: {trial.diverged}")
         if trial.diverged:
             print(f"  {trial.spec.name} is left out: {trial.diverged}", flush=True)
-    finished = [trial for trial in trials if not trial.diverged]
-    if parent:  # a trial that an earlier experiment ran is a child of this one's parent, too
-        finished = [replace(trial, run_key=f"{experiment.key}/{trial.spec.name}") for trial in finished]
-    for trial in finished:
-        progress.log(trial.spec, trial.run_key, trial.history, "FINISHED")
-    return finished
+        else:  # what an earlier experiment ran is a child of this one's parent, too
+            key = f"{experiment.key}/{trial.spec.name}" if parent else trial.run_key
+            progress.log(trial.spec, key, trial.history, "FINISHED")
+    return [trial for trial in trials if not trial.diverged]
 
 
 def run_trials(experiment: Experiment, params: Params, progress: TrialProgress) -> dict[str, object]:
@@ -148,13 +146,11 @@ def _check(spec: TrialSpec) -> None:
 
 def _why(experiment: Experiment, done: int, errors: Mapping[str, object]) -> str:
     """What is not done and why, in one line; the whole of the first error goes to a file."""
-    state = f"{done} of {len(experiment.specs)} trials are done"
-    if not errors:
-        return f"{state}, the others were interrupted; the same command continues"
     name, error = next(iter(errors.items()))
     path = trial_folder(experiment.keys[name]) / "error.txt"
     with contextlib.suppress(OSError):  # a full disk, which may be the error itself
         write(path, str(error))
+    state = f"{done} of {len(experiment.specs)} trials are done"
     return f"{state}; {name}: {cluster.reason(error)} (all of it in {path}); the same command continues"
 
 

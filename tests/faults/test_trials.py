@@ -75,14 +75,14 @@ def test_a_trial_killed_while_it_writes_a_checkpoint_goes_on_from_the_one_before
 def test_a_trial_killed_between_its_last_checkpoint_and_its_end_is_not_trained_again(
     undisturbed, start, same, tmp_path
 ):
-    project = undisturbed.after("search", tmp_path / "last")
+    project = undisturbed.before("search", tmp_path / "last")
+    start(project, "search").well()
     for kept in (project / ".pud/kept").glob("*.json"):
         kept.unlink()
-    (project / "results/search.csv").unlink()
     said = start(project, "search").well()
     assert said.count("goes on from group 12") == 2 and ": group" not in said
     same(project, "search", *SEARCH)
-    assert {steps for name, (_, steps) in runs_of(project).items()} == {(), (*STEPS,)}
+    assert runs_of(project) == {"search-split0": ("FINISHED", [])} | dict.fromkeys(TRIALS, ("FINISHED", STEPS))
 
 
 def test_a_trial_begun_in_another_place_goes_on(undisturbed, start, same, tmp_path):
