@@ -39,7 +39,7 @@ class TrialProgress(Callback):
         self.reports: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in keys}  # by the number of groups
         self.trained: set[str] = set()  # trials that reported something new to this process
         self.runs: dict[str, tuple[str, int]] = {}  # of MLflow, by key: the id, and the last step in it
-        self._at_work()
+        self._is_at_work()
 
     def __getstate__(self) -> dict[str, Any]:
         """Nothing: Ray pickles callbacks into a file that nobody reads."""
@@ -52,7 +52,7 @@ class TrialProgress(Callback):
 
     def on_trial_result(self, trial: Trial, result: dict[str, Any], **info: Any) -> None:
         """Print a line and log a step, unless that was done before."""
-        self._at_work()
+        self._is_at_work()
         spec, reports = _spec(trial), self.reports[_spec(trial).name]
         if NOTE in result:
             print(f"  {spec.name}: {result[NOTE]}", flush=True)
@@ -71,12 +71,12 @@ class TrialProgress(Callback):
         """Keep the trial at once, whatever becomes of the others."""
         spec = _spec(trial)
         if spec.name not in self.ended:
-            rows, key = self.reports[spec.name], self.keys[spec.name]
-            history = [{name: row[name] for name in row if name != AT} for row in rows.values()]
-            last, run_key = checkpoint_folder(trial_folder(key), max(rows, default=0)), f"{self.experiment}/{spec.name}"
-            ended = Finished(spec, history, last, run_key, trial.last_result.get(DIVERGED))
+            key, reports = self.keys[spec.name], self.reports[spec.name]
+            last = checkpoint_folder(trial_folder(key), max(reports, default=0))
+            run_key, diverged = f"{self.experiment}/{spec.name}", trial.last_result.get(DIVERGED)
+            ended = Finished(spec, [*reports.values()], last, run_key, diverged)
             keep_trial(key, ended)
-            self._end(spec, "FAILED" if ended.diverged else "FINISHED")
+            self._end(spec, "FAILED" if diverged else "FINISHED")
             self.ended[spec.name] = ended
 
     def on_trial_error(self, trial: Trial, **info: Any) -> None:
@@ -90,12 +90,12 @@ class TrialProgress(Callback):
         """
         workers, share = trials[0].config["workers"], trials[0].config["share"]
         if workers == 1 and any(trial.status == Trial.RUNNING for trial in trials):
-            self._at_work()
+            self._is_at_work()
         elif time.monotonic() - self.at_work > PATIENCE:
             if cluster.is_lost():
                 raise RunFailed("the Ray of this machine is gone (out of memory?); the same command continues")
             if workers > 1 and cluster.has_room(self.params, workers):  # the process that starts them always runs
-                self._at_work()
+                self._is_at_work()
             elif not self.said_to_wait:
                 wanted = f"{share['cpu']} CPU(s) and {share['gpu']:g} GPU(s)"
                 each = f" for each of {workers} workers" if workers > 1 else ""
@@ -106,7 +106,7 @@ class TrialProgress(Callback):
         """Log what MLflow does not have of a trial to the run of this key, now or when it answers again."""
         self.tracking.attempt(partial(self._log, spec, key, reports, status))
 
-    def _at_work(self) -> None:
+    def _is_at_work(self) -> None:
         self.at_work, self.said_to_wait = time.monotonic(), False
 
     def _end(self, spec: TrialSpec, status: str) -> None:

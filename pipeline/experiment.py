@@ -110,8 +110,12 @@ def run_trials(experiment: Experiment, params: Params, progress: TrialProgress) 
         _check(spec)
     known = [trial.spec for trial in progress.ended.values() if experiment.asha and trial.history]
     trials = [
-        {"spec": asdict(spec), "folder": str(trial_folder(experiment.keys[spec.name])), "ended": spec in known}
-        for spec in (*known, *missing)
+        {
+            "spec": asdict(one),
+            "folder": str(trial_folder(experiment.keys[one.name])),
+            "ended": one.name in progress.ended,
+        }
+        for one in (*known, *missing)
     ]
     share = cluster.share(params, experiment.workers)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:  # for Ray's own notes; none is read again
@@ -154,7 +158,7 @@ def _why(experiment: Experiment, done: int, errors: Mapping[str, object]) -> str
     return f"{state}; {name}: {cluster.reason(error)} (all of it in {path}); the same command continues"
 
 
-class _Asha(ASHAScheduler):
+class Asha(ASHAScheduler):
     """ASHA, which hears again what was reported before, and stops no trial for that: it did not then, either."""
 
     def on_trial_result(self, tune_controller: object, trial: object, result: dict[str, Any]) -> str:
@@ -166,4 +170,4 @@ def _asha(experiment: Experiment, params: Params) -> ASHAScheduler:
     """Stop the weaker trials at their first report, and again at each fourfold number of groups."""
     groups = params.groups.search_groups
     first = min(groups, max(spec.train["report_every"] for spec in experiment.specs))
-    return _Asha(time_attr="groups", metric="validation_accuracy", mode="max", max_t=groups, grace_period=first)
+    return Asha(time_attr="groups", metric="validation_accuracy", mode="max", max_t=groups, grace_period=first)
