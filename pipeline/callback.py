@@ -45,11 +45,6 @@ class TrialProgress(Callback):
         """Nothing: Ray pickles callbacks into a file that nobody reads."""
         return {}
 
-    @property
-    def heard(self) -> int:
-        """How many different reports there were."""
-        return sum(map(len, self.reports.values()))
-
     def on_trial_result(self, trial: Trial, result: dict[str, Any], **info: Any) -> None:
         """Print a line and log a step, unless that was done before."""
         self._is_at_work()

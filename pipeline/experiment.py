@@ -32,7 +32,7 @@ from pipeline.trainable import REPLAYED, run_trial
 from pipeline.trial import TrialSpec, open_trial
 from pudnet.errors import RunFailed, is_out_of_memory
 
-FAILURES = 2  # of a trial, after which Ray starts it again
+FAILURES = 2  # of a trial, after which Ray starts it again; where it got on meanwhile, the next Tuner has it once more
 DRIVER = {"memory": 2**28}  # of a trial whose workers have the cores: Tune wants some resource, and it has a process
 
 
@@ -84,9 +84,10 @@ def run_missing(
         if kept := [trial for trial in progress.ended.values() if not trial.diverged]:
             print(f"  {len(kept)} of {len(experiment.specs)} trials are finished already", flush=True)
         while len(progress.ended) < len(experiment.specs):
-            before = progress.heard
+            before = {name: len(reports) for name, reports in progress.reports.items()}
             errors = run_trials(experiment, params, progress)
-            if len(progress.ended) < len(experiment.specs) and progress.heard == before:
+            got_on = any(len(progress.reports[name]) > before[name] for name in errors)
+            if len(progress.ended) < len(experiment.specs) and not got_on:
                 raise RunFailed(_why(experiment, len(progress.ended), errors))
     trials = [progress.ended[spec.name] for spec in experiment.specs]
     for trial in trials:
@@ -150,11 +151,13 @@ def _check(spec: TrialSpec) -> None:
 
 def _why(experiment: Experiment, done: int, errors: Mapping[str, object]) -> str:
     """What is not done and why, in one line; the whole of the first error goes to a file."""
+    state = f"{done} of {len(experiment.specs)} trials are done"
+    if not errors:
+        return f"{state}, the others were interrupted; the same command continues"
     name, error = next(iter(errors.items()))
     path = trial_folder(experiment.keys[name]) / "error.txt"
     with contextlib.suppress(OSError):  # a full disk, which may be the error itself
         write(path, str(error))
-    state = f"{done} of {len(experiment.specs)} trials are done"
     return f"{state}; {name}: {cluster.reason(error)} (all of it in {path}); the same command continues"
 
 

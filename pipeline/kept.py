@@ -51,21 +51,22 @@ def trial_folder(key: str) -> Path:
 
 def keep_trial(key: str, trial: Finished) -> None:
     """Keep a trial that has ended; its checkpoint stays where it is."""
-    checkpoint = os.path.relpath(trial.checkpoint, _folder())  # the project may be moved
+    path = _path(f"{key}.json")
+    checkpoint = os.path.relpath(trial.checkpoint, path.parent)  # the project may be moved
     values = {"history": trial.history, "checkpoint": checkpoint, "run_key": trial.run_key}
-    write_json(_trial_path(key), {DIVERGED: trial.diverged} if trial.diverged else values)
+    write_json(path, {DIVERGED: trial.diverged} if trial.diverged else values)
 
 
 def read_trial(key: str, spec: TrialSpec) -> Finished | None:
     """A trial that has ended; None where there is none, or its checkpoint is gone or damaged."""
-    path = _trial_path(key)
+    path = _path(f"{key}.json")
     if not path.is_file():
         return None
     with contextlib.suppress(Exception):  # a damaged file can fail in nearly every way
         values = json.loads(path.read_text())
         if DIVERGED in values:
             return Finished(spec, [], path, "", values[DIVERGED])
-        trial = Finished(spec, values["history"], _folder() / values["checkpoint"], values["run_key"])
+        trial = Finished(spec, values["history"], path.parent / values["checkpoint"], values["run_key"])
         if trial.metrics and trial.state():
             return trial
     print(f"  {spec.name}: its last checkpoint is gone or damaged; it is trained again", flush=True)
@@ -74,7 +75,7 @@ def read_trial(key: str, spec: TrialSpec) -> Finished | None:
 
 def forget_trial(key: str) -> None:
     """Let a trial run again, from its beginning."""
-    _trial_path(key).unlink(missing_ok=True)
+    _path(f"{key}.json").unlink(missing_ok=True)
     shutil.rmtree(trial_folder(key), ignore_errors=True)
 
 
@@ -83,28 +84,20 @@ def read_tables(keys: Mapping[Any, str]) -> dict[Any, pd.DataFrame]:
     tables = {}
     for name, key in keys.items():
         with contextlib.suppress(OSError, ValueError):  # of which pyarrow's errors are
-            tables[name] = pd.read_parquet(_table_path(key))
+            tables[name] = pd.read_parquet(_path(f"{key}.parquet"))
     return tables
 
 
 def keep_table(key: str, table: pd.DataFrame) -> None:
     """Keep a table."""
-    write(_table_path(key), table.to_parquet(index=False))
+    write(_path(f"{key}.parquet"), table.to_parquet(index=False))
 
 
 def forget_tables(keys: Iterable[str]) -> None:
     """Let these tables be made again."""
     for key in keys:
-        _table_path(key).unlink(missing_ok=True)
+        _path(f"{key}.parquet").unlink(missing_ok=True)
 
 
-def _folder() -> Path:
-    return root() / ".pud" / "kept"
-
-
-def _trial_path(key: str) -> Path:
-    return _folder() / f"{key}.json"
-
-
-def _table_path(key: str) -> Path:
-    return _folder() / f"{key}.parquet"
+def _path(name: str) -> Path:
+    return root() / ".pud" / "kept" / name
