@@ -18,9 +18,7 @@ from pipeline.dependencies import CODE
 from pipeline.params import Params
 from pudnet.errors import RunFailed, UserError
 
-# A snapshot of the experiment every 5 s bounds what a kill -9 of the driver costs.
-os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "5")
-os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
+os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # nobody reads Ray's own files of reports
 # Tune's own handler of Ctrl-C ends the search as if it were finished; without it the stage is interrupted.
 os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # its boxes say less than the callback

@@ -10,7 +10,7 @@ import pandas as pd
 import yaml
 
 from pipeline import cluster
-from pipeline.experiment import Experiment, run_missing, run_trials
+from pipeline.experiment import Experiment, run_missing
 from pipeline.kept import Finished
 from pipeline.params import Params
 from pipeline.stage import RESULTS, run_stage, wants_fresh, write
@@ -31,8 +31,7 @@ def search(params: Params) -> None:
         for seed in params.split_seeds:
             specs = [_spec(params, cell, seed) for cell in cells]
             experiment = Experiment(f"search-split{seed}", specs, params.search.asha, keep_going=True)
-            run = run_trials if params.search.asha else run_missing  # whom it stops depends on all of them
-            finished = run(experiment, params, tracking, experiment.stage, fresh)
+            finished = run_missing(experiment, params, tracking, experiment.stage, fresh)
             if not finished:
                 raise RunFailed(f"search: no trial of split {seed} ended well; change search.space or train")
             rows += [_row(trial) for trial in finished]

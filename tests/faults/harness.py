@@ -1,9 +1,7 @@
 """Commands that run for real, are hurt, and run again."""
 
 import contextlib
-import json
 import os
-import re
 import secrets
 import shutil
 import signal
@@ -28,9 +26,6 @@ BEFORE = {  # what has to have run before a stage
     "evaluate": ["train"],
     "baselines": ["evaluate"],
 }
-
-
-OFTEN = {"TUNE_GLOBAL_CHECKPOINT_S": "1"}  # Ray's snapshots; trials take seconds here, not hours
 
 
 def python(stage: str, *arguments: str) -> tuple[str, ...]:
@@ -95,13 +90,6 @@ class Run:
             time.sleep(0.02)
         return self
 
-    def hold(self, project: Path, trial: str) -> "Run":
-        """Halt the trials until what this one has reported is in Ray's snapshot, which lags behind."""
-        for worker in self.workers():
-            worker.suspend()
-        reported = int(re.findall(rf"{trial}: group +(\d+)", self.out)[-1])
-        return self.until(lambda: _saved(project, trial) >= reported)
-
     def hit(self, sig: int = signal.SIGKILL, session: bool = False) -> "Run":
         """Send a signal, to the command alone or to its session as a terminal does, and wait for its end."""
         self.remember()
@@ -148,20 +136,17 @@ class Run:
             self.process.wait(10)
 
 
-def _saved(project: Path, trial: str) -> int:
-    """How far a trial is in the newest snapshot of its experiment; -1 where it is not in one."""
-    with contextlib.suppress(ValueError, OSError):
-        for path in (project / ".pud/ray").glob("*/experiment_state-*.json"):
-            for plain, metadata in json.loads(path.read_text())["trial_data"]:
-                if json.loads(plain)["config"]["spec"]["name"] == trial:
-                    return json.loads(metadata)["last_result"].get("groups", -1)
-    return -1
-
-
 def _title(process: psutil.Process) -> str:
     with contextlib.suppress(psutil.Error):
         return " ".join(process.cmdline())
     return ""
+
+
+def checkpoints(project: Path) -> list[Path]:
+    """The checkpoints of the one trial that has not ended, the newest last."""
+    kept = {path.stem for path in (project / ".pud/kept").glob("*.json")}
+    (folder,) = (one for one in (project / ".pud/trials").iterdir() if one.name not in kept)
+    return sorted(folder.glob("*/state.pt"))
 
 
 def truncate(path: Path) -> None:
@@ -219,9 +204,7 @@ class Undisturbed:
         project, kept = self.folder.with_name("interrupted"), self.folder.with_name("interrupted-kept")
         if not kept.is_dir():
             self.before("search", project)
-            trial = "split0-eta0.2-depth1"
-            run = Run(project, *python("search"), **OFTEN).until(f"{trial}: group     6").hold(project, trial).hit()
-            run.clear()
+            Run(project, *python("search")).until("split0-eta0.2-depth1: group     6").hit().clear()
             shutil.copytree(project, kept)
         shutil.rmtree(project)
         return shutil.copytree(kept, project)

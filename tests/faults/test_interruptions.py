@@ -8,7 +8,7 @@ import psutil
 import pytest
 import yaml
 
-from tests.faults.harness import OFTEN, PATIENCE, Run, change, runs_of, shorten
+from tests.faults.harness import PATIENCE, Run, change, runs_of, shorten
 from tests.test_pipeline import copy_project
 
 SEARCH = ("results/search.csv", "results/best.yaml")
@@ -25,7 +25,7 @@ def test_a_search_whose_driver_was_killed_goes_on_where_it_stood(undisturbed, st
     project = undisturbed.interrupted()
     said = start(project, "search").well()
     assert "1 of 2 trials are finished already" in said and "split0-eta0.0-depth1: group" not in said
-    assert "going on with" in said and "split0-eta0.2-depth1: group     2" not in said
+    assert "goes on from group" in said and "split0-eta0.2-depth1: group     2" not in said
     same(project, "search", *SEARCH)
     steps = [2, 4, 6, 8, 10, 12]
     assert runs_of(project) == {
@@ -36,7 +36,7 @@ def test_a_search_whose_driver_was_killed_goes_on_where_it_stood(undisturbed, st
 
 
 def test_a_search_killed_and_begun_again_at_once_repeats_no_finished_trial(undisturbed, start, same, tmp_path):
-    """With what Ray left running, and its snapshots as often as they are by default."""
+    """With what Ray left running."""
     project = undisturbed.before("search", tmp_path / "at-once")
     killed = start(project, "search").until("split0-eta0.2-depth1: group     4").hit()
     said = start(project, "search").well()
@@ -50,9 +50,9 @@ def test_a_search_with_asha_that_was_killed_goes_on(undisturbed, start, tmp_path
     project = undisturbed.before("search", tmp_path / "asha")
     change(project, "search", asha=True)
     trial = "split0-eta0.2-depth1"
-    start(project, "search", **OFTEN).until(f"{trial}: group     2").hold(project, trial).hit().clear()
+    start(project, "search").until(f"{trial}: group     2").hit().clear()
     said = start(project, "search").well()
-    assert "going on with" in said and "group     2" not in said
+    assert "goes on from group" in said and "group     2" not in said
     rows = pd.read_csv(project / "results/search.csv")
     assert len(rows) == 2 and rows.groups.max() == 12
     assert start(project, "search").well().count(": group") == 0
@@ -80,7 +80,7 @@ def test_a_second_interruption_does_not_wait_for_rays_start(undisturbed, start, 
 def test_a_search_that_is_stopped_says_so_and_goes_on(undisturbed, start, same, sig, tmp_path):
     """Ctrl-C as a terminal sends it, to every process of the session; and what a machine that shuts down sends."""
     project = undisturbed.before("search", tmp_path / "stopped")
-    run = start(project, "search", **OFTEN).until("[1/2 done]").hit(sig, session=sig == signal.SIGINT)
+    run = start(project, "search").until("[1/2 done]").hit(sig, session=sig == signal.SIGINT)
     assert run.badly(130) == "error: interrupted; the same command continues or starts again"
     assert not (project / "results/search.csv").exists()
     run.clear()
@@ -94,7 +94,7 @@ def test_dvc_itself_is_stopped(undisturbed, same, sig, tmp_path):
     """Ctrl-C ends the stage too; without `dvc`, killed alone, it goes on, and another is refused for so long."""
     project = copy_project(tmp_path / "project")
     shorten(project / "params.yaml")
-    first = Run(project, "dvc", "repro", "search", **OFTEN).until("[0/2 done]").hit(sig, session=sig == signal.SIGINT)
+    first = Run(project, "dvc", "repro", "search").until("[0/2 done]").hit(sig, session=sig == signal.SIGINT)
     assert first.process.returncode != 0
     stage = [one for one in first.remember() if "pipeline.search" in " ".join(one.cmdline())]
     if sig == signal.SIGKILL:
@@ -114,10 +114,10 @@ def test_dvc_itself_is_stopped(undisturbed, same, sig, tmp_path):
 def test_a_training_whose_driver_is_killed_goes_on(undisturbed, start, same, tmp_path):
     project = undisturbed.before("train", tmp_path / "train")
     trial = "train-pudnet-split0"
-    start(project, "train", **OFTEN).until(f"{trial}: group     4").hold(project, trial).hit().clear()
+    start(project, "train").until(f"{trial}: group     4").hit().clear()
     assert not (project / "models/pudnet.safetensors").exists()
     said = start(project, "train").well()
-    assert "going on with" in said and "group     4" not in said
+    assert "goes on from group" in said and "group     4" not in said
     same(project, "train", "models/pudnet.safetensors", "results/train_curves.csv")
 
 
@@ -134,7 +134,7 @@ def test_baselines_killed_in_tuning_training_and_measuring_repeat_nothing_finish
     project = undisturbed.before("baselines", tmp_path / "baselines")
     said = []
     for place in ("protonet-split0-scale1.0: finished", "train-protonet-split0: finished", "test groups done"):
-        run = start(project, "baselines", **OFTEN).until(place).hit()
+        run = start(project, "baselines").until(place).hit()
         run.clear()
         said.append(run.out)
     said.append(start(project, "baselines").well())
@@ -154,11 +154,11 @@ def test_a_study_whose_driver_is_killed_goes_on_within_the_training_it_was_at(un
         (project / "params.yaml").write_text((undisturbed.run("search") / "params.yaml").read_text())
         (project / "studies/small.yaml").write_text(yaml.safe_dump(SMALL, sort_keys=False))
         if killed:
-            run = start(project, "study", "small", **OFTEN)
-            run.until("static-trunk-split0: group     4").hold(project, "static-trunk-split0").hit().clear()
+            run = start(project, "study", "small")
+            run.until("static-trunk-split0: group     4").hit().clear()
         said = start(project, "study", "small").well()
         if killed:
-            assert "1 of 2 trials are finished already" in said and "going on with" in said
+            assert "1 of 2 trials are finished already" in said and "goes on from group" in said
             assert "group     2" not in said and said.count("-split0: finished") == 1
         pages.append((project / "studies/results/small.csv").read_bytes())
     assert pages[0] == pages[1]

@@ -4,8 +4,6 @@ import subprocess
 
 import pytest
 
-from tests.faults.harness import OFTEN
-
 SEARCH = ("results/search.csv", "results/best.yaml")
 
 
@@ -61,7 +59,7 @@ def test_trials_on_a_full_disk_go_on_once_there_is_room(
     undisturbed, start, same, disk, stage, when, done, files, tmp_path
 ):
     project = undisturbed.before(stage, disk(tmp_path / stage, "200m"))
-    run = start(project, stage, **OFTEN).until(when)
+    run = start(project, stage).until(when)
     ballast = fill(project)
     error = run.badly(1)
     assert "o space left" in error or "the disk is full" in error

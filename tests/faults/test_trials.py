@@ -5,8 +5,9 @@ import shutil
 import pandas as pd
 import psutil
 import pytest
+from mlflow import MlflowClient
 
-from tests.faults.harness import OFTEN, change, truncate
+from tests.faults.harness import change, checkpoints, runs_of, truncate
 
 SEARCH = ("results/search.csv", "results/best.yaml")
 TRIALS = ("split0-eta0.0-depth1", "split0-eta0.2-depth1")
@@ -51,53 +52,57 @@ def test_a_training_that_diverges_says_so_once_and_is_not_repeated(undisturbed, 
 @pytest.mark.parametrize(("damage", "damaged"), [(truncate, "the newest"), (blank, "the newest"), (truncate, "every")])
 def test_a_trial_whose_checkpoint_is_damaged_goes_on_from_what_was_before(undisturbed, start, same, damage, damaged):
     project = undisturbed.interrupted()
-    (folder,) = (project / ".pud/ray").glob(f"search-*/{TRIALS[1]}")
-    checkpoints = sorted(folder.glob("checkpoint_*"))
-    assert len(checkpoints) >= 2
-    for checkpoint in checkpoints if damaged == "every" else checkpoints[-1:]:
-        damage(checkpoint / "state.pt")
+    found = checkpoints(project)
+    assert len(found) == 2
+    for checkpoint in found if damaged == "every" else found[-1:]:
+        damage(checkpoint)
     said = start(project, "search").well()
-    assert said.count("is damaged; it goes on from what was before") == (len(checkpoints) if damaged == "every" else 1)
+    assert said.count("is damaged; it goes on from what was before") == (2 if damaged == "every" else 1)
     assert f"{TRIALS[0]}: group" not in said
+    assert (f"{TRIALS[1]}: group     2" in said) == (damaged == "every")
     same(project, "search", *SEARCH)
 
 
-def test_a_trial_whose_checkpoint_is_gone_goes_on_from_a_later_one(undisturbed, start, same):
-    """Ray removes an old one before its snapshot says so."""
+def test_a_trial_killed_while_it_writes_a_checkpoint_goes_on_from_the_one_before(undisturbed, start, same):
     project = undisturbed.interrupted()
-    (state,) = (project / ".pud/ray").glob("search-*/experiment_state-*.json")
-    for path in sorted(state.parent.glob(f"{TRIALS[1]}/checkpoint_*"))[:-1]:
-        shutil.rmtree(path)
-    (last,) = state.parent.glob(f"{TRIALS[1]}/checkpoint_*")
-    last.rename(last.with_name("checkpoint_000050"))  # as if there had been many since
+    *_, newest = checkpoints(project)
+    newest.rename(newest.with_name(".state.pt.1.partial"))
     said = start(project, "search").well()
-    assert "is gone; it goes on from what there is" in said
-    assert all(f"{trial}: group     2" not in said for trial in TRIALS)
+    assert "is damaged" not in said and f"{TRIALS[1]}: group     2" not in said
     same(project, "search", *SEARCH)
 
 
-@pytest.mark.parametrize("damage", [truncate, blank])
-def test_a_search_whose_setup_is_damaged_begins_again(undisturbed, start, same, damage):
+def test_a_trial_killed_between_its_last_checkpoint_and_its_end_is_not_trained_again(
+    undisturbed, start, same, tmp_path
+):
+    project = undisturbed.before("search", tmp_path / "last")
+    start(project, "search").well()
+    for kept in (project / ".pud/kept").glob("*.json"):
+        kept.unlink()
+    said = start(project, "search").well()
+    assert said.count("goes on from group 12") == 2 and ": group" not in said
+    same(project, "search", *SEARCH)
+    assert runs_of(project) == {"search-split0": ("FINISHED", [])} | dict.fromkeys(TRIALS, ("FINISHED", STEPS))
+
+
+def test_a_trial_begun_in_another_place_goes_on(undisturbed, start, same, tmp_path):
+    project = shutil.copytree(undisturbed.interrupted(), tmp_path / "moved")
+    said = start(project, "search").well()
+    assert f"{TRIALS[0]}: group" not in said and f"{TRIALS[1]}: group     2" not in said
+    same(project, "search", *SEARCH)
+
+
+def test_a_fresh_search_begins_all_trials_again(undisturbed, start, same):
     project = undisturbed.interrupted()
-    (setup,) = (project / ".pud/ray").glob("search-*/tuner.pkl")
-    damage(setup)
-    said = start(project, "search").well()
-    assert "its state is not whole; what is not finished begins again" in said
-    assert f"{TRIALS[0]}: group" not in said
+    said = start(project, "search", "--fresh").well()
+    assert all(f"{trial}: group     2" in said for trial in TRIALS)
     same(project, "search", *SEARCH)
+    runs = MlflowClient(f"sqlite:///{project}/mlflow.db").search_runs(["1"], "attributes.run_name LIKE 'split0-%'")
+    superseded = ["superseded/" in run.data.tags["pudnet.key"] for run in runs]
+    assert sorted(superseded) == [False, False, True, True]
 
 
-def test_a_search_whose_state_is_truncated_repeats_no_finished_trial(undisturbed, start, same):
-    project = undisturbed.interrupted()
-    (state,) = (project / ".pud/ray").glob("search-*/experiment_state-*.json")
-    truncate(state)
-    said = start(project, "search").well()
-    assert "its state is not whole; what is not finished begins again" in said
-    assert f"{TRIALS[0]}: group" not in said and f"{TRIALS[1]}: group     2" in said
-    same(project, "search", *SEARCH)
-
-
-@pytest.mark.parametrize("damaged", ["ray/train-*/*/checkpoint_*/state.pt", "kept/*.json"])
+@pytest.mark.parametrize("damaged", ["trials/*/*/state.pt", "kept/*.json"])
 def test_a_finished_training_that_is_truncated_is_trained_again(undisturbed, start, same, damaged, tmp_path):
     project = undisturbed.after("train", tmp_path / "kept")
     files = [*(project / ".pud").glob(damaged)]
@@ -121,12 +126,11 @@ def test_a_measured_table_that_is_truncated_is_measured_again(undisturbed, start
     same(project, "baselines", "results/accuracies.csv")
 
 
-def test_a_search_with_other_resources_begins_its_unfinished_trials_again(undisturbed, start):
+def test_a_search_with_other_resources_goes_on(undisturbed, start):
     project = undisturbed.interrupted()
     change(project, "resources", cpus=1)
     said = start(project, "search").well()
-    assert "was begun with other resources; what is not finished begins again" in said
-    assert f"{TRIALS[0]}: group" not in said and f"{TRIALS[1]}: group     2" in said
+    assert f"{TRIALS[0]}: group" not in said and f"{TRIALS[1]}: group     2" not in said
     assert len(pd.read_csv(project / "results/search.csv")) == 2
 
 
@@ -140,6 +144,19 @@ def test_a_trial_whose_process_is_killed_goes_on_in_another(undisturbed, start, 
     said = run.well()
     assert all(said.count(f"{trial}: group     4") == 1 for trial in TRIALS)  # said once, and not from the beginning
     same(project, "search", *SEARCH)
+
+
+def test_a_trial_that_gets_on_between_its_failures_is_never_given_up(undisturbed, start, same, tmp_path):
+    """A process that is killed after each report, more often than a trial may fail without one."""
+    project = undisturbed.before("train", tmp_path / "often")
+    run = start(project, "train")
+    for step in STEPS[:-1]:
+        run.until(f"train-pudnet-split0: group {step:>5}")
+        for worker in run.workers():
+            worker.kill()
+    said = run.well()
+    assert [said.count(f"train-pudnet-split0: group {step:>5}") for step in STEPS] == [1] * len(STEPS)
+    same(project, "train", "models/pudnet.safetensors", "results/train_curves.csv")
 
 
 def test_a_trial_that_gets_no_more_memory_goes_on_in_another_process(undisturbed, start, same, tmp_path):
@@ -166,7 +183,7 @@ def test_a_measurement_whose_process_is_killed_is_made_in_another(undisturbed, s
 def test_a_search_out_of_memory_says_so_and_ends_as_if_it_had_not_been(undisturbed, start, same, tmp_path):
     """Ray kills the largest process when a node's memory is used up: here from 1 % on."""
     project = undisturbed.before("search", tmp_path / "memory")
-    run = start(project, "search", RAY_memory_usage_threshold="0.01", RAY_memory_monitor_refresh_ms="100", **OFTEN)
+    run = start(project, "search", RAY_memory_usage_threshold="0.01", RAY_memory_monitor_refresh_ms="100")
     error = run.badly(1)
     assert "0 of 2 trials are done" in error and "memory" in error and "the same command continues" in error
     start(project, "search").well()
@@ -184,7 +201,7 @@ def test_a_measurement_out_of_memory_says_so(undisturbed, start, tmp_path):
 def test_a_search_whose_ray_is_gone_says_so(undisturbed, start, same, tmp_path):
     """As when the machine's memory is used up, and the kernel ends what it will."""
     project = undisturbed.before("search", tmp_path / "raylet")
-    run = start(project, "search", **OFTEN).until("[1/2 done]")
+    run = start(project, "search").until("[1/2 done]")
     raylet = [one for one in run.remember() if one.name() == "raylet"]
     for one in [*raylet, *run.workers()]:
         one.kill()

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.harness import OFTEN, Run, change, python, truncate
+from tests.faults.harness import Run, change, checkpoints, python, truncate
 
 RESULTS = ("models/pudnet.safetensors", "results/train_curves.csv")
 
@@ -31,20 +31,11 @@ def ends_as(whole, project: Path) -> bool:
 
 def test_workers_whose_driver_is_killed_go_on_also_from_a_truncated_checkpoint(undisturbed, start, whole, tmp_path):
     project = by_two(undisturbed, tmp_path / "driver")
-    start(project, "train", **OFTEN).until("train-pudnet-split0: group     8").hit().clear()
-    truncate(sorted((project / ".pud/ray").glob("train-*/*-workers/checkpoint_*/state.pt"))[-1])
+    start(project, "train").until("train-pudnet-split0: group     8").hit().clear()
+    truncate(checkpoints(project)[-1])
     said = start(project, "train").well()
     assert said.count("is damaged; it goes on from what was before") == 1
     assert "train-pudnet-split0: group     2" not in said  # what they had done by then stays done
-    assert ends_as(whole, project)
-
-
-def test_workers_whose_record_is_truncated_begin_again(undisturbed, start, whole, tmp_path):
-    project = by_two(undisturbed, tmp_path / "record")
-    start(project, "train", **OFTEN).until("train-pudnet-split0: group     8").hit().clear()
-    (record,) = (project / ".pud/ray").glob("train-*/*-workers/checkpoint_manager_snapshot.json")
-    truncate(record)
-    assert "the record of its workers is damaged; they begin again" in start(project, "train").well()
     assert ends_as(whole, project)
 
 
