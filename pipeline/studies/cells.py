@@ -56,15 +56,17 @@ class Cell:
     sketch: str = "own"  # or constant, shuffled
     sketch_images: int | None = None  # at prediction; None: the model's own
     support_per_class: int | None = None  # at prediction; None: as in training
+    head: str | None = None  # fit to a baseline's features; None: the baseline's own rule
 
     def key(self, params: Params, *more: object) -> str:
         """A hash of all that the cell's results depend on, `more` of it told by who measures."""
-        told = [self.sketch, self.sketch_images, self.support_per_class, self.checkpoint is None]
+        told = [self.sketch, self.sketch_images, self.support_per_class, self.head, self.checkpoint is None]
         told += [params.baselines.scratch_groups] if self.spec.kind in SCRATCH else []
         plain = [*told, *more, trial_key(self.spec), params.evaluate.precision, params.baselines.sketch_groups]
         data = [STORE / "meta.json", TEST_STORE / "meta.json", *group_folder(self.spec.split_seed).iterdir()]
         code = code_files(TRAINING_CODE + VALIDATION_CODE) + method_files(self.spec.kind, params.target)
         code += [CODE / "pipeline" / name for name in ("bench.py", "measure.py")]
+        code += code_files(["baselines/heads"]) if self.head else []
         code += set(HERE.glob("*.py")) - {HERE / "page.py"}  # which words what was measured
         return f"cell-{digest(plain, [*data, *code])}"
 
@@ -108,7 +110,7 @@ def open_cell(cell: Cell, bench: Bench) -> Adapts:
         model.load_state_dict(load_state(cell.checkpoint)["model"])
     model.to(bench.images.device)
     if cell.spec.kind in LEARNED:
-        return Adapter(model, card, target)
+        return Adapter(model, card, target, cell.head)
     return Predictor(model, card, target, sketch_images=cell.sketch_images)
 
 

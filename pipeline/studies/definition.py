@@ -16,7 +16,7 @@ from pydantic.dataclasses import dataclass
 from pipeline.params import PARAMS, Params, changed, outline, read_yaml, resolve
 from pipeline.reported import Reported, paper_figure
 from pipeline.trial import TrialSpec, make_spec
-from pudnet.baselines import LEARNED, SCRATCH
+from pudnet.baselines import HEADS, LEARNED, SCRATCH
 from pudnet.config import STRICT, VARIANTS, ModelConfig, Positive, TrainConfig, parse
 from pudnet.errors import UserError
 from pudnet.settings import SETTINGS, get_setting
@@ -38,6 +38,7 @@ class Row:
     sketch: Literal[("own", *OTHERS_SKETCHES)] = "own"
     sketch_images: Positive | None = None  # at prediction
     support_per_class: Positive | None = None  # at prediction
+    head: Literal[HEADS] | None = None  # fit to a baseline's features in place of its own rule
     paper: str | None = None  # its name in the paper's table
 
     @property
@@ -180,6 +181,8 @@ def _unfit(row: Row, measure: str) -> str | None:
         return f"sketch: {row.sketch} is for `method: pudnet` and `measure: accuracy`"
     if row.sketch_images is not None and row.method != "pudnet":
         return "sketch_images: is for `method: pudnet`, the others have no sketch"
+    if row.head is not None and (row.method not in LEARNED or measure != "accuracy"):
+        return f"head: is for `measure: accuracy` and one of {', '.join(LEARNED)}"
     if measure == "whole" and row.method in (*LEARNED, *SCRATCH):
         return f"method: {row.method} is not for `measure: whole`, which takes networks of predicted weights"
     if measure == "losses" and not row.trained:
@@ -316,7 +319,7 @@ def check_rows(study: Study, params: Params) -> None:
     sound, seen = set(), []
     for name, row in study.rows.items():
         spec = row_spec(params, name, row, params.seed, ANY)
-        same = [dataclasses.replace(spec, name=""), row.sketch, row.sketch_images, row.support_per_class]
+        same = [dataclasses.replace(spec, name=""), row.sketch, row.sketch_images, row.support_per_class, row.head]
         if same in seen:
             raise UserError(f"rows.{name}: is the same as the row before it in other words")
         seen.append(same)

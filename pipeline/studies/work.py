@@ -117,7 +117,7 @@ def _seeded(spec: TrialSpec, n: int) -> TrialSpec:
 
 
 def _cell(row: Row, spec: TrialSpec, trained: Finished | None) -> Cell:
-    return Cell(spec, trained and trained.checkpoint, row.sketch, row.sketch_images, row.support_per_class)
+    return Cell(spec, trained and trained.checkpoint, row.sketch, row.sketch_images, row.support_per_class, row.head)
 
 
 def get_data(params: Params) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from pudnet.baselines.heads import HEADS
 from pudnet.baselines.matchnet import MatchNet
 from pudnet.baselines.meta_baseline import MetaBaseline
 from pudnet.baselines.meta_deepbdc import MetaDeepBDC
@@ -22,7 +23,7 @@ from pudnet.config import parse
 from pudnet.errors import UserError
 from pudnet.targets import Target, build_target
 
-__all__ = ["LEARNED", "SCRATCH", "Adapter", "Classifier", "Method", "Scratch", "ScratchConfig", "config_type"]
+__all__ = ["HEADS", "LEARNED", "SCRATCH", "Adapter", "Classifier", "Method", "Scratch", "ScratchConfig", "config_type"]
 __all__ += ["load_method", "make_method"]
 
 LEARNED: dict[str, type[Method]] = {

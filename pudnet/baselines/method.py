@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from pudnet.baselines.heads import fit_head
 from pudnet.card import Card
 from pudnet.controls import StaticTrunk
 from pudnet.learner import Learner
@@ -71,11 +72,12 @@ class Classifier:
 class Adapter:
     """A trained method and all it takes to adapt it to a group, by the rules that PudNet is under.
 
-    The support images, how many images calibrate BatchNorm, and the precision are `Predictor`'s.
+    The support images, how many images calibrate BatchNorm, and the precision are `Predictor`'s. A `head` (one of
+    `heads.HEADS`), fit to the support features, classifies in place of the method's own rule.
     """
 
-    def __init__(self, method: Method, card: Card, target: Target) -> None:
-        self.method = method.eval()
+    def __init__(self, method: Method, card: Card, target: Target, head: str | None = None) -> None:
+        self.method, self.head = method.eval(), head
         self.predictor = Predictor(method.trunk, card, target)
 
     def rows(self, labels: Tensor) -> Tensor:
@@ -89,6 +91,8 @@ class Adapter:
         weights = self.method.weights(images[chosen], labels[chosen])
         body, support, own = self.predictor.support(weights, images, labels)
         support = support.float()
+        if self.head is not None:
+            return Classifier(body, fit_head(self.head, support, own))
         return Classifier(body, lambda features: self.method.logits(features, support, own, len(classes)))
 
 
