@@ -29,7 +29,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 AGAIN = 5  # seconds
-LONGEST_FOLDER = 40  # characters of TMPDIR: Ray puts sockets below it, whose paths may have 107
+LONGEST_FOLDER = 40  # bytes of TMPDIR: Ray puts sockets below it, whose paths may have 107
 OBJECT_STORE_BYTES = 200_000_000  # trials memory-map their arrays; little goes through the object store
 # Patterns of .gitignore: anchored, since `data` alone would leave out pudnet/data too.
 NOT_SENT = ["/data", "/mlartifacts", "/.pud", "/.dvc", "/.venv", "/models", "/mlflow.db"]
@@ -53,7 +53,7 @@ def session() -> Iterator[None]:
 def _connect(address: str | None) -> None:
     if address:
         _reach(address)
-    if len(tempfile.gettempdir()) > LONGEST_FOLDER:
+    if len(os.fsencode(tempfile.gettempdir())) > LONGEST_FOLDER:
         os.environ.setdefault("RAY_TMPDIR", "/tmp")
     try:
         if address:

@@ -7,6 +7,7 @@ classify by it.
 from __future__ import annotations
 
 import io
+from collections.abc import Hashable
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from pudnet.data.own import is_missing, plain_labels
 from pudnet.errors import UserError
 
 KINDS = ((bool, "truth value"), (int | float, "number"), (str, "string"))
+EXACT = 2**53  # from here on neighbouring integers are one float, which pandas makes of integers beside a null
 
 
 class PudNetModel(PythonModel):
@@ -69,9 +71,11 @@ def _labels(rows: pd.DataFrame) -> list:
     for row, label in enumerate(labels):
         if is_missing(label):
             continue
-        kind = next((name for kind, name in KINDS if isinstance(label, kind)), None)
-        if kind is None:
-            raise UserError(f"row {row}: the label is a {type(label).__name__}; it has to be a string or a number")
+        kind = next((name for kind, name in KINDS if isinstance(label, kind)), type(label).__name__)
+        if not isinstance(label, Hashable):
+            raise UserError(f"row {row}: the label is a {kind}; it has to be a string or a number")
+        if isinstance(label, float) and abs(label) >= EXACT:
+            raise UserError(f"row {row}: the label {label:.0f} is too large to be exact; use strings")
         if kind != (before := before or kind):
             raise UserError(f"row {row}: the label {label!r} is a {kind}, those before it are {before}s")
     if all(is_missing(label) or isinstance(label, float) and label.is_integer() for label in labels):

@@ -260,20 +260,32 @@ def follow_move(uri: str) -> None:
     would write to where it was, and a copy would write into its original. Another database is left alone.
     """
     project, database = root(), _database(uri)
-    if database is None or database.resolve() != project / "mlflow.db" or not database.is_file():
+    if database is None or database.parent.resolve() != project or database.name != "mlflow.db":
         return
-    now = (project / "mlartifacts").as_uri()
-    with alone(database.with_name(f"{database.name}.lock"), wait=True), contextlib.suppress(sqlite3.Error):
-        connection = sqlite3.connect(database)
-        with contextlib.closing(connection), connection:
-            rows = connection.execute("SELECT artifact_location FROM experiments WHERE name LIKE 'pudnet-%'")
-            before = {place.rpartition("/")[0] for (place,) in rows if place}
-            for old in sorted(before - {now, str(project / "mlartifacts")}):
-                if not old.endswith("/mlartifacts"):  # put there by hand
-                    continue
-                for table, column in PLACES:
-                    moved = f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE substr({column}, 1, ?) = ?"
-                    connection.execute(moved, (now, len(old) + 1, len(old) + 1, f"{old}/"))
+    if not database.is_file():
+        return
+    with alone(database.with_name(f"{database.name}.lock"), wait=True):
+        try:
+            with contextlib.closing(sqlite3.connect(database)) as connection, connection:
+                _put_artifacts_at(connection, project / "mlartifacts")
+        except sqlite3.DatabaseError as error:  # a damaged one is said when it is written to
+            if "locked" in str(error):
+                raise UserError(
+                    f"{database}: another process holds it, so that it cannot be told where the project lies now; "
+                    "stop that process"
+                ) from None
+
+
+def _put_artifacts_at(connection: sqlite3.Connection, folder: Path) -> None:
+    """Let all that lay in another folder of this name lie in `folder`; what was put elsewhere by hand stays there."""
+    rows = connection.execute("SELECT artifact_location FROM experiments WHERE name LIKE 'pudnet-%'")
+    folders = {place.rpartition("/")[0] for (place,) in rows if place}
+    for old in sorted(folders - {folder.as_uri(), str(folder)}):
+        if not old.endswith(f"/{folder.name}"):
+            continue
+        for table, column in PLACES:
+            moved = f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE substr({column}, 1, ?) = ?"
+            connection.execute(moved, (folder.as_uri(), len(old) + 1, len(old) + 1, f"{old}/"))
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from pudnet.config import Positive, PositiveFloat, parse
 from pudnet.data.own import Label
 from pudnet.errors import UserError
 from pudnet.files import replacing
-from pudnet.targets import Target, build_target, is_import_path, target_name
+from pudnet.targets import Target, build_target, is_import_path, put_tensors, target_name
 
 METADATA = "pudnet"  # one key: safetensors orders several at random, and the file's hash would change
 FORMAT = 2
@@ -40,7 +40,7 @@ class Card:
     ridge: PositiveFloat | None = None  # for kind "network": the penalty, where its classifier was solved for
     labels_per_class: int = 0  # for kind "network": of the first so many images of a class the labels made the weights
     predicted: tuple[str, ...] = ()  # for kind "network": the tensors that were predicted, in the order of use
-    looked_at: tuple[str, ...] = ()  # for kind "network": a checksum of each image that it was predicted from
+    looked_at: tuple[str, ...] = ()  # for kind "network": checksums of the images it was predicted from or trained on
     provenance: dict = dataclasses.field(default_factory=dict)  # setting, class split, seeds, commit, ...
     format: int = FORMAT
 
@@ -95,11 +95,8 @@ def card_target(card: Card, target: str | nn.Module | None = None) -> Target:
 
 def loaded(module: nn.Module, tensors: dict[str, Tensor], path: str | Path) -> nn.Module:
     """The module with a file's tensors in it; `UserError` where they do not fit."""
-    state = module.state_dict()  # it carries the versions that some layers look at as they load
-    state.clear()
-    state.update(tensors)
     try:
-        module.load_state_dict(state)
+        put_tensors(module, tensors)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path}: its tensors do not fit its card ({reason})") from None

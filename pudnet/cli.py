@@ -127,7 +127,8 @@ def _classify(options: argparse.Namespace) -> None:
         _write_csv(options.out, ("file", "class", "label"), rows)
     right = [predicted == label for predicted, label in zip(found, truth, strict=True) if label]
     accuracy = f", accuracy {100 * sum(right) / len(right):.2f} % of {len(right)} labelled" if right else ""
-    again = sum(checksum in set(network.card.looked_at) for checksum in seen.values())
+    looked_at = set(network.card.looked_at)
+    again = sum(checksum in looked_at for checksum in seen.values())
     print(f"{len(rows)} images{_as_trained(network.card)}{accuracy}{_again(again)}{_left_out(images)}")
 
 
@@ -187,9 +188,7 @@ def _looked_at(network: PredictedNetwork) -> int:
 
 
 def _again(count: int) -> str:
-    return f"; {count} of them are images that the weights were predicted from: for an accuracy, give new ones" * (
-        count > 0
-    )
+    return f"; {count} of them are images that the weights were made from: for an accuracy, give new ones" * (count > 0)
 
 
 def _as_trained(card: Card) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from pudnet.card import METADATA, write_tensors
+from pudnet.card import METADATA, loaded, write_tensors
 from pudnet.cpu import plain_layers
 from pudnet.errors import RunFailed, UserError
 from pudnet.files import replacing
@@ -32,12 +32,12 @@ class ReadyClassifier(nn.Module):
 
     def __init__(self, network: PredictedNetwork) -> None:
         super().__init__()
-        self.body = copy.deepcopy(network.body).cpu()
+        self.body = copy.deepcopy(network.body).cpu().float()
         plain_layers(self.body)  # into layers that every runtime has a fast kernel for
         card = network.card
         self.register_buffer("mean", torch.tensor(card.mean).view(-1, 1, 1))
         self.register_buffer("std", torch.tensor(card.std).view(-1, 1, 1))
-        self.classifier = copy.deepcopy(network.classifier).cpu().plain()
+        self.classifier = copy.deepcopy(network.classifier).cpu().float().plain()
         self.eval()
 
     def forward(self, images: Tensor) -> Tensor:
@@ -70,7 +70,7 @@ def export(network: PredictedNetwork, path: Path) -> None:
         except Exception as error:  # torch's exporters raise many types for a network of a user's own
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             raise RunFailed(f"{path}: this network cannot be exported so ({reason})") from None
-        own = copy.deepcopy(network).cpu()  # a GPU's convolutions round more (TF32)
+        own = copy.deepcopy(network).cpu().float()  # a GPU's convolutions round more (TF32)
         difference = (exported(images[1:]) - own(images[1:])).abs().max().item()  # of another batch size
         if not difference <= LARGEST_DIFFERENCE:
             raise RunFailed(f"{path}: the exported network's logits differ by {difference:.2g}; nothing was written")
@@ -102,6 +102,6 @@ def _write_state(network: PredictedNetwork, path: Path, images: Tensor) -> Calla
     from safetensors.torch import load_file
 
     write_tensors(path, network.target_state_dict(), dataclasses.replace(network.card, kind="state_dict"))
-    again = copy.deepcopy(network).cpu()
-    again.body.load_state_dict(load_file(path), strict=True)
+    again = copy.deepcopy(network).cpu().float()
+    loaded(again.body, load_file(path), path)
     return again

@@ -19,7 +19,7 @@ from pudnet.baselines.scratch import ScratchConfig, train
 from pudnet.card import Card
 from pudnet.classifier import fit
 from pudnet.cpu import accelerate
-from pudnet.data.own import Images, ImageSet, Pixels, images_at_a_time, labelled_set
+from pudnet.data.own import Images, ImageSet, Pixels, images_at_a_time, labelled_set, noting
 from pudnet.device import wants_bf16
 from pudnet.errors import UserError
 from pudnet.evaluation import clock
@@ -82,7 +82,8 @@ def finetune(
             to hold any out, or an `epochs`, `held_out` or `learning_rate` out of range.
     """
     config = _config(epochs, held_out, learning_rate)
-    normalized, columns = _all_images(network, images, labels)
+    network, seen = copy.deepcopy(network).float(), {}
+    normalized, columns = _all_images(network, images, labels, seen)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         kept, tested = _hold_out(columns, held_out, network.card)
@@ -95,7 +96,10 @@ def finetune(
                 torch.manual_seed(seed)
                 found[name], points = _train(start, name, parts, config, progress)
                 curve += points
-    return FineTuned(found["predicted"], tuple(curve), len(kept), len(tested))
+    tuned = found["predicted"]
+    known = {*network.card.looked_at, *(seen[row] for row in kept.tolist())}
+    tuned.card = dataclasses.replace(tuned.card, looked_at=tuple(sorted(known)))
+    return FineTuned(tuned, tuple(curve), len(kept), len(tested))
 
 
 def _config(epochs: int, held_out: float, learning_rate: float) -> ScratchConfig:
@@ -110,9 +114,12 @@ def _config(epochs: int, held_out: float, learning_rate: float) -> ScratchConfig
 
 
 def _all_images(
-    network: PredictedNetwork, images: Images | ImageSet, labels: Sequence | Pixels | None
+    network: PredictedNetwork, images: Images | ImageSet, labels: Sequence | Pixels | None, seen: dict[int, str]
 ) -> tuple[Tensor, Tensor]:
-    """Normalised images (N, C, H, W), and of each the column of its label in the network's logits."""
+    """Normalised images (N, C, H, W), and of each the column of its label in the network's logits.
+
+    `seen` gets the checksum of each image, by its row.
+    """
     own, encoded, names = labelled_set(images, labels, network.card)
     column = {str(name): position for position, name in enumerate(network.classes)}  # a folder's are strings
     if unknown := [name for name in names if str(name) not in column]:
@@ -120,7 +127,8 @@ def _all_images(
         raise UserError(f"labels: the network does not know {unknown[0]!r}; it knows {known}")
     if absent := set(column) - set(map(str, names)):
         raise UserError(f"labels: no images of class {min(absent)!r}, which the network knows")
-    return network.normalize(own), torch.tensor([column[str(name)] for name in names])[encoded].to(network.mean.device)
+    columns = torch.tensor([column[str(name)] for name in names])[encoded]
+    return network.normalize(noting(own, seen)), columns.to(network.mean.device)
 
 
 def _hold_out(columns: Tensor, part: float, card: Card) -> tuple[Tensor, Tensor]:

@@ -43,7 +43,7 @@ class PredictedNetwork(nn.Module):
         return self.card.classes
 
     def normalize(self, images: Images | ImageSet) -> Tensor:
-        """What the target itself is fed: uint8 (N, H, W, C) or 0..1 float (N, C, H, W) -> float (N, C, H, W)."""
+        """What the target itself is fed: uint8 (N, H, W, C) or 0..1 float (N, C, H, W) -> (N, C, H, W) of its dtype."""
         return torch.cat(list(self._chunks(images)))
 
     def features(self, images: Images | ImageSet) -> Tensor:
@@ -61,11 +61,16 @@ class PredictedNetwork(nn.Module):
 
     def logits(self, normalized: Tensor) -> Tensor:
         """`forward` on images (N, C, H, W) that are normalised already."""
-        return self.classifier(features_in_parts(self.body, normalized.to(self.mean.dtype)))
+        return self.classifier(features_in_parts(self.body, normalized.to(self._dtype)))
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """Of the body: another one after `half()`, `bfloat16()` or `double()`."""
+        return next(self.body.parameters()).dtype
 
     @torch.no_grad()
     def _features(self, normalized: Tensor) -> Tensor:
-        return self.body(normalized.to(self.mean.dtype)).flatten(1)  # after `half()` or `double()` that dtype
+        return self.body(normalized).flatten(1)
 
     @torch.no_grad()
     def _logits(self, normalized: Tensor) -> Tensor:
@@ -73,7 +78,7 @@ class PredictedNetwork(nn.Module):
 
     def _chunks(self, images: Images | ImageSet) -> Iterator[Tensor]:
         for pixels in image_set(images, self.card).chunks(images_at_a_time(self.card.image_size)):
-            yield normalize(pixels.to(self.mean.device), self.mean.float(), self.std.float())
+            yield normalize(pixels.to(self.mean.device), self.mean.float(), self.std.float()).to(self._dtype)
 
     def target_state_dict(self) -> dict[str, Tensor]:
         """The state dict of the plain target network, running statistics and layers' versions included."""

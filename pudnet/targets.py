@@ -168,7 +168,7 @@ def build_target(target: str | nn.Module, channels: int, image_size: int) -> Tar
     name = target_name(target)
     if image_size < SMALLEST_IMAGE:
         raise UserError(f"target {name}: images of {image_size} px are too small, it needs {SMALLEST_IMAGE}")
-    network = _copy_of(target, name) if isinstance(target, nn.Module) else _construct(target, channels)
+    network = _made(target, name, channels)
     _refuse_unfit_layers(network, name)
     images = torch.randn(2, channels, image_size, image_size, generator=torch.Generator().manual_seed(0))
     convs, features = _forward_order(network.eval(), name, images)
@@ -176,11 +176,17 @@ def build_target(target: str | nn.Module, channels: int, image_size: int) -> Tar
     if _wants_contiguous_maps(network, images):
         _give_contiguous_maps(network)
     _refuse_what_only_training_does(network.train(), name, images)
-    _refuse_what_cannot_be_trained(network, name, images)
+    _refuse_what_cannot_be_trained(network, name, torch.cat([images, images[:1]]))  # another number of them
+    if name not in TARGETS:
+        _refuse_what_a_file_loses(network, _made(target, name, channels), name, images)
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
     return Target(network, convs, channels, image_size, features)
+
+
+def _made(target: str | nn.Module, name: str, channels: int) -> nn.Module:
+    return _copy_of(target, name) if isinstance(target, nn.Module) else _construct(target, channels)
 
 
 def _copy_of(target: nn.Module, name: str) -> nn.Module:
@@ -333,6 +339,32 @@ def _refuse_what_cannot_be_trained(network: nn.Module, name: str, images: Tensor
             features.float().sum().backward()
         except RuntimeError as error:
             raise UserError(f"target {name}: has no gradient ({_one_line(error)})") from None
+
+
+@torch.no_grad()
+def _refuse_what_a_file_loses(network: nn.Module, again: nn.Module, name: str, images: Tensor) -> None:
+    """Refuse a network that is not the same once its tensors are put into `again`, made anew, as loading does."""
+    for path, value in network.state_dict().items():
+        if not isinstance(value, Tensor):
+            raise UserError(f"target {name}: {path} is state that is no tensor, and a file of weights holds only those")
+    try:
+        put_tensors(again, network.state_dict())
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"target {name}: cannot load its own state dict ({_one_line(error)})") from None
+    features = [_features(copy.deepcopy(one).eval(), name, images.contiguous()) for one in (network, again)]
+    if not torch.equal(*features):
+        raise UserError(
+            f"target {name}: with the same state dict it gives other features when it is made anew; "
+            "what its features depend on has to be in the state dict"
+        )
+
+
+def put_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Load tensors as a state dict of the module, whatever versions its layers have. Raises as `load_state_dict`."""
+    state = module.state_dict()  # it carries the versions that some layers look at as they load
+    state.clear()
+    state.update(tensors)
+    module.load_state_dict(state)
 
 
 def _features(network: nn.Module, name: str, images: Tensor) -> Tensor:

@@ -92,6 +92,31 @@ class Awkward(nn.Module):
         return (maps, maps) if self.what == "pair" and self.training else maps
 
 
+class Lossy(nn.Module):
+    """Is not the same once its state dict was written to a file and read into a new one."""
+
+    def __init__(self, what: str):
+        super().__init__()
+        self.conv, self.what = nn.Conv2d(3, 3, 3), what
+        if what == "renamed":
+            self.register_state_dict_post_hook(lambda module, state, prefix, _: state.update(extra=torch.zeros(1)))
+        self.register_buffer("drawn", torch.rand(1) if what == "drawn" else torch.ones(1), persistent=False)
+
+    def get_extra_state(self) -> dict | Tensor:
+        return {"step": 3} if self.what == "extra" else torch.zeros(1)
+
+    def set_extra_state(self, state: dict | Tensor) -> None:
+        pass
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.conv(images[:2] if self.what == "two" else images) * self.drawn
+
+
+def drawn() -> nn.Module:
+    """Other features each time it is made."""
+    return Lossy("drawn")
+
+
 def broken() -> nn.Module:
     """Cannot be built."""
     raise ValueError("no\nsuch\nluck")
@@ -102,7 +127,7 @@ def number() -> int:
     return 3
 
 
-REFUSED = {
+REFUSED: dict[str, nn.Module | str] = {
     "layer .*ConvTranspose2d": Wrapped(nn.ConvTranspose2d(4, 4, 3)),
     "layer layer is a Conv1d": Wrapped(nn.Conv1d(4, 4, 3), use=False),
     "layer layer is a LazyConv2d": Wrapped(nn.LazyConv2d(4, 3)),
@@ -119,6 +144,10 @@ REFUSED = {
     "convolution function outside": Awkward("function"),
     "no Conv2d": nn.Sequential(nn.Flatten(), nn.Linear(3, 3)),
     "one feature tensor": Pair(),
+    "_extra_state is state that is no tensor": Lossy("extra"),
+    "cannot load its own state dict .*extra": Lossy("renamed"),
+    "gives other features when it is made anew": "tests.nets:drawn",
+    "must give one feature tensor an image": Lossy("two"),
     "cannot take images of 16 px with 3 channel": nn.Sequential(nn.Conv2d(5, 4, 3)),
 }
 

@@ -122,9 +122,9 @@ def test_skip_bad_goes_on_and_counts(photos, weights, tmp_path, capsys):
 def test_classify_says_which_images_the_weights_were_predicted_from(photos, weights, capsys):
     command = ["classify", "--weights", str(weights), "--data"]
     assert main([*command, str(photos / "data")]) == 0
-    assert "of 30 labelled; 30 of them are images that the weights were predicted from" in capsys.readouterr().out
+    assert "of 30 labelled; 30 of them are images that the weights were made from" in capsys.readouterr().out
     assert main([*command, str(photos / "new")]) == 0
-    assert "predicted from" not in capsys.readouterr().out
+    assert "made from" not in capsys.readouterr().out
     assert main(["info", str(weights)]) == 0
     assert "looked_at: 30 images, by their checksums" in capsys.readouterr().out
 

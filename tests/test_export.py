@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
-from torchvision.models import resnet18
+from torchvision.models import mnasnet0_5, resnet18
 
 from pudnet import PredictedNetwork, Predictor
 from pudnet.errors import RunFailed, UserError
@@ -72,6 +72,13 @@ def test_state_dict_loads_strictly_into_torchvisions_network(resnet, tmp_path):
     assert_close(plain.eval()(resnet.normalize(images)), resnet.features(images), rtol=1e-4, atol=1e-4)
     with pytest.raises(UserError, match="holds a state_dict, not a predicted network"):
         PredictedNetwork.load(tmp_path / "state.safetensors")
+
+
+def test_state_dict_of_layers_that_look_at_their_versions_is_exported(tmp_path):
+    mnasnet = mnasnet0_5()
+    mnasnet.classifier = torch.nn.Identity()
+    predicted(mnasnet, channels=3, size=32).export(tmp_path / "n.safetensors")
+    assert load_file(tmp_path / "n.safetensors").keys() == mnasnet.state_dict().keys()
 
 
 def test_exporting_leaves_the_network_as_it_is(network, images, tmp_path):

@@ -8,6 +8,7 @@ from sklearn.datasets import load_digits
 
 from pudnet import Predictor
 from pudnet.baselines.scratch import ScratchConfig, train
+from pudnet.data.own import checksums
 from pudnet.errors import UserError
 from pudnet.finetune import _random, finetune
 
@@ -49,6 +50,13 @@ def test_curve_starts_before_training_and_has_both_starts(tuned):
         assert [point.epoch for point in points] == list(range(5)) and points[0].seconds == 0
         assert all(a.seconds < b.seconds for a, b in zip(points, points[1:], strict=False))
         assert points[-1].loss < points[1].loss and points[-1].accuracy > 90
+
+
+def test_the_images_that_were_trained_on_are_known_as_seen(tuned, digits):
+    network, found = tuned
+    of_all = set(checksums(digits[0][:200][..., None]))
+    seen = set(found.network.card.looked_at)
+    assert set(network.card.looked_at) < seen <= of_all and len(seen) >= found.trained_on
 
 
 def plus():

@@ -17,7 +17,7 @@ from pudnet.errors import UserError
 from pudnet.network import PredictedNetwork
 from pudnet.predictor import Predictor, spread_rows
 from pudnet.targets import build_target
-from tests.nets import Depthwise
+from tests.nets import Depthwise, Viewing
 
 COLOURS = {"red": (200, 40, 40), "green": (40, 200, 40), "blue": (40, 40, 200)}
 
@@ -448,8 +448,20 @@ def test_a_network_whose_layers_look_at_their_versions_is_saved_and_loaded(tmp_p
 
 @pytest.mark.parametrize("dtype", [torch.half, torch.bfloat16, torch.double])
 @pytest.mark.parametrize("variant", ["pudnet", "pudnet_plus"])
-def test_a_network_of_another_precision_classifies_alike(dtype, variant):
+def test_a_network_of_another_precision_is_used_as_the_float_one(dtype, variant, tmp_path):
     predictor = Predictor.untrained("convnet3", 3, 16, variant=variant)
+    predictor.sketch_images = 12  # of 36: others can be held out
     network = predictor.predict(IMAGES, LABELS)
     expected = network(QUERIES)
     assert_close(network.to(dtype)(QUERIES).float(), expected, rtol=0.1, atol=0.2)
+    assert network.body(network.normalize(QUERIES)).dtype == dtype
+    network.export(tmp_path / "n.pt2")
+    assert predictor.finetune(network, IMAGES, LABELS, epochs=1, held_out=0.1).network.mean.dtype == torch.float
+
+
+def test_a_network_that_takes_a_view_of_its_maps_is_predicted_and_tuned():
+    """Its images are channels_last, as everywhere, which a view of maps does not allow."""
+    predictor = Predictor.untrained(Viewing(), 3, 16)
+    network = predictor.predict(IMAGES, LABELS)
+    assert network(QUERIES).isfinite().all()
+    assert predictor.finetune(network, IMAGES, LABELS, epochs=1).network(QUERIES).isfinite().all()

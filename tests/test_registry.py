@@ -1,6 +1,7 @@
 """What the registry says of a model; that it serves is in test_pipeline.py."""
 
 from dataclasses import asdict
+from decimal import Decimal
 
 import mlflow
 import pandas as pd
@@ -48,6 +49,7 @@ def request(served, labels):
         ([0.5, 1.5, 0.5, 1.5, None, None], {0.5, 1.5}),
         (pd.Series([1, 2, 1, 2, None, None], dtype="Int64"), {1, 2}),
         (pd.Series(["a", "b", "a", "b", None, None], dtype="category"), {"a", "b"}),
+        ([Decimal("1"), Decimal("2"), Decimal("1"), Decimal("2"), None, None], {"1", "2"}),  # as in Predictor.predict
     ],
 )
 def test_a_query_is_a_row_without_a_label_and_nothing_else(labels, classes, served):
@@ -62,6 +64,7 @@ def test_a_query_is_a_row_without_a_label_and_nothing_else(labels, classes, serv
         (["a", "a", "a", "b", "b", 7, None, None], "row 5: the label 7 is a number, those before it are strings"),
         (["a", "b", False, None], "row 2: the label False is a truth value, those before it are strings"),
         (["a", ["b"], None], "row 1: the label is a list; it has to be a string or a number"),
+        ([2**53 + 1, 2**53, 1, None], "row 0: the label 9007199254740992 is too large to be exact"),
         (["a", "b"], "rows: 2 with a label and 0 without"),
     ],
 )

@@ -1,5 +1,6 @@
 """What MLflow is told stays with the project, wherever that lies, and what it does not take is said."""
 
+import contextlib
 import shutil
 import sqlite3
 import time
@@ -10,6 +11,7 @@ from mlflow import MlflowClient
 
 from pipeline.params import load_params
 from pipeline.tracking import Tracking, _open, open_tracking, tracking_uri
+from pudnet.errors import UserError
 from tests.smallest import shrink
 from tests.test_pipeline import ROOT
 
@@ -62,8 +64,18 @@ def test_a_project_that_was_moved_or_copied_logs_to_where_it_is(way, project, tm
     assert len(list(new.glob("mlartifacts/**/note.txt"))) == 2
     client = MlflowClient(tracking_uri())
     assert client.get_run(first).info.artifact_uri.startswith(new.as_uri())
-    assert Path(client.download_artifacts(first, "note.txt")).is_relative_to(new)
+    assert Path(client.download_artifacts(first, "note.txt")).read_text() == "first"
     assert sorted(old.rglob("*.txt")) == (before if way == "copied" else [])
+
+
+def test_a_moved_project_whose_database_is_held_says_so(project, tmp_path):
+    log(open_tracking(load_params()), "first", project("old"))
+    shutil.move(tmp_path / "old", tmp_path / "new")
+    project("new")
+    with contextlib.closing(sqlite3.connect("mlflow.db")) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(UserError, match=r"mlflow\.db: another process holds it"):
+            open_tracking(load_params())
 
 
 def test_a_database_that_cannot_be_opened_is_said_at_once(project, capsys):
