@@ -31,7 +31,7 @@ from pudnet.data.groups import GroupSizes
 from pudnet.errors import UserError
 from pudnet.hypernet import PudNet
 from pudnet.settings import Setting, get_setting
-from pudnet.targets import Target, build_target, check_target_name
+from pudnet.targets import Target, build_target, check_target_name, check_together
 
 PARAMS = Path("params.yaml")
 MOST_VALUES, MOST_LEVELS, MOST_DIGITS = 10_000, 20, 18  # of a YAML file, aliases followed; of an integer in it
@@ -363,6 +363,8 @@ def _check_space(where: str, space: Grid, known: Mapping[str, Any]) -> None:
 def check(params: Params) -> None:
     """Build the hypernetwork once, so that a target which cannot be predicted stops here, and say how large it is."""
     target = build_target(params.target, params.prepare.channels, params.prepare.image_size)
+    if params.train.groups_per_step > 1 and torch.cuda.is_available():
+        check_together(target)
     model, parameters = outline(params.model, target)
     sizes = {key: max(values) for key, values in params.search.space.items() if all(type(v) is int for v in values)}
     if (largest := params.configured(sizes)[0]) != params.model:

@@ -449,6 +449,13 @@ def together(work: Work, images: Tensor, weights: Weights) -> Tensor:
         raise UserError(f"train.groups_per_step: this target takes 1 only on a GPU ({_one_line(error)})") from None
 
 
+def check_together(target: Target) -> None:
+    """Raise `UserError` where several groups a step cannot pass in one vectorised call, as they do on a GPU."""
+    weights = {conv.name: torch.zeros(2, *conv.shape) for conv in target.convs}
+    images = torch.zeros(2, 3, target.channels, target.image_size, target.image_size)
+    together(SharedTarget(target).one, images, weights)
+
+
 class SharedTarget(nn.Module):
     """What all groups share of a target: its structure, BatchNorm's affine parameters, biases.
 
@@ -471,7 +478,7 @@ class SharedTarget(nn.Module):
         Leading dimensions are groups, each under its own weights and its own images' statistics: one after the
         other on a CPU, which one group keeps busy, in one call on a GPU, which it does not.
         """
-        return self._of_groups(self._one, images, weights)
+        return self._of_groups(self.one, images, weights)
 
     def input_of(self, conv: nn.Conv2d, images: Tensor, weights: Weights) -> Tensor:
         """What a convolution of the body is given when images (..., N, C, H, W) pass: (..., N, d_in, H', W')."""
@@ -492,14 +499,15 @@ class SharedTarget(nn.Module):
 
         hook = conv.register_forward_pre_hook(stop)
         try:
-            self._one(images, weights)
+            self.one(images, weights)
         except _Reached as reached:
             return reached.maps
         finally:
             hook.remove()
         raise AssertionError("a target's convolutions all take part in its forward pass")
 
-    def _one(self, images: Tensor, weights: Weights) -> Tensor:
+    def one(self, images: Tensor, weights: Weights) -> Tensor:
+        """`forward` of one group's images (N, C, H, W)."""
         return functional_call(self.body, dict(weights), (images,)).flatten(1)
 
 

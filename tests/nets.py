@@ -40,6 +40,18 @@ class Viewing(nn.Module):
         return maps.view(maps.size(0), -1)
 
 
+class Branching(nn.Module):
+    """Does other things for other images, which no call for several groups at once can."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps = self.conv(images)
+        return maps if maps.sum() > 0 else -maps
+
+
 class Wrapped(nn.Module):
     """One layer that a test chooses, and a convolution."""
 

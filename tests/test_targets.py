@@ -11,8 +11,17 @@ from torch.testing import assert_close
 from torchvision.models import resnet18
 
 from pudnet.errors import UserError
-from pudnet.targets import Calibrator, ConvNet3, SharedTarget, build_target, norms, target_code, together
-from tests.nets import REFUSED, features_of
+from pudnet.targets import (
+    Calibrator,
+    ConvNet3,
+    SharedTarget,
+    build_target,
+    check_together,
+    norms,
+    target_code,
+    together,
+)
+from tests.nets import REFUSED, Branching, features_of
 
 NAMES = ["convnet3", "resnet18", "tests.nets:Depthwise", "tests.nets:Viewing"]
 SIZE = 16
@@ -168,6 +177,13 @@ def test_module_of_the_users_own_is_copied_and_left_as_it_is():
 def test_what_cannot_be_predicted_is_refused_by_name(reason):
     with pytest.raises(UserError, match=reason):
         build_target(REFUSED[reason], 3, SIZE)
+
+
+def test_what_takes_one_group_at_a_time_is_found_out_before_training():
+    for name in NAMES:
+        check_together(build_target(name, 3, SIZE))
+    with pytest.raises(UserError, match="train.groups_per_step: this target takes 1 only on a GPU"):
+        check_together(build_target(Branching(), 3, SIZE))
 
 
 @pytest.mark.parametrize(
