@@ -31,7 +31,7 @@ lint: $(READY)
 
 # The UI of this project's database, on this machine only. One worker, no job queue: up in seconds.
 ui: $(READY)
-	@$(IN_VENV) python -c "from pipeline.tracking import follow_move, tracking_uri; follow_move(tracking_uri())"
+	@$(IN_VENV) python -c "from pipeline.tracking.runs import follow_move, tracking_uri; follow_move(tracking_uri())"
 	@echo "runs: http://127.0.0.1:5000/#/experiments/1/runs (of other settings: 2, 3, ...)"
 	$(IN_VENV) MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false MLFLOW_DISABLE_TELEMETRY=true \
 		mlflow ui --host 127.0.0.1 --backend-store-uri sqlite:///mlflow.db --workers 1

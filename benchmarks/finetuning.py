@@ -12,7 +12,7 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Column, Table
 
-from pipeline.stage import write_json
+from pipeline.project import write_json
 from pudnet.data.sources import Source, open_source
 from pudnet.errors import UserError, exit_code
 from pudnet.files import check_writable

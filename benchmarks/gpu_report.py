@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from rich.table import Column, Table
 
-from pipeline.stage import write_json
+from pipeline.project import write_json
 from pudnet.files import check_writable
 
 

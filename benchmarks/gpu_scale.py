@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from benchmarks.gpu_report import Report, Run
-from pipeline.trial import TrialSpec, card_of, make_learner
+from pipeline.runs.trial import TrialSpec, card_of, make_learner
 from pudnet.baselines import LEARNED, Adapter
 from pudnet.config import ModelConfig, TrainConfig, apply_variant
 from pudnet.data.groups import GroupSizes, Split, build_groups, split_classes

@@ -20,10 +20,10 @@ from rich.table import Column, Table
 
 from benchmarks.data import CHANNELS, SIZE, make_groups, make_images
 from benchmarks.memory import peak_of, peak_so_far
-from pipeline.bench import Bench, open_bench
 from pipeline.params import load_params
-from pipeline.stage import PUDNET, STORE, write_json
-from pipeline.trial import pick_device
+from pipeline.project import PUDNET, STORE, write_json
+from pipeline.runs.bench import Bench, open_bench
+from pipeline.runs.trial import pick_device
 from pudnet.baselines.scratch import ScratchConfig, scratch_network, train_epoch
 from pudnet.data.images import StoreImages
 from pudnet.device import wants_bf16

@@ -21,8 +21,8 @@ from torch import nn
 from benchmarks.data import CHANNELS, CLASSES, CLASSES_PER_GROUP, SIZE, make_groups, make_images
 from benchmarks.floors import Counter, Floor, Machine, measure_machine
 from benchmarks.memory import peak_of, peak_so_far
-from pipeline.stage import write_json
-from pipeline.trial import pick_device
+from pipeline.project import write_json
+from pipeline.runs.trial import pick_device
 from pudnet import cpu
 from pudnet.config import ModelConfig, TrainConfig, default_extractor
 from pudnet.data.images import StoreImages

@@ -9,10 +9,11 @@ from typing import Any
 
 import pandas as pd
 
-from pipeline.bench import Bench, identity, open_bench, summary
 from pipeline.params import Params
-from pipeline.stage import RESULTS, run_stage, split_model, write, write_json
-from pipeline.tracking import Tracking, open_tracking
+from pipeline.project import RESULTS, split_model, write, write_json
+from pipeline.runs.bench import Bench, identity, open_bench, summary
+from pipeline.stage import run_stage
+from pipeline.tracking.runs import Tracking, open_tracking
 from pudnet.data.store import whole_folder
 from pudnet.evaluation import FROM, adapt_input, time_prediction
 from pudnet.predictor import Predictor

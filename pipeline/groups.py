@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline.params import Params
-from pipeline.stage import GROUPS, STORE, TEST_STORE, group_folder, run_stage
+from pipeline.project import GROUPS, STORE, TEST_STORE, group_folder
+from pipeline.stage import run_stage
 from pudnet.data.groups import build_groups, split_classes, write_groups
 from pudnet.data.store import Store, open_store, whole_folder
 

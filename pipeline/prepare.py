@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from pipeline.params import Params
-from pipeline.stage import PREPARED, STORE, TEST_STORE, root, run_stage
+from pipeline.project import PREPARED, STORE, TEST_STORE, root
+from pipeline.stage import run_stage
 from pudnet.data.folders import by_type
 from pudnet.data.sources import open_source
 from pudnet.data.store import whole_folder, write_store

@@ -9,8 +9,9 @@ import dataclasses
 import json
 
 from pipeline.params import Params
-from pipeline.registry import hypernetwork
-from pipeline.stage import PUDNET, RESULTS, run_stage, write
+from pipeline.project import PUDNET, RESULTS, write
+from pipeline.stage import run_stage
+from pipeline.tracking.registry import hypernetwork
 from pudnet.card import Card, read_tensors, write_tensors
 from pudnet.errors import UserError
 from pudnet.locations import SHIPPED

@@ -9,13 +9,14 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from pipeline import cluster
-from pipeline.experiment import Experiment, run_missing
-from pipeline.kept import Finished
 from pipeline.params import Params
-from pipeline.stage import RESULTS, run_stage, wants_fresh, write
-from pipeline.tracking import Tracking, open_tracking
-from pipeline.trial import TrialSpec, make_spec
+from pipeline.project import RESULTS, write
+from pipeline.runs import cluster
+from pipeline.runs.executor import Experiment, run_missing
+from pipeline.runs.finished import Finished
+from pipeline.runs.trial import TrialSpec, make_spec
+from pipeline.stage import run_stage, wants_fresh
+from pipeline.tracking.runs import Tracking, open_tracking
 from pudnet.errors import RunFailed
 
 

@@ -1,41 +1,15 @@
-"""What every stage shares: how it starts, how it fails, where things lie, how files are written."""
+"""How a stage runs as a command."""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import errno
-import fcntl
-import json
-import math
-import os
-import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
-
-import yaml
 
 from pipeline.params import Params, load_params
-from pudnet.errors import UserError, exit_code
-from pudnet.files import replacing
-
-PREPARED = Path("data/prepared")
-STORE = PREPARED / "train"
-TEST_STORE = PREPARED / "test"  # inter-dataset settings only
-GROUPS = Path("data/groups")
-MODELS = Path("models")
-PUDNET = MODELS / "pudnet.safetensors"  # the first split's, for those who want one model
-BASELINES = MODELS / "baselines"
-RESULTS = Path("results")
-
-T = TypeVar("T")
-
-
-def root() -> Path:
-    """The repository that state and tracking belong to, also in a workspace of `dvc exp run --queue`."""
-    return Path(os.environ.get("DVC_ROOT", ".")).resolve()
+from pipeline.project import alone
+from pudnet.errors import exit_code
 
 
 def run_stage(stage: Callable[[Params], None]) -> None:
@@ -49,79 +23,8 @@ def run_stage(stage: Callable[[Params], None]) -> None:
     sys.exit(exit_code(run))
 
 
-def read_result(path: Path, parse: Callable[[Path], T], stage: str) -> T:
-    """What an earlier stage wrote. `UserError` where it is missing or damaged."""
-    if not path.exists():
-        raise UserError(f"{path} is missing; `dvc repro {stage}` writes it")
-    try:
-        return parse(path)
-    except (ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError):
-        raise UserError(f"{path} is damaged; `dvc repro -f -s {stage}` writes it anew") from None
-
-
-@contextlib.contextmanager
-def alone(path: Path, wait: bool = False) -> Iterator[None]:
-    """Hold a lock: what two processes did at once would mix.
-
-    Where another one holds it, `wait` for it, or raise `UserError`.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.EACCES):
-                where = path.parent.absolute()
-                raise UserError(
-                    f"{where}: files cannot be locked there ({error.strerror}); use another file system"
-                ) from None
-            lock.seek(0)
-            name, owner = path.name.partition(".")[0], lock.read().strip()
-            raise UserError(f"{name}: another process ({owner}) is at it; wait for it or stop it") from None
-        lock.truncate(0)
-        print(os.getpid(), file=lock, flush=True)
-        yield
-
-
 def wants_fresh() -> bool:
     """Whether the command line asks to forget an earlier, unfinished or finished, run of the stage."""
     parser = argparse.ArgumentParser(description="Run the stage; without --fresh an earlier run is continued.")
     parser.add_argument("--fresh", action="store_true", help="forget the earlier run's state and start over")
     return parser.parse_args().fresh
-
-
-def git_commit() -> str:
-    """The commit that is checked out, with `-dirty` where files differ from it; empty outside git."""
-    command = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip()
-
-
-def group_folder(split_seed: int) -> Path:
-    """Where the tables of one class split lie."""
-    return GROUPS / f"split-{split_seed}"
-
-
-def split_model(method: str, split_seed: int) -> Path:
-    """Where the final model of one class split lies."""
-    folder = MODELS / "splits" if method == "pudnet" else BASELINES
-    return folder / method / f"split-{split_seed}.safetensors"
-
-
-def write(path: Path, content: str | bytes) -> None:
-    """Write a file, all or nothing."""
-    with replacing(path) as partial:
-        partial.write_bytes(content.encode() if isinstance(content, str) else content)
-
-
-def write_json(path: Path, values: Any) -> None:
-    """Write plain values as JSON, keys in the order given; what is not a number (NaN) as null."""
-    write(path, json.dumps(_without_nan(values), indent=2, allow_nan=False) + "\n")
-
-
-def _without_nan(values: Any) -> Any:
-    if isinstance(values, dict):
-        return {key: _without_nan(value) for key, value in values.items()}
-    if isinstance(values, list | tuple):
-        return [_without_nan(value) for value in values]
-    return None if isinstance(values, float) and math.isnan(values) else values

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from pipeline import cluster
-from pipeline.figures import to_png
 from pipeline.params import Params, StudyParams
-from pipeline.stage import alone, write
+from pipeline.project import alone, write
+from pipeline.reporting.figures import to_png
+from pipeline.runs import cluster
 from pipeline.studies import accuracy, correlation, finetuning, losses, page, whole, work
 from pipeline.studies.definition import STUDIES, Study, check_rows, column_params, load_study, wanted
 from pudnet.errors import UserError, exit_code

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from pipeline import cluster
-from pipeline.final import read_best, train_all, write_curves
 from pipeline.params import Params
-from pipeline.stage import RESULTS, run_stage, wants_fresh, write
+from pipeline.project import RESULTS, write
+from pipeline.runs import cluster
+from pipeline.runs.final import read_best, train_all, write_curves
+from pipeline.stage import run_stage, wants_fresh
 
 
 def train(params: Params) -> None:

@@ -27,7 +27,7 @@ from PIL import Image
 from pipeline.groups import build
 from pipeline.params import check, load_params
 from pipeline.prepare import prepare
-from pipeline.stage import STORE, TEST_STORE, group_folder
+from pipeline.project import STORE, TEST_STORE, group_folder
 from pipeline.studies.definition import ANY, column_params, load_study, row_spec, wanted
 from pudnet import PredictedNetwork, Predictor
 from pudnet.cli import main

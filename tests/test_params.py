@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.dependencies import CODE, TRAINING_CODE, VALIDATION_CODE, code_files
 from pipeline.params import check, load_params, resolve
-from pipeline.tracking import provenance
-from pipeline.trial import pick_device
+from pipeline.runs.keys import CODE, TRAINING_CODE, VALIDATION_CODE, code_files
+from pipeline.runs.trial import pick_device
+from pipeline.tracking.runs import provenance
 from pudnet.config import VARIANTS
 from pudnet.errors import UserError
 from pudnet.settings import SETTINGS
@@ -178,7 +178,7 @@ def test_the_method_does_not_import_the_experiment():
 
 def test_results_depend_on_every_file_of_the_method_that_a_trial_imports():
     """But for what only finds, reads and names data, whose content counts by itself."""
-    names = "import pipeline.trial, sys; print(*(name for name in sys.modules if name.startswith('pudnet.')))"
+    names = "import pipeline.runs.trial, sys; print(*(name for name in sys.modules if name.startswith('pudnet.')))"
     imported = subprocess.run([sys.executable, "-c", names], capture_output=True, text=True, check=True).stdout.split()
     plain = {f"pudnet.{name}" for name in ("data", "errors", "files", "locations", "settings")}
     plain |= {f"pudnet.data.{name}" for name in ("datasets", "decode", "folders", "groups", "sources", "store")}

@@ -23,7 +23,7 @@ from mlflow import MlflowClient
 from sklearn.datasets import load_digits
 from torch.testing import assert_close
 
-from pipeline.registry import download, png
+from pipeline.tracking.registry import download, png
 from pudnet import PredictedNetwork, Predictor
 from pudnet.baselines import LEARNED
 from pudnet.errors import UserError
@@ -286,7 +286,7 @@ def test_ray_starts_whatever_folder_is_for_temporary_files(tmp_path):
     """Ray puts sockets there, whose paths may have 107 characters."""
     folder = tmp_path / ("a" * 60)
     folder.mkdir()
-    ends = "import ray; from pipeline.cluster import session\nwith session(): print(ray.get(ray.put('answered')))"
+    ends = "import ray; from pipeline.runs.cluster import session\nwith session(): print(ray.get(ray.put('answered')))"
     env = environment(ROOT) | {"TMPDIR": str(folder)}
     done = subprocess.run([sys.executable, "-c", ends], env=env, capture_output=True, text=True, check=False)
     assert done.stdout == "answered\n", done.stderr

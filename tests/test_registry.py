@@ -7,8 +7,8 @@ import mlflow
 import pandas as pd
 import pytest
 
-from pipeline.registry import example_group, hypernetwork
-from pipeline.serving import PudNetModel
+from pipeline.tracking.registry import example_group, hypernetwork
+from pipeline.tracking.serving import PudNetModel
 from pudnet import Predictor
 from pudnet.card import Card
 from pudnet.config import ModelConfig, TrainConfig, apply_variant

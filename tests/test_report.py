@@ -9,18 +9,11 @@ import pandas as pd
 import pytest
 import yaml
 
-from pipeline.figures import search_figure, to_svg
-from pipeline.report import (
-    PRODUCERS,
-    duration,
-    histogram,
-    label,
-    plus_minus,
-    read_results,
-    report,
-    verdict,
-)
-from pipeline.reported import load_reported, paper_figures
+from pipeline.report import report
+from pipeline.reporting.figures import search_figure, to_svg
+from pipeline.reporting.page import duration, label, plus_minus, verdict
+from pipeline.reporting.paper import load_reported, paper_figures
+from pipeline.reporting.results import PRODUCERS, histogram, read_results
 from pudnet.errors import UserError
 from pudnet.predictor import Predictor
 

@@ -18,8 +18,8 @@ import yaml
 from pipeline.groups import build
 from pipeline.params import load_params
 from pipeline.prepare import prepare
+from pipeline.runs.trial import load_state
 from pipeline.studies.definition import load_study
-from pipeline.trial import load_state
 from pudnet.baselines import load_method
 from pudnet.data.groups import open_groups
 from pudnet.data.sources import open_source
@@ -174,7 +174,7 @@ print(len(GcsClient(address=sys.argv[1]).get_all_node_info()))
 """
 SESSION = f"""
 import os, subprocess, sys
-from pipeline import cluster
+from pipeline.runs import cluster
 import ray
 with cluster.session():
     address = ray.get_runtime_context().gcs_address
@@ -195,7 +195,7 @@ def test_ray_has_no_dashboard_and_lets_nobody_else_in(tmp_path):
 
 
 SILENT = """
-import pipeline.registry
+import pipeline.tracking.registry
 from mlflow.telemetry.utils import is_telemetry_disabled
 from ray._common.usage.usage_lib import usage_stats_enabled
 print(not is_telemetry_disabled(), usage_stats_enabled())

@@ -10,7 +10,7 @@ import pytest
 from mlflow import MlflowClient
 
 from pipeline.params import load_params
-from pipeline.tracking import Tracking, _open, open_tracking, tracking_uri
+from pipeline.tracking.runs import Tracking, _open, open_tracking, tracking_uri
 from pudnet.errors import UserError
 from tests.smallest import shrink
 from tests.test_pipeline import ROOT

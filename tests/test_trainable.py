@@ -7,9 +7,9 @@ import pytest
 import torch
 from ray import tune
 
-from pipeline import trainable
-from pipeline.experiment import Asha
-from pipeline.trial import DIVERGED, STATE, TrialSpec
+from pipeline.runs import trainable
+from pipeline.runs.executor import Asha
+from pipeline.runs.trial import DIVERGED, STATE, TrialSpec
 from pudnet.errors import RunFailed
 
 NAMES = {field.name for field in dataclasses.fields(TrialSpec)}

@@ -12,9 +12,9 @@ import pandas as pd
 from matplotlib.figure import Figure
 from scipy.special import stdtrit
 
-from pipeline.bench import compare, summary
-from pipeline.figures import bars_figure, differences_figure, lines_figure
-from pipeline.reported import load_reported
+from pipeline.reporting.figures import bars_figure, differences_figure, lines_figure
+from pipeline.reporting.paper import load_reported
+from pipeline.runs.bench import compare, summary
 from pipeline.studies.cells import Diagnosis, diagnose_cells, measure_cells, time_cells
 from pipeline.studies.definition import Study, point, reported
 from pipeline.studies.page import number, plus_minus, table_of

@@ -10,11 +10,13 @@ import numpy as np
 import pandas as pd
 import torch
 
-from pipeline import cluster
-from pipeline.bench import Bench
-from pipeline.dependencies import CODE, TRAINING_CODE, VALIDATION_CODE, code_files, digest, method_files, trial_key
-from pipeline.kept import keep_table, read_tables
-from pipeline.measure import (
+from pipeline.params import Params
+from pipeline.project import STORE, TEST_STORE, group_folder
+from pipeline.runs import cluster
+from pipeline.runs.bench import Bench
+from pipeline.runs.finished import keep_table, read_tables
+from pipeline.runs.keys import CODE, TRAINING_CODE, VALIDATION_CODE, code_files, digest, method_files, trial_key
+from pipeline.runs.measuring import (
     SCRATCH_TIMINGS,
     constant_sketches,
     in_turns,
@@ -23,9 +25,7 @@ from pipeline.measure import (
     shuffled_sketches,
     task,
 )
-from pipeline.params import Params
-from pipeline.stage import STORE, TEST_STORE, group_folder
-from pipeline.trial import TrialSpec, card_of, group_seed, load_state, untrained
+from pipeline.runs.trial import TrialSpec, card_of, group_seed, load_state, untrained
 from pudnet.baselines import LEARNED, SCRATCH, Adapter, Scratch, ScratchConfig
 from pudnet.data.store import open_store
 from pudnet.device import wants_bf16
@@ -65,7 +65,7 @@ class Cell:
         plain = [*told, *more, trial_key(self.spec), params.evaluate.precision, params.baselines.sketch_groups]
         data = [STORE / "meta.json", TEST_STORE / "meta.json", *group_folder(self.spec.split_seed).iterdir()]
         code = code_files(TRAINING_CODE + VALIDATION_CODE) + method_files(self.spec.kind, params.target)
-        code += [CODE / "pipeline" / name for name in ("bench.py", "measure.py")]
+        code += [CODE / "pipeline" / "runs" / name for name in ("bench.py", "measuring.py")]
         code += code_files(["baselines/heads"]) if self.head else []
         code += set(HERE.glob("*.py")) - {HERE / "page.py"}  # which words what was measured
         return f"cell-{digest(plain, [*data, *code])}"

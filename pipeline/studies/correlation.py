@@ -16,9 +16,9 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn
 
-from pipeline.figures import correlations_figure
-from pipeline.measure import measure_missing, open_worker
 from pipeline.params import Params
+from pipeline.reporting.figures import correlations_figure
+from pipeline.runs.measuring import measure_missing, open_worker
 from pipeline.studies.cells import Cell, open_cell
 from pipeline.studies.definition import Study
 from pipeline.studies.page import table_of

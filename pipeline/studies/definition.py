@@ -14,8 +14,8 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from pipeline.params import PARAMS, Params, changed, outline, read_yaml, resolve
-from pipeline.reported import Reported, paper_figure
-from pipeline.trial import TrialSpec, make_spec
+from pipeline.reporting.paper import Reported, paper_figure
+from pipeline.runs.trial import TrialSpec, make_spec
 from pudnet.baselines import HEADS, LEARNED, SCRATCH
 from pudnet.config import STRICT, VARIANTS, ModelConfig, Positive, TrainConfig, parse
 from pudnet.errors import UserError

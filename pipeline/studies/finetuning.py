@@ -12,10 +12,10 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn
 
-from pipeline.bench import Bench
-from pipeline.figures import lines_figure
-from pipeline.measure import measure_missing, open_worker
 from pipeline.params import Params
+from pipeline.reporting.figures import lines_figure
+from pipeline.runs.bench import Bench
+from pipeline.runs.measuring import measure_missing, open_worker
 from pipeline.studies.cells import Cell, open_cell
 from pipeline.studies.definition import FineTuning, Study, reported
 from pipeline.studies.page import number, plus_minus, table_of

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 from matplotlib.figure import Figure
 
-from pipeline.figures import lines_figure
+from pipeline.reporting.figures import lines_figure
 from pipeline.studies.definition import Study
 from pipeline.studies.page import number, table_of
 from pipeline.studies.work import Work

@@ -9,10 +9,10 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
-from pipeline.figures import bars_figure
-from pipeline.measure import measure_missing, open_worker
 from pipeline.params import Params
-from pipeline.stage import root
+from pipeline.project import root
+from pipeline.reporting.figures import bars_figure
+from pipeline.runs.measuring import measure_missing, open_worker
 from pipeline.studies.cells import Cell, open_cell
 from pipeline.studies.definition import Study, Whole, reported
 from pipeline.studies.page import number, plus_minus, table_of

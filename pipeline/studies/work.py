@@ -8,18 +8,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from pipeline.bench import images_of_a_class
-from pipeline.dependencies import digest, trial_key
-from pipeline.experiment import Experiment, run_missing
 from pipeline.groups import build
-from pipeline.kept import Finished
 from pipeline.params import Params
 from pipeline.prepare import prepare
-from pipeline.stage import GROUPS, PREPARED, alone, root
+from pipeline.project import GROUPS, PREPARED, alone, root
+from pipeline.runs.bench import images_of_a_class
+from pipeline.runs.executor import Experiment, run_missing
+from pipeline.runs.finished import Finished
+from pipeline.runs.keys import digest, trial_key
+from pipeline.runs.trial import TrialSpec
 from pipeline.studies.cells import Cell
 from pipeline.studies.definition import Column, Row, Study, row_spec
-from pipeline.tracking import Tracking, open_tracking
-from pipeline.trial import TrialSpec
+from pipeline.tracking.runs import Tracking, open_tracking
 
 
 @dataclass(frozen=True)

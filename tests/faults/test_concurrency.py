@@ -18,7 +18,7 @@ STUDY = {
 LOGGERS = """
 import multiprocessing, sys
 from pipeline.params import load_params
-from pipeline.tracking import open_tracking
+from pipeline.tracking.runs import open_tracking
 
 def log(number):
     tracking = open_tracking(load_params())

@@ -40,7 +40,7 @@ def test_repro_on_a_cluster_runs_the_code_that_it_is_started_from(undisturbed, s
     project = copy_project(tmp_path / "project")
     shorten(project / "params.yaml")
     ran = tmp_path / "ran"
-    with (project / "pipeline/trial.py").open("a") as code:
+    with (project / "pipeline/runs/trial.py").open("a") as code:
         code.write(f"\nwith open({str(ran)!r}, 'a') as file:\n    print(__file__, file=file)\n")
     for _ in range(2):
         cluster.add(PYTHONPATH="")

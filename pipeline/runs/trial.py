@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from pipeline.params import Params
-from pipeline.stage import STORE, group_folder
+from pipeline.project import STORE, group_folder
 from pudnet.baselines import LEARNED, SCRATCH, Adapter, Scratch, ScratchConfig, make_method
 from pudnet.card import Card
 from pudnet.config import TrainConfig

@@ -8,11 +8,11 @@ from typing import Any
 
 import pandas as pd
 
-from pipeline.experiment import Experiment, run_missing
-from pipeline.kept import Finished
 from pipeline.params import Params
-from pipeline.tracking import Tracking
-from pipeline.trial import TrialSpec, make_spec
+from pipeline.runs.executor import Experiment, run_missing
+from pipeline.runs.finished import Finished
+from pipeline.runs.trial import TrialSpec, make_spec
+from pipeline.tracking.runs import Tracking
 from pudnet.baselines import SCRATCH
 from pudnet.errors import RunFailed
 

@@ -9,17 +9,17 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-from pipeline import cluster  # first: it sets Ray's environment
+from pipeline.runs import cluster  # first: it sets Ray's environment
 
 # isort: split
 from ray.tune import Callback
 from ray.tune.experiment import Trial
 
-from pipeline.kept import Finished, keep_trial, trial_folder
 from pipeline.params import Params
-from pipeline.tracking import Tracking
-from pipeline.trainable import AT, NOTE, REPLAYED, checkpoint_folder
-from pipeline.trial import DIVERGED, METRICS, TrialSpec
+from pipeline.runs.finished import Finished, keep_trial, trial_folder
+from pipeline.runs.trainable import AT, NOTE, REPLAYED, checkpoint_folder
+from pipeline.runs.trial import DIVERGED, METRICS, TrialSpec
+from pipeline.tracking.runs import Tracking
 from pudnet.errors import RunFailed
 
 PATIENCE = 60  # seconds without a trial at work before it is said

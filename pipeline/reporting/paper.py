@@ -26,7 +26,7 @@ class Reported:
 @cache
 def load_reported() -> Mapping[str, Any]:
     """The paper's tables as data."""
-    return yaml.safe_load(Path(__file__).with_name("reported.yaml").read_text())
+    return yaml.safe_load(Path(__file__).with_name("paper.yaml").read_text())
 
 
 def paper_figures(reported: Mapping[str, Any], setting: str, target: str) -> dict[str, Reported]:
@@ -66,5 +66,5 @@ def paper_figure(path: str) -> Reported:
     found = place.get(last) if isinstance(place, Mapping) else None
     accuracy = found.get("acc", found.get("acc_top5")) if isinstance(found, Mapping) else None
     if not isinstance(accuracy, int | float):
-        raise UserError(f"paper: nothing is reported at {path!r}; pipeline/reported.yaml has what is")
+        raise UserError(f"paper: nothing is reported at {path!r}; pipeline/reporting/paper.yaml has what is")
     return Reported(accuracy, found.get("ci"), found.get("time"), parts[0].replace("table", "table "))

@@ -11,13 +11,13 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from pipeline.experiment import Experiment, run_missing
-from pipeline.kept import Finished
 from pipeline.params import Params
-from pipeline.registry import register
-from pipeline.stage import PUDNET, RESULTS, STORE, git_commit, group_folder, read_result, split_model
-from pipeline.tracking import Tracking, open_tracking
-from pipeline.trial import card_of, make_spec
+from pipeline.project import PUDNET, RESULTS, STORE, git_commit, group_folder, read_result, split_model
+from pipeline.runs.executor import Experiment, run_missing
+from pipeline.runs.finished import Finished
+from pipeline.runs.trial import card_of, make_spec
+from pipeline.tracking.registry import register
+from pipeline.tracking.runs import Tracking, open_tracking
 from pudnet.card import write_tensors
 from pudnet.data.groups import open_groups
 from pudnet.data.store import open_store

@@ -18,8 +18,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from pipeline.params import Params
-from pipeline.stage import STORE, TEST_STORE, group_folder, split_model
-from pipeline.trial import pick_device
+from pipeline.project import STORE, TEST_STORE, group_folder, split_model
+from pipeline.runs.trial import pick_device
 from pudnet.data.groups import Split, open_groups
 from pudnet.data.images import StoreImages
 from pudnet.data.store import Store, open_store

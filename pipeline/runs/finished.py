@@ -17,8 +17,8 @@ from typing import Any
 
 import pandas as pd
 
-from pipeline.stage import root, write, write_json
-from pipeline.trial import DIVERGED, TrialSpec, load_state
+from pipeline.project import root, write, write_json
+from pipeline.runs.trial import DIVERGED, TrialSpec, load_state
 
 
 @dataclass(frozen=True)

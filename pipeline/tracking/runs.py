@@ -34,7 +34,7 @@ from mlflow.tracking.registry import UnsupportedModelRegistryStoreURIException
 from sqlalchemy import make_url
 
 from pipeline.params import Params
-from pipeline.stage import alone, git_commit, root, write
+from pipeline.project import alone, git_commit, root, write
 from pudnet.errors import RunFailed, UserError
 
 KEY, PROJECT = "pudnet.key", "pudnet.project"

@@ -17,13 +17,13 @@ from mlflow.types import ColSpec, Schema
 from mlflow.types.schema import AnyType
 from PIL import Image
 
-from pipeline.tracking import Tracking, follow_move, quiet, tracking_uri
+from pipeline.tracking.runs import Tracking, follow_move, quiet, tracking_uri
 from pudnet.card import Card, read_tensors
 from pudnet.config import ModelConfig
 from pudnet.errors import UserError
 
 SERVING = Path(__file__).with_name("serving.py")
-CODE = [str(Path(__file__).resolve().parent.parent / "pudnet")]
+CODE = [str(Path(__file__).resolve().parents[2] / "pudnet")]
 # What serving.py and pudnet/ import; at the versions that are installed here.
 REQUIREMENTS = ("mlflow", "numpy", "pandas", "pillow", "pydantic", "pyyaml", "rich", "safetensors", "scikit-learn")
 REQUIREMENTS += ("scipy", "torch", "torchvision")

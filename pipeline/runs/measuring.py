@@ -14,14 +14,14 @@ import numpy as np
 import pandas as pd
 import torch
 
-from pipeline import cluster
-from pipeline.bench import Bench, open_bench
-from pipeline.dependencies import CODE, TRAINING_CODE, VALIDATION_CODE, code_files, digest, method_files
-from pipeline.kept import forget_tables, keep_table, read_tables
 from pipeline.params import Params
-from pipeline.stage import STORE, TEST_STORE, group_folder, split_model
-from pipeline.trial import group_seed
-from pipeline.tuning import Cell, Choices
+from pipeline.project import STORE, TEST_STORE, group_folder, split_model
+from pipeline.runs import cluster
+from pipeline.runs.bench import Bench, open_bench
+from pipeline.runs.finished import forget_tables, keep_table, read_tables
+from pipeline.runs.keys import CODE, TRAINING_CODE, VALIDATION_CODE, code_files, digest, method_files
+from pipeline.runs.trial import group_seed
+from pipeline.runs.tuning import Cell, Choices
 from pudnet.baselines import LEARNED, SCRATCH, Scratch, ScratchConfig, load_method
 from pudnet.cpu import compiling_pays
 from pudnet.device import wants_bf16
@@ -60,7 +60,7 @@ class Job:
         models = [] if self.method in SCRATCH else [split_model("pudnet" if needs_pudnet else self.method, self.seed)]
         data = [STORE / "meta.json", TEST_STORE / "meta.json", *group_folder(self.seed).iterdir()]
         code = code_files(TRAINING_CODE + VALIDATION_CODE) + method_files(self.method, params.target)
-        code += [CODE / "pipeline" / name for name in ("bench.py", "measure.py")]
+        code += [CODE / "pipeline" / "runs" / name for name in ("bench.py", "measuring.py")]
         return f"{self.method}-split{self.seed}-{digest(plain, [*models, *data, *code])}"
 
 

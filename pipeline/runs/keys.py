@@ -9,12 +9,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pipeline.trial import TrialSpec
+from pipeline.runs.trial import TrialSpec
 from pudnet.baselines import LEARNED, SCRATCH
 from pudnet.data.groups import open_groups
 from pudnet.targets import is_import_path, target_code
 
-CODE = Path(__file__).resolve().parent.parent
+CODE = Path(__file__).resolve().parents[2]
 TRAINING_CODE = ("config", "cpu", "device", "gpu", "targets", "controls", "objective", "learner", "training")
 TRAINING_CODE += ("hypernet", "classifier", "data/images", "ridge")
 VALIDATION_CODE = ("evaluation", "predictor", "network", "card", "data/own")
@@ -42,7 +42,7 @@ def _trial_files(spec: TrialSpec) -> list[Path]:
     names = TRAINING_CODE + (VALIDATION_CODE if spec.validate else ())
     groups = Path(spec.groups)
     data = [Path(spec.store) / "meta.json", *(groups / f"{t}.npy" for t in tables)]
-    return [*data, CODE / "pipeline" / "trial.py", *code_files(names), *method_files(spec.kind, spec.target)]
+    return [*data, CODE / "pipeline" / "runs" / "trial.py", *code_files(names), *method_files(spec.kind, spec.target)]
 
 
 def code_files(names: Sequence[str]) -> list[Path]:

@@ -11,7 +11,7 @@ import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -20,8 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter, StrMethodFormatter
 
-if TYPE_CHECKING:
-    from pipeline.report import Race
+from pipeline.reporting.results import Race
 
 # CSS variable -> (light, dark). `s…`: one a method; `d…`: in order, for depths.
 PALETTE = {

@@ -16,7 +16,16 @@ from typing import Any
 
 import torch
 
-from pipeline.trial import DIVERGED, STATE, FromScratch, MetaTraining, TrialSpec, load_state, open_trial, own_device
+from pipeline.runs.trial import (
+    DIVERGED,
+    STATE,
+    FromScratch,
+    MetaTraining,
+    TrialSpec,
+    load_state,
+    open_trial,
+    own_device,
+)
 from pudnet.errors import RunFailed, is_out_of_memory
 from pudnet.files import replacing
 

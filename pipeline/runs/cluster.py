@@ -14,8 +14,8 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any
 
-from pipeline.dependencies import CODE
 from pipeline.params import Params
+from pipeline.runs.keys import CODE
 from pudnet.errors import RunFailed, UserError
 
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # nobody reads Ray's own files of reports

@@ -15,21 +15,21 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from pipeline import cluster  # first: it sets Ray's environment
+from pipeline.runs import cluster  # first: it sets Ray's environment
 
 # isort: split
 import torch
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler
 
-from pipeline.callback import TrialProgress
-from pipeline.dependencies import digest, trial_key
-from pipeline.kept import Finished, forget_trial, read_trial, trial_folder
 from pipeline.params import Params
-from pipeline.stage import alone, root, write
-from pipeline.tracking import Tracking
-from pipeline.trainable import REPLAYED, run_trial
-from pipeline.trial import TrialSpec, open_trial
+from pipeline.project import alone, root, write
+from pipeline.runs.finished import Finished, forget_trial, read_trial, trial_folder
+from pipeline.runs.keys import digest, trial_key
+from pipeline.runs.progress import TrialProgress
+from pipeline.runs.trainable import REPLAYED, run_trial
+from pipeline.runs.trial import TrialSpec, open_trial
+from pipeline.tracking.runs import Tracking
 from pudnet.errors import RunFailed, is_out_of_memory
 
 FAILURES = 2  # of a trial, after which Ray starts it again; where it got on meanwhile, the next Tuner has it once more

@@ -1,0 +1,242 @@
+"""The report's page: every number of a run beside the paper's, worded and drawn."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import pandas as pd
+from markupsafe import Markup
+
+from pipeline.params import Params
+from pipeline.project import git_commit
+from pipeline.reporting import figures
+from pipeline.reporting.paper import Reported, load_reported, paper_figures
+from pipeline.reporting.results import Movement, Race, Results, section
+from pudnet.settings import get_setting
+
+HERE = Path(__file__).parent
+TARGETS = {"convnet3": "ConvNet-3", "resnet18": "ResNet-18", "resnet34": "ResNet-34"}
+
+# Method -> how the page calls it, and what it is. A method that is not listed goes by its own name.
+METHODS = {
+    "pudnet": ("PudNet", "weights predicted from the group’s images, in one forward pass"),
+    "pudnet_plus": (
+        "PudNet+",
+        "one learned set of weights; filters of the last convolution and the classifier are solved for the group",
+    ),
+    "static_trunk": (
+        "Static trunk",
+        "same groups, losses of class centroids; the convolution weights are plain parameters that never see the group",
+    ),
+    "constant_sketch": ("Constant sketch", "the trained PudNet, fed the mean sketch of the training groups"),
+    "shuffled_sketch": ("Shuffled sketch", "the trained PudNet, fed the sketch of another test group"),
+    "random_weights": ("Random weights", "untrained weights, He-initialised"),
+    "without_context": ("Without context", "ablation: no recurrent unit, every layer sees the sketch alone"),
+    "random_hidden": ("Random hidden state", "ablation: the recurrent unit starts from noise, not the sketch"),
+    "without_initial_residual": ("Without initial residual", "ablation: η = 0"),
+    "metric_only": ("Metric loss only", "ablation: without the full-classification and KL losses"),
+    "without_kl": ("Without KL", "ablation: without the KL loss"),
+    "pretrained": (
+        "Pretrained",
+        "one trunk, trained with a linear head on all training classes; class centroids by cosine",
+    ),
+    "matchnet": ("MatchNet", "one trunk, trained on episodes; attention over the support images"),
+    "protonet": ("ProtoNet", "one trunk, trained on episodes; squared distances to class means"),
+    "meta_baseline": ("Meta-Baseline", "Pretrained, then episodes with class centroids by cosine"),
+    "meta_deepbdc": ("Meta-DeepBDC", "the same two stages on Brownian distance covariances of a feature map"),
+    "musml": ("MUSML", "weights from one of a few learned subspaces, found by gradient steps on the support images"),
+    "r2d2": ("R2-D2", "one trunk, trained on episodes; a classifier by ridge regression on the support images"),
+    "scratch_adam": ("Adam from scratch", ""),
+    "scratch_gc": ("GC from scratch", ""),
+}
+SCRATCH = {"adam": "Adam", "gc": "GC"}
+SECTIONS = {
+    "learned": "Trained on the same groups as PudNet",
+    "scratch": "Trained from scratch on all images of the test group itself (GC: Adam with gradient centralization)",
+    "control": "Controls: how much the dataset itself matters",
+}
+
+CURVES = {
+    "loss": "total loss",
+    "metric_loss": "metric loss, L1",
+    "full_loss": "full classification loss, L2",
+    "kl_loss": "KL loss, L3",
+    "train_accuracy": "training accuracy, %",
+}
+
+FILTERS_SHOWN = 16
+GROUPS_SHOWN = 6
+
+
+def label(method: str) -> str:
+    """How the page calls a method; `scratch_adam_30`, in the paper's tables `adam_30`, is training for 30 epochs."""
+    if method in METHODS:
+        return METHODS[method][0]
+    name, _, epochs = method.removeprefix("scratch_").rpartition("_")
+    if name in SCRATCH and epochs.isdigit():
+        return f"{SCRATCH[name]}, {epochs} epoch{'s' if epochs != '1' else ''}"
+    return method.replace("_", " ").capitalize()
+
+
+def knob(name: str) -> str:
+    """How the page calls a searched key of params.yaml."""
+    return "η" if name == "eta" else name.replace("_", " ")
+
+
+def plus_minus(value: float, ci95: float | None = None, sign: bool = False) -> str:
+    """`95.10 ± 0.30`; without the interval where there is none (a single group)."""
+    number = f"{value:+.2f}".replace("-", "−") if sign else f"{value:.2f}"
+    return number if ci95 is None or math.isnan(ci95) else f"{number} ± {ci95:.2f}"
+
+
+def duration(milliseconds: float) -> str:
+    """Three digits at most, in ms below a second, else in s."""
+    value, unit = (milliseconds, "ms") if milliseconds < 1000 else (milliseconds / 1000, "s")
+    digits = 2 if value < 10 else 1 if value < 100 else 0
+    return f"{value:,.{digits}f} {unit}"
+
+
+def verdict(difference: float, ci95: float | None) -> str:
+    """One control against PudNet, in words; `difference` is the control minus PudNet."""
+    if ci95 is None:
+        return f"{plus_minus(difference, sign=True)} points to PudNet, on too few groups for an interval"
+    distance = plus_minus(abs(difference), ci95)
+    if abs(difference) <= ci95:
+        return f"not measurably different from PudNet ({plus_minus(difference, ci95, sign=True)} points)"
+    return f"{distance} points {'below' if difference < 0 else 'above'} PudNet"
+
+
+def headline(results: Results, paper: Mapping[str, Reported]) -> list[dict[str, Any]]:
+    """The main table, a row a method; PudNet's place may be taken by an ablation of it."""
+    rows = []
+    for method, row in results.methods.items():
+        name = results.variant if method == "pudnet" else method
+        figure = paper.get(name.removeprefix("scratch_"))
+        milliseconds = results.adaptation.get(method)
+        cells = {
+            "section": section(method),
+            "label": label(name),
+            "about": METHODS.get(name, ("", ""))[1],
+            "accuracy": plus_minus(row["accuracy"], row["ci95"]),
+            "difference": _difference(row),
+            "groups": row["test_groups"],
+            "paper": figure and plus_minus(figure.accuracy, figure.ci95),
+            "time": None if milliseconds is None else duration(milliseconds),
+            "splits": [_of_split(row["splits"].get(seed)) for seed in results.metrics["splits"]],
+        }
+        rows.append({"method": method, **cells})
+    return rows
+
+
+def _difference(row: Mapping[str, Any]) -> str | None:
+    return plus_minus(row["difference"], row["difference_ci95"], sign=True) if "difference" in row else None
+
+
+def _of_split(cell: Mapping[str, Any] | None) -> str | None:
+    return cell and plus_minus(cell["accuracy"], cell["ci95"])
+
+
+def split_rows(results: Results) -> list[dict[str, Any]]:
+    """A row a class split: its classes, and what the search chose on it."""
+    splits = results.metrics["splits"].items()
+    return [{"seed": seed, **split, "chosen": results.best[int(seed)]} for seed, split in splits]
+
+
+def draw(results: Results, moved: Movement | None, raced: Race | None, bins: pd.DataFrame) -> dict[str, Any]:
+    """All pictures of the page, by name; `curves` is a list."""
+    shown = shown_methods(results)
+    names = {method: label(results.variant if method == "pudnet" else method) for method in shown}
+    colors = method_colors(results)
+    means = results.accuracies.groupby("method")["accuracy"].mean().to_dict()
+    pictures: dict[str, Any] = {
+        "distribution": figures.distribution_figure(bins, means, names, colors),
+        "curves": [
+            figures.curve_figure(results.curves, column, title, colors)
+            for column, title in CURVES.items()
+            if column in results.curves and results.curves[column].notna().any()
+        ],
+    }
+    if raced:
+        pictures["race"] = figures.race_figure(
+            raced, {"pudnet": label(results.variant)} | {name: label(name) for name in raced.curves}
+        )
+    if results.knobs:
+        across, lines = [*results.knobs, None][:2]
+        pictures["search"] = figures.search_figure(results.search, results.best, across, lines)
+    if moved is not None:
+        classes = [_shorten(" · ".join(group)) for group in moved.classes]
+        labels = [(name, f"moved {100 * share:.2f} %") for name, share in zip(classes, moved.of_first, strict=True)]
+        for name, kernels in (("filters", moved.first), ("filter_differences", moved.differences)):
+            shown = kernels[:GROUPS_SHOWN, :FILTERS_SHOWN]
+            pictures[name] = figures.filters_figure(shown, labels[:GROUPS_SHOWN], scale(kernels))
+    return pictures
+
+
+def shown_methods(results: Results) -> list[str]:
+    """The methods whose test groups are drawn: of training from scratch, the longest alone."""
+    longest = {method.rpartition("_")[0]: method for method in results.methods if section(method) == "scratch"}
+    return [m for m in results.methods if section(m) != "scratch" or m in longest.values()]
+
+
+def method_colors(results: Results) -> dict[str, str]:
+    """A colour a method; those that share the training curves first, so that they differ there."""
+    trained = list(results.curves["method"].unique())
+    names = [*trained, *results.methods]
+    return figures.series_colors([*dict.fromkeys(names)])
+
+
+def scale(kernels: np.ndarray) -> float:
+    """The value at a colour scale's end: all but the largest hundredth of the values fit."""
+    return float(np.quantile(np.abs(kernels), 0.99)) or 1.0
+
+
+def _shorten(text: str, longest: int = 60) -> str:
+    return text if len(text) <= longest else text[: longest - 1] + "…"
+
+
+def render(
+    params: Params, results: Results, moved: Movement | None, raced: Race | None, pictures: Mapping[str, Any]
+) -> str:
+    """The page: one HTML file that asks the network for nothing."""
+    paper = paper_figures(load_reported(), params.setting, params.target)
+    run_here = {results.variant, *(method.removeprefix("scratch_") for method in results.baselines)}
+    options = {"autoescape": True, "undefined": jinja2.StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(HERE), **options)
+    environment.filters |= {"label": label, "duration": duration, "plus_minus": plus_minus, "knob": knob}
+    svg = {name: _inline(picture, name) for name, picture in pictures.items()}
+    return environment.get_template("page.html").render(
+        params=params,
+        target=TARGETS.get(params.target, params.target),
+        results=results,
+        metrics=results.metrics,
+        static=results.baselines.get("static_trunk"),
+        verdict=verdict,
+        headline=headline(results, paper),
+        paper=paper,
+        reported=paper.get(results.variant),
+        paper_only={method: row for method, row in paper.items() if method not in run_here},
+        splits=split_rows(results),
+        moved=moved,
+        scale=scale,
+        filters_shown=FILTERS_SHOWN,
+        sections=SECTIONS,
+        race=raced,
+        tuning=results.tuning,
+        colors=method_colors(results),
+        trained=results.curves["method"].unique(),
+        palette=figures.PALETTE,
+        svg=svg,
+        commit=git_commit(),
+        paper_groups=get_setting(params.setting).train_groups,
+    )
+
+
+def _inline(picture: Any, name: str) -> Any:
+    if isinstance(picture, list):
+        return [_inline(part, f"{name} {i + 1}") for i, part in enumerate(picture)]
+    return Markup(figures.to_svg(picture, name.replace("_", " ")))  # our own drawing: safe as it is

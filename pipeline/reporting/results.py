@@ -1,0 +1,205 @@
+"""What a run found: what the earlier stages wrote, read, and the numbers that are made of it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import yaml
+
+from pipeline.params import CONTROLS
+from pipeline.project import read_result
+from pudnet import diagnosis
+from pudnet.card import read_tensors
+from pudnet.evaluation import stratified_interval
+
+# What the page needs, and the stage that writes it.
+PRODUCERS = {
+    "search.csv": "search",
+    "best.yaml": "search",
+    "metrics.json": "evaluate",
+    "timing.json": "evaluate",
+    "weights": "evaluate",
+    "accuracies.csv": "baselines",
+    "adaptation.json": "baselines",
+    "baselines.json": "baselines",
+    "tuning.csv": "baselines",
+    "loss_curves.csv": "baselines",
+}
+
+WEIGHTS = "split-*/group-*.safetensors"
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """One test group's predicted weights, arrays (d_out, d_in, f, f) in the network's order."""
+
+    split_seed: int
+    classes: list[str]
+    weights: dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Results:
+    """What the earlier stages wrote; accuracies in %."""
+
+    search: pd.DataFrame
+    best: dict[int, dict[str, Any]]
+    curves: pd.DataFrame
+    metrics: dict[str, Any]
+    timing: dict[str, Any]
+    accuracies: pd.DataFrame
+    baselines: dict[str, dict[str, Any]]
+    tuning: pd.DataFrame
+    adaptation: dict[str, float]  # milliseconds
+    predicted: list[Predicted]
+
+    @property
+    def methods(self) -> dict[str, dict[str, Any]]:
+        """Every method's summary, PudNet's first."""
+        return {"pudnet": self.metrics, **self.baselines}
+
+    @property
+    def variant(self) -> str:
+        """What stands in PudNet's place: the method itself or one of its ablations."""
+        return self.metrics.get("variant", "pudnet")
+
+    @property
+    def knobs(self) -> list[str]:
+        """What was searched, eta and depth first: the columns between the split and what a trial gave."""
+        names = self.search.columns[1 : self.search.columns.get_loc("groups")]
+        return sorted(names, key=lambda name: ["eta", "depth", name].index(name))
+
+
+def read_results(folder: Path) -> Results:
+    """Read a results folder. `UserError` names the first missing file and the stage that writes it."""
+    for name, stage in PRODUCERS.items():
+        read_result(folder / name, Path.exists, stage)  # of what is missing the first is named
+
+    def read(name: str, parse: Callable[[Path], Any]) -> Any:
+        return read_result(folder / name, parse, PRODUCERS[name])
+
+    return Results(
+        search=read("search.csv", pd.read_csv),
+        best=read("best.yaml", lambda path: yaml.safe_load(path.read_text())["splits"]),
+        metrics=read("metrics.json", _from_json),
+        timing=read("timing.json", _from_json),
+        predicted=read("weights", lambda path: [*map(_read_predicted, sorted(path.glob(WEIGHTS)))]),
+        accuracies=read("accuracies.csv", lambda path: pd.read_csv(path, dtype={"classes": str})),
+        adaptation=read("adaptation.json", lambda path: _from_json(path)["milliseconds"]),
+        baselines=read("baselines.json", lambda path: _from_json(path)["methods"]),
+        tuning=read("tuning.csv", pd.read_csv),
+        curves=read("loss_curves.csv", pd.read_csv),
+    )
+
+
+def _from_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
+
+
+def _read_predicted(path: Path) -> Predicted:
+    tensors, card = read_tensors(path)
+    weights = {name: tensors[name].numpy() for name in card.predicted}
+    split_seed = int(path.parent.name.removeprefix("split-"))
+    return Predicted(split_seed, [*map(str, card.classes)], weights)
+
+
+def histogram(accuracies: pd.DataFrame) -> pd.DataFrame:
+    """Count each method's test groups by accuracy (%), in bins that all methods share."""
+    lowest = accuracies["accuracy"].min()
+    width = next((w for w in (0.5, 1.0, 2.0) if (100 - lowest) / w <= 60), 2.5)
+    bins = max(2, math.ceil((100 - lowest) / width))
+    edges = 100 - width * np.arange(bins, -1, -1)
+    rows = []
+    for method, values in accuracies.groupby("method", sort=False)["accuracy"]:
+        counts, _ = np.histogram(values, edges)
+        rows.append(pd.DataFrame({"method": method, "accuracy": edges[:-1] + width / 2, "groups": counts}))
+    return pd.concat(rows, ignore_index=True)
+
+
+@dataclass(frozen=True)
+class Movement:
+    """How far the predicted weights of one split's groups are from their mean.
+
+    `first` and `differences` are the first layer's kernels (groups, d_out, d_in, f, f); `relative` is
+    ||w_g - mean|| / ||mean|| of a layer, a value a group, the first layer first.
+    """
+
+    split_seed: int
+    classes: list[list[str]]
+    first: np.ndarray
+    differences: np.ndarray
+    relative: dict[str, np.ndarray]
+
+    @property
+    def of_first(self) -> np.ndarray:
+        """How far each group's first layer moved."""
+        return next(iter(self.relative.values()))
+
+
+def movement(predicted: list[Predicted]) -> Movement | None:
+    """Compare the groups of the first split: another split is another hypernetwork. None without weights."""
+    if not predicted:
+        return None
+    split = min(group.split_seed for group in predicted)
+    groups = [group for group in predicted if group.split_seed == split]
+    first = np.stack([next(iter(group.weights.values())) for group in groups])
+    relative = diagnosis.movement([group.weights for group in groups])
+    return Movement(split, [group.classes for group in groups], first, first - first.mean(axis=0), relative)
+
+
+def section(method: str) -> str | None:
+    """The part of the main table that a method stands in; None for PudNet."""
+    if method == "pudnet":
+        return None
+    return "control" if method in CONTROLS else "scratch" if method.startswith("scratch_") else "learned"
+
+
+@dataclass(frozen=True)
+class Race:
+    """Training from scratch against PudNet over the same test groups. Accuracies in %, times in ms (medians).
+
+    `curves`: optimizer -> a row a number of epochs, with epochs, accuracy, ci95, elapsed_ms and `ahead`: whether
+    it is measurably above PudNet, group by group.
+    """
+
+    groups: int
+    pudnet: float
+    pudnet_ci95: float
+    pudnet_ms: float
+    curves: dict[str, pd.DataFrame]
+
+    def passed(self, name: str) -> Mapping[str, Any] | None:
+        """The first point of a curve that is above PudNet."""
+        ahead = self.curves[name][self.curves[name]["ahead"]]
+        return None if ahead.empty else ahead.iloc[0].to_dict()
+
+
+def race(results: Results) -> Race | None:
+    """What the run says of it; None where nothing was trained from scratch."""
+    points: dict[str, list[dict[str, Any]]] = {}
+    for method, row in results.baselines.items():
+        if section(method) == "scratch":
+            name, _, epochs = method.rpartition("_")
+            point = {"epochs": int(epochs), "accuracy": row["accuracy"], "ci95": row["ci95"]}
+            ahead = row["difference"] > (row["difference_ci95"] or 0)
+            points.setdefault(name, []).append(point | {"elapsed_ms": results.adaptation[method], "ahead": ahead})
+    if not points:
+        return None
+    first = next(method for method in results.baselines if section(method) == "scratch")
+    frame = results.accuracies
+    pairs = frame.loc[frame["method"] == first, ["split_seed", "group"]]
+    own = frame[frame["method"] == "pudnet"].merge(pairs, on=["split_seed", "group"])
+    curves = {name: pd.DataFrame(rows) for name, rows in points.items()}
+    return Race(len(pairs), *interval(own), results.adaptation["pudnet"], curves)
+
+
+def interval(frame: pd.DataFrame) -> tuple[float, float]:
+    """Mean accuracy over test groups and its 95% half-width, the class splits held fixed."""
+    return stratified_interval([part["accuracy"].to_numpy() for _, part in frame.groupby("split_seed")])

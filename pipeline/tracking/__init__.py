@@ -1,0 +1,1 @@
+"""MLflow: the runs, the registered model, and what serves it."""
