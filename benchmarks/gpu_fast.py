@@ -19,9 +19,9 @@ from benchmarks.prediction import on_device
 from benchmarks.training import count_layers, make_model, make_trainer, step_floor, step_of
 from pudnet.config import TrainConfig
 from pudnet.data.images import StoreImages
-from pudnet.device import wants_bf16
+from pudnet.device import clock, wants_bf16
 from pudnet.errors import is_out_of_memory
-from pudnet.evaluation import clock, timed_adaptation
+from pudnet.evaluation import timed_adaptation
 from pudnet.gpu import MODES
 
 TOP = 10  # operators or kernels of a profile

@@ -24,7 +24,6 @@ from pipeline.params import load_params
 from pipeline.project import PUDNET, STORE, write_json
 from pipeline.runs.bench import Bench, open_bench
 from pipeline.runs.trial import pick_device
-from pudnet.baselines.scratch import ScratchConfig, scratch_network, train_epoch
 from pudnet.data.images import StoreImages
 from pudnet.device import wants_bf16
 from pudnet.errors import UserError
@@ -38,6 +37,7 @@ from pudnet.evaluation import (
     twin_accuracies,
 )
 from pudnet.predictor import Predictor
+from pudnet.scratch import ScratchConfig, scratch_network, train_epoch
 
 TARGETS = ("convnet3", "resnet18", "resnet34")
 SEVERAL = 16  # groups in one call

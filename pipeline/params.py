@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 import re
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -31,7 +30,7 @@ from pudnet.data.groups import GroupSizes
 from pudnet.errors import UserError
 from pudnet.hypernet import PudNet
 from pudnet.settings import Setting, get_setting
-from pudnet.targets import Target, build_target, check_target_name, check_together
+from pudnet.targets import Target, check_target_name
 
 PARAMS = Path("params.yaml")
 MOST_VALUES, MOST_LEVELS, MOST_DIGITS = 10_000, 20, 18  # of a YAML file, aliases followed; of an integer in it
@@ -360,28 +359,6 @@ def _check_space(where: str, space: Grid, known: Mapping[str, Any]) -> None:
             raise UserError(f"{where}.{key}: a value stands twice in {values!r}")
 
 
-def check(params: Params) -> None:
-    """Build the hypernetwork once, so that a target which cannot be predicted stops here, and say how large it is."""
-    target = build_target(params.target, params.prepare.channels, params.prepare.image_size)
-    if params.train.groups_per_step > 1 and torch.cuda.is_available():
-        check_together(target)
-    model, parameters = outline(params.model, target)
-    sizes = {key: max(values) for key, values in params.search.space.items() if all(type(v) is int for v in values)}
-    if (largest := params.configured(sizes)[0]) != params.model:
-        outline(largest, target)
-    print(
-        f"check: {params.setting}, {params.target}, {params.variant}: params.yaml is sound; a hypernetwork of "
-        f"{parameters:,} parameters writes the {target.predicted:,} weights of {len(target.convs)} convolutions"
-    )
-    ratio = sum(parameter.numel() for parameter in model.generators.parameters()) / target.predicted
-    if ratio > MUCH_LARGER:
-        print(
-            f"warning: the weight generators have {ratio:.0f} parameters for each weight that they "
-            f"write; model.generator_hidden, now {params.model.generator_hidden}, is what to lower",
-            file=sys.stderr,
-        )
-
-
 def outline(config: ModelConfig, target: Target) -> tuple[PudNet, int]:
     """A hypernetwork without its numbers, and how many they are; `UserError` for one that could not be trained."""
     if config.filter_grid > target.image_size:
@@ -399,14 +376,3 @@ def outline(config: ModelConfig, target: Target) -> tuple[PudNet, int]:
         )
         raise UserError(f"model: a hypernetwork of {parameters:,} parameters, more than {LARGEST:,}; lower {sizes}")
     return model, parameters
-
-
-def main() -> None:
-    """Stage `check`: read params.yaml as every stage does, and say what is in force."""
-    from pipeline.stage import run_stage
-
-    run_stage(check)
-
-
-if __name__ == "__main__":
-    main()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -12,9 +11,10 @@ import torch
 from scipy.special import stdtrit  # `scipy.stats` takes a second to import
 from torch import Tensor
 
-from pudnet.baselines.scratch import ScratchConfig, scratch_network, train_epoch
 from pudnet.data.images import StoreImages
+from pudnet.device import clock
 from pudnet.predictor import Predictor
+from pudnet.scratch import ScratchConfig, scratch_network, train_epoch
 
 FROM, ON = 0, 1  # a table's twins: weights are predicted from the one, accuracy is measured on the other
 
@@ -188,13 +188,6 @@ def time_prediction(
         epoch_ms=epoch,
         epoch_ratio=epoch / total,
     )
-
-
-def clock(device: torch.device) -> float:
-    """Milliseconds, once the device has done all that it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return 1000 * time.perf_counter()
 
 
 @torch.no_grad()

@@ -7,38 +7,39 @@ import dataclasses
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from pudnet.card import METADATA, loaded, write_tensors
+from pudnet.card import METADATA, Card, loaded, write_tensors
 from pudnet.cpu import plain_layers
 from pudnet.errors import RunFailed, UserError
 from pudnet.files import replacing
-
-if TYPE_CHECKING:
-    from pudnet.network import PredictedNetwork
 
 LARGEST_DIFFERENCE = 1e-3  # of logits, some ten at most, from the network's in Python
 CHECKED_IMAGES = 4
 
 
 class ReadyClassifier(nn.Module):
-    """Normalisation, target network and classifier, in plain torch layers.
+    """Normalisation, target network and classifier, in plain torch layers, on the CPU and in fp32.
 
     Images, float (N, C, H, W) in 0..1 of the model's size, -> logits (N, k).
     """
 
-    def __init__(self, network: PredictedNetwork) -> None:
+    def __init__(self, body: nn.Module, classifier: nn.Module, card: Card) -> None:
         super().__init__()
-        self.body = copy.deepcopy(network.body).cpu().float()
-        plain_layers(self.body)  # into layers that every runtime has a fast kernel for
-        card = network.card
+        self.body, self.classifier = (copy.deepcopy(part).cpu().float() for part in (body, classifier))
+        self.card = card
         self.register_buffer("mean", torch.tensor(card.mean).view(-1, 1, 1))
         self.register_buffer("std", torch.tensor(card.std).view(-1, 1, 1))
-        self.classifier = copy.deepcopy(network.classifier).cpu().float().plain()
         self.eval()
+
+    def plain(self) -> ReadyClassifier:
+        """The same in layers that every runtime has a fast kernel for."""
+        same = copy.deepcopy(self)
+        plain_layers(same.body)
+        same.classifier = same.classifier.plain()
+        return same
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (N, C, H, W) -> logits (N, k)."""
@@ -46,8 +47,8 @@ class ReadyClassifier(nn.Module):
         return self.classifier(features)
 
 
-def export(network: PredictedNetwork, path: Path) -> None:
-    """Write a network by the path's suffix, once what is written has been read again and gives the same logits.
+def export(body: nn.Module, classifier: nn.Module, card: Card, path: Path) -> None:
+    """Write a predicted network by the path's suffix, once what is written is read again and gives the same logits.
 
     `.onnx`: the ready classifier; its card is in the file's metadata. `.pt2`: the same as a `torch.export`
     program; its card is the extra file `pudnet.json`. `.safetensors`: the plain target's state dict.
@@ -59,49 +60,48 @@ def export(network: PredictedNetwork, path: Path) -> None:
     writers = {".onnx": _write_onnx, ".pt2": _write_program, ".safetensors": _write_state}
     if path.suffix not in writers:
         raise UserError(f"{path}: exports end in {', '.join(writers)}")
-    card = network.card
+    own = ReadyClassifier(body, classifier, card)
     images = torch.rand(CHECKED_IMAGES, card.channels, card.image_size, card.image_size)
     with replacing(path) as partial, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporters' own, of no use to who calls this
         try:
-            exported = writers[path.suffix](network, partial, images)
+            exported = writers[path.suffix](own, partial, images)
         except (OSError, UserError):
             raise
         except Exception as error:  # torch's exporters raise many types for a network of a user's own
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             raise RunFailed(f"{path}: this network cannot be exported so ({reason})") from None
-        own = copy.deepcopy(network).cpu().float()  # a GPU's convolutions round more (TF32)
-        difference = (exported(images[1:]) - own(images[1:])).abs().max().item()  # of another batch size
+        with torch.no_grad():  # on the CPU: a GPU's convolutions round more (TF32)
+            difference = (exported(images[1:]) - own(images[1:])).abs().max().item()  # of another batch size
         if not difference <= LARGEST_DIFFERENCE:
             raise RunFailed(f"{path}: the exported network's logits differ by {difference:.2g}; nothing was written")
 
 
-def _write_onnx(network: PredictedNetwork, path: Path, images: Tensor) -> Callable[[Tensor], Tensor]:
+def _write_onnx(own: ReadyClassifier, path: Path, images: Tensor) -> Callable[[Tensor], Tensor]:
     import onnxruntime
 
-    ready = ReadyClassifier(network)
     batch = {0: torch.export.Dim("batch")}
     names = {"input_names": ["images"], "output_names": ["logits"]}
-    program = torch.onnx.export(ready, (images,), dynamo=True, dynamic_shapes=(batch,), verbose=False, **names)
-    program.model.metadata_props[METADATA] = network.card.json()
+    program = torch.onnx.export(own.plain(), (images,), dynamo=True, dynamic_shapes=(batch,), verbose=False, **names)
+    program.model.metadata_props[METADATA] = own.card.json()
     program.save(path)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     return lambda other: torch.from_numpy(session.run(None, {"images": other.numpy()})[0])
 
 
-def _write_program(network: PredictedNetwork, path: Path, images: Tensor) -> Callable[[Tensor], Tensor]:
-    program = torch.export.export(ReadyClassifier(network), (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
-    extra = {f"{METADATA}.json": network.card.json()}
+def _write_program(own: ReadyClassifier, path: Path, images: Tensor) -> Callable[[Tensor], Tensor]:
+    program = torch.export.export(own.plain(), (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    extra = {f"{METADATA}.json": own.card.json()}
     with path.open("wb") as file:  # by its name it would have to end in .pt2
         torch.export.save(program, file, extra_files=extra)
     with path.open("rb") as file:
         return torch.export.load(file).module()
 
 
-def _write_state(network: PredictedNetwork, path: Path, images: Tensor) -> Callable[[Tensor], Tensor]:
+def _write_state(own: ReadyClassifier, path: Path, images: Tensor) -> Callable[[Tensor], Tensor]:
     from safetensors.torch import load_file
 
-    write_tensors(path, network.target_state_dict(), dataclasses.replace(network.card, kind="state_dict"))
-    again = copy.deepcopy(network).cpu().float()
+    write_tensors(path, own.body.state_dict(), dataclasses.replace(own.card, kind="state_dict"))
+    again = copy.deepcopy(own)
     loaded(again.body, load_file(path), path)
     return again

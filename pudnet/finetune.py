@@ -15,16 +15,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from pudnet.baselines.scratch import ScratchConfig, train
 from pudnet.card import Card
 from pudnet.classifier import fit
 from pudnet.cpu import accelerate
 from pudnet.data.own import Images, ImageSet, Pixels, images_at_a_time, labelled_set, noting
-from pudnet.device import wants_bf16
+from pudnet.data.rows import CALIBRATION_IMAGES, first_rows, spread_rows
+from pudnet.device import clock, wants_bf16
 from pudnet.errors import UserError
-from pudnet.evaluation import clock
 from pudnet.network import PredictedNetwork, features_in_parts
-from pudnet.predictor import CALIBRATION_IMAGES, first_rows, spread_rows
+from pudnet.scratch import ScratchConfig, train
 from pudnet.targets import calibrate
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -92,7 +92,7 @@ class PredictedNetwork(nn.Module):
         """Write for use without this library, by suffix: .onnx, .pt2 or .safetensors (`pudnet.export`)."""
         from pudnet.export import export  # here: ONNX is needed for this alone
 
-        export(self, Path(path))
+        export(self.body, self.classifier, self.card, Path(path))
 
     @classmethod
     def load(cls, path: str | Path, target: str | nn.Module | None = None) -> PredictedNetwork:
@@ -108,3 +108,17 @@ class PredictedNetwork(nn.Module):
         classifier = unfilled(card, built.features)
         own = {name: tensors.pop(name) for name in classifier.state_dict() if name in tensors}
         return cls(loaded(built.network, tensors, path), loaded(classifier, own, path), card)
+
+
+class Classifier:
+    """A network in eval mode and a rule that turns its features into logits: what other methods make of a group."""
+
+    def __init__(self, body: nn.Module, rule: Callable[[Tensor], Tensor]) -> None:
+        self.body, self.rule = body, rule
+
+    @torch.no_grad()
+    def logits(self, images: Tensor) -> Tensor:
+        """Normalised images (N, C, H, W) -> logits (N, k)."""
+        features = features_in_parts(self.body, images)
+        with torch.autocast(images.device.type, enabled=False):
+            return self.rule(features.float())

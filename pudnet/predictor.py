@@ -20,6 +20,7 @@ from pudnet.controls import StaticTrunk
 from pudnet.cpu import accelerate, keep_freed_memory
 from pudnet.data.images import normalize
 from pudnet.data.own import Images, ImageSet, Pixels, images_at_a_time, labelled_set, noting
+from pudnet.data.rows import CALIBRATION_IMAGES, first_rows, spread_rows
 from pudnet.device import wants_bf16
 from pudnet.errors import UserError
 from pudnet.hypernet import PudNet
@@ -30,32 +31,8 @@ from pudnet.targets import Calibrator, Target, Weights, own_weights, target_name
 if TYPE_CHECKING:
     from pudnet.finetune import FineTuned
 
-CALIBRATION_IMAGES = 50  # how few are enough: benchmarks/README.md
 AT_ONCE = 100  # that may pass whatever their size; more where they are small
 WEIGHTS_AT_A_TIME, GROUPS_AT_A_TIME = 2**26, 100
-
-
-def first_rows(labels: Tensor, per_class: int) -> Tensor:
-    """Rows of the first `per_class` images of each class, in order, for labels (N,) in 0..k-1."""
-    order = labels.argsort(stable=True)
-    counts = labels.bincount()
-    starts = (counts.cumsum(0) - counts).repeat_interleave(counts)  # of each image's class, in `order`
-    ranks = torch.empty_like(order)
-    ranks[order] = torch.arange(len(labels), device=labels.device) - starts
-    return torch.nonzero(ranks < per_class).squeeze(1)
-
-
-def spread_rows(labels: Tensor, count: int) -> Tensor:
-    """Rows of about `count` images, spread evenly over the classes of labels (N,) in 0..k-1.
-
-    The first of each class, as many as it takes; where there are more classes than that, one of every n-th class.
-    """
-    classes = int(labels.max()) + 1
-    rows = first_rows(labels, math.ceil(count / classes))
-    if classes <= count:
-        return rows
-    chosen = torch.arange(count, device=labels.device) * classes // count
-    return rows[torch.isin(labels[rows], chosen)]
 
 
 def _columns(labels: Tensor) -> Tensor:

@@ -664,7 +664,7 @@ def test_a_file_where_a_store_is_to_be_is_left_alone():
         assert said.startswith(f"{folder / 'store'}: cannot be written") and names_in(folder) == ["store"]
 
 
-@pytest.mark.parametrize("stage", ["params", "prepare"])
+@pytest.mark.parametrize("stage", ["check", "prepare"])
 def test_a_command_ends_with_one_line_and_exit_code_2(stage, tmp_path):
     (tmp_path / "params.yaml").write_bytes(b"\xff setting: digits")
     command = [sys.executable, "-m", f"pipeline.{stage}"]

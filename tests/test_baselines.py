@@ -8,10 +8,8 @@ import pytest
 import torch
 
 from pudnet.baselines import LEARNED, SCRATCH, Adapter, Scratch, ScratchConfig, load_method, make_method
-from pudnet.baselines.gradient_centralization import centralized
 from pudnet.baselines.learners import Pretraining
 from pudnet.baselines.meta_deepbdc import BDCNetwork, MetaDeepBDCConfig, bdc
-from pudnet.baselines.scratch import augmented, one_cycle, scratch_network, train
 from pudnet.card import Card, write_tensors
 from pudnet.cca import canonical_correlations, held_out_correlation
 from pudnet.config import ModelConfig, TrainConfig, apply_variant
@@ -20,9 +18,11 @@ from pudnet.data.images import StoreImages
 from pudnet.data.store import Store
 from pudnet.errors import UserError
 from pudnet.evaluation import FROM, ON, adapt_input, mean_interval, twin_accuracies, twin_accuracy
+from pudnet.gradient_centralization import centralized
 from pudnet.hypernet import PudNet
 from pudnet.learner import MetaLearner
 from pudnet.predictor import Predictor, build_model
+from pudnet.scratch import augmented, one_cycle, scratch_network, train
 from pudnet.targets import build_target
 from pudnet.training import Trainer
 from tests.nets import Depthwise

@@ -7,10 +7,10 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from pudnet import Predictor
-from pudnet.baselines.scratch import ScratchConfig, train
 from pudnet.data.own import checksums
 from pudnet.errors import UserError
 from pudnet.finetune import _random, finetune
+from pudnet.scratch import ScratchConfig, train
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.params import check, load_params, resolve
+from pipeline.check import check
+from pipeline.params import load_params, resolve
 from pipeline.runs.keys import CODE, TRAINING_CODE, VALIDATION_CODE, code_files
 from pipeline.runs.trial import pick_device
 from pipeline.tracking.runs import provenance

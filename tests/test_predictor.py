@@ -13,9 +13,10 @@ from torchvision.models import mnasnet0_5
 
 from pudnet.card import FORMAT, METADATA, Card, read_tensors, write_tensors
 from pudnet.config import parse
+from pudnet.data.rows import spread_rows
 from pudnet.errors import UserError
 from pudnet.network import PredictedNetwork
-from pudnet.predictor import Predictor, spread_rows
+from pudnet.predictor import Predictor
 from pudnet.targets import build_target
 from tests.nets import Depthwise, Viewing
 

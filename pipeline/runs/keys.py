@@ -58,7 +58,5 @@ def method_files(kind: str, target: str) -> list[Path]:
     if kind in LEARNED:
         own += code_files([f"baselines/{name}" for name in ("__init__", "method", "learners", kind)])
     if kind in SCRATCH:
-        own += code_files(
-            [f"baselines/{name}" for name in ("__init__", "method", "scratch", "gradient_centralization")]
-        )
+        own += code_files(["baselines/__init__", "baselines/method", "scratch", "gradient_centralization"])
     return own

@@ -19,8 +19,9 @@ from pipeline.studies.page import number, plus_minus, table_of
 from pipeline.studies.work import Work
 from pudnet.data.images import normalize
 from pudnet.data.own import images_at_a_time, labelled_set
+from pudnet.device import clock
 from pudnet.errors import UserError
-from pudnet.evaluation import clock, mean_half_width
+from pudnet.evaluation import mean_half_width
 
 
 def check(plan: Whole) -> None:

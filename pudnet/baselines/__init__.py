@@ -17,10 +17,10 @@ from pudnet.baselines.musml import MUSML
 from pudnet.baselines.pretrained import Pretrained
 from pudnet.baselines.protonet import ProtoNet
 from pudnet.baselines.r2d2 import R2D2
-from pudnet.baselines.scratch import Scratch, ScratchConfig
 from pudnet.card import loaded, read_tensors
 from pudnet.config import parse
 from pudnet.errors import UserError
+from pudnet.scratch import Scratch, ScratchConfig
 from pudnet.targets import Target, build_target
 
 __all__ = ["HEADS", "LEARNED", "SCRATCH", "Adapter", "Classifier", "Method", "Scratch", "ScratchConfig", "config_type"]

@@ -5,7 +5,6 @@ A method is the trunk and its rule, which is what a file keeps of it; a learner 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -15,7 +14,7 @@ from pudnet.baselines.heads import fit_head
 from pudnet.card import Card
 from pudnet.controls import StaticTrunk
 from pudnet.learner import Learner
-from pudnet.network import features_in_parts
+from pudnet.network import Classifier
 from pudnet.predictor import Predictor
 from pudnet.targets import Target, Weights
 
@@ -53,20 +52,6 @@ class Method(nn.Module):
     def weights(self, images: Tensor, labels: Tensor) -> Weights:
         """The convolution weights for a group's support images (S, C, H, W): one set for all groups."""
         return self.trunk.generate(self.trunk.sketch(images))
-
-
-class Classifier:
-    """A network in eval mode and what turns its features into logits."""
-
-    def __init__(self, body: nn.Module, rule: Callable[[Tensor], Tensor]) -> None:
-        self.body, self.rule = body, rule
-
-    @torch.no_grad()
-    def logits(self, images: Tensor) -> Tensor:
-        """Normalised images (N, C, H, W) -> logits (N, k)."""
-        features = features_in_parts(self.body, images)
-        with torch.autocast(images.device.type, enabled=False):
-            return self.rule(features.float())
 
 
 class Adapter:

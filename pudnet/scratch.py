@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from pudnet.baselines.gradient_centralization import Where, centralized
-from pudnet.baselines.method import Classifier
 from pudnet.config import STRICT, Fraction, Positive, PositiveFloat, Weight
 from pudnet.cpu import accelerate, keep_freed_memory
 from pudnet.device import flushing_denormals
+from pudnet.gradient_centralization import Where, centralized
+from pudnet.network import Classifier
 from pudnet.targets import Target, calibrate
 
 

@@ -1,0 +1,37 @@
+"""Stage `check`: params.yaml as a whole, unknown keys included, and a target that can be predicted."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from pipeline.params import MUCH_LARGER, Params, outline
+from pipeline.stage import run_stage
+from pudnet.targets import build_target, check_together
+
+
+def check(params: Params) -> None:
+    """Build the hypernetwork once, so that a target which cannot be predicted stops here, and say how large it is."""
+    target = build_target(params.target, params.prepare.channels, params.prepare.image_size)
+    if params.train.groups_per_step > 1 and torch.cuda.is_available():
+        check_together(target)
+    model, parameters = outline(params.model, target)
+    sizes = {key: max(values) for key, values in params.search.space.items() if all(type(v) is int for v in values)}
+    if (largest := params.configured(sizes)[0]) != params.model:
+        outline(largest, target)
+    print(
+        f"check: {params.setting}, {params.target}, {params.variant}: params.yaml is sound; a hypernetwork of "
+        f"{parameters:,} parameters writes the {target.predicted:,} weights of {len(target.convs)} convolutions"
+    )
+    ratio = sum(parameter.numel() for parameter in model.generators.parameters()) / target.predicted
+    if ratio > MUCH_LARGER:
+        print(
+            f"warning: the weight generators have {ratio:.0f} parameters for each weight that they "
+            f"write; model.generator_hidden, now {params.model.generator_hidden}, is what to lower",
+            file=sys.stderr,
+        )
+
+
+if __name__ == "__main__":
+    run_stage(check)
