@@ -185,8 +185,24 @@ def test_results_depend_on_every_file_of_the_method_that_a_trial_imports():
     plain |= {f"pudnet.data.{name}" for name in ("datasets", "decode", "folders", "groups", "sources", "store")}
     counted = {file.relative_to(CODE).with_suffix("") for file in code_files(TRAINING_CODE + VALIDATION_CODE)}
     counted = {".".join(path.parts).removesuffix(".__init__") for path in counted}
-    own_of_a_method = {name for name in imported if name.startswith("pudnet.baselines")}
+    of_scratch = {"pudnet.scratch", "pudnet.gradient_centralization"}
+    own_of_a_method = {name for name in imported if name.startswith("pudnet.baselines")} | of_scratch
     assert set(imported) - plain - own_of_a_method <= counted and counted <= set(imported)
+
+
+@pytest.mark.parametrize(
+    ("stage", "names"),
+    [
+        ("search", TRAINING_CODE + VALIDATION_CODE),
+        ("train", TRAINING_CODE),
+        ("evaluate", (*VALIDATION_CODE, "hypernet", "targets", "classifier", "ridge", "cpu", "device", "data/images")),
+        ("baselines", (*TRAINING_CODE, *VALIDATION_CODE, "baselines", "scratch", "gradient_centralization")),
+    ],
+)
+def test_dvc_knows_all_code_that_a_stages_result_depends_on(stage, names):
+    known = [CODE / path for path in yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"][stage]["deps"]]
+    missing = [file for file in code_files(names) if file not in known and not set(file.parents) & set(known)]
+    assert not missing
 
 
 def test_baselines_are_trained_as_the_variant_is_and_given_as_many_labels(raw):

@@ -1,0 +1,33 @@
+"""Target networks: the networks whose convolution weights are predicted.
+
+A target is an ordinary `nn.Module` that maps images to feature vectors: ConvNet-3, ResNet-18, ResNet-34, or
+any module of your own. Its convolution weights are predicted; everything else (BatchNorm's affine parameters,
+biases, linear layers) is shared by all groups and learned.
+"""
+
+from pudnet.targets.build import build_target, check_target_name, is_import_path, target_code, target_name
+from pudnet.targets.calibration import Calibrator, calibrate
+from pudnet.targets.convnet3 import Block, ConvNet3
+from pudnet.targets.shared import SharedTarget, check_together, together
+from pudnet.targets.target import ConvShape, Target, Weights, norms, own_weights, put_tensors
+
+__all__ = [
+    "Block",
+    "Calibrator",
+    "ConvNet3",
+    "ConvShape",
+    "SharedTarget",
+    "Target",
+    "Weights",
+    "build_target",
+    "calibrate",
+    "check_target_name",
+    "check_together",
+    "is_import_path",
+    "norms",
+    "own_weights",
+    "put_tensors",
+    "target_code",
+    "target_name",
+    "together",
+]

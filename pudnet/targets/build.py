@@ -1,0 +1,121 @@
+"""A target by its name, by an import path, or from a module of the user's own."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from pudnet.errors import UserError
+from pudnet.targets.checks import (
+    forward_order,
+    refuse_unfit_layers,
+    refuse_what_a_file_loses,
+    refuse_what_cannot_be_trained,
+    refuse_what_only_training_does,
+)
+from pudnet.targets.convnet3 import ConvNet3
+from pudnet.targets.layout import give_contiguous_maps, wants_contiguous_maps
+from pudnet.targets.resnets import resnet
+from pudnet.targets.target import Target, one_line
+
+TARGETS: dict[str, Callable[[int], nn.Module]] = {
+    "convnet3": ConvNet3,
+    "resnet18": lambda channels: resnet("resnet18", channels),
+    "resnet34": lambda channels: resnet("resnet34", channels),
+}
+SMALLEST_IMAGE = 8  # px; ConvNet-3 halves it three times
+
+
+def is_import_path(name: str) -> bool:
+    """Whether a target's name is that of a class or function of the user's own, `package.module:Name`."""
+    return ":" in name
+
+
+def check_target_name(name: str) -> None:
+    """Raise `UserError` for what is neither a target of ours nor an import path."""
+    if name not in TARGETS and not is_import_path(name):
+        own = "or your own as package.module:Name"
+        raise UserError(f"target: unknown name {name!r}; known: {', '.join(TARGETS)}, {own}")
+
+
+def target_name(target: str | nn.Module) -> str:
+    """The name by which a card knows a target: a module given as an object goes by its class.
+
+    Raises `UserError` for what is neither a name nor a module.
+    """
+    if not isinstance(target, str | nn.Module):
+        raise UserError(f"target: must be a name or a torch.nn.Module (not its class), got {target!r}")
+    return target if isinstance(target, str) else f"{type(target).__module__}:{type(target).__qualname__}"
+
+
+def target_code(name: str) -> list[Path]:
+    """The files that an import path's network is made by: where it is defined, and all of its package's folder."""
+    module, _, attribute = name.partition(":")
+    defined = inspect.getsourcefile(inspect.unwrap(getattr(importlib.import_module(module), attribute)))
+    folder, files = Path(defined).parent, {Path(defined)}
+    if "." in module or Path(defined).name == "__init__.py":
+        files |= set(folder.glob("*.py"))
+    return sorted(files)
+
+
+def build_target(target: str | nn.Module, channels: int, image_size: int) -> Target:
+    """Build a target by name, by import path (`package.module:Name`), or from a module, which is copied.
+
+    What an import path names is called with the number of image channels where it has a parameter `channels`,
+    else with nothing.
+
+    Raises:
+        UserError: for an unknown name, images that the network cannot take, or a network that cannot be
+            predicted; the message names the layer.
+    """
+    name = target_name(target)
+    if image_size < SMALLEST_IMAGE:
+        raise UserError(f"target {name}: images of {image_size} px are too small, it needs {SMALLEST_IMAGE}")
+    network = _made(target, name, channels)
+    refuse_unfit_layers(network, name)
+    images = torch.randn(2, channels, image_size, image_size, generator=torch.Generator().manual_seed(0))
+    convs, features = forward_order(network.eval(), name, images)
+    images = images.contiguous(memory_format=torch.channels_last)  # as they come in training
+    if wants_contiguous_maps(network, images):
+        give_contiguous_maps(network)
+    refuse_what_only_training_does(network.train(), name, images)
+    refuse_what_cannot_be_trained(network, name, torch.cat([images, images[:1]]))  # another number of them
+    if name not in TARGETS:
+        refuse_what_a_file_loses(network, _made(target, name, channels), name, images)
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+    return Target(network, convs, channels, image_size, features)
+
+
+def _made(target: str | nn.Module, name: str, channels: int) -> nn.Module:
+    return _copy_of(target, name) if isinstance(target, nn.Module) else _construct(target, channels)
+
+
+def _copy_of(target: nn.Module, name: str) -> nn.Module:
+    try:
+        return copy.deepcopy(target).cpu()
+    except Exception as error:  # a module may hold anything
+        raise UserError(f"target {name}: cannot be copied ({one_line(error)})") from None
+
+
+def _construct(name: str, channels: int) -> nn.Module:
+    check_target_name(name)
+    if name in TARGETS:
+        return TARGETS[name](channels)
+    module, _, attribute = name.partition(":")
+    try:
+        build = getattr(importlib.import_module(module), attribute)
+        takes_channels = "channels" in inspect.signature(build).parameters
+        network = build(channels=channels) if takes_channels else build()
+    except (Exception, SystemExit) as error:  # whatever the user's own code may raise
+        raise UserError(f"target {name}: cannot be built ({one_line(error)})") from None
+    if not isinstance(network, nn.Module):
+        raise UserError(f"target {name}: gives a {type(network).__name__}, not a torch.nn.Module")
+    return network

@@ -1,0 +1,34 @@
+"""Networks that fail on channels_last maps, as a `view` of them does, are given contiguous ones."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+
+@torch.no_grad()
+def wants_contiguous_maps(network: nn.Module, images: Tensor) -> bool:
+    """Whether the network, which takes contiguous images, fails on channels_last ones, as a `view` of its maps does."""
+    try:
+        copy.deepcopy(network).to(memory_format=torch.channels_last)(images)
+    except RuntimeError:  # "view size is not compatible with input tensor's size and stride"
+        return True
+    return False
+
+
+def give_contiguous_maps(network: nn.Module) -> None:
+    """Make a network's images and the output of its convolutions contiguous, in whatever layout they are computed."""
+    network.register_forward_pre_hook(_contiguous_images)
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(_contiguous_output)
+
+
+def _contiguous_images(network: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+    return (inputs[0].contiguous(),)
+
+
+def _contiguous_output(conv: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+    return output.contiguous()

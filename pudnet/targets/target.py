@@ -1,0 +1,81 @@
+"""What a target network is: an ordinary network, and which of its tensors are predicted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+# Predicted weights: parameter name -> (..., d_out, d_in, f, f). Leading are groups; what all groups share has none.
+Weights = Mapping[str, Tensor]
+
+
+def own_weights(weights: Weights, group: int) -> dict[str, Tensor]:
+    """One group's weights (d_out, d_in, f, f) of those of several."""
+    return {name: weight[group] if weight.ndim > 4 else weight for name, weight in weights.items()}
+
+
+@dataclass(frozen=True)
+class ConvShape:
+    """One predicted tensor: its name in the target's state dict and its shape (d_out, d_in / groups, f, f)."""
+
+    name: str
+    shape: tuple[int, int, int, int]
+
+    @property
+    def module(self) -> str:
+        """The layer's name in the target."""
+        return self.name.removesuffix(".weight")
+
+    @property
+    def he_std(self) -> float:
+        """The standard deviation that He initialisation gives it: sqrt(2 / fan_in)."""
+        return math.sqrt(2 / math.prod(self.shape[1:]))
+
+
+@dataclass(frozen=True)
+class Target:
+    """A plain target network, He-initialised, and what of it is predicted, in the order of its forward pass."""
+
+    network: nn.Module
+    convs: tuple[ConvShape, ...]
+    channels: int
+    image_size: int
+    features: int  # d, values of an image's feature vector
+
+    @property
+    def dense(self) -> tuple[ConvShape, ...]:
+        """The convolutions whose output channels each see all input channels."""
+        return tuple(conv for conv in self.convs if self.network.get_submodule(conv.module).groups == 1)
+
+    @property
+    def predicted(self) -> int:
+        """How many weights are predicted."""
+        return sum(math.prod(conv.shape) for conv in self.convs)
+
+
+def norms(network: nn.Module) -> list[_BatchNorm]:
+    """The network's BatchNorm layers."""
+    return [module for module in network.modules() if isinstance(module, _BatchNorm)]
+
+
+def forget_statistics(network: nn.Module) -> None:
+    """Let BatchNorm use the statistics of the images it is given, and keep none."""
+    for norm in norms(network):
+        norm.track_running_stats = False
+        norm.running_mean = norm.running_var = norm.num_batches_tracked = None
+
+
+def put_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Load tensors as a state dict of the module, whatever versions its layers have. Raises as `load_state_dict`."""
+    state = module.state_dict()  # it carries the versions that some layers look at as they load
+    state.clear()
+    state.update(tensors)
+    module.load_state_dict(state)
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
