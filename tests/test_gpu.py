@@ -9,7 +9,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode  # where torch's docume
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pudnet import targets
 from pudnet.baselines import LEARNED, make_method
 from pudnet.config import ModelConfig, TrainConfig, apply_variant
 from pudnet.controls import StaticTrunk
@@ -20,7 +19,7 @@ from pudnet.hypernet import PudNet
 from pudnet.learner import MetaLearner
 from pudnet.network import PredictedNetwork
 from pudnet.predictor import Predictor
-from pudnet.targets import build_target
+from pudnet.targets import build_target, shared
 from pudnet.training import Trainer
 
 pytestmark = pytest.mark.gpu
@@ -71,7 +70,7 @@ def images(digits):
 @pytest.fixture
 def vectorised(monkeypatch):
     """On the CPU too several groups in one call, as a GPU takes them."""
-    monkeypatch.setattr(targets, "one_by_one", targets.together)
+    monkeypatch.setattr(shared, "one_by_one", shared.together)
 
 
 def losses_and_gradients(learner, images, labels):
