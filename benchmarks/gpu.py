@@ -8,8 +8,8 @@ Four parts, each in a process of its own with a time limit of its own, so that o
 - ray: the smallest `dvc repro`, two trials of its search on one card.
 
 Each prints a table and writes PART.json into `--out`, row by row, so that what was measured before a time limit stays.
-`--device cpu --smallest` runs all of it within a minute on two cores, to see that it works; then the search stands for
-the whole `dvc repro`, which takes minutes.
+`--device cpu --smallest` runs all of it in about a minute on two free cores, to see that it works; the search stands
+for the whole `dvc repro` then, which takes minutes.
 
 On a GPU none of this was run yet.
 """
