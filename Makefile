@@ -28,6 +28,7 @@ gpu: $(READY)
 lint: $(READY)
 	$(IN_VENV) ruff check .
 	$(IN_VENV) ruff format --check .
+	$(IN_VENV) lint-imports --no-cache
 
 # The UI of this project's database, on this machine only. One worker, no job queue: up in seconds.
 ui: $(READY)

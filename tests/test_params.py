@@ -1,6 +1,5 @@
 """params.yaml: what is null comes from the setting, and a mistake is one line that names the key."""
 
-import ast
 import subprocess
 import sys
 from dataclasses import replace
@@ -166,15 +165,6 @@ def test_a_file_that_is_no_params_file_is_one_line(tmp_path, text):
     with pytest.raises(UserError) as error:
         load_params(path)
     assert "\n" not in str(error.value)
-
-
-def test_the_method_does_not_import_the_experiment():
-    forbidden = {"ray", "mlflow", "dvc", "pipeline", "pandas", "matplotlib"}
-    for path in (ROOT / "pudnet").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            assert not forbidden & {name.split(".")[0] for name in names}, path
 
 
 def test_results_depend_on_every_file_of_the_method_that_a_trial_imports():
