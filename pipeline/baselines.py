@@ -1,6 +1,6 @@
 """Stage `baselines`: what PudNet is compared with. Tuned, trained and measured as it is, on the same groups.
 
-Every part that is finished is kept (`kept.py`): the stage, run again, does what is missing.
+Every part that is finished is kept (`runs/finished.py`): the stage, run again, does what is missing.
 """
 
 from __future__ import annotations

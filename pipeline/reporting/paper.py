@@ -53,7 +53,7 @@ def _rows(table: Mapping[str, Any], setting: str, target: str) -> Mapping[str, A
 
 
 def paper_figure(path: str) -> Reported:
-    """One figure by its place in reported.yaml: `table9.cifar100.mean`, or `table11.cifar100.2`, third of a list.
+    """One figure by its place in paper.yaml: `table9.cifar100.mean`, or `table11.cifar100.2`, third of a list.
 
     Raises `UserError` where nothing stands there.
     """

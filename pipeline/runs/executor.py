@@ -1,7 +1,7 @@
 """Ray Tune: many meta-trainings side by side, each of which goes on where it was left.
 
 Ray schedules trials, gives them devices and starts them again when a process or a node is lost. It remembers nothing
-from one start to the next: what has ended is kept (`kept.py`), what has not goes on from the trial's own folder
+from one start to the next: what has ended is kept (`finished.py`), what has not goes on from the trial's own folder
 (`trainable.py`), and every start makes a new Tuner of the trials that are missing.
 """
 
