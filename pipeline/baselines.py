@@ -44,7 +44,7 @@ def baselines(params: Params) -> None:
     for method, key in keys.items():
         own = {seed: cells for (name, seed), cells in choices.items() if name == method and any(cells)}
         chosen = {f"chosen_split_{seed}": "; ".join(map(named, cells)) for seed, cells in own.items()}
-        tracking.attempt(partial(_log, tracking, params, method, key, measured, compared, times, chosen))
+        tracking.submit(partial(_log, tracking, params, method, key, measured, compared, times, chosen))
     for name, numbers in compared.items():
         print(
             f"baselines: {name}: {numbers['accuracy']:.2f} +/- {numbers['ci95']:.2f} %, "

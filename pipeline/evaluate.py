@@ -37,7 +37,7 @@ def evaluate(params: Params) -> None:
     write_json(RESULTS / "timing.json", timing)
     write_json(RESULTS / "metrics.json", metrics)
     tracking = open_tracking(params)
-    tracking.attempt(lambda: _log(tracking, params, metrics, timing))
+    tracking.submit(lambda: _log(tracking, params, metrics, timing))
     print(f"evaluate: {metrics['accuracy']:.2f} +/- {metrics['ci95']:.2f} % over {len(frame)} test groups")
     print(
         f"evaluate: prediction {timing['total_ms']:.1f} ms, one epoch from scratch {timing['epoch_ratio']:.1f} x that"

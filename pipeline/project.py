@@ -46,7 +46,7 @@ def read_result(path: Path, parse: Callable[[Path], T], stage: str) -> T:
 
 
 @contextlib.contextmanager
-def alone(path: Path, wait: bool = False) -> Iterator[None]:
+def locked(path: Path, wait: bool = False) -> Iterator[None]:
     """Hold a lock: what two processes did at once would mix.
 
     Where another one holds it, `wait` for it, or raise `UserError`.

@@ -36,7 +36,7 @@ def search(params: Params) -> None:
             if not finished:
                 raise RunFailed(f"search: no trial of split {seed} ended well; change search.space or train")
             rows += [_row(trial) for trial in finished]
-            tracking.attempt(partial(_close, tracking, experiment, params, _best(rows, seed)))
+            tracking.submit(partial(_close, tracking, experiment, params, _best(rows, seed)))
     best = {seed: _best(rows, seed) for seed in params.split_seeds}
     write(RESULTS / "search.csv", pd.DataFrame(rows).to_csv(index=False, float_format="%.6g"))
     write(RESULTS / "best.yaml", yaml.safe_dump({"splits": best}, sort_keys=False))

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pipeline.params import Params, load_params
-from pipeline.project import alone
+from pipeline.project import locked
 from pudnet.errors import exit_code
 
 
@@ -17,7 +17,7 @@ def run_stage(stage: Callable[[Params], None]) -> None:
 
     def run() -> None:
         params = load_params()
-        with alone(Path(".pud") / f"{stage.__name__}.lock"):
+        with locked(Path(".pud") / f"{stage.__name__}.lock"):
             stage(params)
 
     sys.exit(exit_code(run))

@@ -16,10 +16,10 @@ from pathlib import Path
 import pandas as pd
 
 from pipeline.params import Params, StudyParams
-from pipeline.project import alone, write
+from pipeline.project import locked, write
 from pipeline.reporting.figures import to_png
 from pipeline.runs import cluster
-from pipeline.studies import accuracy, correlation, finetuning, losses, page, whole, work
+from pipeline.studies import accuracy, correlation, finetuning, losses, page, trained, whole
 from pipeline.studies.definition import STUDIES, Study, check_rows, column_params, load_study, wanted
 from pudnet.errors import UserError, exit_code
 
@@ -45,7 +45,7 @@ def run(names: Sequence[str]) -> None:
                 check_rows(studies[name], column)
     with cluster.session():
         for name, (columns, left_out) in chosen.items():
-            with alone(Path(".pud") / f"study-{name}.lock"):
+            with locked(Path(".pud") / f"study-{name}.lock"):
                 _run(name, studies[name], columns, left_out)
 
 
@@ -67,7 +67,7 @@ def _run(name: str, study: Study, columns: Mapping[str, Params], left_out: Mappi
     for column, params in columns.items():
         del waiting[column]
         try:
-            work.get_data(params)
+            trained.get_data(params)
             if study.whole is not None:
                 whole.check(study.whole)
         except UserError as error:
@@ -75,8 +75,8 @@ def _run(name: str, study: Study, columns: Mapping[str, Params], left_out: Mappi
             print(f"study: {name}, {column}: not run: {error}", flush=True)
             continue
         try:
-            with work.workspace(params):
-                frames.append(KINDS[study.measure].measure(work.train(name, study, column, params)))
+            with trained.workspace(params):
+                frames.append(KINDS[study.measure].measure(trained.train(name, study, column, params)))
         except UserError as error:
             left_out[column], unfit = str(error), unfit or f"study: {name}, {column}: {error}"
             print(f"study: {name}, {column}: not run: {error}", flush=True)

@@ -96,8 +96,8 @@ def test_what_the_server_refuses_for_good_is_never_called_written(project, capsy
     again = open_tracking(load_params())
     for key in ("second", "third"):
         again.asked_again = 0.0
-        again.attempt(lambda key=key: log(again, key, folder))
-    again.attempt(lambda: None)
+        again.submit(lambda key=key: log(again, key, folder))
+    again.submit(lambda: None)
     again.finish_waiting()
     said = capsys.readouterr().out
     assert said.count("was deleted; `mlflow experiments restore --experiment-id 1` brings it back") == 1

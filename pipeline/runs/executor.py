@@ -23,7 +23,7 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler
 
 from pipeline.params import Params
-from pipeline.project import alone, root, write
+from pipeline.project import locked, root, write
 from pipeline.runs.finished import Finished, forget_trial, read_trial, trial_folder
 from pipeline.runs.keys import digest, trial_key
 from pipeline.runs.progress import TrialProgress
@@ -74,11 +74,11 @@ def run_missing(
         UserError: when another process runs the same trials, or a trial cannot start; then none is.
     """
     progress = TrialProgress(params, tracking, parent, experiment.key, experiment.keys)
-    with alone(root() / ".pud" / "running" / f"{experiment.key}.lock"):
+    with locked(root() / ".pud" / "running" / f"{experiment.key}.lock"):
         for spec in experiment.specs:
             if fresh:
                 forget_trial(experiment.keys[spec.name])
-                tracking.attempt(partial(tracking.supersede, f"{experiment.key}/{spec.name}"))
+                tracking.submit(partial(tracking.supersede, f"{experiment.key}/{spec.name}"))
             elif ended := read_trial(experiment.keys[spec.name], spec):
                 progress.ended[spec.name] = ended
         if kept := [trial for trial in progress.ended.values() if not trial.diverged]:

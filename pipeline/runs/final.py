@@ -57,7 +57,7 @@ def train_all(params: Params, stage: str, methods: Mapping[str, Cells], fresh: b
         Experiment(f"{stage}-final", specs, workers=params.resources.workers), params, tracking, fresh=fresh
     )
     for trial in finished:
-        tracking.attempt(partial(_log, tracking, params, trial, _write_model(params, trial)))
+        tracking.submit(partial(_log, tracking, params, trial, _write_model(params, trial)))
     return pd.concat([_curve(trial) for trial in finished], ignore_index=True)
 
 

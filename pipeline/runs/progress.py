@@ -99,7 +99,7 @@ class TrialProgress(Callback):
 
     def log(self, spec: TrialSpec, key: str, reports: Iterable[Mapping], status: str | None = None) -> None:
         """Log what MLflow does not have of a trial to the run of this key, now or when it answers again."""
-        self.tracking.attempt(partial(self._log, spec, key, reports, status))
+        self.tracking.submit(partial(self._log, spec, key, reports, status))
 
     def _is_at_work(self) -> None:
         self.at_work, self.said_to_wait = time.monotonic(), False

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 import zipfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -24,7 +22,6 @@ from pudnet.data.groups import open_groups
 from pudnet.data.images import StoreImages
 from pudnet.data.store import Store, open_store
 from pudnet.device import wants_bf16
-from pudnet.errors import RunFailed
 from pudnet.evaluation import Adapts, mean_interval, twin_accuracies
 from pudnet.learner import Learner, MetaLearner
 from pudnet.predictor import Predictor, build_model
@@ -211,31 +208,6 @@ def _validation(accuracies: Any) -> dict[str, float]:
 def open_trial(spec: TrialSpec, device: torch.device) -> MetaTraining | FromScratch:
     """Build what the trial needs. Raises `UserError` when it does not fit together."""
     return FromScratch(spec, device) if spec.kind in SCRATCH else MetaTraining(spec, device)
-
-
-def run_trial(config: dict[str, Any]) -> None:
-    """Ray Tune's trainable: run the trial, and give each report with a checkpoint."""
-    from ray import tune
-
-    report_all(open_trial(TrialSpec(**config["spec"]), own_device(config)), tune)
-
-
-def report_all(trial: MetaTraining | FromScratch, ray: ModuleType, saves: bool = True) -> None:
-    """Run a trial from its last checkpoint to its end; `ray`, Ray's Tune or Train, gets each report with the next one.
-
-    Of several workers one `saves`; all of them report, so that they keep step.
-    """
-    if checkpoint := ray.get_checkpoint():
-        with checkpoint.as_directory() as folder:
-            trial.load_state_dict(load_state(Path(folder)))
-    try:
-        for metrics in trial.run():
-            with tempfile.TemporaryDirectory() as folder:
-                if saves:
-                    torch.save(trial.state_dict(), Path(folder) / STATE)
-                ray.report(metrics, checkpoint=ray.Checkpoint.from_directory(folder) if saves else None)
-    except RunFailed as error:
-        ray.report({DIVERGED: str(error)})
 
 
 def own_device(config: dict[str, Any]) -> torch.device:

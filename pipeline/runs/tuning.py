@@ -41,7 +41,7 @@ def tune(
     print(f"baselines: {len(specs)} trials, each method's grid on each of {params.splits} class splits")
     experiment = Experiment("baselines-tuning", specs, keep_going=True)
     finished = run_missing(experiment, params, tracking, RUN, fresh)
-    tracking.attempt(lambda: tracking.finish(tracking.find_or_create(experiment.key, RUN)))
+    tracking.submit(lambda: tracking.finish(tracking.find_or_create(experiment.key, RUN)))
     rows = pd.DataFrame([_row(trial) for trial in finished], columns=COLUMNS)
     best = rows.groupby(["method", "split_seed", "epochs"], sort=False, dropna=False)["accuracy"].idxmax()
     rows["chosen"] = rows.index.isin(best)  # of equals, the first of the grid

@@ -18,38 +18,38 @@ from pipeline.runs.bench import compare, summary
 from pipeline.studies.cells import Diagnosis, diagnose_cells, measure_cells, time_cells
 from pipeline.studies.definition import Study, point, reported
 from pipeline.studies.page import number, plus_minus, table_of
-from pipeline.studies.work import Work
+from pipeline.studies.trained import TrainedColumn
 from pudnet.evaluation import mean_interval
 from pudnet.settings import SETTINGS
 
 
-def measure(work: Work) -> pd.DataFrame:
+def measure(trained: TrainedColumn) -> pd.DataFrame:
     """A line a row."""
-    study, params = work.study, work.params
-    cells = [cell for own in work.trainings.values() for cell in own]
+    study, params = trained.study, trained.params
+    cells = [cell for own in trained.trainings.values() for cell in own]
     measured = dict(zip(cells, measure_cells(params, cells), strict=True))
-    tables = {at: [measured[cell] for cell in own] for at, own in work.trainings.items()}
-    trained = {  # of each training the rows of all splits
+    tables = {at: [measured[cell] for cell in own] for at, own in trained.trainings.items()}
+    by_training = {  # of each training the rows of all splits
         row: [pd.concat(own) for own in zip(*(tables[row, seed] for seed in params.split_seeds), strict=True)]
         for row in study.rows
     }
-    frames = {row: _mean(own) for row, own in trained.items()}
-    accuracies = {row: [summary(one)["accuracy"] for one in own] for row, own in trained.items()}
+    frames = {row: _mean(own) for row, own in by_training.items()}
+    accuracies = {row: [summary(one)["accuracy"] for one in own] for row, own in by_training.items()}
     spread = Spread.of(accuracies.values())
-    times, diagnoses = _times(work), _diagnoses(work)
+    times, diagnoses = _times(trained), _diagnoses(trained)
     for row, seed in tables:
-        _log(work, row, seed, tables, times.get(row))
+        _log(trained, row, seed, tables, times.get(row))
     return pd.DataFrame(
         [
             {
                 "row": row,
-                "column": work.column,
+                "column": trained.column,
                 "splits": params.splits,
-                "train_groups": work.groups(row),
+                "train_groups": trained.groups(row),
                 "paper_groups": SETTINGS[params.setting].train_groups,
                 **_numbers(frame, frames.get(study.reference)),
-                **_over_trainings(work, row, accuracies, spread),
-                **_paper(work, row),
+                **_over_trainings(trained, row, accuracies, spread),
+                **_paper(trained, row),
                 "milliseconds": times.get(row),
                 **asdict(diagnoses.get(row, Diagnosis(math.nan, math.nan))),
             }
@@ -84,15 +84,17 @@ class Spread:
         return float(stdtrit(self.freedom, 0.975)) * self.deviation * math.sqrt(parts) if parts else math.nan
 
 
-def _over_trainings(work: Work, row: str, accuracies: Mapping[str, Sequence[float]], spread: Spread) -> dict[str, Any]:
+def _over_trainings(
+    trained: TrainedColumn, row: str, accuracies: Mapping[str, Sequence[float]], spread: Spread
+) -> dict[str, Any]:
     """What a seed of training moves: the accuracies, their deviation, and intervals.
 
     Trainings that a row shares with the reference are compared one by one, others in the mean.
     """
-    own, reference, split = accuracies[row], work.study.reference, work.params.seed
+    own, reference, split = accuracies[row], trained.study.reference, trained.params.seed
     several, half = len(own) > 1, math.nan
     if reference is not None and row != reference:
-        others, cells = accuracies[reference], work.trainings
+        others, cells = accuracies[reference], trained.trainings
         models = [[cell.checkpoint for cell in cells[name, split]] for name in (row, reference)]
         shared = several and models[0] == models[1]
         half = mean_interval(np.subtract(own, others))[1] if shared else spread.half_width(len(own), len(others))
@@ -113,17 +115,17 @@ def _over_both(table: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def _times(work: Work) -> dict[str, float]:
+def _times(trained: TrainedColumn) -> dict[str, float]:
     """What adapting to a group takes, of rows whose sketch is their own."""
-    own = [row for row, cell in work.study.rows.items() if cell.sketch == "own"]
-    return time_cells(work.params, {row: work.cells[row, work.params.seed] for row in own})
+    own = [row for row, cell in trained.study.rows.items() if cell.sketch == "own"]
+    return time_cells(trained.params, {row: trained.cells[row, trained.params.seed] for row in own})
 
 
-def _diagnoses(work: Work) -> dict[str, Diagnosis]:
-    if not work.study.diagnose:
+def _diagnoses(trained: TrainedColumn) -> dict[str, Diagnosis]:
+    if not trained.study.diagnose:
         return {}
-    rows = [row for row, own in work.study.rows.items() if own.sketch == "own" and own.method == "pudnet"]
-    found = diagnose_cells(work.params, [work.cells[row, work.params.seed] for row in rows])
+    rows = [row for row, own in trained.study.rows.items() if own.sketch == "own" and own.method == "pudnet"]
+    found = diagnose_cells(trained.params, [trained.cells[row, trained.params.seed] for row in rows])
     return dict(zip(rows, found, strict=True))
 
 
@@ -132,24 +134,24 @@ def _numbers(frame: pd.DataFrame, reference: pd.DataFrame | None) -> dict[str, A
     return {key: value for key, value in numbers.items() if key != "splits"}
 
 
-def _paper(work: Work, row: str) -> dict[str, float | None]:
-    figure = reported(work.own, work.study.rows[row])
+def _paper(trained: TrainedColumn, row: str) -> dict[str, float | None]:
+    figure = reported(trained.own, trained.study.rows[row])
     if figure is None:
         return dict.fromkeys(("paper", "paper_ci95", "paper_seconds"))
     return {"paper": figure.accuracy, "paper_ci95": figure.ci95, "paper_seconds": figure.seconds}
 
 
 def _log(
-    work: Work, row: str, seed: int, tables: dict[tuple[str, int], list[pd.DataFrame]], time: float | None
+    trained: TrainedColumn, row: str, seed: int, tables: dict[tuple[str, int], list[pd.DataFrame]], time: float | None
 ) -> None:
     """A run for each training, compared with the reference's that stands beside it."""
-    reference = tables.get((work.study.reference, seed))
+    reference = tables.get((trained.study.reference, seed))
     for n, table in enumerate(tables[row, seed]):
         numbers = _numbers(table, reference and reference[n % len(reference)])
         named = {"accuracy": "test_accuracy", "ci95": "test_ci95"}
         metrics = {named.get(key, key): value for key, value in numbers.items() if not pd.isna(value)}
-        timed = time is not None and (seed, n) == (work.params.seed, 0)  # the training whose time it is
-        work.log(row, seed, metrics | ({"adapt_ms": time} if timed else {}), {}, n)
+        timed = time is not None and (seed, n) == (trained.params.seed, 0)  # the training whose time it is
+        trained.log(row, seed, metrics | ({"adapt_ms": time} if timed else {}), {}, n)
 
 
 def figure(study: Study, table: pd.DataFrame) -> Figure:

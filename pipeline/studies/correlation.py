@@ -22,7 +22,7 @@ from pipeline.runs.measuring import measure_missing, open_worker
 from pipeline.studies.cells import Cell, open_cell
 from pipeline.studies.definition import Study
 from pipeline.studies.page import table_of
-from pipeline.studies.work import Work
+from pipeline.studies.trained import TrainedColumn
 from pudnet.cca import held_out_correlation
 from pudnet.data.images import StoreImages
 from pudnet.evaluation import adapt_input
@@ -39,23 +39,23 @@ class Part:
     end: int
 
 
-def measure(work: Work) -> pd.DataFrame:
+def measure(trained: TrainedColumn) -> pd.DataFrame:
     """A line a row, class split and layer."""
-    plan, lines = work.study.correlation, []
-    count = min(plan.groups, work.params.groups.train_groups)
+    plan, lines = trained.study.correlation, []
+    count = min(plan.groups, trained.params.groups.train_groups)
     parts = {
         at: [Part(cell, first, min(first + PART, count)) for first in range(0, count, PART)]
-        for at, cell in work.cells.items()
+        for at, cell in trained.cells.items()
     }
-    keys = {part: part.cell.key(work.params, part.first, part.end) for of_cell in parts.values() for part in of_cell}
+    keys = {part: part.cell.key(trained.params, part.first, part.end) for of_cell in parts.values() for part in of_cell}
     tables = measure_missing(
-        work.params, _points, keys, lambda part, table: f"{part.cell.spec.name}: groups up to {part.end} done"
+        trained.params, _points, keys, lambda part, table: f"{part.cell.spec.name}: groups up to {part.end} done"
     )
     for (row, seed), of_cell in parts.items():
         points = pd.concat([tables[part] for part in of_cell])
         found = _correlations(points, plan.components, plan.pairings, seed)
-        work.log(row, seed, {f"correlation_{line['layer']}": line["correlation"] for line in found}, {})
-        own = {"row": row, "column": work.column, "seed": seed, "groups": count, "components": plan.components}
+        trained.log(row, seed, {f"correlation_{line['layer']}": line["correlation"] for line in found}, {})
+        own = {"row": row, "column": trained.column, "seed": seed, "groups": count, "components": plan.components}
         lines += [{**own, **line} for line in found]
     return pd.DataFrame(lines)
 

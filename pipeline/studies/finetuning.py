@@ -19,7 +19,7 @@ from pipeline.runs.measuring import measure_missing, open_worker
 from pipeline.studies.cells import Cell, open_cell
 from pipeline.studies.definition import FineTuning, Study, reported
 from pipeline.studies.page import number, plus_minus, table_of
-from pipeline.studies.work import Work
+from pipeline.studies.trained import TrainedColumn
 from pudnet.baselines import ScratchConfig
 from pudnet.cpu import accelerate
 from pudnet.evaluation import mean_half_width
@@ -29,26 +29,26 @@ SHOWN = (1, 5, 10, 20, 30, 50)  # epochs of the table, and the last
 IMAGES_STREAM = 5  # of random numbers, apart from those of the group tables
 
 
-def measure(work: Work) -> pd.DataFrame:
+def measure(trained: TrainedColumn) -> pd.DataFrame:
     """A line a row and epoch: mean accuracy over class splits, its 95% interval over test images."""
-    plan, rows = work.study.finetune, []
-    keys = {(cell, plan): cell.key(work.params, asdict(plan)) for cell in work.cells.values()}
+    plan, rows = trained.study.finetune, []
+    keys = {(cell, plan): cell.key(trained.params, asdict(plan)) for cell in trained.cells.values()}
     tables = measure_missing(
-        work.params, _finetune, keys, lambda one, table: f"{one[0].spec.name}: {table.epoch.max()} epochs done"
+        trained.params, _finetune, keys, lambda one, table: f"{one[0].spec.name}: {table.epoch.max()} epochs done"
     )
-    for row, own in work.study.rows.items():
-        curves = [tables[work.cells[row, seed], plan] for seed in work.params.split_seeds]
-        for seed, curve in zip(work.params.split_seeds, curves, strict=True):
-            work.log(row, seed, {}, {"test_accuracy": dict(zip(curve.epoch, curve.accuracy, strict=True))})
-        figure = reported(work.own, own)
+    for row, own in trained.study.rows.items():
+        curves = [tables[trained.cells[row, seed], plan] for seed in trained.params.split_seeds]
+        for seed, curve in zip(trained.params.split_seeds, curves, strict=True):
+            trained.log(row, seed, {}, {"test_accuracy": dict(zip(curve.epoch, curve.accuracy, strict=True))})
+        figure = reported(trained.own, own)
         for points in zip(*(curve.itertuples() for curve in curves), strict=True):
             last = points[0].epoch == plan.epochs
             rows.append(
                 {
                     "row": row,
-                    "column": work.column,
-                    "splits": work.params.splits,
-                    "train_groups": work.groups(row),
+                    "column": trained.column,
+                    "splits": trained.params.splits,
+                    "train_groups": trained.groups(row),
                     "epoch": points[0].epoch,
                     "accuracy": np.mean([point.accuracy for point in points]),
                     "ci95": mean_half_width([(point.accuracy, point.test_images) for point in points]),

@@ -8,19 +8,19 @@ from matplotlib.figure import Figure
 from pipeline.reporting.figures import lines_figure
 from pipeline.studies.definition import Study
 from pipeline.studies.page import number, table_of
-from pipeline.studies.work import Work
+from pipeline.studies.trained import TrainedColumn
 
 NAMES = {"metric_loss": "metric loss, L1", "loss": "total loss"}
 SHOWN = 12  # lines of a table
 
 
-def measure(work: Work) -> pd.DataFrame:
+def measure(trained: TrainedColumn) -> pd.DataFrame:
     """A line a report of a training."""
     lines = []
-    for (row, seed), trained in work.trained.items():
-        reports = trained.history
-        work.log(row, seed, {}, {loss: {int(r["groups"]): r[loss] for r in reports} for loss in NAMES})
-        own = {"row": row, "column": work.column, "seed": seed, "train_groups": work.groups(row)}
+    for (row, seed), ended in trained.ended.items():
+        reports = ended.history
+        trained.log(row, seed, {}, {loss: {int(r["groups"]): r[loss] for r in reports} for loss in NAMES})
+        own = {"row": row, "column": trained.column, "seed": seed, "train_groups": trained.groups(row)}
         lines += [{**own, "groups": int(r["groups"]), **{loss: r[loss] for loss in NAMES}} for r in reports]
     return pd.DataFrame(lines)
 

@@ -16,7 +16,7 @@ from pipeline.runs.measuring import measure_missing, open_worker
 from pipeline.studies.cells import Cell, open_cell
 from pipeline.studies.definition import Study, Whole, reported
 from pipeline.studies.page import number, plus_minus, table_of
-from pipeline.studies.work import Work
+from pipeline.studies.trained import TrainedColumn
 from pudnet.data.images import normalize
 from pudnet.data.own import images_at_a_time, labelled_set
 from pudnet.device import clock
@@ -33,25 +33,25 @@ def check(plan: Whole) -> None:
             )
 
 
-def measure(work: Work) -> pd.DataFrame:
+def measure(trained: TrainedColumn) -> pd.DataFrame:
     """A line a row."""
-    plan, lines = work.study.whole, []
+    plan, lines = trained.study.whole, []
     there = replace(plan, images=str(root() / plan.images), test_images=str(root() / plan.test_images))
-    keys = {(cell, there): cell.key(work.params, asdict(plan)) for cell in work.cells.values()}
+    keys = {(cell, there): cell.key(trained.params, asdict(plan)) for cell in trained.cells.values()}
     tables = measure_missing(
-        work.params, _accuracy, keys, lambda one, table: f"{one[0].spec.name}: {table.images[0]:,} test images done"
+        trained.params, _accuracy, keys, lambda one, table: f"{one[0].spec.name}: {table.images[0]:,} test images done"
     )
-    for row, own in work.study.rows.items():
-        found = pd.concat([tables[work.cells[row, seed], there] for seed in work.params.split_seeds])
-        for seed, accuracy in zip(work.params.split_seeds, found.accuracy, strict=True):
-            work.log(row, seed, {f"top{plan.top}_accuracy": accuracy}, {})
-        figure = reported(work.own, own)
+    for row, own in trained.study.rows.items():
+        found = pd.concat([tables[trained.cells[row, seed], there] for seed in trained.params.split_seeds])
+        for seed, accuracy in zip(trained.params.split_seeds, found.accuracy, strict=True):
+            trained.log(row, seed, {f"top{plan.top}_accuracy": accuracy}, {})
+        figure = reported(trained.own, own)
         lines.append(
             {
                 "row": row,
-                "column": work.column,
-                "splits": work.params.splits,
-                "train_groups": work.groups(row),
+                "column": trained.column,
+                "splits": trained.params.splits,
+                "train_groups": trained.groups(row),
                 "top": plan.top,
                 "classes": found.classes.iloc[0],
                 "images": found.images.iloc[0],

@@ -34,7 +34,7 @@ from mlflow.tracking.registry import UnsupportedModelRegistryStoreURIException
 from sqlalchemy import make_url
 
 from pipeline.params import Params
-from pipeline.project import alone, git_commit, root, write
+from pipeline.project import git_commit, locked, root, write
 from pudnet.errors import RunFailed, UserError
 
 KEY, PROJECT = "pudnet.key", "pudnet.project"
@@ -67,7 +67,7 @@ class Tracking:
     @cached_property
     def client(self) -> MlflowClient:
         """The server, or the database, which is made where there is none."""
-        with _alone(self.uri) as database:
+        with _database_locked(self.uri) as database:
             if database:
                 sqlite3.connect(database).close()  # raises at once; MLflow tries for minutes
             return MlflowClient(self.uri)
@@ -90,7 +90,7 @@ class Tracking:
                 raise
             return self.client.get_experiment_by_name(self.name).experiment_id  # made by another process just now
 
-    def attempt(self, log: Callable[[], object]) -> None:
+    def submit(self, log: Callable[[], object]) -> None:
         """Log, now or when the server answers again: nothing else ends because of it, or waits long for it.
 
         What a server that answers does not take (an artifact on a full disk, a run of a deleted experiment) is left
@@ -130,10 +130,10 @@ class Tracking:
         """At the end of the process: what waits is logged after all, or it is said that it is not."""
         if self.waiting:
             self.asked_again = 0.0
-            self.attempt(lambda: None)
+            self.submit(lambda: None)
             while self.waiting and self._answers():  # what it does not take keeps nothing else from being logged
                 self.asked_again = 0.0
-                self.attempt(lambda: None)
+                self.submit(lambda: None)
         if self.waiting or self.left_out:
             self._say("was not told all of it; `python -m pipeline.STAGE` logs the rest")
 
@@ -221,7 +221,7 @@ def _open(uri: str, name: str, artifacts: str | None, tags: tuple[tuple[str, str
         except UnsupportedModelRegistryStoreURIException:
             raise UserError(f"MLFLOW_TRACKING_URI: {uri} is no address that MLflow knows") from None
 
-    tracking.attempt(contact)
+    tracking.submit(contact)
     atexit.register(tracking.finish_waiting)
     return tracking
 
@@ -229,7 +229,7 @@ def _open(uri: str, name: str, artifacts: str | None, tags: tuple[tuple[str, str
 def project_id() -> str:
     """What tells this project's runs from those of its clones, on one server; lies with the state of its runs."""
     path = root() / ".pud" / "project"
-    with alone(path.with_suffix(".lock"), wait=True):
+    with locked(path.with_suffix(".lock"), wait=True):
         if not path.is_file():
             write(path, f"{uuid.uuid4().hex[:12]}\n")
     return path.read_text().strip()
@@ -243,13 +243,13 @@ def _database(uri: str) -> Path | None:
 
 
 @contextlib.contextmanager
-def _alone(uri: str) -> Iterator[Path | None]:
+def _database_locked(uri: str) -> Iterator[Path | None]:
     """One process at a time: several that open a fresh sqlite database trip over each other. Gives the database."""
     path = _database(uri)
     if path is None or not path.parent.is_dir():
         yield path
         return
-    with alone(path.with_name(f"{path.name}.lock"), wait=True):
+    with locked(path.with_name(f"{path.name}.lock"), wait=True):
         yield path
 
 
@@ -264,7 +264,7 @@ def follow_move(uri: str) -> None:
         return
     if not database.is_file():
         return
-    with alone(database.with_name(f"{database.name}.lock"), wait=True):
+    with locked(database.with_name(f"{database.name}.lock"), wait=True):
         try:
             with contextlib.closing(sqlite3.connect(database)) as connection, connection:
                 _put_artifacts_at(connection, project / "mlartifacts")

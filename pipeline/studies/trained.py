@@ -11,7 +11,7 @@ from pathlib import Path
 from pipeline.groups import build
 from pipeline.params import Params
 from pipeline.prepare import prepare
-from pipeline.project import GROUPS, PREPARED, alone, root
+from pipeline.project import GROUPS, PREPARED, locked, root
 from pipeline.runs.bench import images_of_a_class
 from pipeline.runs.executor import Experiment, run_missing
 from pipeline.runs.finished import Finished
@@ -23,7 +23,7 @@ from pipeline.tracking.runs import Tracking, open_tracking
 
 
 @dataclass(frozen=True)
-class Work:
+class TrainedColumn:
     """One column of a study, trained: a cell a row, class split and training, of which most studies have one."""
 
     name: str  # of the study
@@ -31,7 +31,7 @@ class Work:
     column: str
     params: Params
     trainings: Mapping[tuple[str, int], Sequence[Cell]]  # `study.trainings` of them, where it says so
-    trained: Mapping[tuple[str, int], Finished]  # those that were trained
+    ended: Mapping[tuple[str, int], Finished]  # the first training of those that are trained
     tracking: Tracking
 
     @property
@@ -58,7 +58,7 @@ class Work:
     ) -> None:
         """The MLflow run of a cell: its metrics, and its curves by step."""
         key = self.trainings[row, seed][training].key(self.params)  # now: it is of files of this working directory
-        self.tracking.attempt(lambda: self._log(key, row, seed, metrics, curve, training))
+        self.tracking.submit(lambda: self._log(key, row, seed, metrics, curve, training))
 
     def _log(
         self,
@@ -85,7 +85,7 @@ class Work:
         self.tracking.finish(run_id)
 
 
-def train(name: str, study: Study, column: str, params: Params) -> Work:
+def train(name: str, study: Study, column: str, params: Params) -> TrainedColumn:
     """Every training of a column that is not done, each once, whatever number of rows it serves."""
     tracking = open_tracking(params)
     rows = study.rows.items()
@@ -108,7 +108,7 @@ def train(name: str, study: Study, column: str, params: Params) -> Work:
     for (row, split, n), spec in specs.items():
         trainings.setdefault((row, split), []).append(_cell(study.rows[row], spec, trained.get((row, split, n))))
     first = {(row, split): ended for (row, split, n), ended in trained.items() if n == 0}
-    return Work(name, study, column, params, trainings, first, tracking)
+    return TrainedColumn(name, study, column, params, trainings, first, tracking)
 
 
 def _seeded(spec: TrialSpec, n: int) -> TrialSpec:
@@ -142,7 +142,7 @@ def workspace(params: Params) -> Iterator[None]:
 
 def _one_at_a_time(folder: Path) -> contextlib.AbstractContextManager[None]:
     """Another study may be making the same."""
-    return alone(folder.with_suffix(".lock"), wait=True)
+    return locked(folder.with_suffix(".lock"), wait=True)
 
 
 def _data_folder(params: Params) -> Path:
@@ -163,7 +163,7 @@ def _files(kind: str, place: str = "") -> list[tuple[str, int, int]]:
 
 @contextlib.contextmanager
 def _working_in(folder: Path, link: str, to: Path) -> Iterator[None]:
-    """Work in a folder whose data/LINK leads elsewhere; the project's root stays what it is."""
+    """TrainedColumn in a folder whose data/LINK leads elsewhere; the project's root stays what it is."""
     (folder / "data").mkdir(parents=True, exist_ok=True)
     if not (folder / "data" / link).is_symlink():
         (folder / "data" / link).symlink_to(to)
