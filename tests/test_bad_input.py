@@ -24,8 +24,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from pipeline.check import check
 from pipeline.groups import build
-from pipeline.params import check, load_params
+from pipeline.params import load_params
 from pipeline.prepare import prepare
 from pipeline.project import STORE, TEST_STORE, group_folder
 from pipeline.studies.definition import ANY, column_params, load_study, row_spec, wanted
