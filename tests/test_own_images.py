@@ -292,6 +292,23 @@ def test_arrow_values_are_plain_labels_and_a_mapping_is_none():
         encode_labels({"a": 1, "b": 2}, 2)
 
 
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ({"a", "b"}, "in the images' order; a set has none"),
+        (frozenset("ab"), "in the images' order; a frozenset has none"),
+        (
+            pd.DataFrame({"label": [0, 1], "more": [1, 0]}),
+            r"got a DataFrame; give one .*, as df\['label'\]",
+        ),
+        (pa.table({"label": [0, 1]}), "got a Table; give one of its columns"),
+    ],
+)
+def test_labels_without_an_order_and_tables_are_refused(labels, message):
+    with pytest.raises(UserError, match=f"labels: must be one an image, {message}"):
+        encode_labels(labels, 2)
+
+
 def big_photos(folder, count, size=(9000, 8000)):
     """Class folders of large JPEGs."""
     for name in ("a", "b"):
