@@ -2,6 +2,7 @@
 
 import errno
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -184,8 +185,8 @@ def test_files_of_a_type_that_is_not_read_are_counted(predictor, tmp_path):
     for row in range(5):
         (root / "cat" / f"{row}.xcf").write_bytes(b"a layered image")
     (root / "dog" / "notes.txt").write_text("no image")
-    (root / "beside.HIF").write_bytes(b"a photo")
-    expected = r"5 \.xcf, 1 \.txt, 1 \.hif \(`pip install 'pillow-heif==1.8.1'` lets HEIC be read\)"
+    (root / "beside.xyzw").write_bytes(b"a photo")
+    expected = r"5 \.xcf, 1 \.txt, 1 \.xyzw"
     with pytest.warns(PassedOver, match=f"files passed over, since .*: {expected}, in .*root") as said:
         predictor.predict(root)
     assert said[0].filename == __file__
@@ -195,6 +196,14 @@ def test_files_of_a_type_that_is_not_read_are_counted(predictor, tmp_path):
     (root / "emu").mkdir()
     (root / "emu" / "x.xcf").write_bytes(b"a layered image")
     refused(root, predictor, r"emu has no images, only files that are not read as such: 1 .xcf; add some or")
+
+
+@pytest.mark.parametrize("suffix", [".heic", ".HEIF", ".hif", ".heics", ".heifs"])
+def test_what_lets_heic_be_read_is_said(suffix):
+    said = f"1 {suffix.lower()} (`pip install 'pillow-heif==1.8.1'` lets HEIC be read)"
+    assert by_type([Path("x" + suffix)]) == said
+    extra = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())
+    assert extra["project"]["optional-dependencies"]["heic"] == ["pillow-heif==1.8.1"]
 
 
 def test_heic_is_read_where_pillow_heif_is_installed(predictor, tmp_path):
