@@ -26,7 +26,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     if getattr(options, "target", None):
         sys.path.insert(0, "")  # a network of the user's own is looked for where they are, as by `python -m`
-    warnings.filterwarnings("ignore", message="images of .* as the model's training data")  # the commands say it
+    for said in ("images of .* as the model's training data", "files passed over"):  # by the commands
+        warnings.filterwarnings("ignore", message=said)
     return exit_code(lambda: options.run(options))
 
 

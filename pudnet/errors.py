@@ -9,8 +9,11 @@ import re
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 LONGEST_LINE = 1000  # characters of an error that quotes what it was given
+# What a file's own content or name leads to; EINVAL: a damaged one sends its reader to where nothing can be.
+FILES_FAULT = {errno.ENOENT, errno.ELOOP, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EINVAL}
 
 
 class _OneLine(Exception):
@@ -56,7 +59,8 @@ def exit_code(command: Callable[[], object]) -> int:
     except (MemoryError, RuntimeError) as error:  # torch has no error of its own for memory that is not there
         if not is_out_of_memory(error):
             raise
-        return _say(f"out of memory ({next(iter(str(error).splitlines()), '')}); a smaller model, or fewer at once", 1)
+        cause = "".join(f" ({line})" for line in str(error).splitlines()[:1])
+        return _say(f"out of memory{cause}; free some, or use a smaller model, smaller images or fewer at once", 1)
     except KeyboardInterrupt:
         return _say("interrupted; the same command continues or starts again", 130)
     return 0
@@ -65,6 +69,15 @@ def exit_code(command: Callable[[], object]) -> int:
 def is_full(error: OSError) -> bool:
     """Whether it says that a disk is full: no mistake of the user's, but the end of a run."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def not_its_fault(path: Path, error: OSError) -> UserError | RunFailed | None:
+    """Why a file or folder is not read, where that says nothing of what it holds."""
+    if isinstance(error, PermissionError):
+        return UserError(f"{path}: may not be read ({error.strerror}); change its permissions")
+    if error.errno in (None, *FILES_FAULT):
+        return None
+    return RunFailed(f"{path}: cannot be read now ({error.strerror}); it may be good, so try again")
 
 
 def is_out_of_memory(error: BaseException) -> bool:

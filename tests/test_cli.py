@@ -170,9 +170,12 @@ CLASSIFY = "classify --weights {weights} --data {data}"
         ("predict --data {tmp}/absent --out {tmp}/o", "absent: no such folder"),
         (
             "predict --data {tmp}/set --out {tmp}/o",
-            "set: train, val look like parts of a data set, not classes (their ",
+            "set: subfolders called train, val are taken for parts of a data set",
         ),
-        ("finetune --weights {weights} --data {tmp}/set --out {tmp}/o", "0, 1); give one of them, as {tmp}/set/train"),
+        (
+            "finetune --weights {weights} --data {tmp}/set --out {tmp}/o",
+            "not for classes; give one of them, as {tmp}/",
+        ),
         ("predict --data {data} --out {tmp}/text.safetensors/o", "text.safetensors/o: cannot be written"),
         ("predict --data {flat} --out {tmp}/o", "flat: has no subfolders; it needs one subfolder of images a class"),
         ("predict --data {data} --out .", ".: cannot be written (it is a folder)"),

@@ -121,9 +121,9 @@ def test_corrupt_image_is_named(tmp_path):
 
 
 def test_folders_without_classes_or_images_are_refused(tmp_path):
-    with pytest.raises(UserError, match="does not exist"):
+    with pytest.raises(UserError, match="nowhere: no such folder"):
         open_source(f"folder:{tmp_path / 'nowhere'}", tmp_path, 6, 3)
-    with pytest.raises(UserError, match="no subfolders"):
+    with pytest.raises(UserError, match="has no images"):
         open_source(f"folder:{tmp_path}", tmp_path, 6, 3)
     root = make_folder(tmp_path / "images")
     (root / "cats").mkdir()

@@ -11,9 +11,11 @@ from torch.utils.data import (
     DataLoader,
     Dataset,
     IterableDataset,
+    RandomSampler,
     Subset,
     SubsetRandomSampler,
     TensorDataset,
+    WeightedRandomSampler,
 )
 
 from pudnet import Predictor
@@ -84,13 +86,62 @@ def test_labels_of_a_hugging_face_dataset_need_no_image(table, predictor):
         return items
 
     names = predictor.predict(table.with_transform(transform)).classes
-    assert names == ("cat", "dog", "emu") and len(opened) == 12  # each once
+    assert names == ("cat", "dog", "emu") and len(opened) == 3 + 12  # one of each label, for what becomes of it
+
+
+@pytest.mark.parametrize("name", ["label", "target"])
+def test_a_transforms_labels_are_the_labels(name, table, predictor):
+    def transform(items):
+        return {"image": items["image"], name: [label % 2 for label in items["label"]]}
+
+    given = table.with_transform(transform)
+    assert labelled_set(given, None, predictor.card)[1].tolist() == [label % 2 for label in LABELS]
+
+
+def test_a_usual_name_is_a_label_before_a_column_of_classes(table, predictor):
+    sources = datasets.Features({**table.features, "label": datasets.Value("int64")}) | {
+        "source": datasets.ClassLabel(names=["phone", "web"])
+    }
+    columns = {"label": LABELS, "image": table["image"], "source": [0] * 12}
+    check(datasets.Dataset.from_dict(columns, datasets.Features(sources)), predictor, (0, 1, 2))
+    for other in ("labels", "target"):
+        with pytest.raises(UserError, match=rf"clearly its label \(it has .*{other}.*\); call just one of them label"):
+            predictor.predict(table.add_column(other, LABELS))
+
+
+def test_images_of_a_column_with_any_name_are_found_below_wrappers(table, predictor):
+    photos = table.rename_column("image", "photo")
+    check(Subset(photos, range(3, 9)), predictor, NAMES, range(3, 9))
+    check(DataLoader(ConcatDataset([photos, photos.select(range(6))])), predictor, NAMES, [*range(12), *range(6)])
+
+
+def test_a_column_is_a_list_of_images_and_of_labels(table, predictor):
+    assert predictor.predict(table["image"], table["label"]).classes == (0, 1, 2)
+
+
+class Folder(Knowing):
+    """As torchvision's ImageFolder."""
+
+    classes = NAMES
+
+
+class Renamed(Folder):
+    target_transform = staticmethod(lambda label: label + 5)
+
+    def __getitem__(self, row):
+        return PIXELS[row], self.target_transform(LABELS[row])
+
+
+def test_class_names_of_a_torchvision_dataset_come_with_it(predictor):
+    check(Folder(), predictor, NAMES)
+    check(DataLoader(Subset(Folder(), [0, 5, 7])), predictor, NAMES, [0, 5, 7])
+    assert predictor.predict(Renamed()).classes == (5, 6, 7)
 
 
 def test_what_is_not_clear_of_a_hugging_face_dataset_is_asked_for(table, predictor):
     twice = datasets.Dataset.from_dict({"a": [1, 2], "b": [3, 4]})
     with pytest.raises(
-        UserError, match=r"no column of the Dataset is clearly its label \(it has a, b\); name it label or"
+        UserError, match=r"no column of the Dataset is clearly its label \(it has a, b\); call just one of them label, "
     ):
         predictor.predict(twice)
     with pytest.raises(UserError, match="no column of the Dataset is clearly its image"):
@@ -125,10 +176,46 @@ def test_a_loader_gives_what_its_dataset_has(table, predictor):
 
 
 def test_a_loaders_sampler_picks_rows(predictor):
-    rows = [1, 3, 4, 5, 8]
-    check(DataLoader(Pairs(), sampler=SubsetRandomSampler(rows)), predictor, (0, 1, 2), rows)
-    check(DataLoader(Pairs(), batch_sampler=[[5, 4], [3, 1, 8]]), predictor, (0, 1, 2), rows)
+    rows = [5, 4, 3, 5, 8]
+    check(DataLoader(Pairs(), sampler=SubsetRandomSampler(rows[1:])), predictor, (0, 1, 2), [3, 4, 5, 8])
+    check(DataLoader(Pairs(), sampler=rows), predictor, (0, 1, 2), rows)
+    check(DataLoader(Pairs(), batch_sampler=[[5, 4], [3, 5, 8]]), predictor, (0, 1, 2), rows)
     check(DataLoader(Pairs(), batch_sampler=BatchSampler(rows, 2, False)), predictor, (0, 1, 2), rows)
+    assert len(predictor.predict(Pairs()).classify(DataLoader(Pairs(), sampler=[5, 5, 3]))) == 3
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        lambda own: WeightedRandomSampler([1.0] * 12, 50, replacement=True, generator=own),
+        lambda own: RandomSampler(range(12), replacement=True, generator=own),
+        lambda own: RandomSampler(range(12), num_samples=8, generator=own),
+    ],
+)
+@pytest.mark.parametrize("own", [None, torch.Generator()])
+def test_a_random_sampler_is_drawn_once_and_nothing_of_it_is_used_up(sampler, own, predictor):
+    torch.manual_seed(0)
+    drawn = sampler(own)
+    before = torch.random.get_rng_state(), own and own.get_state()
+    images, labels, classes = labelled_set(DataLoader(Pairs(), sampler=drawn), None, predictor.card)
+    assert torch.equal(torch.random.get_rng_state(), before[0])
+    assert own is None or torch.equal(own.get_state(), before[1])
+    rows = list(drawn)
+    assert torch.equal(torch.cat(list(images.chunks(5))), torch.from_numpy(PIXELS[rows]))
+    assert [classes[label] for label in labels] == [LABELS[row] for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "the DataLoader's sampler picks none"),
+        ([0, 12], "the DataLoader's sampler picks row 12 of a Dataset of 12"),
+        (["a"], "the DataLoader's sampler gives no rows .TypeError"),
+    ],
+)
+def test_a_sampler_of_what_is_not_there_is_refused(rows, message, predictor):
+    with pytest.raises(UserError, match=message):
+        predictor.predict(DataLoader(Pairs(), sampler=rows))
 
 
 def test_labels_below_wrappers_are_found_without_reading_an_image(predictor):

@@ -1,11 +1,12 @@
 """A user's own images, in every form they come in: the same pixels as the model's training data was made of."""
 
-import contextlib
+import errno
 import os
-import resource
+import re
 import struct
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -19,11 +20,12 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 import torch
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageOps
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 from pudnet import Predictor
-from pudnet.data.decode import _Gate, read_image, to_array, unreadable
+from pudnet.data import decode
+from pudnet.data.decode import _Gate, read_image, read_images, to_array, unreadable
 from pudnet.data.own import ConvertedImages, encode_labels, image_set, open_folder
 from pudnet.data.sources import open_source
 from pudnet.errors import RunFailed, UserError
@@ -290,6 +292,23 @@ def test_arrow_values_are_plain_labels_and_a_mapping_is_none():
         encode_labels({"a": 1, "b": 2}, 2)
 
 
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ({"a", "b"}, "in the images' order; a set has none"),
+        (frozenset("ab"), "in the images' order; a frozenset has none"),
+        (
+            pd.DataFrame({"label": [0, 1], "more": [1, 0]}),
+            r"got a DataFrame; give one .*, as df\['label'\]",
+        ),
+        (pa.table({"label": [0, 1]}), "got a Table; give one of its columns"),
+    ],
+)
+def test_labels_without_an_order_and_tables_are_refused(labels, message):
+    with pytest.raises(UserError, match=f"labels: must be one an image, {message}"):
+        encode_labels(labels, 2)
+
+
 def big_photos(folder, count, size=(9000, 8000)):
     """Class folders of large JPEGs."""
     for name in ("a", "b"):
@@ -314,23 +333,65 @@ def test_little_memory_makes_no_good_image_a_bad_one(tmp_path):
     assert done.returncode == 0 and "from 12 of 12 images" in done.stdout and "left out" not in done.stdout, done.stderr
 
 
-def test_what_is_the_machines_fault_is_no_bad_file(tmp_path):
-    for row in range(4):
-        (tmp_path / "ab"[row % 2]).mkdir(exist_ok=True)
-        Image.fromarray(picture(20, 20, 3)).save(tmp_path / "ab"[row % 2] / f"{row}.png")
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    opened = []
-    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
-    try:
-        with contextlib.suppress(OSError):
-            while True:
-                opened.append(open(os.devnull))  # noqa: SIM115, PTH123
-        with pytest.raises(RunFailed, match="cannot be read now .Too many open files.; the file may be good"):
-            unreadable([tmp_path / "a" / "0.png"])
-    finally:
-        for file in opened:
-            file.close()
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+def small_photos(folder, count=4):
+    """Class folders of small good images."""
+    for row in range(count):
+        (folder / "ab"[row % 2]).mkdir(exist_ok=True)
+        Image.fromarray(picture(20, 20, 3)).save(folder / "ab"[row % 2] / f"{row}.png")
+    return sorted(folder.rglob("*.png"))
+
+
+@pytest.mark.parametrize("code", [errno.EMFILE, errno.EIO, errno.ETIMEDOUT, errno.EAGAIN, errno.EUCLEAN])
+def test_what_is_the_machines_fault_is_no_bad_file(code, tmp_path, monkeypatch):
+    paths = small_photos(tmp_path)
+
+    def fail(path):
+        raise OSError(code, os.strerror(code), path)
+
+    monkeypatch.setattr(decode.Image, "open", fail)
+    with pytest.raises(RunFailed, match=f"a/0.png: cannot be read now .{re.escape(os.strerror(code))}.; it"):
+        unreadable(paths)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OSError("broken data stream"), OSError(errno.EAGAIN, "try again")])
+def test_what_fails_beside_others_is_tried_again_alone(error, tmp_path, monkeypatch):
+    paths, whole, failed = small_photos(tmp_path), to_array, []
+
+    def fail_once(image, *form):
+        if not failed:
+            failed.append(image)
+            raise error
+        return whole(image, *form)
+
+    monkeypatch.setattr(decode, "to_array", fail_once)
+    assert unreadable(paths) == set() and failed
+
+
+@pytest.mark.parametrize("kind", ["png", "jpg", "webp"])
+def test_a_decoder_that_lacks_memory_makes_no_bad_file(kind, tmp_path, monkeypatch):
+    """Not all of them say that this is why they fail."""
+    path = tmp_path / f"x.{kind}"
+    Image.fromarray(picture(90, 90, 3)).save(path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert unreadable([path]) == {path}
+    monkeypatch.setattr(decode, "BYTES_A_PIXEL", 2**45)  # more than there is
+    with pytest.raises(RunFailed, match=f"x.{kind}: there is too little memory to decode it; free some, or make"):
+        unreadable([path])
+
+
+@pytest.mark.parametrize(("kind", "options"), [("png", {}), ("webp", {}), ("jpg", {"progressive": True})])
+def test_a_large_image_is_decoded_when_no_other_is(kind, options, tmp_path, monkeypatch):
+    """By what its header says: a WebP takes memory when Pillow opens it, a progressive JPEG for its full size."""
+    monkeypatch.setattr(decode, "ALONE", 10_000)
+    monkeypatch.setattr(decode, "LARGE", 10_000)
+    whole, threads = decode.to_array, []
+    monkeypatch.setattr(decode, "to_array", lambda *given: threads.append(threading.current_thread()) or whole(*given))
+    opened, opening = [], Image.open
+    monkeypatch.setattr(decode.Image, "open", lambda path: opened.append(path) or opening(path))
+    Image.fromarray(picture(80, 200, 3)).save(tmp_path / f"large.{kind}", **options)
+    assert read_images([tmp_path / f"large.{kind}"], 8, 3).shape == (1, 8, 8, 3)
+    assert threads == [threading.main_thread()]
+    assert len(opened) == (1 if kind == "webp" else 2)
 
 
 def test_images_are_decoded_side_by_side_only_as_far_as_their_pixels_allow():
@@ -353,6 +414,28 @@ def test_a_large_jpeg_is_decoded_smaller_and_looks_the_same(tmp_path):
     with Image.open(tmp_path / "a" / "0.jpg") as image:
         expected = to_array(image, 32, 3)
     assert close(torch.from_numpy(read_image(tmp_path / "a" / "0.jpg", 32, 3)), expected, 6)
+
+
+@pytest.mark.parametrize("kind", ["tif", "png", "webp", "jpg", "avif"])
+def test_orientation_is_honoured_once_in_every_format(kind, tmp_path):
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[ExifTags.Base.Orientation] = orientation
+        Image.fromarray(picture(20, 20, 3)).save(tmp_path / f"x.{kind}", exif=exif)
+        with Image.open(tmp_path / f"x.{kind}") as image:
+            unloaded = to_array(image, 20, 3)
+            loaded = to_array(image, 20, 3)
+            expected = np.asarray(ImageOps.exif_transpose(Image.open(tmp_path / f"x.{kind}")).convert("RGB"))
+        for found in (unloaded, loaded, read_image(tmp_path / f"x.{kind}", 20, 3)):
+            assert np.array_equal(found, expected)
+
+
+@pytest.mark.parametrize("kind", ["png", "webp", "jpg"])
+def test_what_is_no_exif_does_not_matter(kind, tmp_path):
+    for name, exif in (("plain", {}), ("odd", {"exif": b"Exif\0\0no exif at all"})):
+        Image.fromarray(picture(20, 20, 3)).save(tmp_path / f"{name}.{kind}", **exif)
+    plain, odd = (read_image(tmp_path / f"{name}.{kind}", 20, 3) for name in ("plain", "odd"))
+    assert np.array_equal(plain, odd)
 
 
 def test_an_odd_entry_of_exif_does_not_matter(tmp_path):

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import operator
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, ConcatDataset, DataLoader, Dataset, RandomSampler, SequentialSampler, Subset
+from torch.utils.data import (
+    BatchSampler,
+    ConcatDataset,
+    DataLoader,
+    Dataset,
+    RandomSampler,
+    Subset,
+    SubsetRandomSampler,
+)
 
 from pudnet.errors import UserError
 
@@ -36,7 +48,7 @@ def _is_table(images: object) -> bool:
 
 
 def rows_of(dataset: object) -> Rows:
-    """The rows of a Dataset in its own order, or those that a DataLoader's sampler picks of its Dataset.
+    """The rows of a Dataset in its own order, or those that a DataLoader's sampler picks of its Dataset, drawn once.
 
     Raises `UserError` for one without a length, without rows, or without a column of images.
     """
@@ -46,20 +58,13 @@ def rows_of(dataset: object) -> Rows:
         raise UserError("images: a Dataset must have a length (and items by their row); an iterable one has not")
     if not len(dataset):
         raise UserError("images: the Dataset has none")
+    if type(dataset) is Subset:
+        return _picked(rows_of(dataset.dataset), dataset.indices)
+    if type(dataset) is ConcatDataset:
+        return _joined([rows_of(part) for part in dataset.datasets if len(part)])
     if _is_table(dataset):
         return _of_table(dataset)
     return Rows(len(dataset), lambda row: _image_of(_item(dataset, row)), lambda: _labels(dataset))
-
-
-def _of_loader(loader: DataLoader) -> Rows:
-    """Images as the Dataset has them: neither batches nor `collate_fn` matter. In the Dataset's order."""
-    own, batches = rows_of(loader.dataset), loader.batch_sampler
-    picked = batches.sampler if type(batches) is BatchSampler else loader.sampler
-    if batches is not None and type(batches) is not BatchSampler:  # one of the user's own
-        picked = (row for batch in batches for row in batch)
-    elif isinstance(picked, SequentialSampler | RandomSampler):
-        return own
-    return _picked(own, sorted({int(row) for row in picked}))
 
 
 def _picked(own: Rows, rows: Sequence[int]) -> Rows:
@@ -68,6 +73,56 @@ def _picked(own: Rows, rows: Sequence[int]) -> Rows:
         return [all_labels[row] for row in rows]
 
     return Rows(len(rows), lambda row: own.image(rows[row]), labels)
+
+
+def _joined(parts: Sequence[Rows]) -> Rows:
+    starts = list(accumulate((part.count for part in parts), initial=0))
+
+    def image(row: int) -> Any:
+        part = bisect_right(starts, row) - 1
+        return parts[part].image(row - starts[part])
+
+    return Rows(starts[-1], image, lambda: [label for part in parts for label in part.labels()])
+
+
+# DataLoaders
+
+
+def _of_loader(loader: DataLoader) -> Rows:
+    """The rows that the sampler picks, in its order; those that it only shuffles, in the Dataset's.
+
+    Images are as the Dataset has them: neither batches nor `collate_fn` matter.
+    """
+    own, batches = rows_of(loader.dataset), loader.batch_sampler
+    sampler = batches.sampler if type(batches) is BatchSampler else loader.sampler
+    if batches is not None and type(batches) is not BatchSampler:  # one of the user's own
+        rows = _drawn(batches, own.count)
+    elif type(sampler) is RandomSampler and not sampler.replacement and sampler.num_samples == own.count:
+        return own
+    elif type(sampler) is SubsetRandomSampler:
+        rows = sorted(_drawn(sampler.indices, own.count))
+    else:
+        rows = _drawn(sampler, own.count)
+    if not rows:
+        raise UserError("images: the DataLoader's sampler picks none")
+    return _picked(own, rows)
+
+
+def _drawn(sampler: Iterable, count: int) -> list[int]:
+    """What a sampler, or a sampler of batches, picks of so many rows; the caller's random numbers stay unused."""
+    own = getattr(sampler, "generator", None)
+    before = own.get_state() if own is not None else None
+    try:
+        with torch.random.fork_rng(devices=[]):
+            rows = [operator.index(row) for part in sampler for row in np.ravel(part).tolist()]
+    except Exception as error:  # a user's own code
+        raise UserError(f"images: the DataLoader's sampler gives no rows ({_reason(error)})") from None
+    finally:
+        if own is not None:
+            own.set_state(before)
+    if outside := [row for row in rows if not -count <= row < count]:
+        raise UserError(f"images: the DataLoader's sampler picks row {outside[0]} of a Dataset of {count}")
+    return rows
 
 
 # torch's Datasets
@@ -88,27 +143,34 @@ def _label_of(item: Any, row: int) -> Any:
 
 
 def _labels(dataset: Dataset) -> Sequence:
-    """A Dataset's labels without reading an image where that can be: below wrappers, by its `targets`."""
-    if type(dataset) is Subset:
-        labels = _labels(dataset.dataset)
-        return [labels[row] for row in dataset.indices]
-    if type(dataset) is ConcatDataset:
-        return [label for part in dataset.datasets for label in _labels(part)]
-    if _is_table(dataset):
-        return _of_table(dataset).labels()
-    targets = getattr(dataset, "targets", None)
-    own = isinstance(targets, list | np.ndarray | Tensor) and len(targets) == len(dataset)
-    if own and getattr(dataset, "target_transform", None) is None:
-        return targets
-    return [_label_of(_item(dataset, row), row) for row in range(len(dataset))]
+    """A Dataset's labels, by its `targets` where it has some; as names where its `classes` are such (torchvision's)."""
+    if getattr(dataset, "target_transform", None) is not None:
+        return [_label_of(_item(dataset, row), row) for row in range(len(dataset))]
+    labels = getattr(dataset, "targets", None)
+    if not isinstance(labels, list | np.ndarray | Tensor) or len(labels) != len(dataset):
+        labels = [_label_of(_item(dataset, row), row) for row in range(len(dataset))]
+    return _named(labels, getattr(dataset, "classes", None))
+
+
+def _named(labels: Sequence, names: object) -> Sequence:
+    """Labels that count a list of names, as these names; others as they are."""
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        return labels
+    plain = labels.tolist() if isinstance(labels, np.ndarray | Tensor) else labels
+    if all(type(label) is int and 0 <= label < len(names) for label in plain):
+        return [names[label] for label in plain]
+    return labels
 
 
 def _item(dataset: Any, row: int) -> Any:
     try:
         return dataset[row]
     except Exception as error:  # a user's own code
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        raise UserError(f"images: item {row} of the Dataset cannot be read ({reason})") from None
+        raise UserError(f"images: item {row} of the Dataset cannot be read ({_reason(error)})") from None
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 # Hugging Face's Datasets
@@ -116,33 +178,71 @@ def _item(dataset: Any, row: int) -> Any:
 
 def _of_table(table: Any) -> Rows:
     def image(row: int) -> Any:
-        item = _item(table, row)
-        name = _column(table, "Image", IMAGE_KEYS, "image")
+        item, name = _item(table, row), _image_column(table)
         return item[name] if name in item else _image_of(item)  # a transform may have renamed it
 
     return Rows(len(table), image, lambda: _table_labels(table))
 
 
 def _table_labels(table: Any) -> list:
-    """A column of labels, without reading an image; integers become the names that the features give them."""
-    name = _column(table, "ClassLabel", LABEL_KEYS, "label")
-    column = table.select_columns([name]).with_format(None)[name]  # without a transform, which may want the images
+    """A column of labels, without reading an image; integers become the names that the features give them.
+
+    A transform's labels where it changes them: it is asked once for each label, and for every row if it does.
+    """
+    name = _label_column(table)
+    column = table.select_columns([name]).with_format(None)[name]
     labels = [label.item() if hasattr(label, "item") else label for label in column]
+    if table.format["type"] == "custom":
+        first = {label: row for row, label in reversed(list(enumerate(map(str, labels))))}
+        if any(_transformed(table, row, name) not in (labels[row], None) for row in first.values()):
+            return [_transformed(table, row, name) for row in range(len(table))]
     names = getattr(table.features[name], "names", None)
     if not names:
         return labels
     return [None if label is None or label < 0 else names[label] for label in labels]  # -1: not known
 
 
-def _column(table: Any, kind: str, usual: Sequence[str], what: str) -> str:
-    """The only column whose feature is of this kind, or else the one with the likeliest name."""
-    of_kind = [name for name, feature in table.features.items() if type(feature).__name__ == kind]
-    return of_kind[0] if len(of_kind) == 1 else _key(of_kind or table.features, usual, what)
+def _transformed(table: Any, row: int, name: str) -> Any:
+    """A row's label as a transform gives it, None where it gives none (or a vector, as for a loss)."""
+    item = _item(table, row)
+    label = next((item[key] for key in (name, *LABEL_KEYS) if key in item), None)
+    label = label.item() if hasattr(label, "item") and label.ndim == 0 else label
+    return label if isinstance(label, int | float | str) else None
 
 
-def _key(names: Any, usual: Sequence[str], what: str) -> str:
+def _image_column(table: Any) -> str:
+    """The column that holds images by its kind, or else by its name."""
+    kind, named = _of_kind(table, "Image"), [name for name in IMAGE_KEYS if name in table.features]
+    return _only(table, "image", [name for name in kind if name in named], kind, named)
+
+
+def _label_column(table: Any) -> str:
+    """The column that has a usual name, or else the one that holds classes: many columns may do that."""
+    named = [name for name in LABEL_KEYS if name in table.features]
+    return _only(table, "label", named, [] if named else _of_kind(table, "ClassLabel"))
+
+
+def _of_kind(table: Any, kind: str) -> list[str]:
+    return [name for name, feature in table.features.items() if type(feature).__name__ == kind]
+
+
+def _only(table: Any, what: str, *candidates: list[str]) -> str:
+    """The column of the first of these lists that holds just one."""
+    found = next((names[0] for names in candidates if len(names) == 1), None)
+    if found is None:
+        raise _not_clear(table.features, IMAGE_KEYS if what == "image" else LABEL_KEYS, what)
+    return found
+
+
+def _key(names: Mapping, usual: Sequence[str], what: str) -> str:
     found = next((name for name in usual if name in names), None)
     if found is None:
-        have, columns = ", ".join(map(str, names)), " or ".join(usual)
-        raise UserError(f"images: no column of the Dataset is clearly its {what} (it has {have}); name it {columns}")
+        raise _not_clear(names, usual, what)
     return found
+
+
+def _not_clear(names: Iterable, usual: Sequence[str], what: str) -> UserError:
+    have, columns = ", ".join(map(str, names)), f"{', '.join(usual[:-1])} or {usual[-1]}"
+    return UserError(
+        f"images: no column of the Dataset is clearly its {what} (it has {have}); call just one of them {columns}"
+    )

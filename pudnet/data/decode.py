@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import errno
+import gc
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from pudnet.errors import RunFailed, UserError
+from pudnet.errors import RunFailed, UserError, is_out_of_memory, not_its_fault
 
-PIXELS_IN_FLIGHT = 2**25  # decoded side by side, whatever the number of cores
+PIXELS_IN_FLIGHT = 2**26  # decoded side by side, whatever the number of cores
+ALONE = 2**25  # pixels of an image from which on it is decoded with no other beside it
+MOST_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # that Pillow opens
+BYTES_A_PIXEL = 24  # at most, with a WebP's canvases and what transparency takes
 TURNS = {  # EXIF's orientation -> what sets the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -25,8 +28,7 @@ TURNS = {  # EXIF's orientation -> what sets the image upright
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-LARGE = 2**24  # pixels of a JPEG from which on it is decoded smaller
-MACHINES_FAULT = {errno.EMFILE, errno.ENFILE, errno.EIO, errno.ENOMEM, errno.ESTALE, errno.ENODEV}
+LARGE = 2**22  # pixels of a JPEG from which on it is decoded smaller
 
 
 class UnreadableImage(UserError):
@@ -44,7 +46,8 @@ def to_array(image: Image.Image, image_size: int, channels: int) -> np.ndarray:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("L" if channels == 1 else "RGB")
+    mode = "L" if channels == 1 else "RGB"
+    image = image if image.mode == mode else image.convert(mode)  # which would copy it
     if image.size != (image_size, image_size):
         image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BILINEAR)
     return np.array(image).reshape(image_size, image_size, channels)
@@ -52,7 +55,13 @@ def to_array(image: Image.Image, image_size: int, channels: int) -> np.ndarray:
 
 def _upright(image: Image.Image) -> Image.Image:
     """The image turned as its EXIF orientation says; the other entries of its EXIF do not matter."""
-    turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    image.load()  # first: Pillow turns a TIFF itself then, and takes its orientation away
+    try:
+        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except MemoryError:
+        raise
+    except Exception:  # what stands there is no EXIF
+        return image
     return image if turn is None else image.transpose(turn)
 
 
@@ -74,7 +83,7 @@ def eight_bits(wide: np.ndarray) -> np.ndarray:
 
 
 class _Gate:
-    """Lets images be decoded side by side as long as they have so many pixels together; a larger one goes alone."""
+    """Lets images be decoded side by side as long as they have so many pixels together."""
 
     def __init__(self, pixels: int) -> None:
         self.pixels, self.inside, self.changed = pixels, 0, threading.Condition()
@@ -92,52 +101,118 @@ class _Gate:
                 self.changed.notify_all()
 
 
-def read_image(path: Path, image_size: int, channels: int, gate: _Gate | None = None) -> np.ndarray:
+def read_image(path: Path, image_size: int, channels: int) -> np.ndarray:
     """The image file as uint8 (image_size, image_size, channels).
 
-    A JPEG of more than `LARGE` pixels is decoded at an eighth to a half of its size, which takes that much less memory.
+    A JPEG of more than `LARGE` pixels is decoded at an eighth to a half of its size, still four times what is wanted.
 
     Raises:
         UserError: for a file that cannot be read as an image (`UnreadableImage`), or that may not be read.
-        RunFailed: when the machine fails: too many open files, an I/O error.
-        MemoryError: when there is not enough.
+        RunFailed: when the machine fails: too little memory, too many open files, an I/O error.
     """
     try:
-        with Image.open(path) as image:
-            if image.width * image.height > LARGE:
-                image.draft(None, (4 * image_size, 4 * image_size))
-            with (gate or _Gate(PIXELS_IN_FLIGHT)).holding(image.width * image.height):
-                return to_array(image, image_size, channels)
-    except MemoryError:
-        raise
-    except PermissionError as error:
-        raise UserError(f"{path}: may not be read ({error.strerror}); change its permissions") from None
+        return _decode(path, image_size, channels, lambda pixels: contextlib.nullcontext())
     except Exception as error:  # Pillow's decoders raise nearly every type for a damaged file
-        if isinstance(error, OSError) and error.errno in MACHINES_FAULT:
-            raise RunFailed(f"{path}: cannot be read now ({error.strerror}); the file may be good") from None
-        raise UnreadableImage(f"{path} cannot be read as an image ({error}); repair or remove it") from error
+        raise _reason(path, error) from error
+
+
+def _decode(path: Path, image_size: int, channels: int, hold: Callable[[int], AbstractContextManager]) -> np.ndarray:
+    """`read_image` with the errors as they come; `hold` is entered before there is memory for so many pixels."""
+    if pixels := _webp_pixels(path):  # Pillow makes a WebP's canvases when it opens it
+        with hold(pixels), Image.open(path) as image:
+            return to_array(image, image_size, channels)
+    with Image.open(path) as image:
+        pixels = image.width * image.height
+        if pixels > LARGE:
+            image.draft(None, (4 * image_size, 4 * image_size))
+        if not image.info.get("progressive"):  # such a JPEG takes memory for its full size all the same
+            pixels = image.width * image.height
+        with hold(pixels):
+            return to_array(image, image_size, channels)
+
+
+def _webp_pixels(path: Path) -> int:
+    """Width times height of a WebP file, by its header; 0 for any other."""
+    with path.open("rb") as file:
+        head = file.read(30)
+    if head[:4] != b"RIFF" or head[8:12] != b"WEBP" or len(head) < 30:
+        return 0
+    if head[12:16] == b"VP8X":
+        return (1 + int.from_bytes(head[24:27], "little")) * (1 + int.from_bytes(head[27:30], "little"))
+    if head[12:16] == b"VP8L":
+        both = int.from_bytes(head[21:25], "little")
+        return (1 + both % 2**14) * (1 + (both >> 14) % 2**14)
+    return (int.from_bytes(head[26:28], "little") % 2**14) * (int.from_bytes(head[28:30], "little") % 2**14)
+
+
+def _reason(path: Path, error: Exception) -> Exception:
+    """Why a file was not decoded, in one line: by its own fault, or by the machine's."""
+    if isinstance(error, OSError) and (reason := not_its_fault(path, error)):
+        return reason
+    unknown = isinstance(error, UnidentifiedImageError)  # its text holds the path
+    if (not unknown and is_out_of_memory(error)) or _memory_is_short(path):
+        return RunFailed(f"{path}: there is too little memory to decode it; free some, or make the image smaller")
+    return UnreadableImage(f"{path} cannot be read as an image ({error}); repair or remove it")
+
+
+def _memory_is_short(path: Path) -> bool:
+    """Whether there is no memory for an image's pixels: not every decoder says so when that is why it fails."""
+    pixels = 0
+    with contextlib.suppress(Exception):
+        pixels = _webp_pixels(path)
+        with Image.open(path) as image:
+            pixels = image.width * image.height
+    try:
+        np.empty(BYTES_A_PIXEL * min(pixels, MOST_PIXELS), np.uint8)
+    except MemoryError:
+        return True
+    return False
+
+
+def _side_by_side(paths: Sequence[Path], image_size: int, channels: int) -> list[np.ndarray | None]:
+    """The images, decoded in several threads; None for each that has to be decoded alone, with nothing beside it.
+
+    That is what is too large, so that it takes memory once and not in every thread's arena; and what failed, since
+    that may be for want of memory.
+    """
+    gate = _Gate(PIXELS_IN_FLIGHT)
+
+    def hold(pixels: int) -> AbstractContextManager:
+        if pixels > ALONE:
+            raise MemoryError("not beside others")
+        return gate.holding(pixels)
+
+    def read(path: Path) -> np.ndarray | None:
+        try:
+            return _decode(path, image_size, channels, hold)
+        except Exception:  # said when it fails again
+            return None
+
+    with ThreadPoolExecutor() as pool:  # Pillow decodes outside Python's lock
+        images = list(pool.map(read, paths))
+    if None in map(type, images):
+        gc.collect()
+    return images
 
 
 def read_images(paths: Sequence[Path], image_size: int, channels: int) -> np.ndarray:
-    """`read_image` of several files at once: uint8 (B, image_size, image_size, channels)."""
-    read = partial(read_image, image_size=image_size, channels=channels, gate=_Gate(PIXELS_IN_FLIGHT))
-    with ThreadPoolExecutor() as pool:  # Pillow decodes outside Python's lock
-        return np.stack(list(pool.map(read, paths)))
+    """`read_image` of several files: uint8 (B, image_size, image_size, channels)."""
+    found = zip(paths, _side_by_side(paths, image_size, channels), strict=True)
+    return np.stack([read_image(path, image_size, channels) if image is None else image for path, image in found])
 
 
 def unreadable(paths: Sequence[Path]) -> set[Path]:
     """The files that cannot be read as images. What is not a file's own fault is raised, as by `read_image`."""
-    gate = _Gate(PIXELS_IN_FLIGHT)
+    found = zip(paths, _side_by_side(paths, 8, 1), strict=True)
+    return {path for path, image in found if image is None and _is_unreadable(path)}
 
-    def bad(path: Path) -> bool:
-        try:
-            read_image(path, 8, 1, gate)
-        except UnreadableImage:
-            return True
-        return False
 
-    with ThreadPoolExecutor() as pool:
-        return {path for path, is_bad in zip(paths, pool.map(bad, paths), strict=True) if is_bad}
+def _is_unreadable(path: Path) -> bool:
+    try:
+        read_image(path, 8, 1)
+    except UnreadableImage:
+        return True
+    return False
 
 
 def convert(images: np.ndarray, image_size: int, channels: int) -> np.ndarray:

@@ -3,75 +3,165 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
 from PIL import Image
 
-from pudnet.errors import UserError
+from pudnet.errors import UserError, not_its_fault
 
-HEIC = {".heic", ".heif"}
-PARTS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval"}  # of a data set
+HEIC = {".heic", ".heics", ".heif", ".heifs", ".hif"}
+LET_HEIC_BE_READ = "`pip install 'pillow-heif==1.8.1'` lets HEIC be read"
+PART = re.compile(  # what the parts of a data set are usually called
+    r"(train|training|val|valid|validation|dev|test|testing|eval|evaluation|holdout|fold|split)"
+    r"([ _-]?(set|split|data|images))?[ _-]?\d*",
+    re.IGNORECASE,
+)
+
+Identity = tuple[int, int]
 
 
-def class_folders(folder: Path) -> list[Path]:
-    """The subfolders of a folder, links to folders among them, hidden ones left aside, by sorted name.
+@dataclass(frozen=True)
+class Found:
+    """What lies in a folder, hidden files and folders left aside."""
 
-    Raises `UserError` for a link that looks like a class and leads nowhere.
+    folder: Path
+    classes: dict[Path, list[Path]]  # its subfolders, by sorted name, and the sorted images of each, at any depth
+    loose: list[Path]  # images beside the subfolders
+    passed_over: list[Path]  # files of a type that is not read
+    shared: str = ""  # the first folder, if any, whose images two subfolders hold, in words
+
+    @property
+    def files(self) -> list[Path]:
+        return [file for files in (*self.classes.values(), self.loose) for file in files]
+
+    @property
+    def labels(self) -> list[str | None]:
+        """The subfolder's name of each of `files`; None for one beside the subfolders."""
+        return [child.name for child, files in self.classes.items() for _ in files] + [None] * len(self.loose)
+
+    def without(self, bad: set[Path]) -> Found:
+        """The same without some files. Raises `UserError` where none of a class is left."""
+        classes = {child: [file for file in files if file not in bad] for child, files in self.classes.items()}
+        left = replace(self, classes=classes, loose=[file for file in self.loose if file not in bad])
+        for lost in [child.name for child, files in classes.items() if not files] or ["it"] * (not left.files):
+            raise UserError(f"{self.folder}: none of the images of {lost} can be read")
+        return left
+
+    def class_names(self) -> list[str]:
+        """The class of each of `files`. Raises `UserError` where the subfolders are no classes."""
+        if not self.classes:
+            raise UserError(f"{self.folder}: has no subfolders; it needs one subfolder of images a class")
+        _refuse_parts(self.folder, self.classes)
+        if self.loose:
+            raise UserError(f"{self.loose[0]}: lies beside the subfolders, so it has no class; move or remove it")
+        if self.shared:
+            raise UserError(f"{self.folder}: {self.shared}; give each image one class")
+        return self.labels
+
+
+def look_in(folder: Path) -> Found:
+    """The images of a folder; links are followed, except back up.
+
+    Raises `UserError` for no folder or one that may not be read, for a subfolder without images, or no images at
+    all, and for a link that leads nowhere, unless it is called as an image: that is an image that cannot be read.
     """
-    children = [child for child in sorted(folder.iterdir()) if not child.name.startswith(".")]
-    for child in children:
-        if leads_nowhere(child) and not child.suffix:
-            raise UserError(f"{child}: is a link to {child.readlink()}, which is not there; repair or remove it")
-    return [child for child in children if child.is_dir()]
+    try:
+        return _look_in(folder)
+    except OSError as error:
+        where = Path(error.filename or folder)
+        raise not_its_fault(where, error) or UserError(f"{where}: cannot be read ({error.strerror})") from None
 
 
-def leads_nowhere(path: Path) -> bool:
-    """Whether it is a link to something that is not there."""
-    return path.is_symlink() and not path.exists()
+def _look_in(folder: Path) -> Found:
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    starts = (folder.absolute(), folder.resolve())
+    walk = _Walk({_identity(above) for start in starts for above in (start, *start.parents)})
+    children = _children(folder)
+    subfolders = sorted(child for child in children if child.is_dir())
+    found = {child: _by_kind(walk.below(child)) for child in subfolders}
+    loose, passed_over = _by_kind(child for child in children if _is_file(child))
+    for child, (images, others) in found.items():
+        if not images and _identity(child) in walk.above:
+            raise UserError(f"{child}: is a link that leads back up, to {child.resolve()}; remove it")
+        if not images:
+            raise _no_images(child, others)
+    passed_over = [file for _, others in found.values() for file in others] + passed_over
+    if not found and not loose:
+        raise _no_images(folder, passed_over)
+    classes = {child: images for child, (images, _) in found.items()}
+    return Found(folder, classes, loose, passed_over, next(iter(walk.shared), ""))
 
 
-def image_files(folder: Path, above: Path | None = None) -> tuple[list[Path], list[Path]]:
-    """Sorted image files at any depth below a folder, and all other files; hidden files and folders are left aside.
+@dataclass
+class _Walk:
+    """Lists files below one subfolder after the other. Enters no folder twice for one, and none that is above all."""
 
-    Links are followed. No folder is entered twice, and none from within that is `above` it: a link that leads back
-    ends there. A link that leads nowhere counts as a file, which cannot be read.
-    """
-    files = sorted(_walk(folder, {_identity(above)} if above else set()))
-    images = [file for file in files if file.suffix.lower() in image_suffixes()]
-    return images, [file for file in files if file.suffix.lower() not in image_suffixes()]
+    above: set[Identity]
+    entered: dict[Identity, tuple[Path, Path]] = field(default_factory=dict)  # with the subfolder it was entered for
+    shared: list[str] = field(default_factory=list)
+
+    def below(self, child: Path) -> list[Path]:
+        return sorted(self._files(child, child, set(self.above)))
+
+    def _files(self, folder: Path, child: Path, entered: set[Identity]) -> Iterator[Path]:
+        if (identity := _identity(folder)) in entered:
+            return
+        entered.add(identity)
+        other, first = self.entered.setdefault(identity, (child, folder))
+        if other != child:
+            self.shared.append(f"{folder} is the same folder as {first}")
+        for inner in _children(folder):
+            if inner.is_dir():
+                yield from self._files(inner, child, entered)
+            elif _is_file(inner):
+                yield inner
 
 
-def _walk(folder: Path, entered: set[tuple[int, int]]) -> Iterator[Path]:
-    if (identity := _identity(folder)) in entered:
-        return
-    entered.add(identity)
-    for child in sorted(folder.iterdir(), key=lambda path: (path.is_symlink(), path.name)):  # links last
-        if child.name.startswith("."):
-            continue
-        if child.is_dir():
-            yield from _walk(child, entered)
-        elif child.is_file() or leads_nowhere(child):
-            yield child
+def _children(folder: Path) -> list[Path]:
+    """What lies in a folder and is not hidden, links last."""
+    children = [child for child in folder.iterdir() if not child.name.startswith(".")]
+    return sorted(children, key=lambda path: (path.is_symlink(), path.name))
+
+
+def _is_file(path: Path) -> bool:
+    """Whether it is a file, or an image by its name. Raises `UserError` for another link that leads nowhere."""
+    if path.is_file() or not path.is_symlink() or path.exists():
+        return path.is_file()
+    if not _is_image(path):
+        raise UserError(f"{path}: is a link to {path.readlink()}, which is not there; repair or remove it")
+    return True
+
+
+def _is_image(file: Path) -> bool:
+    return file.suffix.lower() in image_suffixes()
+
+
+def _by_kind(files: Iterable[Path]) -> tuple[list[Path], list[Path]]:
+    """Image files, and those of a type that is not read."""
+    files = list(files)
+    return [file for file in files if _is_image(file)], [file for file in files if not _is_image(file)]
 
 
 def by_type(files: Sequence[Path]) -> str:
-    """How many files there are of each type: `50 .heic, 1 .txt`."""
+    """How many files there are of each type: `50 .heic, 1 .txt`; what lets HEIC be read, where that is among them."""
     counts = Counter(file.suffix.lower() or "without an ending" for file in files)
-    return ", ".join(f"{count} {suffix}" for suffix, count in counts.most_common())
+    said = ", ".join(f"{count} {suffix}" for suffix, count in counts.most_common())
+    return f"{said} ({LET_HEIC_BE_READ})" if HEIC & set(counts) else said
 
 
-def no_images(folder: Path, others: Sequence[Path]) -> UserError:
+def _no_images(folder: Path, others: Sequence[Path]) -> UserError:
     """The error for a folder in which no file is of a type that is read."""
-    held = f", only files that are not read as such ({by_type(others)})" if others else ""
-    heic = any(file.suffix.lower() in HEIC for file in others)
-    remedy = "`pip install pillow-heif` lets HEIC be read" if heic else "add some or remove the folder"
-    return UserError(f"folder {folder} has no images{held}; {remedy}")
+    held = f", only files that are not read as such: {by_type(others)}" if others else ""
+    return UserError(f"folder {folder} has no images{held}; add some or remove the folder")
 
 
-def _identity(folder: Path) -> tuple[int, int]:
+def _identity(folder: Path) -> Identity:
     status = folder.stat()
     return status.st_dev, status.st_ino
 
@@ -86,39 +176,40 @@ def image_suffixes() -> frozenset[str]:
     return frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN)
 
 
-def refuse_parts(folder: Path, classes: Mapping[Path, Sequence[Path]]) -> None:
-    """Raise `UserError` where the subfolders of a folder look like parts of a data set (`train`, `val`), not classes.
+# The parts of a data set
 
-    `classes` maps each subfolder to its image files. Parts hold no image of their own, and folders of the same names:
-    of one name, if they are called as parts usually are, of several, if not.
+
+def _refuse_parts(folder: Path, classes: Mapping[Path, Sequence[Path]]) -> None:
+    """Raise `UserError` where subfolders look like the parts of a data set (`train`, `val`), or hold such parts.
+
+    Parts are known by their names: classes may have subfolders of any other, and those may be the same.
     """
-    while len(classes) == 1:  # the data set may lie further down
+    while len(classes) == 1 and not PART.fullmatch(min(classes).name):  # the data set may lie further down
         ((folder, files),) = classes.items()
-        if any(file.parent == folder for file in files):
-            return
         classes = _by_subfolder(folder, files)
-    nested = {child: files for child, files in classes.items() if not any(file.parent == child for file in files)}
-    usual = {child.name.lower() for child in nested} <= PARTS
-    shared = _shared([{file.relative_to(child).parts[0] for file in files} for child, files in nested.items()])
-    deepest = _shared([{str(file.relative_to(child).parent) for file in files} for child, files in nested.items()])
-    several = len(nested) == len(classes) and max(len(shared), len(deepest)) > 1
-    if shared and (usual or several):
-        first = next((child for child in nested if child.name.lower().startswith("train")), min(nested))
-        names = ", ".join(sorted(child.name for child in nested)[:5])
+    parts = [child for child in classes if PART.fullmatch(child.name)]
+    nested = [child for child in parts if _by_subfolder(child, classes[child])]
+    if nested and (len(parts) > 1 or len(parts) == len(classes)):
+        first = next((child for child in nested if child.name.lower().startswith("train")), nested[0])
+        names = ", ".join(child.name for child in parts[:5])
         raise UserError(
-            f"{folder}: {names} look like parts of a data set, not classes (their subfolders have the same names, "
-            f"{', '.join(shared[:3])}); give one of them, as {first}"
+            f"{folder}: subfolders called {names} are taken for parts of a data set, not for classes; give one of "
+            f"them, as {first} (or rename them, if they are classes)"
         )
+    for child, files in classes.items():
+        inner = sorted(part.name for part in _by_subfolder(child, files) if PART.fullmatch(part.name))
+        train = next((name for name in inner if name.lower().startswith("train")), None)
+        if train and len(inner) > 1:
+            raise UserError(
+                f"{child}: holds {' and '.join(inner[:5])}, which are taken for parts of a data set; give a folder of "
+                f"one part (with a link {child.name} to {child / train}, and so on), or rename them, to take all"
+            )
 
 
 def _by_subfolder(folder: Path, files: Sequence[Path]) -> dict[Path, list[Path]]:
+    """The files that lie below subfolders of a folder, by subfolder."""
     below: dict[Path, list[Path]] = {}
     for file in files:
-        below.setdefault(folder / file.relative_to(folder).parts[0], []).append(file)
+        if file.parent != folder:
+            below.setdefault(folder / file.relative_to(folder).parts[0], []).append(file)
     return below
-
-
-def _shared(names: Sequence[set[str]]) -> list[str]:
-    """The names that stand in more than one set."""
-    counts = Counter(name for each in names for name in each)
-    return sorted(name for name, count in counts.items() if count > 1)

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from pudnet.data.datasets import is_dataset, rows_of
 from pudnet.data.decode import convert, eight_bits, read_images, to_array, unreadable
-from pudnet.data.folders import class_folders, image_files, no_images, refuse_parts
+from pudnet.data.folders import by_type, look_in
 from pudnet.errors import UserError
 
 AT_A_TIME = 500  # images where they do not depend on each other, of 32 px; fewer of larger ones
@@ -42,14 +42,18 @@ class ConvertedImages(UserWarning):
     """Images of another size or mode than the model's were converted as its training data was."""
 
 
+class PassedOver(UserWarning):
+    """Files of a folder were passed over, since their type is not read."""
+
+
 @dataclass(frozen=True, eq=False)
 class ImageSet:
     """Images that are read by their row, already in the form that a model takes."""
 
     count: int
     read: Callable[[list[int]], Pixels]  # rows -> (n, S, S, C) of 0..255
+    own_labels: Callable[[], Sequence] | None = None  # of a folder or Dataset; `UserError` where it has none
     labels: Sequence[str | None] | None = None  # of a folder that has subfolders
-    folder: Path | None = None  # where they come from, if it is one
     files: tuple[Path, ...] = ()  # of a folder
     skipped: tuple[Path, ...] = ()  # files that cannot be read
     passed_over: tuple[Path, ...] = ()  # files of a folder whose type is not read
@@ -81,8 +85,12 @@ def image_set(images: Images | ImageSet, form: Form) -> ImageSet:
         return open_folder(Path(images), form)
     if is_dataset(images):
         rows = rows_of(images)
-        return ImageSet(rows.count, lambda wanted: torch.stack([_one(rows.image(row), row, form) for row in wanted]))
-    if isinstance(images, list | tuple):
+
+        def read(wanted: list[int]) -> Tensor:
+            return torch.stack([_one(rows.image(row), row, form) for row in wanted])
+
+        return ImageSet(rows.count, read, own_labels=rows.labels)
+    if isinstance(images, Sequence) and not isinstance(images, bytes | bytearray):
         return _of_list(images, form)
     return _of_array(images, form)
 
@@ -97,27 +105,9 @@ def labelled_set(
     for a folder whose subfolders are no classes.
     """
     own = image_set(images, form)
-    if labels is not None and (own.folder or is_dataset(images)):
+    if own.own_labels and labels is not None:
         raise UserError("labels: a folder's are its subfolders, a Dataset's are with its images; leave these out")
-    if own.folder:
-        labels = _folder_labels(own)
-    elif is_dataset(images):
-        labels = rows_of(images).labels()
-    return own, *encode_labels(labels, own.count)
-
-
-def _folder_labels(images: ImageSet) -> Sequence[str]:
-    """The class of each image of a folder."""
-    if images.labels is None:
-        raise UserError(f"{images.folder}: has no subfolders; it needs one subfolder of images a class")
-    if None in images.labels:
-        file = images.files[list(images.labels).index(None)]
-        raise UserError(f"{file}: lies beside the subfolders, so it has no class")
-    classes: dict[Path, list[Path]] = {}
-    for file, label in zip(images.files, images.labels, strict=True):
-        classes.setdefault(images.folder / label, []).append(file)
-    refuse_parts(images.folder, classes)
-    return images.labels
+    return own, *encode_labels(own.own_labels() if own.own_labels else labels, own.count)
 
 
 def noting(images: ImageSet, seen: dict[int, str]) -> ImageSet:
@@ -156,18 +146,22 @@ def _of_array(images: Pixels, form: Form) -> ImageSet:
 
 
 def _say_converted(height: int, width: int, channels: int, form: Form) -> None:
-    """Warn, at the user's line, of images of another form than the model's."""
+    """Warn of images of another form than the model's."""
     if (height, width, channels) == (form.image_size, form.image_size, form.channels):
         return
-    frame, level = sys._getframe(1), 2
-    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("pudnet", "torch"):
-        frame, level = frame.f_back, level + 1
-    warnings.warn(
+    _warn(
         f"images of {width}x{height} px and {channels} channel(s) become {form.image_size}x{form.image_size} px and "
         f"{form.channels}, as the model's training data",
         ConvertedImages,
-        stacklevel=level,
     )
+
+
+def _warn(message: str, kind: type[UserWarning]) -> None:
+    """Warn at the user's line."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("pudnet", "torch"):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, kind, stacklevel=level)
 
 
 def _check_array(images: Pixels) -> None:
@@ -260,39 +254,22 @@ def open_folder(folder: Path, form: Form, skip_bad: bool = False) -> ImageSet:
         UserError: for a folder, or a subfolder, without images; when a file that is looked at cannot be read;
             with `skip_bad`, when none of a class can.
     """
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder")
-    subfolders = class_folders(folder)
-    found = [image_files(child, above=folder) for child in subfolders]
-    for child, (images, others) in zip(subfolders, found, strict=True):
-        if not images:
-            raise no_images(child, others)
-    loose = [[file for file in part if file.parent == folder] for part in image_files(folder)]
-    files, passed_over = ([file for part in parts for file in part] for parts in zip(*found, loose, strict=True))
-    if not files:
-        raise no_images(folder, passed_over)
-    names = [_subfolder(file, folder) for file in files]
-    bad = unreadable(files) if skip_bad else set()
-    kept = [row for row, file in enumerate(files) if file not in bad]
-    if lost := sorted(set(map(str, names)) - {str(names[row]) for row in kept}):
-        raise UserError(f"{folder}: none of the images of {lost[0] if subfolders else 'it'} can be read")
-    files, names = [files[row] for row in kept], [names[row] for row in kept]
-
+    found = look_in(folder)
+    bad = unreadable(found.files) if skip_bad else set()
+    found = found.without(bad)
+    files = found.files
     with contextlib.suppress(Exception), Image.open(files[0]) as first:  # one that cannot be read is named when read
         _say_converted(first.height, first.width, len(first.getbands()), form)
+    if found.passed_over:
+        _warn(f"files passed over, since their type is not read: {by_type(found.passed_over)}, in {folder}", PassedOver)
 
     def read(rows: list[int]) -> np.ndarray:
         return read_images([files[row] for row in rows], form.image_size, form.channels)
 
+    labels = found.labels if found.classes else None
     return ImageSet(
-        len(files), read, names if subfolders else None, folder, tuple(files), tuple(sorted(bad)), tuple(passed_over)
+        len(files), read, found.class_names, labels, tuple(files), tuple(sorted(bad)), tuple(found.passed_over)
     )
-
-
-def _subfolder(file: Path, folder: Path) -> str | None:
-    """The name of the folder's child that a file lies below."""
-    parts = file.relative_to(folder).parts
-    return parts[0] if len(parts) > 1 else None
 
 
 # Labels
@@ -331,6 +308,10 @@ def plain_labels(labels: Sequence | Pixels) -> list:
         if labels.ndim != 1:
             raise UserError(f"labels: must be one an image, got shape {tuple(labels.shape)}")
         labels = labels if isinstance(labels, np.ndarray) and labels.dtype.kind in "mM" else labels.tolist()
+    if hasattr(labels, "columns"):
+        raise UserError(f"labels: must be one an image, got {_kind(labels)}; give one of its columns, as df['label']")
+    if isinstance(labels, set | frozenset):
+        raise UserError(f"labels: must be one an image, in the images' order; {_kind(labels)} has none")
     if isinstance(labels, str | bytes | Mapping) or not hasattr(labels, "__iter__"):
         raise UserError(f"labels: must be one an image, got {_kind(labels)}")
     return [_plain_label(label) for label in labels]

@@ -16,7 +16,7 @@ import torch
 
 from pudnet.data.datasets import is_dataset
 from pudnet.data.decode import convert, read_images
-from pudnet.data.folders import class_folders, image_files, no_images, refuse_parts
+from pudnet.data.folders import look_in
 from pudnet.data.own import labelled_set
 from pudnet.errors import UserError
 
@@ -186,27 +186,16 @@ def _how_to_get(dataset_class: type, raw: Path, error: Exception) -> str:
 
 def _open_folder(folder: Path, image_size: int, channels: int) -> Source:
     """One subfolder a class, by sorted name; images are found at any depth and decoded batch by batch."""
-    if not folder.is_dir():
-        raise UserError(f"folder:{folder} does not exist or is no folder; it needs one subfolder of images a class")
-    classes = class_folders(folder)
-    if not classes:
-        raise UserError(f"folder:{folder} has no subfolders; it needs one subfolder of images a class")
-    found = [image_files(child, above=folder) for child in classes]
-    for child, (images, others) in zip(classes, found, strict=True):
-        if not images:
-            raise no_images(child, others)
-    files, passed_over = ([part[kind] for part in found] for kind in (0, 1))
-    refuse_parts(folder, dict(zip(classes, files, strict=True)))
-    labels = np.repeat(np.arange(len(classes)), [len(paths) for paths in files])
-    paths = [path for paths in files for path in paths]
+    found = look_in(folder)
+    names, files = tuple(child.name for child in found.classes), found.files
+    position = {name: label for label, name in enumerate(names)}
+    labels = np.array([position[name] for name in found.class_names()], np.int64)
 
     def batches() -> Iterator[np.ndarray]:
-        for start in range(0, len(paths), BATCH):
-            yield read_images(paths[start : start + BATCH], image_size, channels)
+        for start in range(0, len(files), BATCH):
+            yield read_images(files[start : start + BATCH], image_size, channels)
 
-    names = tuple(child.name for child in classes)
-    others = tuple(path for paths in passed_over for path in paths)
-    return Source(f"folder:{folder}", names, labels.astype(np.int64), batches, others)
+    return Source(f"folder:{folder}", names, labels, batches, tuple(found.passed_over))
 
 
 # What a user's own code gives
