@@ -155,6 +155,24 @@ def test_parts_inside_each_class_are_not_taken_together(predictor, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("files", "names", "first"),
+    [
+        (("a/cat/1.png", "a/dog/2.png", "b/cat/3.png", "b/dog/4.png"), "cat, dog", "a"),
+        (("x/a/cat/1.png", "x/a/dog/2.png", "x/b/cat/3.png", "x/b/dog/4.png"), "cat, dog", "x/a"),
+        (("a/new/cat/1.png", "a/new/dog/2.png", "b/new/cat/3.png", "b/new/dog/4.png"), "new/cat, new/dog", "a"),
+    ],
+)
+def test_subfolders_that_repeat_each_others_folders_are_not_taken_for_classes(files, names, first, predictor, tmp_path):
+    root = fill(tmp_path / "root", *files)
+    refused(
+        root,
+        predictor,
+        rf"hold no images of their own, but folders of the same names \({names}\). If those are the classes, give one "
+        rf"subfolder, as {re.escape(str(root / first))}; if not, rename them so that they differ$",
+    )
+
+
+@pytest.mark.parametrize(
     "files",
     [
         ("cat/2021/a.png", "cat/2022/b.png", "dog/c.png"),

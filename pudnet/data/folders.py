@@ -182,7 +182,7 @@ def image_suffixes() -> frozenset[str]:
 def _refuse_parts(folder: Path, classes: Mapping[Path, Sequence[Path]]) -> None:
     """Raise `UserError` where subfolders look like the parts of a data set (`train`, `val`), or hold such parts.
 
-    Parts are known by their names: classes may have subfolders of any other, and those may be the same.
+    Parts are known by their names, or because they hold nothing but subfolders of the same names (`a/cat`, `b/cat`).
     """
     while len(classes) == 1 and not PART.fullmatch(min(classes).name):  # the data set may lie further down
         ((folder, files),) = classes.items()
@@ -204,6 +204,27 @@ def _refuse_parts(folder: Path, classes: Mapping[Path, Sequence[Path]]) -> None:
                 f"{child}: holds {' and '.join(inner[:5])}, which are taken for parts of a data set; give a folder of "
                 f"one part (with a link {child.name} to {child / train}, and so on), or rename them, to take all"
             )
+    _refuse_repeated(folder, classes)
+
+
+def _refuse_repeated(folder: Path, classes: Mapping[Path, Sequence[Path]]) -> None:
+    """Raise `UserError` where no subfolder has images of its own, and several names repeat among what lies in them.
+
+    Numbers may repeat: years and months are kept so inside a class.
+    """
+    if any(file.parent == child for child, files in classes.items() for file in files):
+        return
+    inner = Counter(
+        name for child, files in classes.items() for name in {str(file.relative_to(child).parent) for file in files}
+    )
+    repeated = sorted(name for name, count in inner.items() if count > 1 and re.search("[^\\W\\d_]", name))
+    if len(repeated) > 1:
+        names, first = ", ".join(child.name for child in list(classes)[:5]), min(classes)
+        raise UserError(
+            f"{folder}: the subfolders {names} hold no images of their own, but folders of the same names "
+            f"({', '.join(repeated[:3])}). If those are the classes, give one subfolder, as {first}; if not, rename "
+            "them so that they differ"
+        )
 
 
 def _by_subfolder(folder: Path, files: Sequence[Path]) -> dict[Path, list[Path]]:
