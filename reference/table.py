@@ -10,7 +10,7 @@ import pandas as pd
 import yaml
 
 HERE = Path(__file__).parent
-REPORTED = HERE.parent / "pipeline" / "reported.yaml"
+REPORTED = HERE.parent / "pipeline" / "reporting" / "paper.yaml"
 TABLES = {"convnet3": "table1", "resnet18": "table2", "resnet34": "table8"}
 
 HEAD = """# Measured results
