@@ -64,7 +64,7 @@ class PudNetModel(PythonModel):
 
 
 def _labels(rows: pd.DataFrame) -> list:
-    """The label of each row; `UserError` names the first row whose label is not of an allowed kind, or the same kind."""
+    """The label of each row; `UserError` names the first row whose label is of a wrong or different kind."""
     if "label" not in rows:
         return [None] * len(rows)
     labels, before = plain_labels(rows["label"]), None
