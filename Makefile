@@ -1,4 +1,4 @@
-# Each target works alone on a new machine with Python >= 3.11 and make.
+# Each target works by itself on a new machine that has Python >= 3.11 and make.
 PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
@@ -9,7 +9,7 @@ IN_VENV := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 repro: $(READY)
 	$(IN_VENV) dvc repro
 
-# The numeric tests run a second time as on a processor without AVX-512, where torch takes other kernels.
+# The numeric tests run a second time with the kernels that torch uses on a processor without AVX-512.
 WITHOUT_AVX512 := ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/$(VENV)/kernels-avx2
 PYTEST := python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
@@ -17,11 +17,11 @@ test: $(READY)
 	$(IN_VENV) $(WITHOUT_AVX512) $(PYTEST) -m numeric
 	$(IN_VENV) $(PYTEST)
 
-# Kills, full disks, lost servers and nodes, for real; some need root.
+# Tests with real failures: killed processes, full disks, lost servers and nodes. Some need root.
 faults: $(READY)
 	$(IN_VENV) python -m pytest tests/faults --durations=0 -o timeout=3600
 
-# Tests, speed, training at the paper's scale and a search by Ray on a GPU; without one it says so.
+# What a GPU can do: tests, speed, training at the paper's scale and a Ray search. Without a GPU it says so and stops.
 gpu: $(READY)
 	$(IN_VENV) python -m benchmarks.gpu
 
@@ -30,7 +30,7 @@ lint: $(READY)
 	$(IN_VENV) ruff format --check .
 	$(IN_VENV) lint-imports --no-cache
 
-# The UI of this project's database, on this machine only. One worker, no job queue: up in seconds.
+# MLflow's UI on this project's database, for this machine only. One worker and no job queue, so it starts in seconds.
 ui: $(READY)
 	@$(IN_VENV) python -c "from pipeline.tracking.runs import follow_move, tracking_uri; follow_move(tracking_uri())"
 	@echo "runs: http://127.0.0.1:5000/#/experiments/1/runs (of other settings: 2, 3, ...)"

@@ -1,6 +1,6 @@
-"""Stage `baselines`: what PudNet is compared with. Tuned, trained and measured as it is, on the same groups.
+"""Stage `baselines`: tunes, trains and measures the methods that PudNet is compared with, on the same groups.
 
-Every part that is finished is kept (`runs/finished.py`): the stage, run again, does what is missing.
+Every finished part is kept (`runs/finished.py`), so that the stage, run again, only does what is missing.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pudnet.errors import UserError
 
 
 def baselines(params: Params) -> None:
-    """Tune, train, measure and time every method; write the tables, log a run a method."""
+    """Tune, train, measure and time every method; write the tables, and log one run for each method."""
     params = params.for_baselines(images_of_a_class(params))
     fresh, methods, tracking = wants_fresh(), _possible(params), open_tracking(params)
     pudnet = read_result(RESULTS / "pudnet.csv", pd.read_csv, "evaluate")
@@ -48,30 +48,30 @@ def baselines(params: Params) -> None:
     for name, numbers in compared.items():
         print(
             f"baselines: {name}: {numbers['accuracy']:.2f} +/- {numbers['ci95']:.2f} %, "
-            f"{numbers['difference']:+.2f} +/- {numbers['difference_ci95']:.2f} to pudnet"
+            f"{numbers['difference']:+.2f} +/- {numbers['difference_ci95']:.2f} relative to pudnet"
         )
 
 
 def _possible(params: Params) -> list[str]:
-    """The methods asked for, less the shuffled sketch where there is no other group to take it from."""
+    """The methods to run; without the shuffled sketch, if there is no other group to take it from."""
     methods, one = list(params.baselines.methods), 1 in (params.groups.test_groups, params.baselines.test_groups)
     if one and "shuffled_sketch" in methods:
         print("baselines: shuffled_sketch is left out: there is one test group")
         methods.remove("shuffled_sketch")
     if not methods:
-        raise UserError("baselines.methods: nothing is left to compare with; name another, or have more test groups")
+        raise UserError("baselines.methods: no method is left; add another, or use more test groups")
     return methods
 
 
 def _train(
     params: Params, methods: Sequence[str], choices: Mapping[tuple[str, int], list], fresh: bool
 ) -> pd.DataFrame:
-    """Train what has to be trained, write the models; the loss curves, PudNet's first."""
+    """Train the learned methods and write their models; returns the loss curves, PudNet's first."""
     curves = read_result(RESULTS / "train_curves.csv", pd.read_csv, "train")
     cells = {m: {seed: choices[m, seed][0] for seed in params.split_seeds} for m in methods if m in LEARNED}
     if "static_trunk" in methods:
-        cells["static_trunk"] = read_best()  # PudNet's own choice, as far as it is one of training
-    BASELINES.mkdir(parents=True, exist_ok=True)  # an output of the stage, even where nothing is trained
+        cells["static_trunk"] = read_best()  # the search's choice for PudNet, of which only training keys apply
+    BASELINES.mkdir(parents=True, exist_ok=True)  # DVC expects this output even if nothing is trained
     return pd.concat([curves, train_all(params, "baselines", cells, fresh)]) if cells else curves
 
 
@@ -85,7 +85,7 @@ def _log(
     times: Mapping[str, float],
     chosen: Mapping[str, str],
 ) -> None:
-    """A method's MLflow run: what was chosen, its figures and rows. From scratch it is a curve, a step an epoch."""
+    """Log a method's MLflow run: its chosen cells, results and rows. From scratch, steps are numbers of epochs."""
     run_id = tracking.find_or_create(f"baselines/{method}/{key}", f"baseline-{method}")
     tracking.log_params(run_id, {"method": method, "splits": params.splits, "seed": params.seed, **chosen})
     epochs = {f"{method}_{count}": count for count in params.baselines.scratch_epochs} if method in SCRATCH else {}

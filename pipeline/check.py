@@ -1,4 +1,4 @@
-"""Stage `check`: params.yaml as a whole, unknown keys included, and a target that can be predicted."""
+"""Stage `check`: checks all of params.yaml, and that the target's weights can be predicted."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pudnet.targets import build_target, check_together
 
 
 def check(params: Params) -> None:
-    """Build the hypernetwork once, so that a target which cannot be predicted stops here, and say how large it is."""
+    """Build target and hypernetwork once, so that a target that cannot be used stops here; print their sizes."""
     target = build_target(params.target, params.prepare.channels, params.prepare.image_size)
     if params.train.groups_per_step > 1 and torch.cuda.is_available():
         check_together(target)
@@ -28,7 +28,7 @@ def check(params: Params) -> None:
     if ratio > MUCH_LARGER:
         print(
             f"warning: the weight generators have {ratio:.0f} parameters for each weight that they "
-            f"write; model.generator_hidden, now {params.model.generator_hidden}, is what to lower",
+            f"write; lower model.generator_hidden, which is {params.model.generator_hidden}",
             file=sys.stderr,
         )
 

@@ -1,4 +1,4 @@
-"""Stage `evaluate`: PudNet's predicted weights for every test group, their accuracy, and what they cost."""
+"""Stage `evaluate`: predicts weights for every test group, and measures their accuracy and the time it takes."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def evaluate(params: Params) -> None:
 
 
 def _keep_weights(bench: Bench, predictor: Predictor, count: int, folder: Path) -> None:
-    """Write the predicted networks of the first test groups, in fp32."""
+    """Write the predicted networks of the first `count` test groups, in fp32."""
     for g, group in enumerate(bench.tables["test"][:count, FROM]):
         network = predictor.adapt(*adapt_input(predictor, bench.images, group), tuple(bench.names(group)))
         provenance = {**predictor.card.provenance, "split_seed": bench.seed, "group": g}
@@ -54,12 +54,12 @@ def _keep_weights(bench: Bench, predictor: Predictor, count: int, folder: Path) 
 
 
 def _metrics(params: Params, frame: pd.DataFrame, pairs: list[tuple[Bench, Predictor]]) -> dict[str, Any]:
-    """The headline, and for each split what it was trained and tested on. No times: they are never the same."""
+    """The headline accuracy, and each split's classes and groups. Times are left out, since they vary between runs."""
     metrics = {"setting": params.setting, "target": params.target, "variant": params.variant, **summary(frame)}
     metrics["train_groups"] = params.groups.train_groups
     for bench, predictor in pairs:
         model = predictor.card.model
-        searched = {key: model[key] for key in ("eta", "depth")} if model["change"] else {}  # else they mean nothing
+        searched = {key: model[key] for key in ("eta", "depth")} if model["change"] else {}  # else they have no effect
         metrics["splits"][str(bench.seed)] |= searched | {
             "test_groups": len(bench.tables["test"]),
             "test_classes": [bench.class_names[c] for c in bench.split.test_classes],

@@ -1,4 +1,4 @@
-"""Stage `groups`: class splits and the tables of training, validation and test groups."""
+"""Stage `groups`: makes class splits and the tables of training, validation and test groups."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pudnet.data.store import Store, open_store, whole_folder
 
 
 def build(params: Params) -> None:
-    """Write one folder of tables a class split."""
+    """Write one folder of tables for each class split."""
     store = open_store(STORE, verify=True)
     other = open_store(TEST_STORE, verify=True) if params.prepare.test_source else None
     with whole_folder(GROUPS) as folder:

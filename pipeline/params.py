@@ -1,4 +1,4 @@
-"""params.yaml, read and checked as a whole by every stage; what is null there comes from the setting."""
+"""Reads and checks params.yaml, all of it in every stage, and fills its null values from the setting."""
 
 from __future__ import annotations
 
@@ -33,22 +33,28 @@ from pudnet.settings import Setting, get_setting
 from pudnet.targets import Target, check_target_name
 
 PARAMS = Path("params.yaml")
-MOST_VALUES, MOST_LEVELS, MOST_DIGITS = 10_000, 20, 18  # of a YAML file, aliases followed; of an integer in it
-MOST_CELLS = 10_000  # of a grid
+MOST_VALUES, MOST_LEVELS, MOST_DIGITS = 10_000, 20, 18  # limits of a YAML file (aliases expanded) and its integers
+MOST_CELLS = 10_000  # in a grid
 MOST_SPLITS = 1000
-LARGEST = 10**9  # parameters of a hypernetwork: 4 GB, and 16 GB where it is trained
-MUCH_LARGER = 8.0  # generator parameters a weight; 3x3 layers have 4 at generator_hidden 16, 1x1 layers 33
+LARGEST = 10**9  # parameters of a hypernetwork: 4 GB, or 16 GB in training
+MUCH_LARGER = 8.0  # generator parameters per predicted weight; with generator_hidden 16: 3x3 layers 4, 1x1 layers 33
 CONTROLS = ("static_trunk", "constant_sketch", "shuffled_sketch", "random_weights")
 METHODS = (*LEARNED, *SCRATCH, *CONTROLS)
-THE_SAME_FOR_ALL = ("support_per_class", "report_every", "epochs", "groups_per_step")  # not for one method to choose
-OF_PUDNET = ("full_weight", "kl_weight", "kl_teaches", "temperature", "learn_temperature")  # its objective's alone
+THE_SAME_FOR_ALL = ("support_per_class", "report_every", "epochs", "groups_per_step")  # must not differ between methods
+OF_PUDNET = (
+    "full_weight",
+    "kl_weight",
+    "kl_teaches",
+    "temperature",
+    "learn_temperature",
+)  # keys that only PudNet's objective has
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Grid = dict[str, Annotated[list[Any], Field(min_length=1)]]  # values to try for each key
 
 
 @dataclass(frozen=True, config=STRICT)
 class PrepareParams:
-    """Where images come from and what they become."""
+    """The source of the images, and the size that they are converted to."""
 
     source: str
     image_size: Annotated[int, Field(ge=8, le=512)]
@@ -58,7 +64,7 @@ class PrepareParams:
 
 @dataclass(frozen=True, config=STRICT)
 class GroupsParams:
-    """How many groups of how many classes and images."""
+    """The numbers of groups, and of classes and images in a group."""
 
     train_classes: Positive
     classes_per_group: Annotated[int, Field(ge=2)]
@@ -67,13 +73,13 @@ class GroupsParams:
     search_groups: Positive
     validation_groups: Annotated[int, Field(ge=2)]
     images_per_group: Positive | None = None
-    test_classes: Positive | None = None  # None: all that are not trained on
+    test_classes: Positive | None = None  # None: all classes that are not trained on
     test_whole: bool = False
 
 
 @dataclass(frozen=True, config=STRICT)
 class SearchParams:
-    """The grid: lists of values for keys of `model` and `train`."""
+    """The search: its grid has lists of values for keys of `model` and `train`."""
 
     space: Grid
     asha: bool
@@ -82,7 +88,7 @@ class SearchParams:
 
 @dataclass(frozen=True, config=STRICT)
 class EvaluateParams:
-    """What evaluation keeps and times."""
+    """What the evaluation saves and times."""
 
     keep_weights: Annotated[int, Field(ge=0)]
     timing_groups: Positive
@@ -91,33 +97,33 @@ class EvaluateParams:
 
 @dataclass(frozen=True, config=STRICT)
 class BaselinesParams:
-    """Which methods stand beside PudNet, and what each is tuned over."""
+    """Which methods PudNet is compared with, and the grid that each is tuned over."""
 
     methods: Annotated[list[Literal[METHODS]], Field(min_length=1)]
     space: dict[Literal[(*LEARNED, *SCRATCH)], Grid]
     sketch_groups: Positive
-    scratch_groups: Positive  # test groups of each split that are trained on from scratch, the first so many
+    scratch_groups: Positive  # how many test groups of each split are trained on from scratch
     scratch_epochs: Annotated[list[Positive], Field(min_length=1)]
-    scratch_search_groups: Annotated[int, Field(ge=2)]  # validation groups that scratch is tuned on
-    scratch_search_epochs: Annotated[list[Positive], Field(min_length=1)]  # what it is tuned for; others: the nearest
-    test_groups: Positive | None = None  # of each split; None: all
+    scratch_search_groups: Annotated[int, Field(ge=2)]  # validation groups that it is tuned on
+    scratch_search_epochs: Annotated[list[Positive], Field(min_length=1)]  # epochs that it is tuned for
+    test_groups: Positive | None = None  # in each split; None: all
 
 
 @dataclass(frozen=True, config=STRICT)
 class StudyParams:
-    """What holds for every study (studies/*.yaml), whatever its file says."""
+    """Overrides for every study (studies/*.yaml)."""
 
-    sources: dict[str, str]  # where a source lies: torchvision:CIFAR100 -> npz:data/raw/cifar100.npz
-    budget: Annotated[float, Field(gt=0, le=1)] | None = None  # training groups, as a part of the paper's number
+    sources: dict[str, str]  # where your copy of a source is: torchvision:CIFAR100 -> npz:data/raw/cifar100.npz
+    budget: Annotated[float, Field(gt=0, le=1)] | None = None  # training groups, as a fraction of the paper's number
     test_groups: Annotated[int, Field(ge=2)] | None = None
-    trainings: Annotated[int, Field(ge=2)] | None = None  # of each row and class split, in studies of accuracies
+    trainings: Annotated[int, Field(ge=2)] | None = None  # seeds for each row and class split, in studies of accuracies
     settings: Annotated[list[str], Field(min_length=1)] | None = None  # columns of other settings are left out
-    targets: Annotated[list[str], Field(min_length=1)] | None = None  # likewise
+    targets: Annotated[list[str], Field(min_length=1)] | None = None  # columns of other targets are left out
 
 
 @dataclass(frozen=True, config=STRICT)
 class ResourcesParams:
-    """What one trial gets; `gpus` counts only where Ray sees GPUs. A final training gets it `workers` times."""
+    """Resources of one trial, and of each of the `workers` of a final training. `gpus` is ignored without GPUs."""
 
     cpus: Positive
     gpus: Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -126,7 +132,7 @@ class ResourcesParams:
 
 @dataclass(frozen=True, config=STRICT)
 class Params:
-    """The whole of params.yaml, resolved."""
+    """All of params.yaml, checked and without null values."""
 
     setting: str
     target: str
@@ -145,38 +151,38 @@ class Params:
 
     @property
     def split_seeds(self) -> tuple[int, ...]:
-        """Seeds of the class splits."""
+        """The seeds of the class splits."""
         return tuple(range(self.seed, self.seed + self.splits))
 
     @property
     def sizes(self) -> GroupSizes:
-        """What the group tables are built from."""
+        """The sizes of the group tables."""
         classes = ("train_classes", "test_classes")
         return GroupSizes(**{key: value for key, value in asdict(self.groups).items() if key not in classes})
 
     def grid(self) -> list[dict[str, Any]]:
         """Every combination of the search space, as changes to `model` and `train`."""
-        fixed = VARIANTS[self.variant]  # a variant sets its own keys, so they are not searched
+        fixed = VARIANTS[self.variant]  # keys that the variant sets are not searched
         return combinations({name: values for name, values in self.search.space.items() if name not in fixed})
 
     def configured(self, changes: Mapping[str, Any]) -> tuple[ModelConfig, TrainConfig]:
-        """Model and training configuration with a cell of the grid, then the variant, applied."""
+        """The model and training configurations with a grid cell's changes, and then the variant's, applied."""
         return apply_variant(
             self.variant, *(changed(base, changes, "search.space") for base in (self.model, self.train))
         )
 
     def for_baselines(self, images: int) -> Params:
-        """With the variant's training, and of a class's `images` as many labels as the variant is given."""
+        """Params for the baselines: trained as the variant is, with as many labels as it uses of a class's `images`."""
         model, train = apply_variant(self.variant, self.model, self.train)
         labelled = model.labelled(self.groups.classes_per_group, images) if model.class_filters else 0
         return replace(self, train=replace(train, support_per_class=max(train.support_per_class, labelled)))
 
     def baseline_grid(self, method: str) -> list[dict[str, Any]]:
-        """Every combination of a baseline's space; one, with nothing changed, where it has none."""
+        """Every combination of a baseline's space; one cell without changes, if it has no space."""
         return combinations(self.baselines.space.get(method, {}))
 
     def baseline(self, method: str, changes: Mapping[str, Any]) -> tuple[Any, TrainConfig]:
-        """A baseline's own configuration and that of its training, with a cell of its grid applied."""
+        """A baseline's own and training configurations, with a grid cell's changes applied."""
         where = f"baselines.space.{method}"
         return changed(config_type(method)(), changes, where), changed(self.train, changes, where)
 
@@ -187,7 +193,7 @@ def combinations(space: Grid) -> list[dict[str, Any]]:
 
 
 def changed(base: Any, changes: Mapping[str, Any], where: str) -> Any:
-    """A configuration with those of the changes that are its own. Raises `UserError` for a value that is none."""
+    """Apply those changes whose keys a configuration has. Raises `UserError` for a wrong value."""
     own = {key: value for key, value in changes.items() if key in asdict(base)}
     return parse(type(base), {**asdict(base), **own}, where)
 
@@ -207,10 +213,10 @@ SCALARS = {"setting": str, "target": str, "variant": str, "seed": int, "splits":
 
 
 class Loader(yaml.SafeLoader):
-    """`safe_load` that reads 1e-5 as a number, as `dvc exp run -S` writes it, and refuses a key that stands twice."""
+    """A safe loader that reads 1e-5 (as `dvc exp run -S` writes it) as a number, and refuses duplicate keys."""
 
     def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
-        """A mapping as it is written, before aliases and merges."""
+        """Check a mapping's keys before merges are applied."""
         node, seen = super().compose_mapping_node(anchor), set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode):
@@ -225,19 +231,19 @@ Loader.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+012345678
 
 
 def load_params(path: Path = PARAMS) -> Params:
-    """Read and check params.yaml. Raises `UserError` with one line for whatever is wrong in it."""
+    """Read and check params.yaml. Raises `UserError`, in one line, if something in it is wrong."""
     return resolve(read_yaml(path))
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file of blocks. Raises `UserError` with one line for another."""
+    """Read a YAML file whose top level is a mapping. Raises `UserError`, in one line, for any other file."""
     try:
         raw = yaml.load(path.read_text(encoding="utf-8"), Loader=Loader)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; run from the project's root") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except Exception as error:  # PyYAML raises many types for a value that is not what its tag or form says
+    except Exception as error:  # PyYAML raises many types of error for values that do not fit their tag
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{path}: not YAML ({reason})") from None
     if not isinstance(raw, dict):
@@ -247,13 +253,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _check_extent(path: Path, raw: Any) -> None:
-    """Raise `UserError` for what no check could walk or quote: aliases of aliases make millions of a few lines."""
+    """Raise `UserError` if there are too many values to check or print: aliases of aliases can make millions."""
     left, count = [((), raw)], 0
     while left:
         where, value = left.pop()
         count, reason = count + 1, None
         if count > MOST_VALUES or len(where) > MOST_LEVELS:
-            reason = f"more than {MOST_VALUES:,} values or {MOST_LEVELS} levels, aliases followed"
+            reason = f"more than {MOST_VALUES:,} values or {MOST_LEVELS} levels, with aliases expanded"
         elif isinstance(value, int) and abs(value) >= 10**MOST_DIGITS:
             reason = f"an integer of more than {MOST_DIGITS} digits"
         if reason:
@@ -261,11 +267,11 @@ def _check_extent(path: Path, raw: Any) -> None:
         if isinstance(value, dict | list | set):
             inner = value.items() if isinstance(value, dict) else enumerate(value)
             left += [((*where, key), each) for key, each in inner]
-            left += [(where, key) for key in value if isinstance(value, dict)]  # looked at before it is quoted
+            left += [(where, key) for key in value if isinstance(value, dict)]  # keys too, since errors print them
 
 
 def resolve(raw: Mapping[str, Any]) -> Params:
-    """Check plain values and fill what is null from the setting."""
+    """Check the values of a params.yaml, and fill null values from the setting."""
     _check_keys(raw)
     setting = get_setting(raw["setting"])
     check_target_name(raw["target"])
@@ -281,16 +287,16 @@ def resolve(raw: Mapping[str, Any]) -> Params:
     _check_spaces(params)
     if params.resources.workers > params.train.groups_per_step:
         raise UserError(
-            f"resources.workers: {params.resources.workers} workers split the groups of a step, of which there are "
-            f"{params.train.groups_per_step}; raise train.groups_per_step"
+            f"resources.workers: {params.resources.workers} workers cannot split the {params.train.groups_per_step} "
+            "group(s) of a step; raise train.groups_per_step"
         )
     if params.prepare.test_source == params.prepare.source:
         raise UserError(f"prepare.test_source: {params.prepare.source} is the training source too; leave it null")
     if len(set(params.baselines.methods)) < len(params.baselines.methods):
-        raise UserError(f"baselines.methods: a method stands twice in {params.baselines.methods!r}")
+        raise UserError(f"baselines.methods: a method is listed twice in {params.baselines.methods!r}")
     for name in ("scratch_epochs", "scratch_search_epochs"):
         if sorted(set(values := getattr(params.baselines, name))) != values:
-            raise UserError(f"baselines.{name}: must rise, got {values!r}")
+            raise UserError(f"baselines.{name}: must be in rising order, got {values!r}")
     return params
 
 
@@ -334,7 +340,7 @@ def _of_setting(setting: Setting, target: str) -> dict[str, dict[str, Any]]:
 
 
 def _check_spaces(params: Params) -> None:
-    """Every cell of every grid must be a configuration; a wrong one stops here, not in the tenth trial."""
+    """Check every cell of every grid, so that a wrong value is found now and not in the tenth trial."""
     wanted, there = params.baselines.scratch_search_groups, params.groups.validation_groups
     if wanted > there:
         raise UserError(f"baselines.scratch_search_groups: {wanted}, but groups.validation_groups is {there}")
@@ -356,17 +362,17 @@ def _check_space(where: str, space: Grid, known: Mapping[str, Any]) -> None:
         if key not in known:
             raise UserError(f"{where}.{key}: unknown key; known: {', '.join(known)}")
         if len(set(map(repr, values))) < len(values):
-            raise UserError(f"{where}.{key}: a value stands twice in {values!r}")
+            raise UserError(f"{where}.{key}: a value is listed twice in {values!r}")
 
 
 def outline(config: ModelConfig, target: Target) -> tuple[PudNet, int]:
-    """A hypernetwork without its numbers, and how many they are; `UserError` for one that could not be trained."""
+    """Build a hypernetwork without memory for its parameters, and count them; `UserError` if it is too large."""
     if config.filter_grid > target.image_size:
         raise UserError(f"model.filter_grid: must be at most prepare.image_size, {target.image_size}")
     try:
         with torch.device("meta"):
             model = PudNet(config, target)
-    except (RuntimeError, TypeError) as error:  # sizes that overflow
+    except (RuntimeError, TypeError) as error:  # overflowing sizes
         reason = str(error).partition("\n")[0]
         raise UserError(f"model: no hypernetwork can be made of these sizes ({reason})") from None
     parameters = sum(parameter.numel() for parameter in model.parameters())

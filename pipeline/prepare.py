@@ -1,4 +1,4 @@
-"""Stage `prepare`: a source of images becomes a checksummed, memory-mapped uint8 store."""
+"""Stage `prepare`: converts a source of images into a checksummed, memory-mapped uint8 store."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pudnet.data.store import whole_folder, write_store
 
 
 def prepare(params: Params) -> None:
-    """Write data/prepared/train, and data/prepared/test where the setting tests on another set."""
+    """Write data/prepared/train, and data/prepared/test if the setting tests on another set."""
     sources = {STORE.name: params.prepare.source, TEST_STORE.name: params.prepare.test_source}
     raw = root() / "data" / "raw"
     with whole_folder(PREPARED) as folder:

@@ -1,4 +1,4 @@
-"""The project's folder: where things lie, how files are written and read, and locks."""
+"""The project's folder: paths, reading and writing files, locks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ STORE = PREPARED / "train"
 TEST_STORE = PREPARED / "test"  # inter-dataset settings only
 GROUPS = Path("data/groups")
 MODELS = Path("models")
-PUDNET = MODELS / "pudnet.safetensors"  # the first split's, for those who want one model
+PUDNET = MODELS / "pudnet.safetensors"  # the first split's model, for users who want just one
 BASELINES = MODELS / "baselines"
 RESULTS = Path("results")
 
@@ -31,12 +31,12 @@ T = TypeVar("T")
 
 
 def root() -> Path:
-    """The repository that state and tracking belong to, also in a workspace of `dvc exp run --queue`."""
+    """The repository that has the state and tracking, even if a stage runs in a workspace of `dvc exp run --queue`."""
     return Path(os.environ.get("DVC_ROOT", ".")).resolve()
 
 
 def read_result(path: Path, parse: Callable[[Path], T], stage: str) -> T:
-    """What an earlier stage wrote. `UserError` where it is missing or damaged."""
+    """Read what an earlier stage wrote. `UserError` if it is missing or damaged."""
     if not path.exists():
         raise UserError(f"{path} is missing; `dvc repro {stage}` writes it")
     try:
@@ -47,9 +47,9 @@ def read_result(path: Path, parse: Callable[[Path], T], stage: str) -> T:
 
 @contextlib.contextmanager
 def locked(path: Path, wait: bool = False) -> Iterator[None]:
-    """Hold a lock: what two processes did at once would mix.
+    """Hold a lock inside the block, so that two processes do not write the same files at once.
 
-    Where another one holds it, `wait` for it, or raise `UserError`.
+    If another process holds it, `wait` until it is free, or raise `UserError`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+") as lock:
@@ -70,19 +70,19 @@ def locked(path: Path, wait: bool = False) -> Iterator[None]:
 
 
 def git_commit() -> str:
-    """The commit that is checked out, with `-dirty` where files differ from it; empty outside git."""
+    """The commit that is checked out, with `-dirty` if files differ from it; empty outside git."""
     command = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return done.stdout.strip()
 
 
 def group_folder(split_seed: int) -> Path:
-    """Where the tables of one class split lie."""
+    """The folder with the group tables of one class split."""
     return GROUPS / f"split-{split_seed}"
 
 
 def split_model(method: str, split_seed: int) -> Path:
-    """Where the final model of one class split lies."""
+    """The file of a method's final model for one class split."""
     folder = MODELS / "splits" if method == "pudnet" else BASELINES
     return folder / method / f"split-{split_seed}.safetensors"
 
@@ -94,7 +94,7 @@ def write(path: Path, content: str | bytes) -> None:
 
 
 def write_json(path: Path, values: Any) -> None:
-    """Write plain values as JSON, keys in the order given; what is not a number (NaN) as null."""
+    """Write plain values as JSON, with keys in their given order and NaN as null."""
     write(path, json.dumps(_without_nan(values), indent=2, allow_nan=False) + "\n")
 
 

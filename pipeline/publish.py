@@ -1,6 +1,6 @@
-"""Put the trained model among those that ship with the project, with a card: `python -m pipeline.publish`.
+"""Adds the trained model, with a model card, to those that ship with the project: `python -m pipeline.publish`.
 
-Not a stage of DVC: it is run by hand, after `dvc repro evaluate`, as `models/pretrained/make.sh` does.
+It is no DVC stage: run it by hand after `dvc repro evaluate`, as `models/pretrained/make.sh` does.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def publish(params: Params) -> None:
     metrics, timing = _read("metrics"), _read("timing")
     seed, trained_for = card.provenance.get("split_seed"), card.provenance.get("setting")
     if (trained_for, card.target) != (params.setting, params.target) or str(seed) not in metrics["splits"]:
-        raise UserError(f"{PUDNET}: of another setting or split than params.yaml; run `dvc repro evaluate`")
+        raise UserError(f"{PUDNET}: its setting, target or split is not params.yaml's; run `dvc repro evaluate`")
     split = metrics["splits"][str(seed)]
     accuracy = {"accuracy": split["accuracy"], "ci95": split["ci95"], "test_groups": split["test_groups"]}
     card = dataclasses.replace(card, provenance={**card.provenance, "test": accuracy})

@@ -1,4 +1,4 @@
-"""The `report` stage: every number of a run on one page, beside the paper's, and the data of DVC's plots."""
+"""Stage `report`: shows every number of a run beside the paper's on one page, and writes the data of DVC's plots."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pipeline.stage import run_stage
 
 
 def report(params: Params, folder: Path = RESULTS) -> None:
-    """Write `report.html` and the files of DVC's plots from what the earlier stages left in `folder`."""
+    """Write `report.html` and the files of DVC's plots from the earlier stages' results in `folder`."""
     results = read_results(folder)
     moved, raced = movement(results.predicted), race(results)
     bins = histogram(results.accuracies)
@@ -36,13 +36,13 @@ def report(params: Params, folder: Path = RESULTS) -> None:
 
 
 def with_series(table: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
-    """The table with what tells its lines apart as one column, which the template of DVC's plots colours by."""
+    """Join the columns that tell a plot's lines apart into one, `series`, by which DVC's template colours them."""
     named = [table[column].map(lambda value, column=column: f"{column} {value}") for column in columns]
     return table.assign(series=[", ".join(parts) for parts in zip(*named, strict=True)])
 
 
 def log_report(params: Params) -> None:
-    """Add the page and its plots to the MLflow run of the evaluation that they show."""
+    """Log the page and its plots to the evaluation's MLflow run."""
     from pipeline.runs.bench import identity
     from pipeline.tracking.runs import open_tracking
 
@@ -54,7 +54,7 @@ def log_report(params: Params) -> None:
 
 
 def stage(params: Params) -> None:
-    """Write the report, and log it."""
+    """Write the report and log it."""
     report(params)
     log_report(params)
 

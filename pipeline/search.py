@@ -1,4 +1,4 @@
-"""Stage `search`: Ray Tune over the grid, judged on validation groups; the best cell of each class split."""
+"""Stage `search`: trains every cell of the grid with Ray Tune, and picks the one with the best validation accuracy."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def search(params: Params) -> None:
 
 
 def _close(tracking: Tracking, experiment: Experiment, params: Params, best: dict[str, Any]) -> None:
-    """Close the parent run of a split's search."""
+    """Log a split's result to its parent run, and close that."""
     run_id = tracking.find_or_create(experiment.key, experiment.stage)
     tracking.log_params(run_id, {f"space.{name}": values for name, values in params.search.space.items()})
     tracking.log_metrics(run_id, {"best_validation_accuracy": best["accuracy"]})
@@ -73,7 +73,7 @@ def _row(trial: Finished) -> dict[str, Any]:
 
 
 def _best(rows: list[dict[str, Any]], split_seed: int) -> dict[str, Any]:
-    """The cell of highest validation accuracy, with that accuracy; of equals, the first of the grid."""
+    """The cell with the highest validation accuracy, and that accuracy; among equals, the first in the grid."""
     best = max((row for row in rows if row["split_seed"] == split_seed), key=lambda row: row["accuracy"])
     return {key: value for key, value in best.items() if key not in ("split_seed", "groups", "loss", "ci95")}
 

@@ -24,7 +24,7 @@ def run_stage(stage: Callable[[Params], None]) -> None:
 
 
 def wants_fresh() -> bool:
-    """Whether the command line asks to forget an earlier, unfinished or finished, run of the stage."""
-    parser = argparse.ArgumentParser(description="Run the stage; without --fresh an earlier run is continued.")
+    """Whether the command line has `--fresh`: start over instead of continuing an earlier run of the stage."""
+    parser = argparse.ArgumentParser(description="Run the stage; without --fresh it continues an earlier run.")
     parser.add_argument("--fresh", action="store_true", help="forget the earlier run's state and start over")
     return parser.parse_args().fresh

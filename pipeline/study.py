@@ -1,8 +1,8 @@
 """Studies: a table or figure of rows (methods, variants) by columns (settings, budgets), from one YAML file.
 
-`python -m pipeline.study NAME ...` reads studies/NAME.yaml, trains and measures every cell that is not done yet on
-every class split, and writes studies/results/NAME.csv, NAME.md and NAME.png. A training is a Ray trial, a cell of a
-class split an MLflow run.
+`python -m pipeline.study NAME ...` reads studies/NAME.yaml, trains and measures every cell that is not done yet, on
+every class split, and writes studies/results/NAME.csv, NAME.md and NAME.png. Each training is a Ray trial; each cell
+has one MLflow run for each class split.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ KINDS = {
 
 
 def run(names: Sequence[str]) -> None:
-    """Run studies, what is not done of them, all of them checked before the first begins."""
+    """Check all studies, then run what is not done of them, one study after the other."""
     studies = {name: load_study(name) for name in names}
     chosen = {}
     for name, study in studies.items():
@@ -51,7 +51,7 @@ def run(names: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def _of(name: str) -> Iterator[None]:
-    """Say of which study a mistake is."""
+    """Name the study's file in errors from the block."""
     try:
         yield
     except UserError as error:
@@ -59,9 +59,9 @@ def _of(name: str) -> Iterator[None]:
 
 
 def _run(name: str, study: Study, columns: Mapping[str, Params], left_out: Mapping[str, str]) -> None:
-    """One study. A column whose data is not there is left out, and the page says what is missing.
+    """Run one study. A column whose data is missing is left out, and the page says what is missing.
 
-    Raises `UserError` where that leaves no column, or, when the others have run, where one does not fit its data.
+    Raises `UserError` if no column is left, or, after the other columns have run, if a column does not fit its data.
     """
     frames, left_out, waiting, unfit = [], dict(left_out), dict.fromkeys(columns, "not yet"), None
     for column, params in columns.items():
@@ -80,7 +80,7 @@ def _run(name: str, study: Study, columns: Mapping[str, Params], left_out: Mappi
         except UserError as error:
             left_out[column], unfit = str(error), unfit or f"study: {name}, {column}: {error}"
             print(f"study: {name}, {column}: not run: {error}", flush=True)
-        if waiting and frames:  # the last is written below
+        if waiting and frames:  # write what there is so far; after the last column it is written below
             _write(name, study, frames, left_out | waiting, params.study)
     if not frames:
         raise UserError(f"study: {name}: no column can be run: {next(iter(left_out.values()))}")
@@ -93,7 +93,7 @@ def _run(name: str, study: Study, columns: Mapping[str, Params], left_out: Mappi
 def _write(
     name: str, study: Study, frames: Sequence[pd.DataFrame], left_out: Mapping[str, str], asked: StudyParams
 ) -> None:
-    """What there is of a study: a table, a figure, a page."""
+    """Write the study as measured so far: a table, a figure, a page."""
     table, kind, folder = pd.concat(frames, ignore_index=True), KINDS[study.measure], STUDIES / "results"
     table.insert(0, "study", name)
     write(folder / f"{name}.csv", table.to_csv(index=False, float_format="%.4f"))
@@ -102,9 +102,9 @@ def _write(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command: exit code 2 for a mistake in the study or params.yaml, 1 for a failed run."""
+    """The command. Exit code 2: a mistake in the study or params.yaml; 1: a failed run."""
     parser = argparse.ArgumentParser(prog="python -m pipeline.study", description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="+", metavar="NAME", help="of a file studies/NAME.yaml")
+    parser.add_argument("names", nargs="+", metavar="NAME", help="run the study of the file studies/NAME.yaml")
     names = parser.parse_args(arguments).names
     sys.exit(exit_code(lambda: run(names)))
 

@@ -1,4 +1,4 @@
-"""Stage `train`: the final PudNet of each class split, with the eta and depth that the search found."""
+"""Stage `train`: trains the final PudNet of each class split, with the values that the search chose."""
 
 from __future__ import annotations
 

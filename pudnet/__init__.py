@@ -12,7 +12,7 @@ __all__ = ["PredictedNetwork", "Predictor"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is asked for when it is: torch takes seconds, and `pudnet --help` needs none of it."""
+    """Import a class only when it is used: torch takes seconds to import, and `pudnet --help` does not need it."""
     if name == "Predictor":
         from pudnet.predictor import Predictor as found
     elif name == "PredictedNetwork":

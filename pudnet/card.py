@@ -19,52 +19,53 @@ from pudnet.errors import UserError
 from pudnet.files import replacing
 from pudnet.targets import Target, build_target, is_import_path, put_tensors, target_name
 
-METADATA = "pudnet"  # one key: safetensors orders several at random, and the file's hash would change
+METADATA = "pudnet"  # a single key: safetensors orders several at random, which would change the file's hash
 FORMAT = 2
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class Card:
-    """What a saved file says of itself, beside its tensors."""
+    """What a saved file says about its tensors."""
 
-    kind: str  # "pudnet", "static_trunk": what predicts; "network": what was predicted
+    kind: str  # "pudnet", "static_trunk" or a baseline: a trained model; "network": a predicted network
     target: str
     channels: int
     image_size: int
     mean: tuple[float, ...]
     std: tuple[PositiveFloat, ...]
-    temperature: PositiveFloat  # tau of Eq. 6; with a `ridge` the scale of its logits
+    temperature: PositiveFloat  # tau of Eq. 6; the scale of the logits if there is a `ridge`
     support_per_class: Positive
-    model: dict | None = None  # ModelConfig, for kind "pudnet"
-    classes: tuple[Label, ...] = ()  # for kind "network"
-    ridge: PositiveFloat | None = None  # for kind "network": the penalty, where its classifier was solved for
-    labels_per_class: int = 0  # for kind "network": of the first so many images of a class the labels made the weights
-    predicted: tuple[str, ...] = ()  # for kind "network": the tensors that were predicted, in the order of use
-    looked_at: tuple[str, ...] = ()  # for kind "network": checksums of the images it was predicted from or trained on
+    model: dict | None = None  # ModelConfig for kind "pudnet", a baseline's own configuration for a baseline
+    # The rest up to `looked_at` is for kind "network".
+    classes: tuple[Label, ...] = ()
+    ridge: PositiveFloat | None = None  # the penalty, if the classifier was fitted by ridge regression
+    labels_per_class: int = 0  # how many images of each class, the first ones, the prediction used with their labels
+    predicted: tuple[str, ...] = ()  # names of the predicted tensors, in the order of the forward pass
+    looked_at: tuple[str, ...] = ()  # checksums of the images that the network was predicted from or trained on
     provenance: dict = dataclasses.field(default_factory=dict)  # setting, class split, seeds, commit, ...
     format: int = FORMAT
 
     @model_validator(mode="after")
     def _fits_itself(self) -> Card:
         if not len(self.mean) == len(self.std) == self.channels:
-            raise ValueError(f"mean and std must have a value a channel ({self.channels})")
+            raise ValueError(f"mean and std must have one value for each channel ({self.channels})")
         if len(set(map(str, self.classes))) < len(self.classes):
             raise ValueError("two classes have the same name")
         return self
 
     def json(self) -> str:
-        """As one line of JSON, the same for the same card."""
+        """The card as one line of JSON; equal cards give equal lines."""
         return json.dumps(asdict(self), sort_keys=True)
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], card: Card) -> None:
-    """Write tensors and their card as .safetensors, all or nothing; the same content gives the same bytes.
+    """Write tensors and their card as .safetensors, all or nothing. Equal content gives equal bytes.
 
-    Raises `UserError` when the path cannot be written.
+    Raises `UserError` if the path cannot be written.
     """
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with replacing(path) as partial:
-        partial.write_bytes(save(plain, metadata={METADATA: card.json()}))  # `save_file` is for the owner's eyes only
+        partial.write_bytes(save(plain, metadata={METADATA: card.json()}))  # `save_file` makes files others cannot read
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], Card]:
@@ -85,7 +86,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], Card]:
 
 
 def card_target(card: Card, target: str | nn.Module | None = None) -> Target:
-    """The card's target. A file does not decide what is imported: a network of the user's own has to be given."""
+    """Build the card's target. If that is a user's own network, it must be given: a file must not decide on imports."""
     if target is None and is_import_path(card.target):
         raise UserError(f"target: this file is for {card.target}; give that network as `target` (--target)")
     if target is not None and target_name(target) != card.target:
@@ -94,7 +95,7 @@ def card_target(card: Card, target: str | nn.Module | None = None) -> Target:
 
 
 def loaded(module: nn.Module, tensors: dict[str, Tensor], path: str | Path) -> nn.Module:
-    """The module with a file's tensors in it; `UserError` where they do not fit."""
+    """Load a file's tensors into a module, and return it; `UserError` if they do not fit."""
     try:
         put_tensors(module, tensors)
     except RuntimeError as error:

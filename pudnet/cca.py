@@ -1,4 +1,4 @@
-"""Canonical correlation analysis: how much two descriptions of the same data sets share (Fig. 1)."""
+"""Canonical correlation analysis: how closely two descriptions of the same data sets are related (Fig. 1)."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pudnet.errors import UserError
 
 
 def canonical_correlations(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    r"""Canonical correlations of n paired points, x (n, p) and y (n, q): (min(p, q),), falling, in 0..1.
+    r"""Canonical correlations of n paired points, x (n, p) and y (n, q): (min(p, q),), in 0..1, largest first.
 
-    The singular values of :math:`S_{xx}^{-1/2} S_{xy} S_{yy}^{-1/2}`, by orthonormal bases of the centred columns.
-    In n points of p + q >= n - 1 independent columns there are always perfect correlations.
+    They are the singular values of :math:`S_{xx}^{-1/2} S_{xy} S_{yy}^{-1/2}`, computed from orthonormal bases of the
+    centred columns. If p + q >= n - 1, some are 1 whatever the points are.
 
     Raises:
-        UserError: when there are too few points to tell, points do not pair, or columns depend on each other.
+        UserError: if there are that few points, if they cannot be paired, or if columns are linearly dependent.
     """
     _check(x, y)
     (x_basis, _), (y_basis, _) = _basis("x", x), _basis("y", y)
@@ -22,11 +22,11 @@ def canonical_correlations(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def held_out_correlation(x: np.ndarray, y: np.ndarray, components: int) -> float:
-    """The first canonical correlation of n paired points, x (n, p) and y (n, q), on points it was not fit to: -1..1.
+    """The first canonical correlation of n paired points, x (n, p) and y (n, q), on points it was not fitted to: -1..1.
 
-    Each half of the points is fit in turn, both sides reduced to so many principal components of that half, and the
-    first pair of canonical variates is correlated on the other half; the mean of the two. Around 0 where x tells
-    nothing of y. Raises `UserError` as `canonical_correlations` does.
+    One half of the points gives the principal components (`components` for each side) and the first pair of canonical
+    variates, whose correlation is measured on the other half; then the halves change places, and the result is the mean
+    of the two. It is about 0 if x and y are unrelated. Raises `UserError` as `canonical_correlations` does.
     """
     half = len(x) // 2
     found = []
@@ -54,7 +54,7 @@ def _check(x: np.ndarray, y: np.ndarray) -> None:
 
 
 def _basis(name: str, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """An orthonormal basis (n, p) of centred columns, and what makes it of them (p, p)."""
+    """An orthonormal basis (n, p) of the centred columns, and the matrix (p, p) that maps the columns to it."""
     basis, values, directions = np.linalg.svd(points - points.mean(0), full_matrices=False)
     if values[-1] <= 1e-10 * values[0]:
         raise UserError(f"cca: the columns of {name} depend on each other; reduce them (by PCA)")
@@ -62,7 +62,7 @@ def _basis(name: str, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _principal(fit: np.ndarray, test: np.ndarray, components: int) -> tuple[np.ndarray, np.ndarray]:
-    """Points to fit and points to test as their scores on the first principal components of those to fit."""
+    """Project the points to fit and the points to test on the first principal components of the points to fit."""
     mean = fit.mean(0)
     directions = np.linalg.svd(fit - mean, full_matrices=False)[2][:components].T
     return (fit - mean) @ directions, (test - mean) @ directions

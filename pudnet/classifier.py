@@ -1,4 +1,4 @@
-"""What classifies by a network's features: cosines to class centroids (Eq. 6), or a linear layer that is solved for."""
+"""Classifiers on a network's features: cosines to class centroids (Eq. 6), or a linear layer by ridge regression."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pudnet.ridge import at_least_fp32, one_hot, ridge_weights
 def centroids(features: Tensor, labels: Tensor, classes: int) -> Tensor:
     """Mean feature of each class, u_k of Eq. 6: features (..., N, d), labels (N,) in 0..k-1 -> (..., k, d), in fp32."""
     features = at_least_fp32(features)
-    own = one_hot(labels, classes).to(features.dtype)  # (N, k); a product: index_add is not reproducible on a GPU
+    own = one_hot(labels, classes).to(features.dtype)  # (N, k), for a product: index_add varies from run to run on GPUs
     with torch.autocast(features.device.type, enabled=False):
         return own.mT @ features / own.sum(-2).unsqueeze(-1)
 
@@ -23,7 +23,7 @@ def centroids(features: Tensor, labels: Tensor, classes: int) -> Tensor:
 def metric_logits(features: Tensor, class_centroids: Tensor, temperature: Tensor | float) -> Tensor:
     """Eq. 6 before its softmax: tau times the cosine of features (..., N, d) and centroids (..., k, d) -> (..., N, k).
 
-    In fp32 whatever the autocast: in bf16 the best two cosines of one image in a hundred are equal.
+    In fp32 even under autocast: in bf16, the two largest cosines are equal for one image in a hundred.
     """
     with torch.autocast(features.device.type, enabled=False):
         features, points = (F.normalize(at_least_fp32(each), dim=-1) for each in (features, class_centroids))
@@ -35,15 +35,15 @@ def ridge_layer(
 ) -> tuple[Tensor, Tensor]:
     r"""Ridge regression of the one-hot labels on support features: :math:`s\,(1/k + R (f - \bar f) / n)`.
 
-    Features (..., N, d), of root mean square norm n about their mean, labels (N,) in 0..k-1 -> the same as a linear
-    layer, weight (..., k, d) and bias (..., k), in fp32. The penalty is of features of unit mean square norm. Classes
-    count alike, however many images each has: mean, norm and squared errors are weighted. Leading dimensions are
-    groups, each with a layer of its own.
+    Features f (..., N, d), labels (N,) in 0..k-1 -> the solution as a linear layer, weight (..., k, d) and bias
+    (..., k), in fp32. n is the root mean square norm of the features about their mean, so that the penalty does not
+    depend on their size. Mean, norm and squared errors are weighted so that all classes count the same, however many
+    images each has. Leading dimensions are groups; each gets its own layer.
     """
     with torch.autocast(features.device.type, enabled=False):
         features = at_least_fp32(features)
         y = one_hot(labels, classes).to(features.dtype)
-        share = (y / (classes * y.sum(0))).sum(1, keepdim=True)  # (N, 1), of an image: sums to 1
+        share = (y / (classes * y.sum(0))).sum(1, keepdim=True)  # (N, 1), the images' weights, which sum to 1
         mean = (share * features).sum(-2, keepdim=True)  # (..., 1, d)
         x = features - mean
         norm = (share * x.square()).sum((-2, -1), keepdim=True).clamp_min(1e-12).sqrt()  # (..., 1, 1)
@@ -53,9 +53,12 @@ def ridge_layer(
 
 
 class Regression(nn.Module):
-    """What training learns of `ridge_layer`: its penalty, and the scale of the logits, which regression leaves within
-    0..1, where a softmax hardly tells them apart. The gradient goes through the solution, so that features become
-    what a linear layer of few images is good on (Bertinetto et al., 2019)."""
+    """A classifier by `ridge_layer` whose penalty and scale are learned in training.
+
+    The scale is needed because regression gives values within 0..1, which a softmax hardly tells apart. The gradient
+    passes through the solution, so that training finds features on which a linear layer fitted to few images does well
+    (Bertinetto et al., 2019).
+    """
 
     def __init__(self, ridge: float, scale: float) -> None:
         super().__init__()
@@ -69,7 +72,7 @@ class Regression(nn.Module):
             return at_least_fp32(queries) @ weight.mT + bias.unsqueeze(-2)
 
     def card_values(self) -> dict[str, float]:
-        """What a network's card says of it."""
+        """Penalty and scale, as a network's card records them."""
         return {"ridge": self.log_ridge.exp().item(), "temperature": self.log_scale.exp().item()}
 
 
@@ -86,12 +89,12 @@ class CentroidClassifier(nn.Module):
         return metric_logits(features, self.centroids, self.temperature)
 
     def plain(self) -> nn.Module:
-        """The same for exporters, which know nothing of autocast."""
+        """The same classifier in plain layers, for exporters, which cannot handle autocast."""
         return _Cosines(self)
 
 
 class LinearClassifier(nn.Module):
-    """Features (N, d) -> a linear layer's logits, in fp32 whatever the autocast."""
+    """Features (N, d) -> a linear layer's logits, in fp32 even under autocast."""
 
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
         super().__init__()
@@ -104,14 +107,14 @@ class LinearClassifier(nn.Module):
             return F.linear(features.float(), self.head_weight.float(), self.head_bias.float())
 
     def plain(self) -> nn.Module:
-        """The same for exporters, which know nothing of autocast."""
+        """The same classifier in plain layers, for exporters, which cannot handle autocast."""
         layer = nn.utils.skip_init(nn.Linear, *reversed(self.head_weight.shape))
         layer.load_state_dict({"weight": self.head_weight.detach(), "bias": self.head_bias.detach()})
         return layer
 
 
 class _Cosines(nn.Module):
-    """Cosines to class centroids, whose lengths are divided by once."""
+    """Cosines to class centroids that were normalised in advance."""
 
     def __init__(self, classifier: CentroidClassifier) -> None:
         super().__init__()
@@ -124,7 +127,7 @@ class _Cosines(nn.Module):
 
 
 def fit(features: Tensor, labels: Tensor, card: Card) -> CentroidClassifier | LinearClassifier:
-    """The classifier that a network's card asks for, from support features (S, d) and labels (S,) in 0..k-1."""
+    """Fit the kind of classifier that a network's card names to support features (S, d), labels (S,) in 0..k-1."""
     classes = len(card.classes)
     if card.ridge is None:
         return CentroidClassifier(centroids(features, labels, classes), card.temperature)
@@ -132,7 +135,7 @@ def fit(features: Tensor, labels: Tensor, card: Card) -> CentroidClassifier | Li
 
 
 def unfilled(card: Card, features: int) -> CentroidClassifier | LinearClassifier:
-    """A classifier of the kind and size that a network's card asks for, for a file's tensors."""
+    """A classifier of the kind and size that a network's card names, with zeros in place of a file's tensors."""
     weight = torch.zeros(len(card.classes), features)
     if card.ridge is None:
         return CentroidClassifier(weight, card.temperature)

@@ -18,15 +18,15 @@ if TYPE_CHECKING:
     from pudnet.data.own import ImageSet
     from pudnet.network import PredictedNetwork
 
-# What is slow to import (torch) is imported by the commands, so that --help is quick.
+# Each command imports what is slow to import (torch) itself, so that --help is quick.
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command. Exit codes: 0; 1 a failed run; 2 a mistake in usage or input, said in one line."""
+    """Run one command. Exit codes: 0 success; 1 a failed run; 2 a mistake in usage or input. Errors are one line."""
     options = _parser().parse_args(arguments)
     if getattr(options, "target", None):
-        sys.path.insert(0, "")  # a network of the user's own is looked for where they are, as by `python -m`
-    for said in ("images of .* as the model's training data", "files passed over"):  # by the commands
+        sys.path.insert(0, "")  # find the user's own network in the current folder, as `python -m` does
+    for said in ("images of .* as the model's training data", "files passed over"):  # the commands print these
         warnings.filterwarnings("ignore", message=said)
     return exit_code(lambda: options.run(options))
 
@@ -35,36 +35,40 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("pudnet", description="Predict a network's weights for a folder of images.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    predict = commands.add_parser("predict", help="images, a subfolder a class -> a network's weights")
+    predict = commands.add_parser("predict", help="images, with one subfolder for each class -> a network's weights")
     predict.add_argument(
         "--model",
         default="cifar100-convnet3",
-        help="a trained model: a file, the name of one that ships with the project (%(default)s), or a URI of "
-        "MLflow's (models:/NAME/VERSION, runs:/ID/model)",
+        help="a trained model: a file, the name of one that ships with the project (%(default)s), or an MLflow URI "
+        "(models:/NAME/VERSION, runs:/ID/model)",
     )
-    _add_data(predict, "a folder with a subfolder of images a class")
+    _add_data(predict, "a folder with one subfolder of images for each class")
     predict.add_argument("--out", type=Path, required=True, help="the .safetensors file to write")
-    support = "images a class in the support set (as in training, 10; PudNet+ takes at least those that it looks at)"
+    support = (
+        "make the classifier from N images of each class (default: 10, as in training; PudNet+ also uses --sketch's)"
+    )
     predict.add_argument("--support", type=int, metavar="N", help=support)
-    sketch = "images in all that the sketch is of (as in training, 50; PudNet+, 90: more are slower, and better)"
+    sketch = (
+        "compute the sketch from N images in all (default: 50, PudNet+: 90, as in training; more: slower but better)"
+    )
     predict.add_argument("--sketch", type=int, metavar="N", help=sketch)
     _add_target(predict)
     predict.set_defaults(run=_predict)
 
     classify = commands.add_parser("classify", help="weights and images -> a class for each image")
     _add_weights(classify)
-    _add_data(classify, "a folder of images, or with a subfolder a class")
-    classify.add_argument("--out", type=Path, help="write file, class and, where known, the true label as CSV")
+    _add_data(classify, "a folder of images, with or without one subfolder for each class")
+    classify.add_argument("--out", type=Path, help="write each file, its class and, if known, its true label as CSV")
     classify.set_defaults(run=_classify)
 
-    finetune = commands.add_parser("finetune", help="train predicted weights on, beside random ones")
+    finetune = commands.add_parser("finetune", help="train predicted weights further, and random ones to compare")
     _add_weights(finetune)
-    _add_data(finetune, "a folder with a subfolder of images a class")
+    _add_data(finetune, "a folder with one subfolder of images for each class")
     finetune.add_argument("--epochs", type=int, default=10, help="(%(default)s)")
-    finetune.add_argument("--learning-rate", type=float, default=3e-3, help="the highest of the run (%(default)s)")
-    finetune.add_argument("--held-out", type=float, default=0.2, help="part of each class to test on (%(default)s)")
+    finetune.add_argument("--learning-rate", type=float, default=3e-3, help="its highest value (%(default)s)")
+    finetune.add_argument("--held-out", type=float, default=0.2, help="share of each class to test on (%(default)s)")
     finetune.add_argument("--out", type=Path, required=True, help="the .safetensors file to write")
-    finetune.add_argument("--curve", type=Path, help="write loss and accuracy by epoch, of both, as CSV")
+    finetune.add_argument("--curve", type=Path, help="write both runs' loss and accuracy by epoch as CSV")
     finetune.set_defaults(run=_finetune)
 
     export = commands.add_parser("export", help="weights -> ONNX, torch.export or the plain target's state dict")
@@ -72,8 +76,8 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--out", type=Path, required=True, help="a file that ends in .onnx, .pt2 or .safetensors")
     export.set_defaults(run=_export)
 
-    info = commands.add_parser("info", help="what a model or weights file says of itself")
-    info.add_argument("file", help="a file, or what `predict --model` takes")
+    info = commands.add_parser("info", help="print what a model or weights file says about itself")
+    info.add_argument("file", help="a file, or anything that `predict --model` takes")
     info.set_defaults(run=_info)
     return parser
 
@@ -85,13 +89,13 @@ def _add_weights(command: argparse.ArgumentParser) -> None:
 
 def _add_data(command: argparse.ArgumentParser, what: str) -> None:
     command.add_argument("--data", type=Path, required=True, help=what)
-    command.add_argument(
-        "--skip-bad", action="store_true", help="go on without files that cannot be read, and count them"
-    )
+    command.add_argument("--skip-bad", action="store_true", help="leave out files that cannot be read, and count them")
 
 
 def _add_target(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--target", help="for a file of a network of your own: that network, as package.module:Name")
+    command.add_argument(
+        "--target", help="if the file is for a network of your own: that network, as package.module:Name"
+    )
 
 
 def _predict(options: argparse.Namespace) -> None:
@@ -162,7 +166,7 @@ def _export(options: argparse.Namespace) -> None:
     from pudnet.network import PredictedNetwork
 
     if options.out.exists() and Path(options.weights).exists() and options.out.samefile(options.weights):
-        raise UserError(f"{options.out}: is the file that is exported; give another --out")
+        raise UserError(f"{options.out}: is the file to be exported; give another --out")
     network = PredictedNetwork.load(options.weights, options.target)
     network.export(options.out)
     print(f"{options.out}: gives the same logits as {options.weights}")
@@ -184,7 +188,7 @@ def _info(options: argparse.Namespace) -> None:
 
 
 def _looked_at(network: PredictedNetwork) -> int:
-    """How many images a prediction looked at: sketch, calibration and support take the first of each class."""
+    """How many images a prediction used. Sketch, calibration and support overlap: each takes a class's first images."""
     return max(network.card.provenance[f"{use}_images"] for use in ("sketch", "calibration", "support"))
 
 

@@ -1,4 +1,4 @@
-"""Every knob of the method, as frozen dataclasses that are checked once, where they enter."""
+"""Every option of the method, as frozen dataclasses whose values are checked once, when they are made."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pydantic.dataclasses import dataclass
 
 from pudnet.errors import UserError
 
-# Strict: `eta: "0.2"` or `depth: true` is a mistake to point out, not one to guess about.
+# Strict: report `eta: "0.2"` or `depth: true` as a mistake instead of converting it.
 STRICT = ConfigDict(extra="forbid", strict=True)
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -27,28 +27,28 @@ Config = TypeVar("Config")
 class ModelConfig:
     """The hypernetwork (sections 3.3 and 3.4, appendix A.1).
 
-    The sketch is l x m: l = `depth` recurrent layers, m = `hidden` values for each.
+    A sketch is l x m: m = `hidden` values for each of l = `depth` recurrent layers.
     """
 
     extractor: Annotated[str, Field(pattern=r"^[1-9]conv(-1linear)?$")] = "1conv-1linear"  # table 12's names
     extractor_channels: Positive = 32
     normalization: Literal["batch", "group", "layer"] = "group"
     pooling: Literal["mean", "sum", "geometric_mean", "mean_var"] = "mean"  # table 9
-    sketch: Literal["images", "constant"] = "images"  # constant: a control, the weights ignore the group
+    sketch: Literal["images", "constant"] = "images"  # constant: a control, whose weights do not depend on the group
     context: Literal["gru", "ahru", "none"] = "gru"
     initial_state: Literal["sketch", "random"] = "sketch"
     depth: Annotated[int, Field(ge=1, le=8)] = 2
     hidden: Positive = 128
     eta: Fraction = 0.2
     generator_hidden: Positive = 16
-    base: bool = False  # a learned kernel a layer, which what is predicted changes, from no change on
-    change: bool = True  # whether sketch, context and generators predict anything (without: class filters alone)
-    class_filters: bool = False  # whether the last convolution gets filters solved for the group's classes
-    filter_grid: Positive = 2  # class filters of the whole map and of grid x grid windows of it; 1: the whole alone
-    classifier: Literal["centroids", "ridge"] = "centroids"  # ridge: solved for, of the filters' images; no temperature
-    ridge: PositiveFloat = 3.0  # that classifier's penalty where training begins, which hardly moves it
-    ridge_scale: PositiveFloat = 5.0  # likewise the scale of its logits
-    sketch_images: Positive = 50  # of a group, spread over its classes, when it is predicted for
+    base: bool = False  # learn one base kernel for each layer; predictions are added to it and start at zero
+    change: bool = True  # predict weights by sketch, context and generators; else only class filters are predicted
+    class_filters: bool = False  # add filters to the last convolution that are solved for the group's classes
+    filter_grid: Positive = 2  # solve them for the whole map and for grid x grid windows; 1: for the whole map only
+    classifier: Literal["centroids", "ridge"] = "centroids"  # ridge: fitted to the class filters' images
+    ridge: PositiveFloat = 3.0  # that classifier's initial penalty; training hardly moves it
+    ridge_scale: PositiveFloat = 5.0  # the initial scale of its logits; training hardly moves it either
+    sketch_images: Positive = 50  # a prediction computes the sketch from this many images, spread over the classes
 
     def __post_init__(self) -> None:
         if not self.base and (self.class_filters or not self.change):
@@ -57,32 +57,34 @@ class ModelConfig:
             raise ValueError("classifier: ridge needs class_filters: true; without them it is the baseline r2d2")
 
     def labelled(self, k: int, images: int) -> int:
-        """Of so many `images` of each of k classes, those whose labels enter a sketch: half at most, as those cannot be
-        classified by it any more."""
+        """How many of the `images` of each of k classes enter a class-aware sketch with their labels.
+
+        At most half, since an image whose label made the weights cannot be a query.
+        """
         return min(math.ceil(self.sketch_images / k), images // 2)
 
 
 @dataclass(frozen=True, config=STRICT)
 class TrainConfig:
-    """Meta-training (section 3.5, appendix A.2): one update of Adam a step."""
+    """Meta-training (section 3.5, appendix A.2): one Adam update for each step."""
 
-    groups_per_step: Positive = 1  # Algorithm 1 has one; several share the hypernetwork's cost
+    groups_per_step: Positive = 1  # Algorithm 1 has one; a step of several makes better use of a GPU
     learning_rate: PositiveFloat = 1e-3
     schedule: Literal["constant", "cosine", "one_cycle"] = "constant"
     clip_norm: PositiveFloat = 10.0
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    compile: Literal["none", "kernels", "graphs"] = "none"  # what is done with small operators on a GPU: pudnet/gpu.py
+    compile: Literal["none", "kernels", "graphs"] = "none"  # on a GPU: pudnet/gpu.py
     temperature: PositiveFloat = 10.0  # tau of Eq. 6: fixed in A.2, learnable in 3.5
     learn_temperature: bool = False
-    full_weight: Weight = 1.0  # of L2, Eq. 8
-    kl_weight: Weight = 1.0  # of L3, Eq. 9
-    kl_teaches: Literal["full", "metric", "both"] = "full"  # which classifier L3's gradient reaches
-    pretraining_share: Fraction = 0.0  # of the groups, the first: their images mixed, all training classes told apart
+    full_weight: Weight = 1.0  # weight of L2, Eq. 8
+    kl_weight: Weight = 1.0  # weight of L3, Eq. 9
+    kl_teaches: Literal["full", "metric", "both"] = "full"  # which classifier learns from L3
+    pretraining_share: Fraction = 0.0  # this share of the groups, the first, is mixed to pretrain on all classes
     support_per_class: Positive = 10
     report_every: Positive = 100  # groups between two reports, checkpoints and NaN checks
 
 
-# The method as the paper has it, ours, table 4's ablations and a control, each as what it changes.
+# What each variant changes: the paper's method, ours, table 4's ablations and a control.
 VARIANTS: dict[str, dict[str, Any]] = {
     "pudnet": {},
     "pudnet_plus": {
@@ -92,7 +94,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "depth": 1,
         "class_filters": True,
         "classifier": "ridge",
-        "sketch_images": 90,  # in about 1.4 times the time of a prediction by `pudnet`
+        "sketch_images": 90,  # a prediction then takes about 1.4 times as long as one by `pudnet`
         "full_weight": 0.0,
         "kl_weight": 0.0,
         "learning_rate": 6e-3,
@@ -114,7 +116,7 @@ def default_extractor(target: str) -> str:
 
 
 def apply_variant(name: str, model: ModelConfig, train: TrainConfig) -> tuple[ModelConfig, TrainConfig]:
-    """Change the two configurations as the named ablation or control says; `UserError` for an unknown name."""
+    """Apply a named variant's changes to both configurations; `UserError` for an unknown name."""
     if name not in VARIANTS:
         raise UserError(f"unknown variant {name!r}; known: {', '.join(VARIANTS)}")
     changes = VARIANTS[name]
@@ -126,7 +128,7 @@ def apply_variant(name: str, model: ModelConfig, train: TrainConfig) -> tuple[Mo
 def parse(kind: type[Config], values: Mapping[str, Any], where: str) -> Config:
     """Build one configuration from plain values.
 
-    Raises `UserError` with one line that names the key (below `where`), what is wrong and what was given.
+    Raises `UserError` with one line: the key (after `where`), what is wrong with it, and its value.
     """
     try:
         return kind(**values)
@@ -141,6 +143,6 @@ def _complaint(error: Mapping[str, Any], kind: type) -> str:
         return f"unknown key; known: {', '.join(kind.__dataclass_fields__)}"
     if error["type"] == "missing":
         return "missing"
-    if error["type"] == "value_error":  # of a check of ours, which says it all
+    if error["type"] == "value_error":  # raised by our own check, with a complete message
         return str(error["ctx"]["error"])
     return f"{error['msg'].lower()}, got {error['input']!r}"

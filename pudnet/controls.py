@@ -1,8 +1,8 @@
-"""Controls: what PudNet has to beat to show that the dataset itself matters.
+"""Controls: what PudNet must beat to show that its predictions depend on the dataset.
 
-Each has the two steps of a hypernetwork, `sketch` and `generate`, so that one loop trains them and one
-evaluator measures them. The other two controls are sketches, not networks: the constant sketch (the mean
-over training groups) and the shuffled sketch (another group's) are fed to a trained PudNet.
+The static trunk has the two steps of a hypernetwork, `sketch` and `generate`, so that the same code trains and
+measures it. Two other controls are sketches, which a trained PudNet is given instead of a group's own: the constant
+sketch (the mean over training groups) and the shuffled sketch (another group's).
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from pudnet.targets import SharedTarget, Target, Weights
 class StaticTrunk(nn.Module):
     """The target's convolution weights as plain parameters: one network for all groups.
 
-    Trained with the same losses, groups and updates it is the honest opponent; untrained it is the control
-    `random_weights`.
+    Trained with PudNet's losses, groups and updates, it shows what predicting weights adds. Untrained, it is the
+    control `random_weights`.
     """
 
-    class_aware = False  # labels make no difference to its weights
-    regression = None  # class centroids classify: none was trained
+    class_aware = False  # its weights do not depend on labels
+    regression = None  # it classifies by class centroids
 
     def __init__(self, target: Target) -> None:
         super().__init__()
@@ -30,11 +30,11 @@ class StaticTrunk(nn.Module):
         self.kernels = nn.ParameterList(plain[conv.name].clone() for conv in target.convs)
 
     def sketch(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Look at nothing: images (..., N, C, H, W) -> an empty tensor (..., 0)."""
+        """Ignore the images (..., N, C, H, W) -> an empty tensor (..., 0)."""
         return torch.empty(*images.shape[:-4], 0, device=images.device)
 
     def generate(self, sketch: Tensor) -> Weights:
-        """Return the one set of weights, for however many groups the sketch (..., 0) is of."""
+        """The one set of weights, whatever the sketch (..., 0)."""
         return {name: kernel.view_as(kernel) for name, kernel in self.base_weights().items()}
 
     def base_weights(self) -> dict[str, Tensor]:

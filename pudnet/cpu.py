@@ -1,14 +1,14 @@
-"""What makes training fast on a CPU: the same arithmetic, arranged for groups of a few hundred small images.
+"""Makes training fast on a CPU: the same arithmetic, arranged for groups of a few hundred small images.
 
-A step is bound by memory traffic and by three operators that torch's CPU back end does slowly at these sizes:
+At these sizes a step is limited by memory traffic and by three operators that are slow in torch's CPU back end:
 BatchNorm and max-pooling of large maps, the weight gradient of convolutions on small maps, and convolutions
-whose kernel mostly meets padding. `accelerate` swaps them in place; parameters and their names stay.
-benchmarks/README.md has what each is worth.
+whose kernel mostly meets padding. `accelerate` swaps such layers in place; parameters and their names stay.
+benchmarks/README.md says how much each saves.
 
-It also keeps training away from one oneDNN kernel that is wrong. On processors without AVX-512, the weight gradient
-of a strided 1x1 convolution in channels_last with fewer than 8 input channels writes outside its memory
-(uxlfoundation/oneDNN#6035, in the oneDNN 3.13.3 of torch 2.15.0). Every 1x1 convolution therefore runs with
-stride 1, on the pixels that its stride would have picked.
+This file also avoids a bug in oneDNN. On processors without AVX-512, the weight gradient of a strided 1x1 convolution
+in channels_last with fewer than 8 input channels writes outside its memory (uxlfoundation/oneDNN#6035, in the
+oneDNN 3.13.3 of torch 2.15.0). Therefore every 1x1 convolution runs with stride 1 on the pixels that its stride
+would have picked.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from pudnet.targets import Block
 logger = logging.getLogger(__name__)
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
-SMALL_MAP = 16  # output positions up to which a weight gradient is faster as one matrix product
-COMPILE_SECONDS = 12.0  # all that is compiled, in a process that finds nothing in torch's cache
-SECONDS_SAVED = 2e-9  # by compiled kernels, an activation of the first layer and step
+SMALL_MAP = 16  # up to this many output positions, a weight gradient is faster as one matrix product
+COMPILE_SECONDS = 12.0  # to compile everything, if torch's cache is empty
+SECONDS_SAVED = 2e-9  # by compiled kernels, in each step, for each activation of the first layer
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep freed memory for the next step; without it every large tensor is paged in anew.
+    """Let glibc keep freed memory for the next step, since paging it in again for every large tensor is slow.
 
-    It costs nothing at a peak, but the process stays at its peak. Other C libraries are left as they are.
+    The peak of memory use does not grow, but the process stays at it. Does nothing with other C libraries.
     """
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
@@ -51,7 +51,7 @@ def keep_freed_memory() -> None:
 
 
 def compiling_pays(groups: int, images: int, image_size: int) -> bool:
-    """Whether a run is long enough for torch.compile, and a C++ compiler is at hand and works."""
+    """Whether a run is long enough for torch.compile to save time, and there is a C++ compiler that works."""
     saved = groups * images * image_size**2 * 64 * SECONDS_SAVED
     return saved > 2 * COMPILE_SECONDS and _can_compile()
 
@@ -62,14 +62,14 @@ def _can_compile() -> bool:
         return False
     try:
         _kernel(_moments)(torch.ones(1, 1, 1, 8), torch.ones(8))
-    except Exception as error:  # torch.compile raises whatever the compiler's failure leads to
+    except Exception as error:  # a failing compiler can make torch.compile raise any type of error
         logger.warning("torch.compile does not work here, so steps are slower (%s)", " ".join(str(error).split())[:200])
         return False
     return True
 
 
 def accelerate(model: nn.Module, compiled: bool = False) -> None:
-    """Swap the model's slow layers for those of this file, in place. `compiled`: those that need a compiler too."""
+    """Replace a model's slow layers by those of this file, in place. `compiled`: also by those that need a compiler."""
     for module in model.modules():
         if type(module) is nn.Conv2d and _is_usual(module):
             module.__class__ = Conv2d
@@ -84,7 +84,7 @@ def accelerate(model: nn.Module, compiled: bool = False) -> None:
 
 
 def plain_layers(model: nn.Module) -> None:
-    """Undo `accelerate`, in place. A layer whose pixels are picked first stays so: it gives the same values."""
+    """Undo `accelerate`, in place, except in layers that only pick their pixels first (`_pick_pixels_first`)."""
     for module in model.modules():
         for fast in (Conv2d, MaxPool2x2, FusedBlock, FusedNormalize):
             if type(module) is fast:
@@ -97,7 +97,7 @@ def _is_usual(conv: nn.Conv2d) -> bool:
 
 
 def _pick_pixels_first(conv: nn.Conv2d) -> None:
-    """Let a strided 1x1 layer of another kind, or of a user's own class, run with stride 1 on the pixels it sees."""
+    """Make a strided 1x1 layer that `Conv2d` cannot replace run with stride 1, on the pixels that it sees."""
     unpadded = conv.padding in ((0, 0), "valid")
     if conv.kernel_size == (1, 1) and unpadded and conv.stride != (1, 1):
         conv.register_forward_pre_hook(partial(_picked, stride=conv.stride))
@@ -109,10 +109,10 @@ def _picked(conv: nn.Module, args: tuple[Tensor], stride: tuple[int, int]) -> tu
 
 
 class Conv2d(nn.Conv2d):
-    """`nn.Conv2d` without the taps that only meet padding, and with the weight gradient of small maps as a product.
+    """A faster `nn.Conv2d`: it skips taps that only meet padding, and has its own weight gradient for small maps.
 
-    Of a 3x3 kernel on the 1x1 maps that ResNets make of 32 px images, one tap in nine sees anything. For layers
-    without groups, without dilation, and padded with zeros.
+    For instance, ResNets turn 32 px images into 1x1 maps, where only one tap of a 3x3 kernel sees a pixel. It replaces
+    layers without groups or dilation that are padded with zeros.
     """
 
     def forward(self, images: Tensor) -> Tensor:
@@ -137,9 +137,9 @@ class Conv2d(nn.Conv2d):
 
 @cache
 def useful_taps(size: int, kernel: int, stride: int, padding: int) -> slice:
-    """The taps of a kernel that meet more than padding, along one axis of `size` pixels.
+    """The taps of a kernel that meet pixels and not only padding, along one axis of `size` pixels.
 
-    All of them, unless the padding left over is the same on both sides.
+    All taps, if skipping some would need different padding on the two sides.
     """
     outputs = (size + 2 * padding - kernel) // stride + 1
     seen = [t for t in range(kernel) if any(0 <= o * stride - padding + t < size for o in range(outputs))]
@@ -160,7 +160,7 @@ def patches(images: Tensor, kernel: tuple[int, int], stride: tuple[int, int], pa
 
 
 def _step(weight: Tensor, stride: tuple[int, int], padding: tuple[int, int]) -> tuple[int, int]:
-    """Every how many pixels a kernel (d_out, d_in, kh, kw) sees one alone: its stride if it is 1x1, else (1, 1)."""
+    """The spacing of the only pixels that a kernel (d_out, d_in, kh, kw) sees: its stride if it is 1x1, else (1, 1)."""
     return stride if weight.shape[2:] == (1, 1) and padding == (0, 0) else (1, 1)
 
 
@@ -197,7 +197,7 @@ class _Convolution(torch.autograd.Function):
             of_images, of_weight, _ = torch.ops.aten.convolution_backward(
                 gradient, picked, weight, None, unit, ctx.padding, (1, 1), False, (0, 0), 1, needed
             )
-            if needed[0] and picked.shape != images.shape:  # the pixels between have no gradient
+            if needed[0] and picked.shape != images.shape:  # the skipped pixels have a gradient of zero
                 of_picked, of_images = of_images, torch.zeros_like(images)
                 of_images[:, :, ::down, ::across] = of_picked
         if small:
@@ -208,7 +208,7 @@ class _Convolution(torch.autograd.Function):
 
 
 class MaxPool2x2(nn.MaxPool2d):
-    """2x2 max-pooling as three elementwise maxima, where there is no gradient to compute."""
+    """2x2 max-pooling as three elementwise maxima, if no gradient is needed."""
 
     def forward(self, maps: Tensor) -> Tensor:
         """Maps (N, C, H, W) -> (N, C, H // 2, W // 2)."""
@@ -224,7 +224,7 @@ class FusedBlock(Block):
     def forward(self, images: Tensor) -> Tensor:
         """Images (N, d_in, H, W) -> (N, d_out, H // 2, W // 2)."""
         maps = self.conv(images)
-        if maps.shape[2] % 2 or maps.shape[3] % 2:  # the kernels take whole windows; odd maps are small
+        if maps.shape[2] % 2 or maps.shape[3] % 2:  # the kernels need complete windows; odd maps are small anyway
             return self.relu(self.pool(self.norm(maps)))
         rows = maps.permute(0, 2, 3, 1).contiguous()
         return _NormPoolReLU.apply(rows, self.norm.weight, self.norm.bias, self.norm.eps).permute(0, 3, 1, 2)
@@ -233,9 +233,10 @@ class FusedBlock(Block):
 class _NormPoolReLU(torch.autograd.Function):
     r"""BatchNorm on the batch's statistics, 2x2 max-pooling and ReLU, forward and backward in two passes each.
 
-    :math:`y = a x + b` with :math:`a = \gamma / \sigma`, :math:`b = \beta - a \mu`; of every window the
-    largest y, if positive, passes, and `place` says which (4: none). Backward, with g the gradient at winners
-    and 0 elsewhere, and P values a channel: :math:`dx = a (g - (\sum g + \hat x \sum g \hat x) / P)`.
+    Forward: :math:`y = a x + b` with :math:`a = \gamma / \sigma`, :math:`b = \beta - a \mu`. Each window outputs its
+    largest y, or 0 if that is negative; `place` says which of the four won (4: none). Backward:
+    :math:`dx = a (g - (\sum g + \hat x \sum g \hat x) / P)`, with g the gradient at winners and 0 elsewhere, and P the
+    number of values in a channel.
     """
 
     @staticmethod
@@ -260,7 +261,7 @@ class _NormPoolReLU(torch.autograd.Function):
 
 
 class FusedNormalize(Normalize):
-    """The sketch's LeakyReLU and GroupNorm as one compiled kernel, where there is a gradient to compute."""
+    """The sketch's LeakyReLU and GroupNorm as one compiled kernel, if a gradient is needed."""
 
     def forward(self, maps: Tensor) -> Tensor:
         """Maps (N, C, H, W) -> maps of the same shape."""
@@ -274,26 +275,26 @@ def _leaky_group_norm(maps: Tensor, groups: int, weight: Tensor, bias: Tensor) -
 
 
 def _windows(x: Tensor) -> Tensor:
-    """Maps (N, H, W, C) as windows (N, H / 2, 2, W / 2, 2, C); nothing is moved."""
+    """View maps (N, H, W, C) as windows (N, H / 2, 2, W / 2, 2, C)."""
     n, height, width, channels = x.shape
     return x.view(n, height // 2, 2, width // 2, 2, channels)
 
 
 def _statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Mean and deviation (C,) of maps (N, H, W, C). Shifted by one pixel, so that a large mean costs no digits."""
+    """Mean and standard deviation (C,) of maps (N, H, W, C), less one pixel so that a large mean costs no precision."""
     shift, count = x[0, 0, 0].float(), x.numel() / x.shape[-1]
     total, squares = (each.sum(0) / count for each in _kernel(_moments)(x, shift))
     return total + shift, ((squares - total * total).clamp_min(0) + eps).sqrt()
 
 
 def _moments(x: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums (N, C) over each image of its maps (N, H, W, C) less `shift`, and of their squares."""
+    """For each image, the sum (N, C) of its maps (N, H, W, C) less `shift`, and the sum of their squares."""
     values = x.flatten(1, 2).float() - shift
     return values.sum(1), (values * values).sum(1)
 
 
 def _pool(windows: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each window (N, h, w, C): `a * x + b` where it is largest, or 0; that x; its place, 0..3, 4 for none."""
+    """For each window (N, h, w, C): the largest `a * x + b`, or 0; the x that gives it; its place 0..3, 4 for none."""
     x = [windows[:, :, i, :, j].float() for i in (0, 1) for j in (0, 1)]
     y = [corner * a + b for corner in x]
     top, bottom = torch.maximum(y[0], y[1]), torch.maximum(y[2], y[3])
@@ -306,13 +307,13 @@ def _pool(windows: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor
 
 
 def _sums(gradient: Tensor, winner: Tensor, place: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums (N, C) over each image of the winners' gradients, and of those times the winner's distance to the mean."""
+    """For each image, the sum (N, C) of the winners' gradients g, and of g times the winner's distance to the mean."""
     g = torch.where(place.float() < 4, gradient.float(), 0.0)
     return g.flatten(1, 2).sum(1), (g * (winner.float() - mean)).flatten(1, 2).sum(1)
 
 
 def _spread(windows: Tensor, gradient: Tensor, place: Tensor, a: Tensor, level: Tensor, slope: Tensor) -> Tensor:
-    """The gradient (N, h, 2, w, 2, C) of the maps: `level + slope * x`, and `a * g` where the winner stood."""
+    """The gradient (N, h, 2, w, 2, C) of the maps: `level + slope * x`, plus `a * g` at winners."""
     corner = torch.arange(4, dtype=torch.float32).view(2, 1, 2, 1)
     here = place[:, :, None, :, None].float() == corner
     g = torch.where(here, gradient[:, :, None, :, None].float() * a, 0.0)
@@ -321,5 +322,5 @@ def _spread(windows: Tensor, gradient: Tensor, place: Tensor, a: Tensor, level: 
 
 @cache
 def _kernel(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of this file, compiled once a process and size of maps: slower code comes of one for all sizes."""
+    """Compile a function of this file once for each size of maps: code for all sizes at once would be slower."""
     return torch.compile(function, dynamic=False)

@@ -1,4 +1,4 @@
-"""What a device can do."""
+"""Differences between devices: precision, denormal numbers, timing."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import torch
 
 
 def wants_bf16(precision: str, device: torch.device) -> bool:
-    """Resolve `auto`: bf16 where the processor has instructions for it, else fp32."""
+    """Whether to compute in bf16. `auto`: if the processor has instructions for it."""
     if precision != "auto":
         return precision == "bf16"
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()  # no public name in torch 2.15
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()  # torch 2.15 has no public name for it
 
 
 @contextlib.contextmanager
 def flushing_denormals(device: torch.device) -> Iterator[None]:
-    """Take denormal numbers for zero on a CPU, meanwhile, which is several times slower with them.
+    """Treat denormal numbers as zero inside the block, since a CPU is several times slower with them.
 
-    Gradients are denormal where a group is solved. The process's other arithmetic is left as it is.
+    They occur as gradients when a group's loss is close to zero. Arithmetic outside the block is not affected.
     """
     if device.type != "cpu":
         yield
@@ -35,7 +35,7 @@ def flushing_denormals(device: torch.device) -> Iterator[None]:
 
 
 def clock(device: torch.device) -> float:
-    """Milliseconds, once the device has done all that it was given."""
+    """The time in milliseconds, read after the device has finished all its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return 1000 * time.perf_counter()

@@ -1,4 +1,4 @@
-"""Does the dataset matter? What of a group reaches the sketch, and how far the weights follow it."""
+"""Does the dataset matter? Measures what a sketch says about its group, and how much weights differ between groups."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ FOLDS = 5
 
 
 def movement(predictions: Sequence[Mapping[str, ArrayLike]]) -> dict[str, np.ndarray]:
-    r"""How far the weights predicted for G groups are from their mean, for each layer a value a group (G,).
+    r"""How far the weights predicted for G groups are from their mean: for each layer, one value for each group (G,).
 
-    :math:`\|w_g - \bar w\| / \|\bar w\|`: 0 where every group has the same.
+    :math:`\|w_g - \bar w\| / \|\bar w\|`: 0 if all groups have the same weights.
     """
     relative = {}
     for name in predictions[0]:
@@ -32,10 +32,10 @@ def movement(predictions: Sequence[Mapping[str, ArrayLike]]) -> dict[str, np.nda
 
 
 def probe(sketches: Sequence[Tensor], classes: Sequence[Sequence[int]]) -> float:
-    """How well a linear probe reads from a sketch which classes its group has, on groups that it was not fit on.
+    """How well a linear probe tells from a sketch which classes its group has, on groups that it was not fitted to.
 
-    The area under the ROC curve in percent, mean over classes: 50 is chance, 100 perfect. Sketches have one shape;
-    `classes` are each group's. A class that a fold lacks, or has in every group, is left out of the mean.
+    Returns the area under the ROC curve in percent, averaged over classes: 50 is chance, 100 is perfect. All sketches
+    have the same shape; `classes` lists each group's. Classes of almost no groups or almost all are left out.
     """
     values = torch.stack([sketch.flatten() for sketch in sketches]).float().cpu().numpy()
     truth = MultiLabelBinarizer().fit_transform(classes)

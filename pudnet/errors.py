@@ -1,4 +1,4 @@
-"""The two ways in which a command of this project ends badly, each said in one line."""
+"""The two kinds of error that end a command of this project, each printed as one line."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-LONGEST_LINE = 1000  # characters of an error that quotes what it was given
+LONGEST_LINE = 1000  # characters; an error that quotes a long value is cut off
 # What a file's own content or name leads to; EINVAL: a damaged one sends its reader to where nothing can be.
 FILES_FAULT = {errno.ENOENT, errno.ELOOP, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EINVAL}
 
 
 class _OneLine(Exception):
-    """An error whose text is one printable line, whatever names and values it quotes."""
+    """An error whose text is always one printable line, whatever values it quotes."""
 
     def __str__(self) -> str:
         text = super().__str__()
@@ -27,22 +27,22 @@ class _OneLine(Exception):
 
 
 class UserError(_OneLine):
-    """A mistake in usage, configuration or input: what is wrong, where, and what to do. Exit code 2."""
+    """A mistake in usage, configuration or input. The text says where, what is wrong and what to do. Exit code 2."""
 
 
 class RunFailed(_OneLine):
-    """A run that started well and could not be finished: what failed, and what to do. Exit code 1."""
+    """A run that started well but could not be finished. The text says what failed and what to do. Exit code 1."""
 
 
 def exit_code(command: Callable[[], object]) -> int:
-    """Run a command; what ends it badly is said in one line, and its exit code returned (130: interrupted)."""
-    warnings.filterwarnings("ignore", module="PIL")  # what it says of files that it reads all the same, or refuses
+    """Run a command -> its exit code (130: interrupted). An error that ends it is printed as one line."""
+    warnings.filterwarnings("ignore", module="PIL")  # it warns about files that it reads anyway, or that we refuse
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files and classes may hold any bytes
     try:
         command()
         sys.stdout.flush()
-    except BrokenPipeError:  # who reads our output has seen enough, as `head` does
+    except BrokenPipeError:  # the reader of our output has closed it, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except UserError as error:
         return _say(error, 2)
@@ -53,10 +53,10 @@ def exit_code(command: Callable[[], object]) -> int:
             return _say(
                 f"{_where(error)}the disk is full; make room, then the same command continues or starts again", 1
             )
-        if error.filename is None:  # not of a file that the user named or may not touch
+        if error.filename is None:  # not about a file, so not the user's mistake
             raise
         return _say(UserError(f"{error.filename}: {error.strerror}"), 2)
-    except (MemoryError, RuntimeError) as error:  # torch has no error of its own for memory that is not there
+    except (MemoryError, RuntimeError) as error:  # torch raises RuntimeError when there is not enough memory
         if not is_out_of_memory(error):
             raise
         cause = "".join(f" ({line})" for line in str(error).splitlines()[:1])
@@ -67,7 +67,7 @@ def exit_code(command: Callable[[], object]) -> int:
 
 
 def is_full(error: OSError) -> bool:
-    """Whether it says that a disk is full: no mistake of the user's, but the end of a run."""
+    """Whether the error means that a disk is full, which is not the user's mistake but ends the run."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -81,7 +81,7 @@ def not_its_fault(path: Path, error: OSError) -> UserError | RunFailed | None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether it says that memory is used up."""
+    """Whether the error means that memory is used up."""
     return isinstance(error, MemoryError) or bool(
         re.search("out of memory|allocate memory|start new thread", str(error))
     )

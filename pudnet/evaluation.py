@@ -1,4 +1,4 @@
-"""Accuracy on twin groups, its interval, and what a prediction costs. Every method is measured here alike."""
+"""Accuracy on twin groups, its interval, and the time of a prediction. Every method is measured here, the same way."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from pudnet.device import clock
 from pudnet.predictor import Predictor
 from pudnet.scratch import ScratchConfig, scratch_network, train_epoch
 
-FROM, ON = 0, 1  # a table's twins: weights are predicted from the one, accuracy is measured on the other
+FROM, ON = 0, 1  # twins in a table: a method adapts to the first group and is measured on the second
 
 
 class Classifies(Protocol):
-    """A network that is ready for a group's classes."""
+    """A network that classifies a group's classes."""
 
     def logits(self, images: Tensor) -> Tensor:
         """Normalised images (N, C, H, W) -> logits (N, k)."""
 
 
 class Adapts(Protocol):
-    """What every method does for a new group, once it is trained: PudNet predicts, others do as they do."""
+    """A trained method, which adapts to a new group. PudNet does so by predicting weights."""
 
     def rows(self, labels: Tensor) -> Tensor:
-        """Rows of the images that `adapt` looks at, for labels (N,) in 0..k-1."""
+        """Rows of the images that `adapt` needs, for labels (N,) in 0..k-1."""
 
     def adapt(self, images: Tensor, labels: Tensor, classes: tuple) -> Classifies:
         """Normalised images (N, C, H, W) and labels (N,) in 0..k-1 -> a classifier of the k classes."""
 
 
 def mean_interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
-    """Mean and the half-width of its 95% interval (Student's t), of one value a group."""
+    """Mean of one value for each group, and the half-width of its 95% interval (Student's t)."""
     values = np.asarray(values, dtype=float)
     if len(values) < 2:
         return float(values.mean()), float("nan")
@@ -46,9 +46,9 @@ def mean_interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
 
 
 def stratified_interval(strata: Sequence[np.ndarray]) -> tuple[float, float]:
-    """Mean over strata (class splits) of their means, and its 95% half-width with the strata held fixed.
+    """Mean of the means of strata (class splits), and its 95% half-width for exactly these strata.
 
-    Of strata of one value each (a whole set) there is only an interval over strata.
+    If every stratum has one value (a whole set as test group), the interval is over the strata instead.
     """
     if all(len(values) == 1 for values in strata):
         return mean_interval(np.concatenate(strata))
@@ -57,7 +57,7 @@ def stratified_interval(strata: Sequence[np.ndarray]) -> tuple[float, float]:
 
 
 def mean_half_width(measured: Sequence[tuple[float, int]]) -> float:
-    """Half-width of the 95% interval of the mean of accuracies in percent, each of so many images (Wilson's)."""
+    """Half-width of the 95% interval (Wilson's) of a mean accuracy, from (accuracy in percent, number of images)."""
     z, halves = 1.959964, []
     for accuracy, images in measured:
         p = accuracy / 100
@@ -66,7 +66,7 @@ def mean_half_width(measured: Sequence[tuple[float, int]]) -> float:
 
 
 def block_labels(images: StoreImages, indices: np.ndarray) -> tuple[Tensor, np.ndarray]:
-    """A group's labels (N,) as positions in its class ids (k,), and those ids."""
+    """A group's labels (N,) as positions in its list of class ids (k,), and that list."""
     classes = images.block_classes(indices)
     position = np.empty(classes.max() + 1, dtype=np.int64)
     position[classes] = np.arange(len(classes))
@@ -74,7 +74,7 @@ def block_labels(images: StoreImages, indices: np.ndarray) -> tuple[Tensor, np.n
 
 
 def adapt_input(method: Adapts, images: StoreImages, indices: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Normalised images (n, C, H, W) and labels (n,) of those of a group that a method looks at."""
+    """Those images of a group that a method adapts to: normalised (n, C, H, W), with their labels (n,)."""
     labels, _ = block_labels(images, indices)
     rows = method.rows(labels)
     return images(indices[rows.cpu().numpy()]), labels[rows]
@@ -89,9 +89,9 @@ def twin_accuracies(
     sketches: Sequence[Tensor] | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> np.ndarray:
-    """Accuracy in percent (G,) of the method adapted to each group of a table (G, 2, N), on its twin.
+    """Adapt a method to each group of a table (G, 2, N) -> its accuracy on the group's twin, in percent (G,).
 
-    Given `sketches`, one a group, PudNet's weights come from those in place of the groups' own.
+    `sketches`, one for each group, replace the groups' own sketches in PudNet's prediction.
     """
     accuracies = np.zeros(len(table))
     for g, (group, twin) in enumerate(table):
@@ -102,7 +102,7 @@ def twin_accuracies(
 
 
 def timed_adaptation(method: Adapts, images: StoreImages, group: np.ndarray, bf16: bool) -> tuple[Classifies, float]:
-    """A method adapted to a group (N,), and the milliseconds that took from its images in memory to a classifier."""
+    """Adapt a method to a group (N,), and time it: milliseconds from images in memory to a classifier."""
     start = clock(images.device)
     adapted = _adapted(method, images, group, bf16)
     return adapted, clock(images.device) - start
@@ -110,7 +110,7 @@ def timed_adaptation(method: Adapts, images: StoreImages, group: np.ndarray, bf1
 
 @torch.no_grad()
 def twin_accuracy(adapted: Classifies, images: StoreImages, twin: np.ndarray, bf16: bool) -> float:
-    """Accuracy in percent on a twin (N,) of the group that a classifier was adapted to."""
+    """Accuracy in percent on a twin (N,) of the group that the classifier was adapted to."""
     truth, _ = block_labels(images, twin)
     with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
         logits = adapted.logits(images(twin))
@@ -118,7 +118,7 @@ def twin_accuracy(adapted: Classifies, images: StoreImages, twin: np.ndarray, bf
 
 
 def _adapted(method: Adapts, images: StoreImages, group: np.ndarray, bf16: bool, *sketch: Tensor) -> Classifies:
-    """The method adapted to a group (N,); PudNet from a sketch, where one is given in place of the group's own."""
+    """Adapt a method to a group (N,); for PudNet, a given `sketch` replaces the group's own."""
     with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
         return method.adapt(*adapt_input(method, images, group), _classes(images, group), *sketch)
 
@@ -135,7 +135,7 @@ def group_sketches(predictor: Predictor, images: StoreImages, groups: np.ndarray
 
 
 def shuffled(sketches: Sequence[Tensor], classes: Sequence[Sequence[int]]) -> list[Tensor]:
-    """For each group the sketch of the next one that has other classes (of the next one where all have the same)."""
+    """Give each group the sketch of the next group with other classes (of the next group, if all have the same)."""
     sets = [frozenset(c) for c in classes]
     count = len(sketches)
 
@@ -147,16 +147,16 @@ def shuffled(sketches: Sequence[Tensor], classes: Sequence[Sequence[int]]) -> li
 
 @dataclass(frozen=True)
 class Timing:
-    """What a prediction costs, in milliseconds: medians over groups, after warm-up, device synchronised."""
+    """Milliseconds of a prediction: medians over groups, after warm-up, with the device synchronised."""
 
     device: str
     threads: int
-    images: int  # in memory
-    sketch_images: int  # of them used
+    images: int  # in the group
+    sketch_images: int  # of these, the sketch uses
     calibration_images: int
-    sketch_ms: float  # with normalising the images; of class filters: the pass up to their layer
+    sketch_ms: float  # includes normalising the images; with class filters, the pass up to their layer
     generation_ms: float
-    calibration_ms: float  # with the classifier, which comes from the same pass
+    calibration_ms: float  # includes making the classifier, which uses the features of the same pass
     total_ms: float
     epoch_ms: float  # one epoch of training the same network from scratch on the same images
     epoch_ratio: float  # epoch_ms / total_ms
@@ -165,7 +165,7 @@ class Timing:
 def time_prediction(
     predictor: Predictor, images: StoreImages, groups: np.ndarray, bf16: bool, warm_up: int = 2
 ) -> Timing:
-    """Time predictions from the groups of a table (G, N) and, alternating, epochs from scratch on each."""
+    """Time predictions from the groups of a table (G, N), each followed by one epoch from scratch on the group."""
     rows = []
     warm_up = min(warm_up, len(groups))
     for group in np.concatenate([groups[:warm_up], groups]):
@@ -192,7 +192,7 @@ def time_prediction(
 
 @torch.no_grad()
 def _prediction_steps(predictor: Predictor, images: StoreImages, group: np.ndarray) -> list[float]:
-    """Milliseconds of sketch, generation and calibration."""
+    """Time sketch, generation and calibration, in milliseconds."""
     marks = [clock(images.device)]
 
     def mark() -> None:
@@ -205,7 +205,7 @@ def _prediction_steps(predictor: Predictor, images: StoreImages, group: np.ndarr
 
 
 def _epoch(predictor: Predictor, images: Tensor, labels: Tensor, bf16: bool) -> float:
-    """Milliseconds of one epoch of Adam on the plain target with a linear head."""
+    """Time one epoch of Adam on the plain target with a linear head, in milliseconds."""
     network = scratch_network(predictor.target, int(labels.max()) + 1, images.device)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, fused=True)
     start = clock(images.device)

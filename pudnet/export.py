@@ -1,4 +1,4 @@
-"""A predicted network for use without this library: ONNX, `torch.export`, or the plain target's state dict."""
+"""Exports a predicted network for use without this library: ONNX, `torch.export`, or the target's state dict."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from pudnet.cpu import plain_layers
 from pudnet.errors import RunFailed, UserError
 from pudnet.files import replacing
 
-LARGEST_DIFFERENCE = 1e-3  # of logits, some ten at most, from the network's in Python
+LARGEST_DIFFERENCE = 1e-3  # between exported and original logits, which are about ten at most
 CHECKED_IMAGES = 4
 
 
 class ReadyClassifier(nn.Module):
-    """Normalisation, target network and classifier, in plain torch layers, on the CPU and in fp32.
+    """Normalisation, target network and classifier in one module of plain torch layers, on the CPU and in fp32.
 
-    Images, float (N, C, H, W) in 0..1 of the model's size, -> logits (N, k).
+    Float images (N, C, H, W) in 0..1, of the model's size -> logits (N, k).
     """
 
     def __init__(self, body: nn.Module, classifier: nn.Module, card: Card) -> None:
@@ -35,7 +35,7 @@ class ReadyClassifier(nn.Module):
         self.eval()
 
     def plain(self) -> ReadyClassifier:
-        """The same in layers that every runtime has a fast kernel for."""
+        """The same network in standard layers, for which every runtime has fast kernels."""
         same = copy.deepcopy(self)
         plain_layers(same.body)
         same.classifier = same.classifier.plain()
@@ -48,14 +48,14 @@ class ReadyClassifier(nn.Module):
 
 
 def export(body: nn.Module, classifier: nn.Module, card: Card, path: Path) -> None:
-    """Write a predicted network by the path's suffix, once what is written is read again and gives the same logits.
+    """Write a predicted network in the format of the path's suffix, after checking that it gives the same logits.
 
-    `.onnx`: the ready classifier; its card is in the file's metadata. `.pt2`: the same as a `torch.export`
-    program; its card is the extra file `pudnet.json`. `.safetensors`: the plain target's state dict.
+    `.onnx`: the ready classifier, with its card in the file's metadata. `.pt2`: the same as a `torch.export`
+    program, with its card in the extra file `pudnet.json`. `.safetensors`: the plain target's state dict.
 
     Raises:
-        UserError: for another suffix, or a path that cannot be written.
-        RunFailed: when the network cannot be exported, or the exported one gives other logits.
+        UserError: if the suffix is another one, or the path cannot be written.
+        RunFailed: if the network cannot be exported, or its export gives other logits.
     """
     writers = {".onnx": _write_onnx, ".pt2": _write_program, ".safetensors": _write_state}
     if path.suffix not in writers:
@@ -63,16 +63,17 @@ def export(body: nn.Module, classifier: nn.Module, card: Card, path: Path) -> No
     own = ReadyClassifier(body, classifier, card)
     images = torch.rand(CHECKED_IMAGES, card.channels, card.image_size, card.image_size)
     with replacing(path) as partial, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporters' own, of no use to who calls this
+        warnings.simplefilter("ignore")  # the exporters' warnings do not help the user
         try:
             exported = writers[path.suffix](own, partial, images)
         except (OSError, UserError):
             raise
-        except Exception as error:  # torch's exporters raise many types for a network of a user's own
+        except Exception as error:  # torch's exporters raise many types of error for users' own networks
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            raise RunFailed(f"{path}: this network cannot be exported so ({reason})") from None
+            raise RunFailed(f"{path}: this network cannot be exported in this format ({reason})") from None
         with torch.no_grad():  # on the CPU: a GPU's convolutions round more (TF32)
-            difference = (exported(images[1:]) - own(images[1:])).abs().max().item()  # of another batch size
+            # Another batch size than the exporter saw, to check that it was not fixed.
+            difference = (exported(images[1:]) - own(images[1:])).abs().max().item()
         if not difference <= LARGEST_DIFFERENCE:
             raise RunFailed(f"{path}: the exported network's logits differ by {difference:.2g}; nothing was written")
 
@@ -92,7 +93,7 @@ def _write_onnx(own: ReadyClassifier, path: Path, images: Tensor) -> Callable[[T
 def _write_program(own: ReadyClassifier, path: Path, images: Tensor) -> Callable[[Tensor], Tensor]:
     program = torch.export.export(own.plain(), (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
     extra = {f"{METADATA}.json": own.card.json()}
-    with path.open("wb") as file:  # by its name it would have to end in .pt2
+    with path.open("wb") as file:  # torch refuses a path that does not end in .pt2, as the temporary one
         torch.export.save(program, file, extra_files=extra)
     with path.open("rb") as file:
         return torch.export.load(file).module()

@@ -1,4 +1,4 @@
-"""Files are written whole or not at all."""
+"""Writes files completely or not at all."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from pudnet.errors import UserError, is_full
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path to write to, which takes the place of `path` once the block has ended well and all is on disk.
+    """Yield a temporary path to write to. When the block ends without an error, it replaces `path`; else it is removed.
 
-    Its folder is made where there is none. Raises `UserError` where the file cannot be written, before the block is
-    entered if that can be seen then, and `OSError` where the disk is full; what the block has written is removed.
+    Missing parent folders are made. Raises `UserError` if the file cannot be written, if possible before the block
+    runs, and `OSError` if the disk is full.
     """
     if not path.name or path.is_dir():
         raise UserError(f"{path}: cannot be written (it is a folder)")
@@ -36,7 +36,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def to_disk(file: Path) -> None:
-    """Wait until a file's content is on the disk: after a power cut its new name alone would be there."""
+    """Wait until a file's content is on the disk. Without this, a power cut may leave an empty file of its new name."""
     handle = os.open(file, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -45,10 +45,10 @@ def to_disk(file: Path) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Raise `UserError` for a path that cannot be written, before hours of work for it."""
+    """Raise `UserError` if a path cannot be written, before hours are spent on its content."""
     with contextlib.suppress(_Untouched), replacing(path):
         raise _Untouched
 
 
 class _Untouched(Exception):
-    """Leaves a file as it is."""
+    """Ends `check_writable`'s block, so that the file stays as it is."""

@@ -1,4 +1,4 @@
-"""Predicted weights as an initialisation: training them on the images, beside the same training from random ones."""
+"""Fine-tuning: trains predicted weights further on images, and random weights the same way for comparison."""
 
 from __future__ import annotations
 
@@ -29,28 +29,28 @@ from pudnet.targets import calibrate
 
 @dataclass(frozen=True)
 class Epoch:
-    """One point of a fine-tuning curve; epoch 0 is the start. Accuracy in percent, on the held-out images."""
+    """One point of a fine-tuning curve. Accuracy is in percent, on the held-out images."""
 
-    start: str  # "predicted", "random"
-    epoch: int
-    seconds: float  # of training, since the start; measuring is not counted
+    start: str  # which weights training started from: "predicted" or "random"
+    epoch: int  # 0: before training
+    seconds: float  # spent on training so far, without the measurements
     loss: float
     accuracy: float
 
 
 @dataclass(frozen=True)
 class FineTuned:
-    """A network that was trained on, and the curves from predicted and from random weights."""
+    """The fine-tuned network, and the curves from predicted and from random weights."""
 
     network: PredictedNetwork
     curve: tuple[Epoch, ...]
-    trained_on: int  # images
-    held_out: int
+    trained_on: int  # number of images
+    held_out: int  # number of images
 
 
 @dataclass(frozen=True)
 class Parts:
-    """Normalised images (N, C, H, W) and the column of each one's class: those trained on, and those held out."""
+    """Training images and held-out test images: normalised (N, C, H, W), with the column (N,) of each one's class."""
 
     images: Tensor
     columns: Tensor
@@ -69,16 +69,17 @@ def finetune(
 ) -> FineTuned:
     """Train a predicted network's weights and classifier on labelled images, and the same target from random weights.
 
-    A part `held_out` of each class is kept from training and gives the accuracies, at least one image of it. Both
-    starts get BatchNorm statistics and a classifier from the images that are left, and then the same batches, loss
-    (cross-entropy) and schedule (`ScratchConfig`: AdamW, a rate that rises and falls to zero).
-    The predicted convolution weights are as they come. Their sketch may have seen images that are held out here, but
-    no label: of a class, the first images whose labels it saw (PudNet+) are trained on. All images are in memory at
-    the network's size.
+    The share `held_out` of each class, at least one image, is kept from training and gives the accuracies. For both
+    starts, BatchNorm and the classifier are first fitted to the training images; then both are trained on the same
+    batches, with the same loss (cross-entropy) and schedule (`ScratchConfig`: AdamW, with a rate that rises and then
+    falls to zero).
+
+    The prediction may have seen images that are held out here, but never their labels: images whose labels it used
+    (PudNet+) always become training images. All images are kept in memory at the network's size.
 
     Raises:
-        UserError: for unfit images, labels that the network does not know, classes without images or with too few
-            to hold any out, or an `epochs`, `held_out` or `learning_rate` out of range.
+        UserError: if images cannot be used, a label is unknown to the network, a class has no images or too few to
+            hold any out, or `epochs`, `held_out` or `learning_rate` is out of range.
     """
     config = _config(epochs, held_out, learning_rate)
     network, seen = copy.deepcopy(network).float(), {}
@@ -88,7 +89,7 @@ def finetune(
         kept, tested = _hold_out(columns, held_out, network.card)
         parts = Parts(normalized[kept], columns[kept], normalized[tested], columns[tested])
         starts = {"predicted": _ready(network, parts), "random": _ready(_random(network), parts)}
-        _train_epoch(starts["random"], parts, config)  # what a process does once is in nobody's time
+        _warm_up(starts["random"], parts, config)  # so that neither curve's seconds include one-time costs
         found, curve = {}, []
         with _progress() as progress:
             for name, start in starts.items():
@@ -102,7 +103,7 @@ def finetune(
 
 
 def _config(epochs: int, held_out: float, learning_rate: float) -> ScratchConfig:
-    """The training run, its arguments checked."""
+    """Check the arguments and make the training run's configuration."""
     if isinstance(epochs, bool) or not isinstance(epochs, Integral) or epochs < 1:
         raise UserError(f"epochs: must be an integer of at least 1, got {epochs!r}")
     if not isinstance(held_out, Real) or not 0 < held_out < 1:
@@ -115,12 +116,12 @@ def _config(epochs: int, held_out: float, learning_rate: float) -> ScratchConfig
 def _all_images(
     network: PredictedNetwork, images: Images | ImageSet, labels: Sequence | Pixels | None, seen: dict[int, str]
 ) -> tuple[Tensor, Tensor]:
-    """Normalised images (N, C, H, W), and of each the column of its label in the network's logits.
+    """Normalised images (N, C, H, W), and the column (N,) of each one's class in the network's logits.
 
-    `seen` gets the checksum of each image, by its row.
+    `seen` collects the checksum of each image by its row.
     """
     own, encoded, names = labelled_set(images, labels, network.card)
-    column = {str(name): position for position, name in enumerate(network.classes)}  # a folder's are strings
+    column = {str(name): position for position, name in enumerate(network.classes)}  # a folder's labels are strings
     if unknown := [name for name in names if str(name) not in column]:
         known = ", ".join(map(str, network.classes))
         raise UserError(f"labels: the network does not know {unknown[0]!r}; it knows {known}")
@@ -131,7 +132,7 @@ def _all_images(
 
 
 def _hold_out(columns: Tensor, part: float, card: Card) -> tuple[Tensor, Tensor]:
-    """Rows to train on and rows to test on, drawn from each class, those whose labels made the weights left aside."""
+    """Draw training and test rows from each class. Images whose labels made the weights are not for testing."""
     kept, tested = [], []
     for column in columns.unique().tolist():
         rows = torch.nonzero(columns == column).squeeze(1)
@@ -141,7 +142,7 @@ def _hold_out(columns: Tensor, part: float, card: Card) -> tuple[Tensor, Tensor]
             has = f"labels: class {card.classes[column]!r} has {len(rows)} image(s)"
             if not len(seen):
                 raise UserError(f"{has}, too few to hold {count} out")
-            used = f"{len(seen)} of which the network was predicted from by their labels, too few to hold {count} out"
+            used = f"{len(seen)} of which the network was predicted from with their labels, too few to hold {count} out"
             raise UserError(f"{has}, {used}; give more, or predict from fewer (--sketch)")
         rest = rest[torch.randperm(len(rest), device=rest.device)]
         tested.append(rest[:count])
@@ -150,7 +151,7 @@ def _hold_out(columns: Tensor, part: float, card: Card) -> tuple[Tensor, Tensor]
 
 
 def _random(network: PredictedNetwork) -> PredictedNetwork:
-    """The same target, He-initialised anew, and all that its layers have besides as they begin."""
+    """The same target, newly initialised: convolutions as He, all other parameters by their layers' own rules."""
     body = copy.deepcopy(network.body)
     for module in body.modules():
         if hasattr(module, "reset_parameters"):
@@ -161,7 +162,7 @@ def _random(network: PredictedNetwork) -> PredictedNetwork:
 
 
 def _ready(network: PredictedNetwork, parts: Parts) -> PredictedNetwork:
-    """A copy with BatchNorm's statistics and the classifier from the images that are trained on."""
+    """A copy whose BatchNorm and classifier are fitted to the training images."""
     body = copy.deepcopy(network.body)
     _calibrate(body, parts)
     rows = first_rows(parts.columns, network.card.support_per_class)
@@ -170,13 +171,13 @@ def _ready(network: PredictedNetwork, parts: Parts) -> PredictedNetwork:
 
 
 def _calibrate(body: nn.Module, parts: Parts) -> None:
-    """BatchNorm's running statistics from training images, spread over the classes, in one batch."""
+    """Calibrate BatchNorm, in place, on one batch of training images spread over the classes."""
     count = max(CALIBRATION_IMAGES, images_at_a_time(parts.images.shape[-1]))
     calibrate(body.eval(), parts.images[spread_rows(parts.columns, count)])
 
 
 def _trainable(start: PredictedNetwork) -> nn.Sequential:
-    """A copy of a network whose weights and classifier learn."""
+    """A copy of a network in which all weights and the classifier are trainable."""
     body = copy.deepcopy(start.body).requires_grad_(True)
     if start.mean.device.type == "cpu":
         accelerate(body)
@@ -184,15 +185,15 @@ def _trainable(start: PredictedNetwork) -> nn.Sequential:
     return nn.Sequential(OrderedDict(body=body, flat=nn.Flatten(), head=head)).to(start.mean.device)
 
 
-def _train_epoch(start: PredictedNetwork, parts: Parts, config: ScratchConfig) -> None:
-    """Train a copy for one epoch, for nothing but its warmth."""
+def _warm_up(start: PredictedNetwork, parts: Parts, config: ScratchConfig) -> None:
+    """Train a copy for one epoch and throw it away."""
     train(_trainable(start), parts.images, parts.columns, dataclasses.replace(config, epochs=1), _bf16(parts))
 
 
 def _train(
     start: PredictedNetwork, name: str, parts: Parts, config: ScratchConfig, progress: Progress
 ) -> tuple[PredictedNetwork, list[Epoch]]:
-    """Train a copy; the curve begins with what it starts from."""
+    """Train a copy of `start` -> the trained network and its curve, from epoch 0."""
     model = _trainable(start)
     task = progress.add_task(f"from {name} weights", total=config.epochs, accuracy=0.0)
     curve = train_on(
@@ -208,17 +209,19 @@ def train_on(
     name: str,
     parts: Parts,
     config: ScratchConfig,
-    heard: Callable[[Epoch], None] = lambda point: None,
+    after_epoch: Callable[[Epoch], None] = lambda point: None,
 ) -> list[Epoch]:
-    """Train a network of `body`, `flat` and `head` in place, BatchNorm calibrated at the end -> its curve, from
-    what it starts with; `heard` is told each point."""
+    """Train a network of `body`, `flat` and `head` in place and calibrate its BatchNorm -> its curve, from epoch 0.
+
+    `after_epoch` is called with each point of the curve.
+    """
     curve, spent, begun = [], 0.0, clock(parts.images.device)
 
     def measure(epoch: int, loss: float) -> None:
         nonlocal spent, begun
         spent += (clock(parts.images.device) - begun) / 1000 if epoch else 0.0
         curve.append(Epoch(name, epoch, round(spent, 4), loss, round(_accuracy(model, parts), 4)))
-        heard(curve[-1])
+        after_epoch(curve[-1])
         begun = clock(parts.images.device)
 
     measure(0, math.nan)
@@ -228,10 +231,10 @@ def train_on(
 
 
 def _accuracy(model: nn.Sequential, parts: Parts) -> float:
-    """Accuracy in percent on the held-out images, with BatchNorm's statistics from the training images."""
+    """Accuracy in percent on the held-out images, with BatchNorm calibrated on the training images."""
     model.eval()
     _calibrate(model.body, parts)
-    found = features_in_parts(model, parts.test_images).argmax(1)  # with the head on, logits
+    found = features_in_parts(model, parts.test_images).argmax(1)  # the model includes the head: these are logits
     return 100 * int((found == parts.test_columns).sum()) / len(parts.test_columns)
 
 

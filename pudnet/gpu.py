@@ -1,9 +1,9 @@
-"""What may make training faster on a GPU: its many small operators compiled, or replayed as CUDA graphs.
+"""May make training faster on a GPU, by compiling its many small operators or replaying them as CUDA graphs.
 
-A step of one group is some hundred operators for ConvNet-3, some thousand for a ResNet, most of them small: to
-launch one by one takes longer than to compute. Several groups a step (`train.groups_per_step`) share the launches;
-`train.compile` makes fewer of them. Which of the two pays is for `python -m benchmarks.gpu` to say: neither was
-measured on a GPU yet.
+A step of one group has some hundred operators for ConvNet-3 and some thousand for a ResNet. Most are so small that
+launching them takes longer than computing them. With several groups in a step (`train.groups_per_step`) one launch
+serves them all; `train.compile` reduces the number of launches. Neither was measured on a GPU yet:
+`python -m benchmarks.gpu` tells which is faster.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from torch import nn
 from pudnet.hypernet import PudNet
 from pudnet.targets import SharedTarget
 
-MODES = {"kernels": "default", "graphs": "reduce-overhead"}  # `train.compile`, and what torch calls it
+MODES = {"kernels": "default", "graphs": "reduce-overhead"}  # values of `train.compile` -> torch's names
 
 
 def compile_parts(learner: nn.Module, how: str) -> None:
-    """Have torch.compile make kernels, or graphs, of a target's passes and of weight generation, in place.
+    """Compile the target's forward pass and weight generation into kernels or graphs, in place.
 
-    It does so at the first step, once for each size: a minute or so.
+    torch.compile does its work at the first step with each size, which takes about a minute.
     """
     options = {"mode": MODES[how], "dynamic": False}
     for module in learner.modules():

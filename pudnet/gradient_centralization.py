@@ -1,4 +1,4 @@
-"""GC: gradient centralization (Yong et al., 2020), round any torch optimizer."""
+"""GC: gradient centralization (Yong et al., 2020), for any torch optimizer."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ Where = Literal["gradient", "update"]
 
 
 def centralized(optimizer: Optimizer, where: Where = "update") -> Optimizer:
-    r"""Make an optimizer centralise what it does to every weight of two or more dimensions; returns the same one.
+    r"""Make an optimizer centralise its gradients or updates, in place; returns the optimizer.
 
     .. math:: g \leftarrow g - \mathrm{mean}(g)\ \text{over all axes but the first}
 
-    g is the `gradient` before the step, or the `update` that the step made: for Adam the method's authors advise the
-    update, as Adam's division would undo a centralised gradient. Weight decay that an optimizer adds to the
-    gradient itself comes after the gradient was centralised, and is part of a centralised update.
-    Biases and BatchNorm's parameters, of one dimension, are left alone.
+    g is either the `gradient` before a step or the `update` that the step makes. For Adam the method's authors
+    recommend the update, because Adam's division would undo the centralising of the gradient. Weight decay that an
+    optimizer adds to the gradient is added after a gradient was centralised, but is part of a centralised update.
+    Parameters of one dimension (biases and BatchNorm's) are not centralised.
     """
     if where == "gradient":
         optimizer.register_step_pre_hook(_centralize_gradients)
@@ -40,7 +40,7 @@ def centralized(optimizer: Optimizer, where: Where = "update") -> Optimizer:
 
 
 def _centralize_gradients(optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """Centralise the gradients that are there, and those of a closure, which a step computes itself."""
+    """Centralise existing gradients, and those that a closure given to `step` computes."""
 
     def wrapped(given: Any) -> Any:
         if given is optimizer or not callable(given):

@@ -1,4 +1,4 @@
-"""What the trainer trains: a model, and what its training costs on a task group."""
+"""What the trainer trains: a model and its losses on a task group."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from pudnet.objective import Losses, Objective, accuracy, cross_entropy, in_bloc
 from pudnet.ridge import at_least_fp32
 from pudnet.targets import Target
 
-MIX = 0  # seed of the order in which a table's images are mixed
+MIX = 0  # seed of the order in which a table's images are shuffled
 
 
 def mixed(table: np.ndarray, share: float = 1.0) -> np.ndarray:
-    """A table of groups (G, N) with the images of the first `share` of them in an order that knows of no groups."""
+    """A table of groups (G, N) in which the images of the first `share` of the groups are shuffled across groups."""
     if not (first := round(share * len(table))):
         return table
     order = np.random.default_rng(MIX).permutation(table[:first].ravel())
@@ -28,29 +28,29 @@ def mixed(table: np.ndarray, share: float = 1.0) -> np.ndarray:
 class Learner(nn.Module):
     """A method in training.
 
-    `model` is what is kept of it: what weights come from for a new group. Other modules serve training alone.
+    Only `model`, which gives the weights for a new group, is kept afterwards; the other modules only serve training.
     """
 
     model: nn.Module
 
     def losses(self, images: Tensor, labels: Tensor, done: float) -> Losses:
-        """What each of several groups costs, (B,): images (B, N, C, H, W), labels (B, N) in 0..K-1, training classes.
+        """The losses (B,) of several groups: images (B, N, C, H, W), labels (B, N) in 0..K-1 (the training classes).
 
         `done` is the share of the training that is over, 0..1.
         """
         raise NotImplementedError
 
     def arrange(self, table: np.ndarray) -> np.ndarray:
-        """The order in which a table of groups (G, N) is seen: as it is, unless a method mixes the groups."""
+        """Order a table of groups (G, N) for training: unchanged, unless a method mixes images across groups."""
         return table
 
     def rate(self, done: float) -> float:
-        """What the learning rate is multiplied by when a share of the training is over."""
+        """The factor of the learning rate when the share `done` of the training is over."""
         return 1.0
 
 
 class MetaLearner(Learner):
-    """PudNet, or the static trunk, with the losses of section 3.5: weights first, then the features under them."""
+    """PudNet or the static trunk, trained by the losses of section 3.5: it makes weights, and they give features."""
 
     def __init__(self, model: PudNet | StaticTrunk, target: Target, config: TrainConfig, classes: int, k: int) -> None:
         super().__init__()
@@ -60,11 +60,11 @@ class MetaLearner(Learner):
             raise UserError("train.pretraining_share: without model.base there are no weights before a group is seen")
 
     def arrange(self, table: np.ndarray) -> np.ndarray:
-        """The images of the groups that are for pretraining mixed, the others as they are."""
+        """Mix the images of the pretraining groups; leave the other groups unchanged."""
         return mixed(table, self.pretraining)
 
     def losses(self, images: Tensor, labels: Tensor, done: float) -> Losses:
-        """Eq. 10 of each group, whose images stand in k blocks of one class; in pretraining L2 of mixed images."""
+        """Eq. 10 for each group, whose images are ordered in k blocks by class; in pretraining, L2 of mixed images."""
         if done < self.pretraining:
             return self._pretrain(images, labels)
         sketch, seen = self._sketch(images)
@@ -74,7 +74,7 @@ class MetaLearner(Learner):
             return self.objective(features, columns, seen, self.model.regression)
 
     def _pretrain(self, images: Tensor, labels: Tensor) -> Losses:
-        """What images (B, N, C, H, W) with labels (B, N) among all training classes cost under the base weights."""
+        """L2 of images (B, N, C, H, W) with labels (B, N) in 0..K-1, with the base weights."""
         features = self.model.shared(images, self.model.base_weights())
         with torch.autocast(images.device.type, enabled=False):
             logits = self.objective.head(at_least_fp32(features))
@@ -83,9 +83,10 @@ class MetaLearner(Learner):
         return Losses(loss, nothing, loss.detach(), nothing, accuracy(logits, labels))
 
     def _sketch(self, images: Tensor) -> tuple[Tensor, int]:
-        """The groups' sketches, and of how many images of each class the labels are in them.
+        """The groups' sketches, and how many images of each class enter them with their labels.
 
-        A sketch is of all images; where labels enter it, of as many as a prediction looks at, or of half.
+        The paper's sketch uses all images and no labels. A class-aware one uses as many images as a prediction does,
+        but at most half of the group's, since the rest must serve as queries.
         """
         if not self.model.class_aware:
             return self.model.sketch(images), 0

@@ -1,4 +1,4 @@
-"""Where a trained model may lie: a file, the name of one that ships with the project, or a URI of a model store."""
+"""Finds a trained model: a file, the name of a model that ships with the project, or the URI of a model store."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ def shipped() -> dict[str, Path]:
 
 
 def local_file(location: str | Path) -> Path:
-    """The file that a path, a shipped model's name, or a URI stands for; a store is asked for what it names.
+    """The local file for a path, a shipped model's name, or a URI, whose model is fetched from its store.
 
-    The method knows no store itself: what is installed beside it registers a function for a scheme (`models`,
-    `runs`) under the entry points `pudnet.stores`.
+    `pudnet` itself knows no stores. Other packages (here `pipeline`, for MLflow) register a function for each
+    scheme (`models`, `runs`) under the entry points `pudnet.stores`.
 
-    Raises `UserError` for a scheme that nothing is installed for.
+    Raises `UserError` if no function is registered for the scheme.
     """
     text = str(location)
     scheme, _, rest = text.partition(":")
     if isinstance(location, str) and rest.startswith("/") and len(scheme) > 1:
         found = list(entry_points(group=STORES, name=scheme))
         if not found:
-            raise UserError(f"{text}: nothing is installed that reads {scheme}:/ (the project's set-up does it)")
+            raise UserError(f"{text}: nothing is installed that reads {scheme}:/ (the project's set-up installs it)")
         return found[0].load()(text)
     if text in (known := shipped()):
         return known[text]

@@ -1,4 +1,4 @@
-"""A network whose weights were predicted: what a user classifies with, keeps and deploys."""
+"""A network with predicted weights, which a user classifies with, saves and deploys."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from pudnet.locations import local_file
 
 @torch.no_grad()
 def features_in_parts(body: nn.Module, images: Tensor) -> Tensor:
-    """A network's output (N, d) for normalised images (N, C, H, W), so many at a time as fit in memory."""
+    """A network's output (N, d) for normalised images (N, C, H, W), in batches that fit in memory."""
     return torch.cat([body(part).flatten(1) for part in images.split(images_at_a_time(images.shape[-1]))])
 
 
 class PredictedNetwork(nn.Module):
     """A target network with predicted weights and a classifier (features (N, d) -> logits (N, k)), in eval mode.
 
-    Images are whatever `Predictor.predict` takes; they pass through a part at a time.
+    It takes the same kinds of images as `Predictor.predict`, and processes them in batches.
     """
 
     def __init__(self, body: nn.Module, classifier: nn.Module, card: Card) -> None:
@@ -39,19 +39,19 @@ class PredictedNetwork(nn.Module):
 
     @property
     def classes(self) -> tuple[Label, ...]:
-        """The labels that the columns of the logits stand for."""
+        """The label of each column of the logits."""
         return self.card.classes
 
     def normalize(self, images: Images | ImageSet) -> Tensor:
-        """What the target itself is fed: uint8 (N, H, W, C) or 0..1 float (N, C, H, W) -> (N, C, H, W) of its dtype."""
+        """Normalise images for the target: uint8 (N, H, W, C) or 0..1 float (N, C, H, W) -> (N, C, H, W), its dtype."""
         return torch.cat(list(self._chunks(images)))
 
     def features(self, images: Images | ImageSet) -> Tensor:
-        """The target's output, (N, d), for images as `normalize` takes them."""
+        """The target's features (N, d) for images that are not normalised yet."""
         return torch.cat([self._features(chunk) for chunk in self._chunks(images)])
 
     def forward(self, images: Images | ImageSet) -> Tensor:
-        """Logits (N, k): tau times the cosine to each class's centroid (Eq. 6), or what was solved for."""
+        """Logits (N, k): tau times the cosine to each class's centroid (Eq. 6), or those of a fitted linear layer."""
         return torch.cat([self._logits(chunk) for chunk in self._chunks(images)])
 
     def classify(self, images: Images | ImageSet) -> list[Label]:
@@ -65,7 +65,7 @@ class PredictedNetwork(nn.Module):
 
     @property
     def _dtype(self) -> torch.dtype:
-        """Of the body: another one after `half()`, `bfloat16()` or `double()`."""
+        """The body's dtype, which `half()`, `bfloat16()` and `double()` change."""
         return next(self.body.parameters()).dtype
 
     @torch.no_grad()
@@ -81,24 +81,24 @@ class PredictedNetwork(nn.Module):
             yield normalize(pixels.to(self.mean.device), self.mean.float(), self.std.float()).to(self._dtype)
 
     def target_state_dict(self) -> dict[str, Tensor]:
-        """The state dict of the plain target network, running statistics and layers' versions included."""
+        """The state dict of the plain target network, with running statistics and the versions of its layers."""
         return self.body.state_dict()
 
     def save(self, path: str | Path) -> None:
-        """Write the plain target's tensors, the classifier's and the card as .safetensors."""
+        """Write the tensors of the target and of the classifier, and the card, as .safetensors."""
         write_tensors(Path(path), {**self.target_state_dict(), **self.classifier.state_dict()}, self.card)
 
     def export(self, path: str | Path) -> None:
-        """Write for use without this library, by suffix: .onnx, .pt2 or .safetensors (`pudnet.export`)."""
-        from pudnet.export import export  # here: ONNX is needed for this alone
+        """Write the network for use without this library, as .onnx, .pt2 or .safetensors (`pudnet.export`)."""
+        from pudnet.export import export  # here: only an export needs ONNX
 
         export(self.body, self.classifier, self.card, Path(path))
 
     @classmethod
     def load(cls, path: str | Path, target: str | nn.Module | None = None) -> PredictedNetwork:
-        """Read a network that `save` wrote; `UserError` for another file.
+        """Read a network that `save` wrote; `UserError` for any other file.
 
-        `path` may be a URI, and a `target` may be needed, as for `Predictor.load`.
+        As in `Predictor.load`, `path` may be a URI, and a network of your own must be given as `target`.
         """
         tensors, card = read_tensors(local_file(path))
         if card.kind != "network":
@@ -111,7 +111,7 @@ class PredictedNetwork(nn.Module):
 
 
 class Classifier:
-    """A network in eval mode and a rule that turns its features into logits: what other methods make of a group."""
+    """A network in eval mode and a rule from features to logits: what a baseline makes from a group."""
 
     def __init__(self, body: nn.Module, rule: Callable[[Tensor], Tensor]) -> None:
         self.body, self.rule = body, rule

@@ -14,10 +14,10 @@ from pudnet.ridge import at_least_fp32
 
 
 def consistency(full: Tensor, metric: Tensor, columns: Tensor) -> Tensor:
-    """L3, Eq. 9: KL(q || p) (...), q from the full head's logits (..., N, K), p from the metric's (..., N, k).
+    """L3, Eq. 9: KL(q || p) (...), with q from the full head's logits (..., N, K), p from the metric's (..., N, k).
 
-    The k metric logits take the group's `columns` (..., k) of the K and the rest are zeros, *before* the softmax
-    (A.2 pads logits; padded probabilities would make the divergence infinite).
+    The k metric logits are placed in the group's `columns` (..., k) of the K, with zeros elsewhere, *before* the
+    softmax (A.2 pads logits; padding probabilities with zeros would make the divergence infinite).
     """
     padded = torch.zeros_like(full).scatter(-1, columns.unsqueeze(-2).expand_as(metric), metric)
     each = F.kl_div(F.log_softmax(padded, -1), F.log_softmax(full, -1), log_target=True, reduction="none")
@@ -25,40 +25,40 @@ def consistency(full: Tensor, metric: Tensor, columns: Tensor) -> Tensor:
 
 
 def cross_entropy(logits: Tensor, truth: Tensor) -> Tensor:
-    """Each group's mean cross-entropy: logits (..., N, k), truth (N,), of all groups, or (..., N) -> (...)."""
+    """Mean cross-entropy of each group: logits (..., N, k), truth (..., N) or, common to all groups, (N,) -> (...)."""
     truth = truth.expand(logits.shape[:-1])
     each = F.cross_entropy(logits.flatten(0, -2), truth.flatten(), reduction="none")
     return each.view_as(truth).mean(-1)
 
 
 def accuracy(logits: Tensor, truth: Tensor) -> Tensor:
-    """Each group's share of images that are classified right: shapes as of `cross_entropy`."""
+    """Each group's share of correctly classified images; shapes as in `cross_entropy`."""
     return (logits.argmax(-1) == truth).float().mean(-1)
 
 
 def in_blocks(classes: int, images: int, device: torch.device) -> Tensor:
-    """The labels (k n,) of k blocks of n images of one class."""
+    """Labels (k n,) of images ordered by class: k blocks of n images."""
     return torch.arange(classes, device=device).repeat_interleave(images)
 
 
 @dataclass(frozen=True)
 class Losses:
-    """What groups cost, a value a group: tensors (...), on the device, `total` with its gradient."""
+    """The losses of some groups, one value for each: tensors (...) on the device. Only `total` has a gradient."""
 
     total: Tensor  # Eq. 10
     metric: Tensor  # L1
     full: Tensor  # L2
     kl: Tensor  # L3
-    accuracy: Tensor  # of the metric classifier, on the group's queries
+    accuracy: Tensor  # the metric classifier's, on the group's queries
 
 
 class Objective(nn.Module):
     """L_total = L1 + L2 + L3 (Eq. 10) of a group's features, with the full head Q of Eq. 8.
 
-    The first `support_per_class` images of each class are the support set that gives the centroids; the
-    others are the queries that L1 and L3 are of (Eq. 7 and 9 sum over all images; a support image would be
-    compared with a centroid that it is part of). L2, which needs no support, is of all images. A model that solves
-    for its classifier does so from all images that are no queries, and gives the logits in place of Eq. 6.
+    The first `support_per_class` images of each class are the support set and give the centroids. The others are
+    the queries, over which L1 and L3 are computed (Eq. 7 and 9 sum over all images, but then a support image would be
+    compared with a centroid that it is part of). L2 needs no support set and uses all images. If the model classifies
+    by ridge regression, that is fitted to all images but the queries, and its logits replace Eq. 6.
     """
 
     def __init__(self, config: TrainConfig, feature_size: int, train_classes: int) -> None:
@@ -69,11 +69,11 @@ class Objective(nn.Module):
         self.temperature = nn.Parameter(tau) if config.learn_temperature else tau.item()
 
     def forward(self, features: Tensor, columns: Tensor, seen: int = 0, regression: Regression | None = None) -> Losses:
-        """Features (..., k * n, d) in blocks of n images a class; `columns` (..., k) are the classes in 0..K-1.
+        """Losses (...) of features (..., k * n, d), n images for each of k classes in turn.
 
-        Leading dimensions are groups, all at once: what each costs (...). Of the first `seen` images of each class the
-        labels made the weights, so that they are no queries. `regression` is the model's own way to classify, where
-        it has one.
+        `columns` (..., k) are the classes' numbers among all training classes, 0..K-1. Leading dimensions are groups.
+        The labels of the first `seen` images of each class were used to make the weights, so these images are not
+        queries. `regression` replaces the centroids where the model has one.
         """
         k, seen = columns.shape[-1], max(seen, self.config.support_per_class)
         blocks = at_least_fp32(features).unflatten(-2, (k, -1))  # (..., k, n, d)
@@ -90,7 +90,7 @@ class Objective(nn.Module):
         return Losses(total, *(x.detach() for x in (loss, full_loss, kl)), accuracy(metric, labels))
 
     def _metric(self, blocks: Tensor, seen: int, regression: Regression | None) -> Tensor:
-        """Logits (..., Q, k) of the queries, those after the first `seen` of each class."""
+        """Logits (..., Q, k) of the queries, which come after the first `seen` images of each class."""
         k, queries = blocks.shape[-3], blocks[..., seen:, :].flatten(-3, -2)
         if regression is None:
             support = blocks[..., : self.config.support_per_class, :].mean(-2)
@@ -99,11 +99,11 @@ class Objective(nn.Module):
         return regression(queries, support, in_blocks(k, seen, blocks.device), k)
 
     def _consistency(self, full: Tensor, metric: Tensor, columns: Tensor) -> Tensor:
-        """L3, with the side that is not to learn from it held fixed.
+        """L3, with the gradient stopped at the classifier that does not learn from it.
 
-        The paper does not say which learns. If the metric classifier does, a full head that knows nothing yet
+        The paper does not say which classifier learns. If the metric classifier does, an untrained full head
         (q uniform over all K classes) pulls its k logits to zero: on CIFAR-100, accuracy on validation groups
-        stays where 100 groups leave it. So the full head learns from the metric classifier, by default.
+        does not rise after the first 100 groups. So by default the full head learns from the metric classifier.
         """
         teaches = self.config.kl_teaches
         full = full.detach() if teaches == "metric" else full

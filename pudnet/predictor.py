@@ -1,4 +1,4 @@
-"""From labelled images to a network that classifies them: sketch, weights, calibration, centroids."""
+"""Predicts a network from labelled images, in four steps: sketch, weights, calibration, classifier."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ from pudnet.targets import Calibrator, Target, Weights, own_weights, target_name
 if TYPE_CHECKING:
     from pudnet.finetune import FineTuned
 
-AT_ONCE = 100  # that may pass whatever their size; more where they are small
-WEIGHTS_AT_A_TIME, GROUPS_AT_A_TIME = 2**26, 100
+AT_ONCE = 100  # images that go through the network in one batch whatever their size; small ones: more
+WEIGHTS_AT_A_TIME, GROUPS_AT_A_TIME = 2**26, 100  # limits of one pass of the hypernetwork over several groups
 
 
 def _columns(labels: Tensor) -> Tensor:
-    """Labels (N,) as 0..k-1 of those classes alone that occur."""
+    """Renumber labels (N,) to 0..k-1, where k counts the classes that occur."""
     return labels.unique(return_inverse=True)[1]
 
 
 class Streamed:
-    """Normalised images by their row, read when they are asked for: more than fit in memory can be adapted to."""
+    """Normalised images that are read from disk when indexed, so that a group may be larger than memory."""
 
     def __init__(self, images: ImageSet, rows: Tensor, mean: Tensor, std: Tensor) -> None:
         self.images, self.rows, self.mean, self.std = images, rows, mean, std
@@ -53,16 +53,18 @@ class Streamed:
 
 
 class Predictor:
-    """A trained hypernetwork (or a control) and all it takes to use it on new images.
+    """A trained hypernetwork (or a control), ready to predict networks for new images.
 
-    `predict` is the one call; its steps stand alone, on normalised images, for evaluation and timing. The sketch
-    and BatchNorm's statistics are averages, and a part of a group's images is enough for them: `sketch_images`
-    (None: as many as the model was made for) and `calibration_images` (None: 50; where labels enter the sketch those
-    that it is of, also when that changes) are how many, spread evenly over its classes; the first
-    `support_per_class` of each class make its centroid, and where those are more than 50, but may pass at once, they
-    are the ones that calibrate.
-    Statistics are taken in bf16 where the device has it; the network itself is fp32, as it is exported. On a
-    CPU the process keeps the memory that it frees (`keep_freed_memory`).
+    `predict` does everything. Evaluation and timing call its steps one by one, on normalised images. Each step
+    needs only some of a group's images:
+
+    - The sketch averages over `sketch_images` images, spread evenly over the classes. None: as many as in training.
+    - BatchNorm's statistics come from `calibration_images` images, spread likewise. None: 50, or the support set if
+      it is larger and fits in one batch; for a class-aware model (labels enter its sketch), the sketch's images.
+    - The first `support_per_class` images of each class are the support set, from which the classifier is made.
+
+    The calibration pass runs in bf16 where the device supports it; the predicted network itself is fp32. On a CPU
+    the process keeps the memory that it frees (`keep_freed_memory`).
     """
 
     def __init__(
@@ -74,7 +76,7 @@ class Predictor:
         calibration_images: int | None = None,
     ) -> None:
         self.model, self.card, self.target = model.eval(), card, target
-        hypernetwork = isinstance(model, PudNet)  # and not a trunk of a control or baseline
+        hypernetwork = isinstance(model, PudNet)  # else the trunk of a control or baseline
         self.class_aware = hypernetwork and model.class_aware
         self.regression = model.regression if hypernetwork else None
         own = model.config.sketch_images if hypernetwork else CALIBRATION_IMAGES
@@ -92,7 +94,7 @@ class Predictor:
 
     @property
     def calibration_images(self) -> int:
-        """How many images BatchNorm's statistics are of, unless a larger support set gives them."""
+        """How many images BatchNorm is calibrated on, unless a larger support set replaces them."""
         if self._calibration_images is not None:
             return self._calibration_images
         return self.sketch_images if self.class_aware else CALIBRATION_IMAGES
@@ -107,14 +109,15 @@ class Predictor:
     ) -> Predictor:
         """Read a trained model from a .safetensors file; `UserError` for anything else. Nothing is unpickled.
 
-        `path` is also the name of a model that ships with the project (`cifar100-convnet3`), or a URI: an MLflow
-        run's (`runs:/ID/model`) or a registered model's (`models:/pudnet-fashion-convnet3/1`). A model of a
-        network of your own needs that network again, as `target`: no file says what to import.
+        Instead of a file, `path` may name a model that ships with the project (`cifar100-convnet3`), or be the URI of
+        an MLflow run (`runs:/ID/model`) or registered model (`models:/pudnet-fashion-convnet3/1`). If the model was
+        trained for a network of your own, pass that network as `target`, since a file must not decide what code is
+        imported.
         """
         tensors, card = read_tensors(local_file(path))
         if card.kind not in ("pudnet", "static_trunk"):
             raise UserError(f"{path}: holds a {card.kind}, not a trained model")
-        with torch.random.fork_rng(devices=[]):  # the caller's random numbers are the caller's
+        with torch.random.fork_rng(devices=[]):  # leave the caller's random state as it was
             predictor = cls.from_card(card, target, device)
         loaded(predictor.model, tensors, path)
         return predictor
@@ -127,7 +130,7 @@ class Predictor:
         half, name = (0.5,) * channels, target_name(target)
         config, _ = apply_variant(variant, ModelConfig(extractor=default_extractor(name)), TrainConfig())
         card = Card("pudnet", name, channels, image_size, half, half, 10.0, 10, asdict(config))
-        with torch.random.fork_rng():  # the caller's random numbers are the caller's
+        with torch.random.fork_rng():  # leave the caller's random state as it was
             torch.manual_seed(seed)
             return cls.from_card(card, target)
 
@@ -135,7 +138,7 @@ class Predictor:
     def from_card(
         cls, card: Card, target: str | nn.Module | None = None, device: str | torch.device = "cpu"
     ) -> Predictor:
-        """The untrained model that a card describes. Raises `UserError` for a card that describes none."""
+        """Build the untrained model that a card describes. Raises `UserError` if the card describes no model."""
         model, built = build_model(card, target)
         try:
             model.to(device)
@@ -150,13 +153,13 @@ class Predictor:
     def predict(self, images: Images | ImageSet, labels: Sequence | Pixels | None = None) -> PredictedNetwork:
         """Predict a network for labelled images, in one forward pass of the hypernetwork.
 
-        Images are uint8 (N, H, W, C) or float (N, C, H, W) in 0..1, a list of images, a Dataset or DataLoader or
-        a folder with a subfolder a class (`pudnet.data.own.image_set`), of any size; labels (N,) of any type, where the
-        images do not bring theirs. The first `support_per_class` images of each class give its centroid, or all that
-        are looked at a layer that is solved for.
+        Images, of any size, are a uint8 array (N, H, W, C), a float array (N, C, H, W) in 0..1, a list of images, a
+        Dataset, a DataLoader, or a folder with one subfolder for each class (`pudnet.data.own.image_set`). Labels (N,)
+        are of any type; leave them out if the images come with labels. The classifier has each class's centroid, from
+        its first `support_per_class` images, or (PudNet+) is a linear layer fitted to all images that are used.
 
         Raises:
-            UserError: for unfit input, in one line.
+            UserError: if the input cannot be used; the message is one line.
         """
         return self.predict_many([(images, labels)])[0]
 
@@ -169,15 +172,15 @@ class Predictor:
         held_out: float = 0.2,
         learning_rate: float = 3e-3,
     ) -> FineTuned:
-        """Train a predicted network on labelled images, beside the same from random weights (`pudnet.finetune`)."""
-        from pudnet.finetune import finetune  # here: it needs the baselines, which need this
+        """Train a predicted network on labelled images, and for comparison from random weights (`pudnet.finetune`)."""
+        from pudnet.finetune import finetune  # here: a prediction does not need it
 
         return finetune(network, images, labels, epochs, held_out, learning_rate)
 
     def predict_many(
         self, groups: Sequence[tuple[Images | ImageSet, Sequence | Pixels | None]]
     ) -> list[PredictedNetwork]:
-        """`predict` for each of several groups; the hypernetwork runs once for up to 100, of 64 M weights."""
+        """`predict` for several groups. One pass of the hypernetwork serves up to 100 groups and 64 M weights."""
         networks, batch = [], max(1, min(GROUPS_AT_A_TIME, WEIGHTS_AT_A_TIME // self.target.predicted))
         for first in range(0, len(groups), batch):
             part = groups[first : first + batch]
@@ -191,7 +194,7 @@ class Predictor:
         return networks
 
     def _one_by_one(self, groups: Sequence[tuple]) -> list[PredictedNetwork]:
-        """Where labels enter the sketch: it is as long as its group has classes."""
+        """For a class-aware model: its sketches differ in length with the number of classes, so they do not stack."""
         return [self.adapt(*group) for group in groups]
 
     def _together(self, groups: Sequence[tuple]) -> list[PredictedNetwork]:
@@ -203,19 +206,19 @@ class Predictor:
     def _prepare(
         self, images: Images | ImageSet, labels: Sequence | Pixels | None, seen: dict[int, str]
     ) -> tuple[Tensor | Streamed, Tensor, tuple]:
-        """What a prediction looks at: normalised images (N, C, H, W), labels (N,) and the k classes.
+        """Pick the images that a prediction uses: normalised (N, C, H, W), their labels (N,), and the k classes.
 
-        `seen` gets the checksum of each image, as it is read.
+        `seen` collects the checksum of each image as it is read.
         """
         own, encoded, classes = labelled_set(images, labels, self.card)
         rows = self.rows(encoded)
         looked_at = Streamed(noting(own, seen), rows, self.mean, self.std)
         if len(rows) <= images_at_a_time(self.card.image_size):
-            looked_at = looked_at[torch.arange(len(rows))]  # each is read once
+            looked_at = looked_at[torch.arange(len(rows))]  # few enough for memory: read each once
         return looked_at, encoded[rows].to(self.device), classes
 
     def rows(self, labels: Tensor) -> Tensor:
-        """Rows of the images that a prediction looks at, for labels (N,) in 0..k-1."""
+        """Rows of the images that a prediction uses, for labels (N,) in 0..k-1."""
         for name in ("sketch_images", "calibration_images", "support_per_class"):
             if not isinstance(value := getattr(self, name), int) or value < 1:
                 raise UserError(f"{name}: must be an integer of at least 1, got {value!r}")
@@ -232,14 +235,14 @@ class Predictor:
         sketch: Tensor | None = None,
         mark: Callable[[], None] = lambda: None,
     ) -> PredictedNetwork:
-        """`predict` on normalised images (N, C, H, W) and labels (N,) in 0..k-1; a given sketch replaces theirs.
+        """`predict` on normalised images (N, C, H, W) and labels (N,) in 0..k-1; a given `sketch` replaces their own.
 
-        `mark` is called when the sketch is there, and when the weights are. Where class filters are all that is
-        predicted, and of the images that calibrate, one pass of those gives both: the filters are solved for when it
-        comes to their layer.
+        For timing, `mark` is called once after the sketch and once after the weights. If the model predicts nothing
+        but class filters, and solves them on the images that calibrate BatchNorm, one pass does both: it solves the
+        filters when it reaches their layer, and then goes on with them.
         """
-        alone = self.class_aware and not self.model.config.change
-        if sketch is None and alone and self.sketch_images == self.calibration_images:
+        only_filters = self.class_aware and not self.model.config.change
+        if sketch is None and only_filters and self.sketch_images == self.calibration_images:
             writes = {self.model.filters.conv.name: partial(self._class_kernels, labels, mark)}
             return self.network(self.model.base_weights(), images, labels, classes, writes)
         if sketch is None:
@@ -250,7 +253,7 @@ class Predictor:
         return self.network(weights, images, labels, classes)
 
     def _class_kernels(self, labels: Tensor, mark: Callable[[], None], maps: Tensor) -> Tensor:
-        """The weight of the layer that has class filters, from what it is given for the images that calibrate."""
+        """The weight of the layer with class filters, solved from its input maps for the calibration images."""
         mark()
         filters, own = self.model.filters, _columns(labels[self.calibration_rows(labels)])
         with torch.autocast(self.device.type, enabled=False):
@@ -263,7 +266,7 @@ class Predictor:
     def sketch(self, images: Tensor | Streamed, labels: Tensor) -> Tensor:
         """The sketch of a group, from `sketch_images` of its normalised images (N, C, H, W) and their labels (N,).
 
-        In fp32: to cast the extractor's weights would cost more than so few images save.
+        In fp32: for so few images, casting the extractor's weights to bf16 costs more than it saves.
         """
         with torch.autocast(self.device.type, enabled=False):
             rows = spread_rows(labels, self.sketch_images)
@@ -278,9 +281,9 @@ class Predictor:
         classes: tuple,
         writes: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
     ) -> PredictedNetwork:
-        """Weights -> a network in eval mode: BatchNorm calibrated, a classifier from the support images.
+        """Weights -> a network in eval mode, with BatchNorm calibrated and a classifier made from the support set.
 
-        `writes` are those that are made in passing (`Calibrator`).
+        `writes` gives the weights that are computed only during the calibration pass (`Calibrator`).
         """
         body, features, own = self.support(weights, images, labels, writes)
         card = self.network_card(classes, labels, len(own))
@@ -291,20 +294,23 @@ class Predictor:
         return first_rows(labels, self._support_count(labels))
 
     def _support_count(self, labels: Tensor) -> int:
-        """Images of each class in the support set. A classifier that is solved for is of all that are looked at."""
+        """Images of each class in the support set. Ridge regression uses all labelled images of the prediction."""
         if self.regression is None:
             return self.support_per_class
         return max(self.support_per_class, self._labelled(labels))
 
     def _labelled(self, labels: Tensor) -> int:
-        """Images of a class whose labels enter the sketch, at most."""
+        """How many images of a class, at most, enter the sketch with their labels."""
         if not self.class_aware:
             return 0
         counts = labels.bincount()
         return min(math.ceil(self.sketch_images / len(counts)), int(counts.max()))
 
     def calibration_rows(self, labels: Tensor) -> Tensor:
-        """Rows of the images that calibrate BatchNorm. One pass gives the features of a support set that they hold."""
+        """Rows of the images that calibrate BatchNorm.
+
+        If they include the support set, the calibration pass also gives its features, so no second pass is needed.
+        """
         rows = spread_rows(labels, self.calibration_images)
         if self._calibration_images is None and not self.class_aware:
             support = self.support_rows(labels)
@@ -320,7 +326,7 @@ class Predictor:
         labels: Tensor,
         writes: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
     ) -> tuple[nn.Module, Tensor, Tensor]:
-        """Weights -> a calibrated network in eval mode, and the support set's features (S, d) and labels (S,)."""
+        """Weights -> a calibrated network in eval mode, with the support set's features (S, d) and labels (S,)."""
         chosen = self.calibration_rows(labels)
         body, features = self.calibrate(weights, images[chosen], writes)
         support = self.support_rows(labels)
@@ -335,7 +341,7 @@ class Predictor:
         return body, features[rows], labels[chosen][rows]
 
     def network_card(self, classes: tuple, labels: Tensor, support_images: int) -> Card:
-        """The card of a network that this model predicted for a group of labels (N,)."""
+        """The card of a network that this model predicted for a group with labels (N,)."""
         looked_at = {
             "sketch_images": len(spread_rows(labels, self.sketch_images)),
             "calibration_images": len(self.calibration_rows(labels)),
@@ -356,9 +362,9 @@ class Predictor:
 
 
 def build_model(card: Card, target: str | nn.Module | None = None) -> tuple[PudNet | StaticTrunk, Target]:
-    """The untrained model that a card describes, and its target.
+    """Build the untrained model that a card describes, and its target network.
 
-    Raises `UserError` for a card that describes none, or whose target it takes a `target` to know.
+    Raises `UserError` if the card describes no model, or if its target is a user's own network and `target` is missing.
     """
     built = card_target(card, target)
     if card.kind == "static_trunk":

@@ -1,4 +1,4 @@
-"""Ridge regression in closed form, differentiable, of the smaller of its two systems; several groups' at once."""
+"""Ridge regression in closed form: differentiable, and for several groups at once."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 def ridge_weights(x: Tensor, y: Tensor, ridge: Tensor | float) -> Tensor:
     r"""Least squares from x (..., N, p) to y (..., N, k) with penalty lambda: weights (..., k, p).
 
-    :math:`R = Y^T (X X^T + \lambda I)^{-1} X`, an N x N system; where rows are more than values, the equal
-    p x p one.
+    :math:`R = Y^T (X X^T + \lambda I)^{-1} X` solves an N x N system. If N > p, the smaller p x p system is solved,
+    which gives the same weights.
     """
     if x.shape[-2] <= x.shape[-1]:
         return _solve(x @ x.mT, ridge, y).mT @ x
@@ -20,25 +20,28 @@ def ridge_weights(x: Tensor, y: Tensor, ridge: Tensor | float) -> Tensor:
 
 
 def _solve(gram: Tensor, ridge: Tensor | float, right: Tensor) -> Tensor:
-    """(gram + ridge I)^-1 right, of systems (..., n, n) and right sides (..., n, k)."""
+    """(gram + ridge I)^-1 right, for systems `gram` (..., n, n) and right sides (..., n, k)."""
     added = ridge * torch.eye(gram.shape[-1], device=gram.device)
     factor, failed = torch.linalg.cholesky_ex(gram + added)
-    factor = factor.masked_fill(failed.bool()[..., None, None], math.nan)  # for training's guard, as any other loss
+    factor = factor.masked_fill(failed.bool()[..., None, None], math.nan)  # the trainer recovers from NaN losses
     return torch.cholesky_solve(right, factor)
 
 
 def one_hot(labels: Tensor, classes: int) -> Tensor:
-    """Labels (N,) in 0..k-1 -> (N, k) in fp32. Unlike `F.one_hot` it does not look whether they are, and wait."""
+    """Labels (N,) in 0..k-1 -> (N, k) in fp32. Unlike `F.one_hot` it checks no values, so it never waits for a GPU."""
     return (labels.unsqueeze(-1) == torch.arange(classes, device=labels.device)).float()
 
 
 def at_least_fp32(values: Tensor) -> Tensor:
-    """What autocast has made bf16 in fp32 again, which double precision, asked for by the caller, is left aside."""
+    """Convert bf16 values, which autocast gives, to fp32. Values that the caller chose to have in fp64 stay so."""
     return values if values.dtype == torch.float64 else values.float()
 
 
 def normalized_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows (..., N, p) about their mean (..., 1, p) and over their root mean square norm (..., 1, 1); mean and norm."""
+    """Subtract from rows (..., N, p) their mean (..., 1, p), divide by their root mean square norm (..., 1, 1).
+
+    Returns the rows, the mean and the norm.
+    """
     mean = x.mean(-2, keepdim=True)
     x = x - mean
     norm = x.square().sum(-1, keepdim=True).mean(-2, keepdim=True).clamp_min(1e-12).sqrt()

@@ -1,4 +1,4 @@
-"""Training from scratch on the group itself, by Adam, or by Adam with gradient centralization."""
+"""Training from scratch on one group, by Adam or by Adam with gradient centralization."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from pudnet.targets import Target, calibrate
 
 @dataclass(frozen=True, config=STRICT)
 class ScratchConfig:
-    """A training run as one would set it up for a few hundred images and so many epochs.
+    """A training run as one would set it up for a few hundred images.
 
-    The learning rate rises linearly over `warm_up` of the steps and falls linearly to zero over the rest, whatever
-    `epochs` is: a run of 5 epochs is not the beginning of a run of 50. `batch`: small, for many steps an epoch.
-    `augment`: none, random shifts by up to an eighth of the image (reflected at its border), or shifts and mirrored
-    images. `weight_decay` is decoupled (AdamW's). `centralize`: what GC centralises (`scratch_gc` only).
+    The learning rate rises linearly over the share `warm_up` of all steps and falls linearly to zero over the rest, so
+    a run of 5 epochs is not the beginning of a run of 50. `batch` is small, for many steps in each epoch. `augment`:
+    none, random shifts by up to an eighth of the image (reflected at its border), or shifts and mirror images.
+    `weight_decay` is decoupled (AdamW's). `centralize`: what GC centralises (`scratch_gc` only).
     """
 
     epochs: Positive = 50
@@ -42,17 +42,17 @@ class ScratchConfig:
 
 
 class Scratch:
-    """The target, He-initialised, with a linear head, trained on all images of the group. Nothing to fit before.
+    """The He-initialised target with a linear head, trained on all images of the group and on nothing else.
 
-    BatchNorm is under the same rule as everywhere: batch statistics in training, and at the end running
-    statistics of the group's images.
+    BatchNorm is treated as in every method: it uses batch statistics in training, and is calibrated on the group's
+    images at the end.
     """
 
     def __init__(
         self, config: ScratchConfig, target: Target, device: torch.device, bf16: bool, gc: bool, compiled: bool = False
     ) -> None:
         self.config, self.target, self.device, self.bf16, self.gc = config, target, device, bf16, gc
-        self.compiled = compiled  # on a CPU: where many are trained, `compiling_pays`
+        self.compiled = compiled  # on a CPU: pays off if many networks are trained (`compiling_pays`)
         if device.type == "cpu":
             keep_freed_memory()
 
@@ -83,7 +83,7 @@ def train(
     gc: bool = False,
     after_epoch: Callable[[int, float], None] = lambda epoch, loss: None,
 ) -> None:
-    """All epochs of one run, in place; `after_epoch` hears the number of each, from 1, and its mean loss."""
+    """Train a network in place. `after_epoch` is called with each epoch's number, from 1, and its mean loss."""
     optimizer = torch.optim.AdamW(
         network.parameters(), config.learning_rate, weight_decay=config.weight_decay, fused=True
     )
@@ -97,7 +97,7 @@ def train(
 
 
 def scratch_network(target: Target, classes: int, device: torch.device, compiled: bool = False) -> nn.Sequential:
-    """The plain target, He-initialised anew, and a linear head. Compiled layers keep no running statistics."""
+    """The plain target, newly He-initialised, with a linear head. Compiled layers keep no running statistics."""
     body = copy.deepcopy(target.network)
     for module in body.modules():
         if isinstance(module, nn.Conv2d):
@@ -118,9 +118,9 @@ def train_epoch(
     bf16: bool,
     schedule: torch.optim.lr_scheduler.LRScheduler | None = None,
 ) -> float:
-    """One epoch of cross-entropy over shuffled batches of one size, `batch` or a little less; its mean loss.
+    """Train for one epoch on shuffled batches of equal size, at most `batch` -> the mean cross-entropy.
 
-    Without autocast's cache, which keeps the weights that it has cast although the step changes them.
+    Autocast's cache is off, because it would keep casts of weights that the step has changed since.
     """
     network.train()
     total = torch.zeros((), device=images.device)
@@ -141,13 +141,13 @@ def train_epoch(
 
 
 def one_cycle(step: int, steps: int, warm_up: float) -> float:
-    """The learning rate's factor at a step: up linearly over `warm_up` of the steps, then down to zero."""
+    """The factor of the learning rate at a step: rises linearly over `warm_up` of the steps, then falls to zero."""
     rise = max(1.0, warm_up * steps)
     return min(1.0, (step + 1) / rise, max(0.0, (steps - step) / max(1.0, steps - rise)))
 
 
 def augmented(images: Tensor, how: str) -> Tensor:
-    """Images (N, C, H, W), each shifted by up to an eighth of its size, and half of them mirrored, as `how` says."""
+    """Shift each of the images (N, C, H, W) by up to an eighth of its size and mirror half of them, as `how` says."""
     if how == "none":
         return images
     n, _, height, width = images.shape
@@ -161,7 +161,7 @@ def augmented(images: Tensor, how: str) -> Tensor:
 
 
 def _shifted(n: int, size: int, reach: int, device: torch.device) -> Tensor:
-    """Which pixels (N, size) stand along an axis once it is shifted, reflected at both ends."""
+    """The pixel indices (N, size) along an axis after random shifts, reflected at both ends."""
     shift = torch.randint(-reach, reach + 1, (n, 1), device=device)
     pixels = (torch.arange(size, device=device) + shift).abs()
     return torch.where(pixels < size, pixels, 2 * (size - 1) - pixels)

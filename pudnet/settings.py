@@ -1,4 +1,4 @@
-"""The named protocols (section 4.1 of the paper): where groups come from, their k and n, eta and depth."""
+"""The named settings (section 4.1 of the paper): the source of images, the sizes of groups, eta and depth."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pudnet.errors import UserError
 
 @dataclass(frozen=True)
 class Setting:
-    """One protocol. Counts are the paper's own; `images_per_group` None: all images of a class, halved."""
+    """One setting, with the paper's own counts. `images_per_group` None: half of each class's images."""
 
     source: str
     image_size: int
@@ -19,7 +19,7 @@ class Setting:
     images_per_group: int | None
     train_groups: int
     test_groups: int
-    test_source: str | None = None  # inter-dataset: the whole other set, halved
+    test_source: str | None = None  # inter-dataset: one test group of half of this other set, its twin the other half
     eta: dict[str, float] = field(default_factory=lambda: {"convnet3": 0.2, "resnet18": 0.2, "resnet34": 0.2})
     depth: dict[str, int] = field(default_factory=lambda: {"convnet3": 2, "resnet18": 2, "resnet34": 2})
 
@@ -46,7 +46,7 @@ IMAGENET = replace(
 
 
 def _tested_on(setting: Setting, test_source: str) -> Setting:
-    """Inter-dataset: the same training, ten classes a group, one test group of the whole other set."""
+    """Inter-dataset: train on the same set, with ten classes in a group; test on one group of all of another set."""
     return replace(setting, test_source=test_source, classes_per_group=10, test_groups=1)
 
 
@@ -84,7 +84,7 @@ SETTINGS: dict[str, Setting] = {
 
 
 def get_setting(name: str) -> Setting:
-    """Look a setting up; `UserError` with the known names for another."""
+    """Look up a setting; for an unknown name, `UserError` lists the known ones."""
     if name not in SETTINGS:
         raise UserError(f"setting: unknown name {name!r}; known: {', '.join(SETTINGS)}")
     return SETTINGS[name]

@@ -1,4 +1,4 @@
-"""Meta-training (Algorithm 1): updates of Adam on task groups, with exact resume and a guard against NaN."""
+"""Meta-training (Algorithm 1): Adam updates on task groups, with exact resume and recovery from NaN losses."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from pudnet.objective import Losses
 
 logger = logging.getLogger(__name__)
 
-MAX_ROLLBACKS = 3  # in a row
-WARM_UP, START = 0.2, 0.04  # of a one-cycle schedule: the share in which the rate rises, and what it rises from
+MAX_ROLLBACKS = 3  # in a row, before training is given up
+WARM_UP, START = 0.2, 0.04  # one-cycle schedule: share of training in which the rate rises, and the factor at its start
 
 
 def half_cosine(done: float) -> float:
-    """From 1 at 0 to 0 at 1."""
+    """Half a cosine wave: falls from 1 at `done` = 0 to 0 at `done` = 1."""
     return (1 + math.cos(math.pi * done)) / 2
 
 
 def one_cycle(done: float) -> float:
-    """Up to 1 in the first part of a training, down to 0 in the rest."""
+    """The factor of the learning rate: rises to 1 during warm-up, then falls to 0."""
     if done < WARM_UP:
         return 1 - (1 - START) * half_cosine(done / WARM_UP)
     return half_cosine((done - WARM_UP) / (1 - WARM_UP))
@@ -42,7 +42,7 @@ def one_cycle(done: float) -> float:
 
 @dataclass(frozen=True)
 class Report:
-    """Means over the groups since the last report. Accuracy in percent."""
+    """Means over the task groups since the last report. Accuracy is in percent."""
 
     groups: int  # seen so far
     loss: float
@@ -56,14 +56,14 @@ class Report:
 
 
 class Trainer:
-    """Trains a method on a table of groups, each seen once, in the order that the method arranges them in.
+    """Trains a method once through a table of task groups, in the order that the method's `arrange` gives.
 
-    `run` yields a report every `report_every` groups; between two of them `state_dict` is a checkpoint from
-    which `load_state_dict` continues to the same weights, bit for bit on one CPU. Raises `UserError` when the
-    support set takes all images of a group.
+    `run` yields a report every `report_every` groups. Between two reports `state_dict` gives a checkpoint; training
+    that continues from it by `load_state_dict` ends with the same weights, bit for bit on one CPU. Raises `UserError`
+    if the support set would take all images of a group.
 
-    Of `workers` processes in one torch.distributed group each has a trainer of its own, alike but for its `rank`:
-    they split the groups of a step, and add up their gradients, so that all make the update that one would make.
+    With several `workers` (processes of one torch.distributed group), each process has its own trainer and `rank`. They
+    split the groups of a step and add up their gradients, so that each makes the update that one process would make.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class Trainer:
         self.table = images.beside(learner.arrange(table))
         columns = np.zeros(images.labels.max() + 1, dtype=np.int64)
         columns[list(train_classes)] = np.arange(len(train_classes))
-        self.columns = images.beside(columns[images.labels])  # of each image of the store its class among the K
+        self.columns = images.beside(columns[images.labels])  # each image's class, in 0..K-1 (training classes)
         self.learner = learner.to(self.device, memory_format=torch.channels_last)
         if self.device.type == "cpu":
             keep_freed_memory()
@@ -101,10 +101,10 @@ class Trainer:
         self.autocast = wants_bf16(config.precision, self.device)
         self.groups, self.rollbacks = 0, 0
         self._schedule()
-        self.last: Report | None = None  # the last report of finite losses
+        self.last: Report | None = None  # the last report with finite losses
 
     def run(self) -> Iterator[Report]:
-        """Train on the groups that are left. Raises `RunFailed` when the loss will not stay finite."""
+        """Train on the groups that are left. Raises `RunFailed` if the loss does not stay finite."""
         good, failures = copy.deepcopy(self.state_dict()), 0
         while self.groups < len(self.table):
             report = self._interval()
@@ -121,14 +121,14 @@ class Trainer:
                     f"{self.groups}; lower train.learning_rate or train.clip_norm"
                 )
             self._roll_back(good)
-            if at_end:  # the run is over, with the last good weights
+            if at_end:  # no groups are left: report the last good weights
                 yield replace(self.last, groups=self.groups, rollbacks=self.rollbacks)
 
     def _roll_back(self, good: dict) -> None:
-        """Back to the last good weights, but not to the groups that broke them: those are passed over."""
+        """Go back to the last good weights, but skip the groups that led to the NaN."""
         reached, rollbacks = self.groups, self.rollbacks + 1
         logger.warning(
-            "the loss was not finite before group %d; went on with the weights of group %d, past the groups between",
+            "the loss was not finite before group %d; going on with the weights of group %d, groups between skipped",
             reached,
             good["groups"],
         )
@@ -136,7 +136,7 @@ class Trainer:
         self.groups, self.rollbacks = reached, rollbacks
 
     def _interval(self) -> Report:
-        """Train until the next report. The device is waited for once, at its end."""
+        """Train until the next report. Only its end waits for the device."""
         start, begin = time.perf_counter(), self.groups
         end = min(len(self.table), (begin // self.config.report_every + 1) * self.config.report_every)
         starts = range(begin, end, self.config.groups_per_step)
@@ -157,11 +157,11 @@ class Trainer:
         )
 
     def _step(self, groups: np.ndarray | Tensor) -> Tensor:
-        """One update on groups (B, N); sums over this worker's of losses, accuracy and the gradient's norm (6,)."""
+        """One update on groups (B, N) -> losses, accuracy and gradient norm, summed over this worker's groups (6,)."""
         if self.compiled:
-            torch.compiler.cudagraph_mark_step_begin()  # what the last step's graphs gave is done with
+            torch.compiler.cudagraph_mark_step_begin()  # the last step's graph outputs may be overwritten
         own = groups[self.rank :: self.workers]
-        losses = self._losses(own) if len(own) else None  # a last step may have fewer groups than there are workers
+        losses = self._losses(own) if len(own) else None  # the last step may have fewer groups than workers
         self.optimizer.zero_grad()
         if losses:
             (losses.total.sum() / len(groups)).backward()
@@ -176,7 +176,7 @@ class Trainer:
         return torch.stack([*(part.float().sum() for part in parts), norm * len(own)])
 
     def _add_gradients(self) -> None:
-        """Add up the workers' gradients, in one message."""
+        """Add up the workers' gradients, in one all-reduce."""
         if self.workers == 1:
             return
         for parameter in self.parameters:
@@ -209,7 +209,7 @@ class Trainer:
             group["lr"] = rate
 
     def state_dict(self) -> dict:
-        """Everything that the rest of the run depends on: plain tensors and numbers."""
+        """Everything that the rest of the run depends on, as plain tensors and numbers."""
         return {
             "learner": self.learner.state_dict(),
             "optimizer": self.optimizer.state_dict(),

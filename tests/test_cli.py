@@ -183,7 +183,7 @@ CLASSIFY = "classify --weights {weights} --data {data}"
         (PREDICT + " --model {tmp}", "is a folder, not a file"),
         (PREDICT + " --model " + 300 * "x", "xxx: no such file, nor a model"),
         ("finetune --weights {weights} --data {data} --out {tmp}/o --curve {tmp}/none", "none: cannot be written"),
-        ("export --weights {weights} --out {weights}", "is the file that is exported; give another --out"),
+        ("export --weights {weights} --out {weights}", "is the file to be exported; give another --out"),
         (PREDICT + " --model {weights}", "holds a network, not a trained model"),
         (PREDICT + " --model {tmp}/text.safetensors", "text.safetensors: not a PudNet file"),
         (PREDICT + " --model {tmp}/pickle.pt", "pickle.pt: not a PudNet file"),

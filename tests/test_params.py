@@ -58,7 +58,7 @@ def test_the_check_says_how_large_the_hypernetwork_is_and_warns_of_one_too_large
     assert "writes the 1,680 weights of 4 convolutions" in capsys.readouterr().out
     raw["model"]["generator_hidden"] = 64
     check(resolve(raw))
-    assert "model.generator_hidden, now 64, is what to lower" in capsys.readouterr().err
+    assert "lower model.generator_hidden, which is 64" in capsys.readouterr().err
     raw["target"], raw["model"]["generator_hidden"] = "resnet18", 16
     check(resolve(raw))
     captured = capsys.readouterr()

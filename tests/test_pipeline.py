@@ -152,7 +152,7 @@ def test_registered_model_is_loaded_by_its_uri(repro, monkeypatch):
         found = Predictor.load(uri)
         assert found.card == expected.card
         assert_close(found.model.state_dict(), expected.model.state_dict(), rtol=0, atol=0)
-    with pytest.raises(UserError, match="models:/pudnet-digits-convnet3/9: cannot be had from sqlite:"):
+    with pytest.raises(UserError, match="models:/pudnet-digits-convnet3/9: cannot be downloaded from sqlite:"):
         Predictor.load("models:/pudnet-digits-convnet3/9")
 
 

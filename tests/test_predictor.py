@@ -350,7 +350,7 @@ def test_bad_file_is_named(kind, write, message, predictor, network, tmp_path):
     ("change", "message"),
     [
         ({"std": (0.5, 0.0, 0.5)}, "card.std.1: input should be greater than 0"),
-        ({"mean": (0.5, 0.5)}, "card.*mean and std must have a value a channel"),
+        ({"mean": (0.5, 0.5)}, "card.*mean and std must have one value for each channel"),
         ({"temperature": float("nan")}, "card.temperature"),
         ({"classes": (1, "1")}, "card.*two classes have the same name"),
     ],

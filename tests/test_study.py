@@ -218,7 +218,7 @@ def test_a_baseline_beside_a_variant_is_trained_as_it_is_and_given_as_many_label
         ({"rows": {}}, "rows: "),
         (
             {"rows": {"static trunk": {}, "Static-trunk!": {"variant": "pudnet_plus"}}},
-            "rows.static trunk: needs letters",
+            "rows.static trunk: its letters and digits must differ",
         ),
         ({"rows": {"static trunk": {}, "same": {}}}, "rows.same: stands twice"),
         ({"columns": {"a": {"setting": "digits"}, "b": {"setting": "digits"}}}, "columns.b: stands twice"),

@@ -1,1 +1,1 @@
-"""The report: its page, its figures, and the paper's own figures beside them."""
+"""The report: its page, its pictures, and the paper's results beside ours."""

@@ -1,7 +1,7 @@
-"""The report's pictures: one function a picture, each returns a matplotlib Figure and keeps no state.
+"""The report's pictures: one function for each, which returns a matplotlib Figure and keeps no state.
 
-A Figure is drawn in the light scheme's colours. `to_svg` turns each of them into a CSS variable of the page, so
-that one picture serves the light and the dark scheme; `to_png` leaves them as they are.
+A Figure is drawn in the colours of the light scheme. `to_svg` replaces each colour by a CSS variable of the page, so
+that one picture serves both the light and the dark scheme; `to_png` keeps the colours.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from matplotlib.ticker import MaxNLocator, NullFormatter, StrMethodFormatter
 
 from pipeline.reporting.results import Race
 
-# CSS variable -> (light, dark). `s…`: one a method; `d…`: in order, for depths.
+# CSS variable -> (light, dark). `s…`: one for each method; `d…`: an ordered scale, for depths.
 PALETTE = {
     "ink": ("#1b1f24", "#e8eaed"),
     "soft": ("#5d6570", "#9ba3ae"),
@@ -72,12 +72,12 @@ STYLE = {
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure of a size in pixels as the page shows it: an SVG has 72 of them to the inch."""
+    """An empty figure, with its size in the page's pixels, of which an SVG has 72 to the inch."""
     return Figure(figsize=(width / 72, height / 72), layout="constrained")
 
 
 def series_colors(methods: Sequence[str]) -> dict[str, str]:
-    """A palette name for each method, by its place in the list."""
+    """A palette name for each method, by its position in the list."""
     return {method: SERIES[i % len(SERIES)] for i, method in enumerate(methods)}
 
 
@@ -85,10 +85,10 @@ def series_colors(methods: Sequence[str]) -> dict[str, str]:
 def search_figure(
     search: pd.DataFrame, best: Mapping[int, Mapping[str, Any]], across: str, lines: str | None
 ) -> Figure:
-    """Draw validation accuracy (%) over the knob `across`: a thick line a value of the knob `lines`.
+    """Draw validation accuracy (%) over the searched key `across`, with a line for each value of the key `lines`.
 
-    A thick line is the mean over splits, a thin one a split; with one split, bars are its 95% intervals. Other
-    searched knobs are maximised over. A ring marks each split's choice in `best`.
+    A thick line is the mean over splits, thin lines are the splits; with one split, bars are 95% intervals. Over other
+    searched keys the best accuracy is shown. A ring marks each split's choice in `best`.
     """
     figure = new_figure(560, 310)
     axes = figure.subplots()
@@ -109,7 +109,7 @@ def search_figure(
 
 
 def _search_line(axes: Axes, trials: pd.DataFrame, across: str, label: str, color: str, marker: str) -> None:
-    """The mean over splits of some trials, and what the mean hides."""
+    """Draw the mean over splits of some trials, and the splits themselves (or, with one split, its intervals)."""
     mean = trials.groupby(across)["accuracy"].mean()
     axes.plot(mean.index, mean, marker=marker, ms=5, color=color, label=label)
     if trials["split_seed"].nunique() == 1:
@@ -122,10 +122,10 @@ def _search_line(axes: Axes, trials: pd.DataFrame, across: str, label: str, colo
 
 @matplotlib.rc_context(STYLE)
 def curve_figure(curves: pd.DataFrame, column: str, title: str, colors: Mapping[str, str]) -> Figure:
-    """Draw one training quantity over the groups seen, a line a method and split.
+    """Draw one training quantity over the groups seen, with a line for each method and split.
 
-    A line is a running mean over a twentieth of the training: one group's loss says little. A method that has
-    no such loss, zero throughout, has no line.
+    A line is a running mean over a twentieth of the training, since one group's loss says little. A method whose
+    values are all zero, because it has no such loss, gets no line.
     """
     figure = new_figure(330, 220)
     axes = figure.subplots()
@@ -146,9 +146,9 @@ def curve_figure(curves: pd.DataFrame, column: str, title: str, colors: Mapping[
 def distribution_figure(
     histogram: pd.DataFrame, means: Mapping[str, float], labels: Mapping[str, str], colors: Mapping[str, str]
 ) -> Figure:
-    """Draw how the test groups' accuracies (%) spread: a histogram a method on a shared axis, a line at its mean.
+    """Draw how the test groups' accuracies (%) spread: for each method a histogram, with a line at the mean.
 
-    `histogram` has the columns method, accuracy (the bin's centre, at least two) and groups.
+    `histogram` has the columns method, accuracy (the centre of a bin; at least two bins) and groups.
     """
     methods = [method for method in labels if method in means]
     figure = new_figure(560, 40 + 56 * len(methods))
@@ -169,7 +169,7 @@ def distribution_figure(
 
 @matplotlib.rc_context(STYLE)
 def race_figure(race: Race, labels: Mapping[str, str]) -> Figure:
-    """Draw accuracy (%) over the seconds that it takes for a test group: PudNet a point, training from scratch curves.
+    """Draw accuracy (%) over the seconds spent on a test group: a point for PudNet, curves for training from scratch.
 
     `labels` name the curves and `pudnet`. Bars are 95% intervals over the same test groups; numbers are epochs.
     """
@@ -213,10 +213,10 @@ def race_figure(race: Race, labels: Mapping[str, str]) -> Figure:
 
 @matplotlib.rc_context(STYLE)
 def filters_figure(kernels: np.ndarray, labels: Sequence[tuple[str, str]], scale: float) -> Figure:
-    """Draw some first-layer filters: a row a group, from -scale to +scale.
+    """Draw first-layer filters, one row for each group, with colours from -scale to +scale.
 
-    `kernels` is (groups, filters, channels, f, f): three channels are drawn as a colour about grey, any other
-    number as their mean from blue to red about white. `labels` are a row's left and right headings.
+    `kernels` is (groups, filters, channels, f, f). Three channels are drawn as a colour, with grey for 0; otherwise
+    their mean is drawn from blue to red, with white for 0. `labels` are the left and right headings of each row.
     """
     figure = new_figure(560, 58 * len(kernels))
     rows = figure.subplots(len(kernels), squeeze=False)[:, 0]
@@ -229,7 +229,7 @@ def filters_figure(kernels: np.ndarray, labels: Sequence[tuple[str, str]], scale
 
 
 def _strip(kernels: np.ndarray, scale: float) -> np.ndarray:
-    """Filters (filters, channels, f, f) side by side, a transparent pixel apart: (f, width, 4), RGBA in 0..1."""
+    """Put filters (filters, channels, f, f) side by side, with a transparent pixel between: (f, width, 4) in 0..1."""
     unit = np.clip(0.5 + kernels / (2 * scale), 0, 1)
     if unit.shape[1] == 3:
         rgb = unit.transpose(0, 2, 3, 1)
@@ -241,13 +241,13 @@ def _strip(kernels: np.ndarray, scale: float) -> np.ndarray:
 
 
 def to_svg(figure: Figure, name: str) -> str:
-    """Render for a page that defines the palette's CSS variables: one `<svg>`, the same bytes every time."""
+    """Render as one `<svg>` for a page that defines the palette's CSS variables; the bytes are always the same."""
     buffer = io.StringIO()
-    # The salt makes ids repeatable; the name in it keeps those of one page's pictures apart.
+    # The salt makes ids repeatable, and different for each picture of a page.
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
         nothing = dict.fromkeys(["Date", "Creator", "Format", "Type"])
         figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
-    # Keep the view box alone: the page sizes it, and HTML needs no namespaces.
+    # Keep only the view box: the page sets the size, and HTML needs no namespaces.
     view_box, body = re.search(r'<svg[^>]*(viewBox="[^"]*")[^>]*>(.*)', buffer.getvalue(), re.DOTALL).groups()
     body = re.sub(r'<g id="[^"]*"', "<g", body)
     for variable, color in LIGHT.items():
@@ -257,7 +257,7 @@ def to_svg(figure: Figure, name: str) -> str:
 
 @matplotlib.rc_context(STYLE | {"axes.grid.axis": "x"})
 def differences_figure(table: pd.DataFrame, reference: str) -> Figure:
-    """Draw a study: for each row its difference to the reference in points, with its 95% interval, a panel a column."""
+    """Draw each row's difference to the reference row, in points with its 95% interval; one panel for each column."""
     columns = list(table.groupby("column", sort=False))
     across = 2 if len(columns) > 3 else len(columns)
     down = math.ceil(len(columns) / across)
@@ -279,7 +279,7 @@ def differences_figure(table: pd.DataFrame, reference: str) -> Figure:
 
 @matplotlib.rc_context(STYLE)
 def lines_figure(points: pd.DataFrame, x_label: str, y_label: str, log: bool = False) -> Figure:
-    """Draw y over x: a panel for each `panel`, a line for each `line`, `ci95` and `reference` (dashed) where given."""
+    """Draw y over x: a panel for each `panel`, a line for each `line`, and `ci95` and `reference` (dashed) if given."""
     panels = list(points.groupby("panel", sort=False))
     figure = new_figure(60 + 400 * len(panels), 310)
     for axes, (panel, part) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
@@ -297,7 +297,7 @@ def lines_figure(points: pd.DataFrame, x_label: str, y_label: str, log: bool = F
 
 
 def _series(axes: Axes, points: pd.DataFrame, label: str, color: str) -> None:
-    """One line, with its interval and, dashed, what it is compared with."""
+    """Draw one line with its interval and, dashed, its reference."""
     axes.plot(points.x, points.y, color=color, marker="o" if len(points) < 20 else None, ms=4, label=label)
     if "ci95" in points:
         low, high = points.y - points.ci95, points.y + points.ci95
@@ -309,7 +309,7 @@ def _series(axes: Axes, points: pd.DataFrame, label: str, color: str) -> None:
 
 @matplotlib.rc_context(STYLE | {"axes.grid.axis": "x"})
 def bars_figure(table: pd.DataFrame, x_label: str) -> Figure:
-    """Draw each row's accuracy with its interval, and the paper's as a diamond, a panel a column."""
+    """Draw each row's accuracy with its interval, and the paper's as a diamond; one panel for each column."""
     columns = list(table.groupby("column", sort=False))
     figure = new_figure(280 + 260 * len(columns), 70 + 24 * table.row.nunique())
     panels = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
@@ -326,7 +326,7 @@ def bars_figure(table: pd.DataFrame, x_label: str) -> Figure:
 
 @matplotlib.rc_context(STYLE | {"axes.grid.axis": "x"})
 def correlations_figure(table: pd.DataFrame) -> Figure:
-    """Draw each layer's correlation as a dot, and as a bar the range that shuffled pairs have, a panel a column."""
+    """Draw each layer's correlation as a dot and the range of shuffled pairs as a bar; one panel for each column."""
     columns = list(table.assign(label=table.row + ", " + table.layer).groupby("column", sort=False))
     figure = new_figure(240 + 260 * len(columns), 110 + 24 * len(columns[0][1]))
     panels = figure.subplots(1, len(columns), sharex=True, sharey=True, squeeze=False)[0]
@@ -342,7 +342,7 @@ def correlations_figure(table: pd.DataFrame) -> Figure:
 
 
 def to_png(figure: Figure) -> bytes:
-    """Render on white at twice the page's resolution: the same bytes every time."""
+    """Render on white at twice the page's resolution; the bytes are always the same."""
     buffer = io.BytesIO()
     with matplotlib.rc_context(STYLE):
         figure.savefig(buffer, format="png", dpi=144, facecolor="white", metadata={"Software": None})

@@ -1,4 +1,4 @@
-"""The report's page: every number of a run beside the paper's, worded and drawn."""
+"""The report's page: puts every number of a run beside the paper's, in words and pictures."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pudnet.settings import get_setting
 HERE = Path(__file__).parent
 TARGETS = {"convnet3": "ConvNet-3", "resnet18": "ResNet-18", "resnet34": "ResNet-34"}
 
-# Method -> how the page calls it, and what it is. A method that is not listed goes by its own name.
+# Method -> its name on the page, and what it is. A method that is not listed keeps its own name.
 METHODS = {
     "pudnet": ("PudNet", "weights predicted from the group’s images, in one forward pass"),
     "pudnet_plus": (
@@ -31,23 +31,26 @@ METHODS = {
     ),
     "static_trunk": (
         "Static trunk",
-        "same groups, losses of class centroids; the convolution weights are plain parameters that never see the group",
+        "trained on the same groups with PudNet’s losses; one set of convolution weights, the same for every group",
     ),
-    "constant_sketch": ("Constant sketch", "the trained PudNet, fed the mean sketch of the training groups"),
-    "shuffled_sketch": ("Shuffled sketch", "the trained PudNet, fed the sketch of another test group"),
+    "constant_sketch": ("Constant sketch", "the trained PudNet, given the mean sketch of the training groups"),
+    "shuffled_sketch": ("Shuffled sketch", "the trained PudNet, given the sketch of another test group"),
     "random_weights": ("Random weights", "untrained weights, He-initialised"),
-    "without_context": ("Without context", "ablation: no recurrent unit, every layer sees the sketch alone"),
+    "without_context": (
+        "Without context",
+        "ablation: no recurrent unit; every weight generator gets the sketch itself",
+    ),
     "random_hidden": ("Random hidden state", "ablation: the recurrent unit starts from noise, not the sketch"),
     "without_initial_residual": ("Without initial residual", "ablation: η = 0"),
     "metric_only": ("Metric loss only", "ablation: without the full-classification and KL losses"),
     "without_kl": ("Without KL", "ablation: without the KL loss"),
     "pretrained": (
         "Pretrained",
-        "one trunk, trained with a linear head on all training classes; class centroids by cosine",
+        "one trunk, trained with a linear head on all training classes; classifies by cosines to class centroids",
     ),
     "matchnet": ("MatchNet", "one trunk, trained on episodes; attention over the support images"),
     "protonet": ("ProtoNet", "one trunk, trained on episodes; squared distances to class means"),
-    "meta_baseline": ("Meta-Baseline", "Pretrained, then episodes with class centroids by cosine"),
+    "meta_baseline": ("Meta-Baseline", "Pretrained, then trained on episodes; cosines to class centroids"),
     "meta_deepbdc": ("Meta-DeepBDC", "the same two stages on Brownian distance covariances of a feature map"),
     "musml": ("MUSML", "weights from one of a few learned subspaces, found by gradient steps on the support images"),
     "r2d2": ("R2-D2", "one trunk, trained on episodes; a classifier by ridge regression on the support images"),
@@ -74,7 +77,7 @@ GROUPS_SHOWN = 6
 
 
 def label(method: str) -> str:
-    """How the page calls a method; `scratch_adam_30`, in the paper's tables `adam_30`, is training for 30 epochs."""
+    """A method's name on the page. `scratch_adam_30` (`adam_30` in the paper's tables) is training for 30 epochs."""
     if method in METHODS:
         return METHODS[method][0]
     name, _, epochs = method.removeprefix("scratch_").rpartition("_")
@@ -84,27 +87,27 @@ def label(method: str) -> str:
 
 
 def knob(name: str) -> str:
-    """How the page calls a searched key of params.yaml."""
+    """The name on the page of a searched key of params.yaml."""
     return "η" if name == "eta" else name.replace("_", " ")
 
 
 def plus_minus(value: float, ci95: float | None = None, sign: bool = False) -> str:
-    """`95.10 ± 0.30`; without the interval where there is none (a single group)."""
+    """`95.10 ± 0.30`, or `95.10` if there is no interval (a single group)."""
     number = f"{value:+.2f}".replace("-", "−") if sign else f"{value:.2f}"
     return number if ci95 is None or math.isnan(ci95) else f"{number} ± {ci95:.2f}"
 
 
 def duration(milliseconds: float) -> str:
-    """Three digits at most, in ms below a second, else in s."""
+    """A time with at most three digits, in ms if below a second, else in s."""
     value, unit = (milliseconds, "ms") if milliseconds < 1000 else (milliseconds / 1000, "s")
     digits = 2 if value < 10 else 1 if value < 100 else 0
     return f"{value:,.{digits}f} {unit}"
 
 
 def verdict(difference: float, ci95: float | None) -> str:
-    """One control against PudNet, in words; `difference` is the control minus PudNet."""
+    """Compare a control with PudNet in words; `difference` is the control's accuracy minus PudNet's."""
     if ci95 is None:
-        return f"{plus_minus(difference, sign=True)} points to PudNet, on too few groups for an interval"
+        return f"{plus_minus(difference, sign=True)} points relative to PudNet, on too few groups for an interval"
     distance = plus_minus(abs(difference), ci95)
     if abs(difference) <= ci95:
         return f"not measurably different from PudNet ({plus_minus(difference, ci95, sign=True)} points)"
@@ -112,7 +115,7 @@ def verdict(difference: float, ci95: float | None) -> str:
 
 
 def headline(results: Results, paper: Mapping[str, Reported]) -> list[dict[str, Any]]:
-    """The main table, a row a method; PudNet's place may be taken by an ablation of it."""
+    """The rows of the main table, one for each method. A variant may have been run in PudNet's place."""
     rows = []
     for method, row in results.methods.items():
         name = results.variant if method == "pudnet" else method
@@ -142,7 +145,7 @@ def _of_split(cell: Mapping[str, Any] | None) -> str | None:
 
 
 def split_rows(results: Results) -> list[dict[str, Any]]:
-    """A row a class split: its classes, and what the search chose on it."""
+    """One row for each class split, with its classes and the search's choice."""
     splits = results.metrics["splits"].items()
     return [{"seed": seed, **split, "chosen": results.best[int(seed)]} for seed, split in splits]
 
@@ -178,20 +181,20 @@ def draw(results: Results, moved: Movement | None, raced: Race | None, bins: pd.
 
 
 def shown_methods(results: Results) -> list[str]:
-    """The methods whose test groups are drawn: of training from scratch, the longest alone."""
+    """The methods whose test groups are drawn. For training from scratch, only the longest run is."""
     longest = {method.rpartition("_")[0]: method for method in results.methods if section(method) == "scratch"}
     return [m for m in results.methods if section(m) != "scratch" or m in longest.values()]
 
 
 def method_colors(results: Results) -> dict[str, str]:
-    """A colour a method; those that share the training curves first, so that they differ there."""
+    """A colour for each method. Methods with training curves come first, so that their colours differ."""
     trained = list(results.curves["method"].unique())
     names = [*trained, *results.methods]
     return figures.series_colors([*dict.fromkeys(names)])
 
 
 def scale(kernels: np.ndarray) -> float:
-    """The value at a colour scale's end: all but the largest hundredth of the values fit."""
+    """The value at the end of a colour scale, which only the largest hundredth of the values exceeds."""
     return float(np.quantile(np.abs(kernels), 0.99)) or 1.0
 
 
@@ -202,7 +205,7 @@ def _shorten(text: str, longest: int = 60) -> str:
 def render(
     params: Params, results: Results, moved: Movement | None, raced: Race | None, pictures: Mapping[str, Any]
 ) -> str:
-    """The page: one HTML file that asks the network for nothing."""
+    """Render the page as one HTML file that loads nothing from the network."""
     paper = paper_figures(load_reported(), params.setting, params.target)
     run_here = {results.variant, *(method.removeprefix("scratch_") for method in results.baselines)}
     options = {"autoescape": True, "undefined": jinja2.StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
@@ -239,4 +242,4 @@ def render(
 def _inline(picture: Any, name: str) -> Any:
     if isinstance(picture, list):
         return [_inline(part, f"{name} {i + 1}") for i, part in enumerate(picture)]
-    return Markup(figures.to_svg(picture, name.replace("_", " ")))  # our own drawing: safe as it is
+    return Markup(figures.to_svg(picture, name.replace("_", " ")))  # we drew it, so it needs no escaping

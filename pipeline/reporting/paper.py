@@ -1,4 +1,4 @@
-"""What the paper reports, beside which a report and a study show what was measured."""
+"""The paper's results, which the report and the studies show beside ours."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pudnet.errors import UserError
 
 @dataclass(frozen=True)
 class Reported:
-    """One figure of the paper: accuracy and its +/- in %, GPU seconds, and where it stands."""
+    """One result of the paper: accuracy and its +/- in %, GPU seconds, and the table it is from."""
 
     accuracy: float
     ci95: float | None
@@ -30,9 +30,9 @@ def load_reported() -> Mapping[str, Any]:
 
 
 def paper_figures(reported: Mapping[str, Any], setting: str, target: str) -> dict[str, Reported]:
-    """All that the paper reports for a setting and target, by method; empty where it has nothing.
+    """All results of the paper for a setting and target, by method; empty if it has none.
 
-    The first table that has a method wins.
+    If several tables have a method, the first one counts.
     """
     found: dict[str, Reported] = {}
     for name, table in reported.items():
@@ -44,7 +44,9 @@ def paper_figures(reported: Mapping[str, Any], setting: str, target: str) -> dic
 
 
 def _rows(table: Mapping[str, Any], setting: str, target: str) -> Mapping[str, Any]:
-    """A table's rows for a setting and target: it is fixed to one of them and keyed by the other, or by both."""
+    """A table's rows for a setting and target. A table is either for one of these and keyed by the other, or for none
+    and keyed by both.
+    """
     if "target" in table:
         return table.get(setting, {}) if table["target"] == target else {}
     if "setting" in table:
@@ -53,9 +55,9 @@ def _rows(table: Mapping[str, Any], setting: str, target: str) -> Mapping[str, A
 
 
 def paper_figure(path: str) -> Reported:
-    """One figure by its place in paper.yaml: `table9.cifar100.mean`, or `table11.cifar100.2`, third of a list.
+    """One result by its path in paper.yaml: `table9.cifar100.mean`, or `table11.cifar100.2` for the third of a list.
 
-    Raises `UserError` where nothing stands there.
+    Raises `UserError` if there is nothing at that path.
     """
     *parts, last = path.split(".")
     place: Any = load_reported()

@@ -1,4 +1,4 @@
-"""What a run found: what the earlier stages wrote, read, and the numbers that are made of it."""
+"""The results of a run: reads what the earlier stages wrote, and computes the page's numbers from it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pudnet import diagnosis
 from pudnet.card import read_tensors
 from pudnet.evaluation import stratified_interval
 
-# What the page needs, and the stage that writes it.
+# The files that the page needs, and the stages that write them.
 PRODUCERS = {
     "search.csv": "search",
     "best.yaml": "search",
@@ -38,7 +38,7 @@ WEIGHTS = "split-*/group-*.safetensors"
 
 @dataclass(frozen=True)
 class Predicted:
-    """One test group's predicted weights, arrays (d_out, d_in, f, f) in the network's order."""
+    """One test group's predicted weights: arrays (d_out, d_in, f, f) in the order of the forward pass."""
 
     split_seed: int
     classes: list[str]
@@ -47,7 +47,7 @@ class Predicted:
 
 @dataclass(frozen=True)
 class Results:
-    """What the earlier stages wrote; accuracies in %."""
+    """What the earlier stages wrote. Accuracies are in %."""
 
     search: pd.DataFrame
     best: dict[int, dict[str, Any]]
@@ -67,20 +67,20 @@ class Results:
 
     @property
     def variant(self) -> str:
-        """What stands in PudNet's place: the method itself or one of its ablations."""
+        """The variant that was run: PudNet itself, PudNet+ or an ablation."""
         return self.metrics.get("variant", "pudnet")
 
     @property
     def knobs(self) -> list[str]:
-        """What was searched, eta and depth first: the columns between the split and what a trial gave."""
+        """The searched keys, eta and depth first: the columns between the split and a trial's results."""
         names = self.search.columns[1 : self.search.columns.get_loc("groups")]
         return sorted(names, key=lambda name: ["eta", "depth", name].index(name))
 
 
 def read_results(folder: Path) -> Results:
     """Read a results folder. `UserError` names the first missing file and the stage that writes it."""
-    for name, stage in PRODUCERS.items():
-        read_result(folder / name, Path.exists, stage)  # of what is missing the first is named
+    for name, stage in PRODUCERS.items():  # in the order of the stages
+        read_result(folder / name, Path.exists, stage)
 
     def read(name: str, parse: Callable[[Path], Any]) -> Any:
         return read_result(folder / name, parse, PRODUCERS[name])
@@ -111,7 +111,7 @@ def _read_predicted(path: Path) -> Predicted:
 
 
 def histogram(accuracies: pd.DataFrame) -> pd.DataFrame:
-    """Count each method's test groups by accuracy (%), in bins that all methods share."""
+    """Count each method's test groups by accuracy (%), in the same bins for all methods."""
     lowest = accuracies["accuracy"].min()
     width = next((w for w in (0.5, 1.0, 2.0) if (100 - lowest) / w <= 60), 2.5)
     bins = max(2, math.ceil((100 - lowest) / width))
@@ -127,8 +127,8 @@ def histogram(accuracies: pd.DataFrame) -> pd.DataFrame:
 class Movement:
     """How far the predicted weights of one split's groups are from their mean.
 
-    `first` and `differences` are the first layer's kernels (groups, d_out, d_in, f, f); `relative` is
-    ||w_g - mean|| / ||mean|| of a layer, a value a group, the first layer first.
+    `first` has the first layer's kernels (groups, d_out, d_in, f, f), `differences` the same less their mean.
+    `relative` has ||w_g - mean|| / ||mean|| for each layer, in their order, with one value for each group.
     """
 
     split_seed: int
@@ -144,7 +144,7 @@ class Movement:
 
 
 def movement(predicted: list[Predicted]) -> Movement | None:
-    """Compare the groups of the first split: another split is another hypernetwork. None without weights."""
+    """Compare the groups of the first split only, since each split has another hypernetwork. None without weights."""
     if not predicted:
         return None
     split = min(group.split_seed for group in predicted)
@@ -155,7 +155,7 @@ def movement(predicted: list[Predicted]) -> Movement | None:
 
 
 def section(method: str) -> str | None:
-    """The part of the main table that a method stands in; None for PudNet."""
+    """The section of the main table that a method belongs to; None for PudNet."""
     if method == "pudnet":
         return None
     return "control" if method in CONTROLS else "scratch" if method.startswith("scratch_") else "learned"
@@ -163,10 +163,10 @@ def section(method: str) -> str | None:
 
 @dataclass(frozen=True)
 class Race:
-    """Training from scratch against PudNet over the same test groups. Accuracies in %, times in ms (medians).
+    """Training from scratch against PudNet on the same test groups. Accuracies are in %, times are medians in ms.
 
-    `curves`: optimizer -> a row a number of epochs, with epochs, accuracy, ci95, elapsed_ms and `ahead`: whether
-    it is measurably above PudNet, group by group.
+    `curves`: optimizer -> a row for each number of epochs, with epochs, accuracy, ci95, elapsed_ms and `ahead`, which
+    says whether it is measurably above PudNet, paired over groups.
     """
 
     groups: int
@@ -176,13 +176,13 @@ class Race:
     curves: dict[str, pd.DataFrame]
 
     def passed(self, name: str) -> Mapping[str, Any] | None:
-        """The first point of a curve that is above PudNet."""
+        """The first point of a curve that is measurably above PudNet."""
         ahead = self.curves[name][self.curves[name]["ahead"]]
         return None if ahead.empty else ahead.iloc[0].to_dict()
 
 
 def race(results: Results) -> Race | None:
-    """What the run says of it; None where nothing was trained from scratch."""
+    """Collect the race from a run's results; None if nothing was trained from scratch."""
     points: dict[str, list[dict[str, Any]]] = {}
     for method, row in results.baselines.items():
         if section(method) == "scratch":
@@ -201,5 +201,5 @@ def race(results: Results) -> Race | None:
 
 
 def interval(frame: pd.DataFrame) -> tuple[float, float]:
-    """Mean accuracy over test groups and its 95% half-width, the class splits held fixed."""
+    """Mean accuracy over test groups and its 95% half-width, for exactly these class splits."""
     return stratified_interval([part["accuracy"].to_numpy() for _, part in frame.groupby("split_seed")])

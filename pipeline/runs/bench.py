@@ -1,4 +1,4 @@
-"""The bench that `evaluate` and `baselines` share: a method's accuracy on the test groups of every split."""
+"""The bench of `evaluate` and `baselines`: measures a method's accuracy on the test groups of a class split."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from pudnet.predictor import Predictor
 
 @dataclass(frozen=True)
 class Bench:
-    """One class split, ready to measure on: images on the device, the tables, the precision."""
+    """One class split, ready to measure methods on: images on the device, group tables, precision."""
 
     seed: int
     split: Split
@@ -45,7 +45,7 @@ class Bench:
     def accuracies(
         self, method: str, adapts: Adapts, groups: range | None = None, sketches: Sequence[Tensor] | None = None
     ) -> pd.DataFrame:
-        """One row a test group (of those in `groups`): method, split_seed, group, classes, accuracy in percent."""
+        """Measure a method: a row for each test group in `groups`, with its classes and the accuracy in percent."""
         groups = groups or range(len(self.tables["test"]))
         table = self.tables["test"][groups.start : groups.stop]
         with progress(f"{method}, split {self.seed}", len(table)) as advance:
@@ -61,16 +61,16 @@ class Bench:
         )
 
     def names(self, indices: np.ndarray) -> list[str]:
-        """Class names of a test group, in block order."""
+        """The names of a test group's classes, in the order of its images."""
         return [self.class_names[c] for c in self.images.block_classes(indices)]
 
     def load(self, path: Path) -> Predictor:
-        """A model file, on this bench's device."""
+        """Load a model file to this bench's device."""
         return Predictor.load(path, self.images.device, self.target)
 
 
 def open_bench(params: Params, seed: int, test_groups: int | None = None) -> Bench:
-    """The bench of one class split, with the first `test_groups` of its test groups (None: all)."""
+    """Open the bench of one class split, with the first `test_groups` of its test groups (None: all)."""
     device = pick_device(params.resources.gpus)
     store = open_store(STORE, verify=False)
     test_store = open_store(TEST_STORE, verify=False) if params.prepare.test_source else store
@@ -91,13 +91,13 @@ def open_bench(params: Params, seed: int, test_groups: int | None = None) -> Ben
 
 
 def images_of_a_class(params: Params) -> int:
-    """How many images of each class a training group has."""
+    """The number of images of each class in a training group."""
     _, tables = open_groups(group_folder(params.seed))
     return tables["train"].shape[1] // params.groups.classes_per_group
 
 
 def identity(params: Params) -> str:
-    """A hash of models, test groups and what evaluation is told: evaluating the same again is the same MLflow run."""
+    """A hash of an evaluation's models, test groups and params, so that repeating it continues its MLflow run."""
     plain = [params.setting, params.target, params.variant, asdict(params.evaluate)]
     digest = hashlib.sha256(json.dumps(plain).encode())
     for seed in params.split_seeds:
@@ -107,14 +107,14 @@ def identity(params: Params) -> str:
 
 
 def _as_trained(test_store: Store, store: Store, device: torch.device) -> StoreImages:
-    """The other set's images, normalised as the model's training images were."""
+    """Images of another set, normalised with the statistics of the training set."""
     images = StoreImages(test_store, device)
     images.mean, images.std = (torch.tensor(values, device=device) for values in (store.mean, store.std))
     return images
 
 
 def summary(frame: pd.DataFrame, column: str = "accuracy") -> dict[str, object]:
-    """Mean and 95% interval over test groups, the class splits held fixed; and each split's own."""
+    """Mean and 95% interval over test groups, for exactly these class splits; and the same for each split."""
     strata = {int(seed): part[column].to_numpy() for seed, part in frame.groupby("split_seed")}
     mean, half = stratified_interval(list(strata.values()))
     splits = {}
@@ -125,7 +125,7 @@ def summary(frame: pd.DataFrame, column: str = "accuracy") -> dict[str, object]:
 
 
 def compare(own: pd.DataFrame, reference: pd.DataFrame) -> dict[str, object]:
-    """A method's accuracy, and its difference to another's paired over the same test groups."""
+    """A method's accuracy, and its difference to a reference method's, paired over the same test groups."""
     keys = ["split_seed", "group"]
     paired = own.merge(reference, on=keys, suffixes=("", "_reference"), validate="one_to_one")
     paired["difference"] = paired.accuracy - paired.accuracy_reference
@@ -135,7 +135,7 @@ def compare(own: pd.DataFrame, reference: pd.DataFrame) -> dict[str, object]:
 
 @contextlib.contextmanager
 def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar in a terminal; in a log, one line at the end. Yields what to call with the count done."""
+    """Show a progress bar in a terminal, or one line at the end in a log. Yields a function of the number done."""
     columns = (TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(file=sys.stdout)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:

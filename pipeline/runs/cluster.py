@@ -1,4 +1,4 @@
-"""Ray: a session of this machine's cores and GPUs, or of a cluster's, and a trial's share of it."""
+"""Ray: a session on this machine or a cluster, and a trial's share of its cores and GPUs."""
 
 from __future__ import annotations
 
@@ -18,32 +18,32 @@ from pipeline.params import Params
 from pipeline.runs.keys import CODE
 from pudnet.errors import RunFailed, UserError
 
-os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # nobody reads Ray's own files of reports
-# Tune's own handler of Ctrl-C ends the search as if it were finished; without it the stage is interrupted.
+os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # nothing reads Ray's own report files
+# With Tune's own handler, Ctrl-C would end the search as if it were finished; it should interrupt the stage.
 os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
-os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # its boxes say less than the callback
-os.environ.setdefault("RAY_task_oom_retries", "2")  # for ever, else: a measurement that no memory can hold
-os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")  # a trial that diverged has no accuracy for ASHA
+os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # our callback prints more than its boxes
+os.environ.setdefault("RAY_task_oom_retries", "2")  # else a measurement that needs too much memory is retried for ever
+os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")  # a trial that diverged gives ASHA no accuracy
 
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-AGAIN = 5  # seconds
-LONGEST_FOLDER = 40  # bytes of TMPDIR: Ray puts sockets below it, whose paths may have 107
-OBJECT_STORE_BYTES = 200_000_000  # trials memory-map their arrays; little goes through the object store
-# Patterns of .gitignore: anchored, since `data` alone would leave out pudnet/data too.
+AGAIN = 5  # seconds until an interruption is repeated
+LONGEST_FOLDER = 40  # bytes of TMPDIR, since Ray's sockets are below it and their paths may have at most 107
+OBJECT_STORE_BYTES = 200_000_000  # enough, since trials memory-map their arrays
+# Patterns as in .gitignore, with a leading slash, since `data` would leave out pudnet/data too.
 NOT_SENT = ["/data", "/mlartifacts", "/.pud", "/.dvc", "/.venv", "/models", "/mlflow.db"]
 
 
 @contextlib.contextmanager
 def session() -> Iterator[None]:
-    """A Ray of our own, or the cluster that RAY_ADDRESS names (with this project's code sent along)."""
+    """Start our own Ray, or connect to the cluster at RAY_ADDRESS and send it this project's code."""
     logging.getLogger("ray").setLevel(logging.CRITICAL)  # a failed trial's traceback is in its error.txt
     with _interruptible() as interruptions:
         try:
             with interruptions.held():
                 _connect(os.environ.get("RAY_ADDRESS"))
-                signal.signal(signal.SIGTERM, interruptions)  # Ray has set its own, which ends the process with a dump
+                signal.signal(signal.SIGTERM, interruptions)  # replaces Ray's, which ends the process with a dump
             yield
         finally:
             with interruptions.held():
@@ -65,9 +65,9 @@ def _connect(address: str | None) -> None:
                 include_dashboard=False,
                 object_store_memory=OBJECT_STORE_BYTES,
                 logging_level=logging.CRITICAL,
-                log_to_driver=False,  # the callback says what there is to say
+                log_to_driver=False,  # our callback prints what matters
             )
-    except Exception as error:  # on a machine too busy to start in time Ray raises a plain one
+    except Exception as error:  # Ray raises a plain Exception if a busy machine does not start it in time
         hint = (
             "" if not address or "RAY_AUTH_MODE" in os.environ else "; where it wants a token, set RAY_AUTH_MODE=token"
         )
@@ -75,7 +75,7 @@ def _connect(address: str | None) -> None:
 
 
 class _Interruptions:
-    """A handler of signals that raises `KeyboardInterrupt`, or keeps it until Ray has started or ended."""
+    """A signal handler that raises `KeyboardInterrupt`; while Ray starts or ends, it waits until that is done."""
 
     def __init__(self) -> None:
         self.holding, self.pending = False, False
@@ -84,17 +84,17 @@ class _Interruptions:
         if not self.holding:
             signal.setitimer(signal.ITIMER_REAL, AGAIN)
             raise KeyboardInterrupt
-        if self.pending and number == signal.SIGINT:  # whoever presses Ctrl-C twice does not want to wait
+        if self.pending and number == signal.SIGINT:  # a second Ctrl-C: the user does not want to wait
             print("error: interrupted while Ray was starting or ending", file=sys.stderr, flush=True)
             os._exit(130)
         self.pending = True
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Raise what comes meanwhile at the end of the block.
+        """Delay interruptions until the end of the block.
 
-        An interruption inside `ray.init` or `ray.shutdown` leaves Ray's C++ half made or half gone: it is lost
-        there, and the process crashes as it exits.
+        An interruption inside `ray.init` or `ray.shutdown` would get lost in Ray's C++ part and leave it half
+        initialised, and the process would crash when it exits.
         """
         self.holding = True
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -109,10 +109,10 @@ class _Interruptions:
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[_Interruptions]:
-    """Ctrl-C and SIGTERM interrupt what runs; again after a while, where the first is lost in what cannot raise."""
+    """Let Ctrl-C and SIGTERM interrupt the block, and again later, in case code that cannot raise lost the first."""
     interruptions = _Interruptions()
     numbers = [signal.SIGTERM, signal.SIGALRM]
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as it is in a shell's background
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as it is for a background job of a shell
         numbers.append(signal.SIGINT)
     before, said = {number: signal.signal(number, interruptions) for number in numbers}, sys.unraisablehook
     sys.unraisablehook = lambda lost: None if lost.exc_type is KeyboardInterrupt else said(lost)
@@ -126,7 +126,7 @@ def _interruptible() -> Iterator[_Interruptions]:
 
 
 def _reach(address: str) -> None:
-    """Raise `RunFailed` soon where nothing listens: Ray asks for minutes."""
+    """Raise `RunFailed` at once if nothing listens at the address, where Ray would try for minutes."""
     host, _, port = address.rpartition("/")[2].rpartition(":")
     if port.isdigit():
         try:
@@ -136,12 +136,12 @@ def _reach(address: str) -> None:
 
 
 def is_lost() -> bool:
-    """Whether the Ray that a session started of its own is gone: no node joins it."""
+    """Whether the Ray that we started ourselves has died. (A cluster may get new nodes.)"""
     return not os.environ.get("RAY_ADDRESS") and not any(node["Alive"] for node in ray.nodes())
 
 
 def has_room(params: Params, workers: int) -> bool:
-    """Whether the nodes that there are now have together what workers are to get."""
+    """Whether the present nodes together have the resources of this many workers."""
     try:
         share(params, workers)
     except UserError:
@@ -150,31 +150,33 @@ def has_room(params: Params, workers: int) -> bool:
 
 
 def share(params: Params, workers: int = 1) -> dict[str, float]:
-    """A trial's resources, or each worker's. A GPU is asked for only where there is one: Ray would wait for ever.
+    """The resources of a trial, or of each worker. No GPU is requested if there is none: Ray would wait for ever.
 
-    Raises `UserError` when no node has what a trial is to get, or all together not what its workers are.
+    Raises `UserError` if no node has the resources of a trial, or all nodes together lack those of its workers.
     """
     nodes, wanted = [node["Resources"] for node in ray.nodes() if node["Alive"]] or [{}], params.resources
     gpus = max(node.get("GPU", 0) for node in nodes)
     if gpus and (wanted.gpus > gpus or (wanted.gpus > 1 and wanted.gpus % 1)):
-        raise UserError(f"resources.gpus: {wanted.gpus} a trial; give a fraction, or a whole number up to {gpus:.0f}")
+        raise UserError(
+            f"resources.gpus: {wanted.gpus} for a trial; give a fraction, or a whole number up to {gpus:.0f}"
+        )
     gpu = wanted.gpus if gpus else 0
     cpus = max(node.get("CPU", 0) for node in nodes if node.get("GPU", 0) >= gpu)
     if wanted.cpus > cpus:
         of_what = f"node with {gpu:g} GPU(s)" if gpu else "node"
-        raise UserError(f"resources.cpus: {wanted.cpus} a trial, but the largest {of_what} has {cpus:.0f}")
+        raise UserError(f"resources.cpus: {wanted.cpus} for a trial, but the largest {of_what} has {cpus:.0f}")
     room = sum(
         min(node.get("CPU", 0) // wanted.cpus, int(node.get("GPU", 0) / gpu + 1e-6) if gpu else math.inf)
         for node in nodes
     )
     if workers > room:
         each = f"{wanted.cpus} CPU(s) and {gpu:g} GPU(s)"
-        raise UserError(f"resources.workers: {workers} of {each} each, but there is room for {room:.0f}")
+        raise UserError(f"resources.workers: {workers} with {each} each, but there is room for {room:.0f}")
     return {"cpu": wanted.cpus, "gpu": gpu}
 
 
 def result(ended: ray.ObjectRef) -> Any:
-    """What a task gave. Raises its own error where there may be a line for it, `RunFailed` if the task was lost."""
+    """A task's result. Raises the task's own error if `exit_code` may print it, and `RunFailed` for a lost task."""
     try:
         return ray.get(ended)
     except RayTaskError as error:
@@ -186,8 +188,8 @@ def result(ended: ray.ObjectRef) -> Any:
 
 
 def reason(error: object) -> str:
-    """The line of an error that says most: of a traceback the last, of what Ray says of a lost process the first."""
-    last = re.split(r"^Failure # \d+ .*$", str(error), flags=re.MULTILINE)[-1]  # of a process lost as it began
+    """The most useful line of an error: a traceback's last, or the first of Ray's message about a lost process."""
+    last = re.split(r"^Failure # \d+ .*$", str(error), flags=re.MULTILINE)[-1]  # if a process was lost at its start
     lines = [line.strip() for line in last.splitlines() if line.strip()] or [type(error).__name__]
     line = lines[-1] if isinstance(error, RayTaskError) or '  File "' in last else lines[0]
     return line.removeprefix("pudnet.errors.RunFailed: ")

@@ -1,4 +1,4 @@
-"""Final meta-training on all training classes, one trial a method and class split: for `train` and `baselines`."""
+"""Final meta-training on all training classes, for `train` and `baselines`: one trial for each method and split."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from pudnet.errors import UserError
 
 CURVES = ["groups", "loss", "metric_loss", "full_loss", "kl_loss", "train_accuracy"]
 
-Cells = Mapping[int, Mapping[str, Any]]  # of one method: what was chosen for each split seed
+Cells = Mapping[int, Mapping[str, Any]]  # split seed -> the cell that was chosen for one method
 
 
 def read_best() -> dict[int, dict[str, Any]]:
-    """What the search chose for each split seed, its validation accuracy left aside."""
+    """The cell that the search chose for each split seed, without its validation accuracy."""
     return read_result(RESULTS / "best.yaml", _cells, "search")
 
 
@@ -39,10 +39,7 @@ def _cells(path: Path) -> dict[int, dict[str, Any]]:
 
 
 def train_all(params: Params, stage: str, methods: Mapping[str, Cells], fresh: bool) -> pd.DataFrame:
-    """Train each method on each split in an open Ray session, and write the models.
-
-    Returns the loss curves.
-    """
+    """Train each method on each split in an open Ray session, and write the models. Returns the loss curves."""
     for kind, cells in methods.items():
         if lacking := set(params.split_seeds) - set(cells):
             raise UserError(f"{kind}: nothing was chosen for split {min(lacking)}; run the search again (`dvc repro`)")
@@ -62,10 +59,10 @@ def train_all(params: Params, stage: str, methods: Mapping[str, Cells], fresh: b
 
 
 def _log(tracking: Tracking, params: Params, trial: Finished, path: Path) -> None:
-    """Log a model to its training's run; PudNet's is registered too."""
+    """Log a model to the run of its training; PudNet's is also registered."""
     run_id = tracking.find_or_create(trial.run_key, trial.spec.name)
     if trial.spec.kind == "pudnet":
-        name = f"pudnet-{params.setting}-{params.target}".replace(":", ".")  # no colon in a model's name
+        name = f"pudnet-{params.setting}-{params.target}".replace(":", ".")  # a model's name may have no colon
         tracking.log_tags(run_id, {"registered_version": register(tracking, run_id, path, name)})
     else:
         tracking.client.log_artifact(run_id, str(path), "model")
@@ -73,7 +70,7 @@ def _log(tracking: Tracking, params: Params, trial: Finished, path: Path) -> Non
 
 
 def _write_model(params: Params, trial: Finished) -> Path:
-    """Write the model with a card that says what it was trained on; PudNet's first split under its own name too."""
+    """Write the model with a card of what it was trained on; PudNet's first split also as `PUDNET`."""
     store = open_store(STORE, verify=False)
     split, tables = open_groups(group_folder(trial.spec.split_seed))
     provenance = {
@@ -89,7 +86,7 @@ def _write_model(params: Params, trial: Finished) -> Path:
     }
     state = trial.state()
     card = dataclasses.replace(card_of(trial.spec, store), provenance=provenance)
-    learned = state["trainer"]["learner"].get("objective.temperature")  # where train.learn_temperature says so
+    learned = state["trainer"]["learner"].get("objective.temperature")  # with train.learn_temperature
     if learned is not None:
         card = dataclasses.replace(card, temperature=learned.item())
     path = split_model(trial.spec.kind, trial.spec.split_seed)
@@ -100,7 +97,7 @@ def _write_model(params: Params, trial: Finished) -> Path:
 
 
 def _curve(trial: Finished) -> pd.DataFrame:
-    """The last report of each step: after an interruption some were made twice."""
+    """A trial's loss curve. After an interruption some reports were made twice; the last ones count."""
     frame = pd.DataFrame(trial.history).drop_duplicates("groups", keep="last").sort_values("groups")[CURVES]
     frame.insert(0, "split_seed", trial.spec.split_seed)
     frame.insert(0, "method", trial.spec.kind)

@@ -1,4 +1,4 @@
-"""What a result depends on: files of code and data, and a hash of them with plain values."""
+"""Keys of results: a hash of everything that a result depends on, which is values and files of code and data."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ CODE = Path(__file__).resolve().parents[2]
 TRAINING_CODE = ("config", "cpu", "device", "gpu", "targets", "controls", "objective", "learner", "training")
 TRAINING_CODE += ("hypernet", "classifier", "data/images", "ridge")
 VALIDATION_CODE = ("evaluation", "predictor", "network", "card", "data/own", "data/rows")
-# dvc.yaml names these files too; tests/test_params.py compares both with what is imported.
+# dvc.yaml lists these files too; tests/test_params.py compares both lists with the imports.
 
 
 def digest(plain: Any, files: Iterable[Path]) -> str:
-    """A short hash of plain values and of what files hold; a file that is missing counts as empty."""
+    """A short hash of plain values and of the contents of files; a missing file counts as empty."""
     found = hashlib.sha256(json.dumps(plain, sort_keys=True).encode())
     for path in sorted(set(files)):
         found.update(path.read_bytes() if path.is_file() else b"")
@@ -30,15 +30,15 @@ def digest(plain: Any, files: Iterable[Path]) -> str:
 
 
 def trial_key(spec: TrialSpec) -> str:
-    """A hash of all that one trial depends on; not of what it is called nor of where the project lies."""
-    split, _ = open_groups(Path(spec.groups))  # of its classes those that are not trained on do not matter
+    """A hash of everything that a trial's result depends on, but not of its name or the project's place."""
+    split, _ = open_groups(Path(spec.groups))  # its test classes do not matter to a training
     plain = {key: value for key, value in asdict(spec).items() if key not in ("name", "store", "groups")}
     plain |= {"train_classes": split.train_classes, "validation_classes": split.validation_classes}
     return f"{spec.kind}-split{spec.split_seed}-{digest(plain, _trial_files(spec))}"
 
 
 def _trial_files(spec: TrialSpec) -> list[Path]:
-    """What a trial reads: data (a store's checksums stand for it) and code."""
+    """The files that a trial reads: code and data (for the store, the file of its checksums)."""
     tables = [spec.table, *(["validation"] if spec.validate else [])]
     names = TRAINING_CODE + (VALIDATION_CODE if spec.validate else ())
     groups = Path(spec.groups)
@@ -47,14 +47,14 @@ def _trial_files(spec: TrialSpec) -> list[Path]:
 
 
 def code_files(names: Sequence[str]) -> list[Path]:
-    """The files of the method's own code, from names without suffix; a folder's name is all of it."""
+    """Files of `pudnet/`, from names without suffix; the name of a folder stands for all of its files."""
     paths = [CODE / "pudnet" / name for name in names]
     parts = [sorted(path.glob("*.py")) if path.is_dir() else [path.with_suffix(".py")] for path in paths]
     return [file for part in parts for file in part]
 
 
 def method_files(kind: str, target: str) -> list[Path]:
-    """The code that is one method's alone, and that of a target of the user's own."""
+    """The code of one method, and of a user's own target."""
     own = target_code(target) if is_import_path(target) else []
     if kind in LEARNED:
         own += code_files([f"baselines/{name}" for name in ("__init__", "method", "learners", kind)])

@@ -1,4 +1,4 @@
-"""Methods on the test groups, side by side as Ray tasks, and what each takes for a group."""
+"""Measures methods on the test groups, in parallel as Ray tasks, and times their adaptation to a group."""
 
 from __future__ import annotations
 
@@ -32,23 +32,23 @@ from pudnet.targets import build_target
 # isort: split
 import ray  # after cluster, which sets its environment
 
-OF_PUDNET = ("constant_sketch", "shuffled_sketch")  # controls that are PudNet's own weights, and no adaptation
-PART = 5  # test groups that are trained on from scratch in one task: what an interruption costs
-WARM_UP = 2  # adaptations before the first that is timed
-SCRATCH_TIMINGS = 2  # groups that training from scratch is timed on: it takes long, and hardly varies
+OF_PUDNET = ("constant_sketch", "shuffled_sketch")  # controls that use PudNet's model with other sketches
+PART = 5  # test groups that one task trains on from scratch; an interruption loses at most one task
+WARM_UP = 2  # adaptations that are not timed
+SCRATCH_TIMINGS = 2  # groups that training from scratch is timed on, since it takes long and hardly varies
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One task: a method on a split, on some of its test groups (None: all that there are)."""
+    """One task: measure a method on some test groups of a split (None: on all)."""
 
     method: str
     seed: int
-    cells: tuple[Cell, ...] = dataclasses.field(hash=False)  # what tuning chose
-    groups: tuple[int, int] | None = None  # first, and first not
+    cells: tuple[Cell, ...] = dataclasses.field(hash=False)  # chosen by tuning
+    groups: tuple[int, int] | None = None  # first group, and the first one after the last
 
     def key(self, params: Params) -> str:
-        """A hash of all that the job's accuracies depend on."""
+        """A hash of everything that the job's accuracies depend on."""
         own = {"test_groups": params.baselines.test_groups}
         if self.method == "constant_sketch":
             own |= {"sketch_groups": params.baselines.sketch_groups}
@@ -67,9 +67,9 @@ class Job:
 def measure_all(
     params: Params, methods: Sequence[str], choices: Choices, fresh: bool
 ) -> tuple[pd.DataFrame, dict[str, str]]:
-    """A row a method, split and test group, as `Bench.accuracies` gives them; and for each method a key of its rows.
+    """Measure all methods on all splits: the rows of `Bench.accuracies`, and for each method a key of its rows.
 
-    What is kept is not run again.
+    Jobs whose rows were kept are not run again.
     """
     jobs = [job for method in methods for seed in params.split_seeds for job in _jobs(params, method, seed, choices)]
     keys = {job: job.key(params) for job in jobs}
@@ -86,9 +86,9 @@ def measure_missing(
     keys: Mapping[Any, str],
     done: Callable[[Any, pd.DataFrame], str],
 ) -> dict[Any, pd.DataFrame]:
-    """A table for each thing to measure, by `function` as Ray tasks. What is kept under its key is not run again.
+    """Measure a table for each item of `keys` by `function`, as Ray tasks. Tables kept under their keys are reused.
 
-    `done` words what to say of each that is done.
+    `done` gives the line to print when an item is done.
     """
     tables = read_tables(keys)
     if tables:
@@ -109,12 +109,12 @@ def _done(job: Job, table: pd.DataFrame) -> str:
 
 
 def time_all(params: Params, methods: Sequence[str], choices: Choices) -> dict[str, float]:
-    """Median milliseconds that PudNet and each method that adapts take for a group: in turns, with nothing beside."""
+    """Median milliseconds of adapting PudNet and each other method to a group, in turns, with nothing else running."""
     return cluster.result(task(params, _time)([m for m in methods if m not in OF_PUDNET], choices))
 
 
 def task(params: Params, function: Callable[..., Any]) -> Callable[..., ray.ObjectRef]:
-    """A function of a module as a Ray task with a trial's share, given this folder and the params before its own."""
+    """Make a function a Ray task with a trial's resources. It gets this folder and `params` as first arguments."""
     share = cluster.share(params)
     remote = ray.remote(num_cpus=share["cpu"], num_gpus=share["gpu"])(function)
     return partial(remote.remote, str(Path.cwd()), params)
@@ -129,7 +129,7 @@ def _jobs(params: Params, method: str, seed: int, choices: Choices) -> list[Job]
 
 
 def _measure(folder: str, params: Params, job: Job) -> pd.DataFrame:
-    """What a Ray task runs."""
+    """Measure one job, in a Ray task."""
     bench = open_worker(folder, params, job.seed, params.baselines.test_groups)
     if job.method in SCRATCH:
         return _scratch_accuracies(bench, params, job)
@@ -165,7 +165,7 @@ def _time(folder: str, params: Params, methods: Sequence[str], choices: Choices)
 def in_turns(
     methods: Mapping[str, Adapts], bench: Bench, groups: Sequence[np.ndarray], warm_up: int = WARM_UP
 ) -> dict[str, float]:
-    """Median milliseconds of each method over the groups (the first of them to warm up), one after the other."""
+    """Median milliseconds of each method, all adapted to one group after the other; the first ones are warm-up."""
     rows = [
         {name: timed_adaptation(method, bench.images, group, bench.bf16)[1] for name, method in methods.items()}
         for group in groups
@@ -174,13 +174,13 @@ def in_turns(
 
 
 def open_worker(folder: str, params: Params, seed: int, test_groups: int | None) -> Bench:
-    os.chdir(folder)  # a worker starts elsewhere
+    os.chdir(folder)  # a Ray worker starts in another folder
     torch.set_num_threads(params.resources.cpus)
     return open_bench(params, seed, test_groups)
 
 
 def open_method(bench: Bench, params: Params, method: str) -> Adapts:
-    """A method that adapts at once, trained where it has to be."""
+    """Open a method (trained, if it has to be) that needs no training on the group."""
     if method in LEARNED:
         return load_method(split_model(method, bench.seed), bench.images.device, bench.target)
     if method == "random_weights":
@@ -193,7 +193,7 @@ def open_method(bench: Bench, params: Params, method: str) -> Adapts:
 
 
 def open_scratch(bench: Bench, params: Params, method: str, cells: Sequence[Cell]) -> dict[int, Scratch]:
-    """Training from scratch for each number of epochs, as tuned for the nearest one."""
+    """Training from scratch for each number of epochs, with the cell that was tuned for the nearest number."""
     device, images = bench.images.device, bench.tables["test"].shape[2]
     epochs_in_all = params.baselines.scratch_groups * sum(params.baselines.scratch_epochs)
     compiled = device.type == "cpu" and compiling_pays(epochs_in_all, images, bench.images.image_size)
@@ -207,7 +207,7 @@ def open_scratch(bench: Bench, params: Params, method: str, cells: Sequence[Cell
 
 
 def _scratch_accuracies(bench: Bench, params: Params, job: Job) -> pd.DataFrame:
-    """Rows of each number of epochs, as a method of its own, for the job's groups."""
+    """Rows for the job's groups. Each number of epochs counts as a method of its own."""
     runs, rows = open_scratch(bench, params, job.method, job.cells), []
     for g in range(*job.groups):
         for epochs, scratch in runs.items():
@@ -217,14 +217,14 @@ def _scratch_accuracies(bench: Bench, params: Params, job: Job) -> pd.DataFrame:
 
 
 def constant_sketches(bench: Bench, predictor: Predictor, params: Params) -> list[torch.Tensor]:
-    """For every test group the mean sketch of training groups."""
+    """The mean sketch of training groups, once for every test group."""
     groups = bench.tables["train"][: params.baselines.sketch_groups]
     constant = torch.stack(group_sketches(predictor, bench.train_images, groups, bench.bf16)).mean(0)
     return [constant] * len(bench.tables["test"])
 
 
 def shuffled_sketches(bench: Bench, predictor: Predictor, params: Params) -> list[torch.Tensor]:
-    """For every test group the sketch of another one, of other classes."""
+    """For every test group, the sketch of another test group with other classes."""
     groups = bench.tables["test"][:, FROM]
     sketches = group_sketches(predictor, bench.images, groups, bench.bf16)
     return shuffled(sketches, [bench.images.block_classes(group).tolist() for group in groups])

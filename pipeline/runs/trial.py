@@ -1,4 +1,4 @@
-"""What an actor runs: one training, from its checkpoint if it has one. Used by search, train and baselines."""
+"""A trial: one training, which a Ray actor runs, or continues from a checkpoint. For search, train and baselines."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from pudnet.targets import Target, build_target
 from pudnet.training import Trainer
 
 STATE = "state.pt"
-DIVERGED = "diverged"  # in a trial's last report: why it ends there. It would again, so it is no failure to Ray
-METRICS = (  # the compare page opens on the first
+DIVERGED = "diverged"  # the key of a last report that says why the trial ended early; Ray must not try it again
+METRICS = (  # MLflow's compare page first shows the first one
     "validation_accuracy",
     "validation_ci95",
     "loss",
@@ -46,9 +46,9 @@ METRICS = (  # the compare page opens on the first
 
 @dataclass(frozen=True)
 class TrialSpec:
-    """One training, in plain values: it travels to the actor and is part of the search's hash.
+    """The description of one training, in plain values, which is sent to the actor and hashed for the trial's key.
 
-    Paths are absolute: Ray gives each actor a working directory of its own.
+    Paths are absolute, because each Ray actor has its own working directory.
     """
 
     name: str
@@ -57,21 +57,21 @@ class TrialSpec:
     split_seed: int
     seed: int
     store: str
-    groups: str  # folder of one class split
+    groups: str  # the folder of one class split
     table: str  # "search_train" or "train"
-    validate: int  # on how many validation groups; 0: not at all
-    model: dict[str, Any]  # ModelConfig, or the baseline's own
+    validate: int  # number of validation groups; 0: no validation
+    model: dict[str, Any]  # ModelConfig, or a baseline's own configuration
     train: dict[str, Any]
-    cell: dict[str, Any]  # what the search varies, for tables and plots
+    cell: dict[str, Any]  # the cell of the grid, for tables and plots
 
 
 def make_spec(
     params: Params, name: str, kind: str, split_seed: int, cell: dict[str, Any], table: str, validate: int
 ) -> TrialSpec:
-    """The trial that `params`, with one cell of the grid applied, ask for."""
+    """The trial of `params` with one cell of the grid applied."""
     baseline = kind in LEARNED or kind in SCRATCH
     model, train = params.baseline(kind, cell) if baseline else params.configured(cell)
-    static = kind == "static_trunk"  # the search's cell is PudNet's; what it says of training holds here too
+    static = kind == "static_trunk"  # of PudNet's cell only the training keys apply
     return TrialSpec(
         name=name,
         kind=kind,
@@ -104,12 +104,12 @@ def card_of(spec: TrialSpec, store: Store) -> Card:
 
 
 def pick_device(gpus: float = 1) -> torch.device:
-    """A GPU where there is one and this process was given some of it, else the CPU. (Ray hides none from others.)"""
+    """The GPU, if there is one and this process was given some of it, else the CPU. (Ray does not hide GPUs.)"""
     return torch.device("cuda" if gpus and torch.cuda.is_available() else "cpu")
 
 
 class MetaTraining:
-    """A trial of a method that is trained on task groups. Raises `UserError` when its parts do not fit together."""
+    """A trial that trains a method on task groups. Raises `UserError` if its configurations do not fit together."""
 
     def __init__(self, spec: TrialSpec, device: torch.device, rank: int = 0, workers: int = 1) -> None:
         torch.manual_seed(spec.seed)
@@ -124,12 +124,12 @@ class MetaTraining:
         self.groups = len(table)
 
     def run(self) -> Iterator[dict[str, float]]:
-        """Train on, and report as often as the trainer does."""
+        """Train, and yield the trainer's reports, with validation accuracy."""
         for report in self.trainer.run():
             yield asdict(report) | (self._validate() if len(self.validation) else {})
 
     def _validate(self) -> dict[str, float]:
-        """Accuracy and its interval, in percent, on validation groups: classes that the trial does not train on."""
+        """Accuracy and its interval, in percent, on validation groups, whose classes the trial does not train on."""
         trainer = self.trainer
         accuracies = twin_accuracies(self._adapter(), trainer.images, self.validation, trainer.autocast)
         trainer.learner.train()
@@ -141,7 +141,7 @@ class MetaTraining:
         return kind(model, self.card, self.target)
 
     def state_dict(self) -> dict:
-        """The trainer's state, and apart from it what is kept of the method."""
+        """The trainer's state, and separately the state of the model, which is what remains after training."""
         return {"trainer": self.trainer.state_dict(), "model": self.trainer.learner.model.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
@@ -150,7 +150,7 @@ class MetaTraining:
 
 
 def make_learner(spec: TrialSpec, card: Card, config: TrainConfig, classes: int, k: int) -> tuple[Learner, Target]:
-    """What the trial trains, and the target network in it."""
+    """The learner that the trial trains, and its target network."""
     model, target = untrained(spec, card)
     if spec.kind in LEARNED:
         return model.learner(classes, k, config.support_per_class), target
@@ -158,14 +158,14 @@ def make_learner(spec: TrialSpec, card: Card, config: TrainConfig, classes: int,
 
 
 def untrained(spec: TrialSpec, card: Card) -> tuple[nn.Module, Target]:
-    """The model of a trial as it is initialised, and the target network in it."""
+    """A trial's untrained model, and its target network."""
     if spec.kind in LEARNED:
         return make_method(spec.kind, spec.model, build_target(spec.target, card.channels, card.image_size))
     return build_model(card, spec.target)
 
 
 class FromScratch:
-    """A trial of training from scratch: nothing is trained before, so it is its accuracy on validation groups."""
+    """A trial of training from scratch, which only measures its accuracy on validation groups."""
 
     def __init__(self, spec: TrialSpec, device: torch.device) -> None:
         store = open_store(Path(spec.store), verify=False)
@@ -191,12 +191,12 @@ class FromScratch:
         return {"accuracies": self.accuracies}
 
     def load_state_dict(self, state: dict) -> None:
-        """Continue after the groups that were."""
+        """Continue after the groups that are done."""
         self.accuracies = list(state["accuracies"])
 
 
 def group_seed(seed: int, g: int) -> int:
-    """A seed for one group: its result depends neither on the others nor on how many there are."""
+    """A seed for one group, so that its result does not depend on other groups or their number."""
     return int(np.random.SeedSequence([seed, g]).generate_state(1)[0])
 
 
@@ -206,12 +206,12 @@ def _validation(accuracies: Any) -> dict[str, float]:
 
 
 def open_trial(spec: TrialSpec, device: torch.device) -> MetaTraining | FromScratch:
-    """Build what the trial needs. Raises `UserError` when it does not fit together."""
+    """Build a trial. Raises `UserError` if its configurations do not fit together."""
     return FromScratch(spec, device) if spec.kind in SCRATCH else MetaTraining(spec, device)
 
 
 def own_device(config: dict[str, Any]) -> torch.device:
-    """The device of this process, held to what is a trial's share."""
+    """This process's device, limited to the trial's share of it."""
     share = config["share"]
     torch.set_num_threads(share["cpu"])
     device = pick_device(share["gpu"])
@@ -221,9 +221,9 @@ def own_device(config: dict[str, Any]) -> torch.device:
 
 
 def load_state(folder: Path) -> dict:
-    """A checkpoint's tensors and numbers; nothing else is unpickled.
+    """Read a checkpoint's tensors and numbers; nothing else is unpickled.
 
-    Raises an error of any kind where the file is not as it was written: torch checks no checksums, zipfile does.
+    Raises some error if the file is damaged: torch checks no checksums, so zipfile does.
     """
     with zipfile.ZipFile(folder / STATE) as records:
         if damaged := records.testzip():

@@ -1,4 +1,4 @@
-"""Each baseline's small grid, on the search's groups, judged on validation groups by the engine of PudNet's search."""
+"""Tunes the baselines, as PudNet's search does: trains each cell of a small grid, and picks by validation accuracy."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pudnet.baselines import SCRATCH
 from pudnet.errors import RunFailed
 
 Cell = dict[str, Any]
-Choices = dict[tuple[str, int], list[Cell]]  # (method, split seed) -> one cell; of scratch, one a number of epochs
+Choices = dict[tuple[str, int], list[Cell]]  # (method, split seed) -> a cell; from scratch: one per number of epochs
 COLUMNS = ["method", "split_seed", "epochs", "cell", "groups", "accuracy", "ci95", "chosen"]
 RUN = "tune-baselines"
 
@@ -25,9 +25,9 @@ RUN = "tune-baselines"
 def tune(
     params: Params, methods: Sequence[str], tracking: Tracking, fresh: bool = False
 ) -> tuple[pd.DataFrame, Choices]:
-    """Run every cell of every method's grid on every split: a row a trial (`COLUMNS`), and what was chosen.
+    """Run every cell of every method's grid on every split: a row for each trial (`COLUMNS`), and the chosen cells.
 
-    A grid of one cell has nothing to choose and is not run. Raises `RunFailed` where no trial of a choice finished.
+    A grid of one cell is not run. Raises `RunFailed` if no trial finished to choose from.
     """
     grids = {(m, seed): grid(params, m) for m in methods for seed in params.split_seeds}
     specs = [
@@ -44,7 +44,7 @@ def tune(
     tracking.submit(lambda: tracking.finish(tracking.find_or_create(experiment.key, RUN)))
     rows = pd.DataFrame([_row(trial) for trial in finished], columns=COLUMNS)
     best = rows.groupby(["method", "split_seed", "epochs"], sort=False, dropna=False)["accuracy"].idxmax()
-    rows["chosen"] = rows.index.isin(best)  # of equals, the first of the grid
+    rows["chosen"] = rows.index.isin(best)  # among equals, the first in the grid
     return rows, grids | _choices(specs, [finished[row].spec for row in best])
 
 
@@ -60,7 +60,7 @@ def _choices(specs: Sequence[TrialSpec], chosen: Sequence[TrialSpec]) -> Choices
 
 
 def grid(params: Params, method: str) -> list[Cell]:
-    """A method's cells; those of training from scratch once for each number of epochs that it is tuned for."""
+    """A method's cells; for training from scratch, all of them for each number of epochs that it is tuned for."""
     cells = params.baseline_grid(method)
     if method not in SCRATCH:
         return cells
@@ -68,7 +68,7 @@ def grid(params: Params, method: str) -> list[Cell]:
 
 
 def _spec(params: Params, method: str, seed: int, cell: Cell) -> TrialSpec:
-    """A trial on the search's own groups, which reports once."""
+    """A trial on the search's training groups, which reports only once."""
     name = f"{method}-split{seed}-{named(cell).replace(', ', '-').replace(' ', '')}"
     validate = params.baselines.scratch_search_groups if method in SCRATCH else params.groups.validation_groups
     spec = make_spec(params, name, method, seed, cell, "search_train", validate)
@@ -89,5 +89,5 @@ def _row(trial: Finished) -> dict[str, Any]:
 
 
 def named(cell: Mapping[str, Any]) -> str:
-    """A cell in words."""
+    """A cell as text, for tables."""
     return ", ".join(f"{key} {value}" for key, value in cell.items())

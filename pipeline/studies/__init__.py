@@ -1,5 +1,5 @@
-"""Studies: every table and figure is rows by columns from one YAML file, trained as Ray trials, measured and drawn.
+"""Studies: each is a table or figure of rows by columns, described by a YAML file, trained, measured and drawn.
 
-definition.py reads a study; trained.py trains a column of it and hands its cells to one of the kinds of measurement:
-accuracy.py, losses.py, finetuning.py, correlation.py, whole.py. `pipeline/study.py` is the command.
+definition.py reads a study. trained.py trains one of its columns, and gives the cells to the module for what the study
+measures: accuracy.py, losses.py, finetuning.py, correlation.py or whole.py. `pipeline/study.py` is the command.
 """

@@ -1,4 +1,4 @@
-"""A study of accuracies: each row adapted to test groups, measured on their twins, beside the paper's figure."""
+"""A study of accuracies: adapts each row to test groups, measures it on their twins, and compares with the paper."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from pudnet.settings import SETTINGS
 
 
 def measure(trained: TrainedColumn) -> pd.DataFrame:
-    """A line a row."""
+    """Measure a column: one line for each row."""
     study, params = trained.study, trained.params
     cells = [cell for own in trained.trainings.values() for cell in own]
     measured = dict(zip(cells, measure_cells(params, cells), strict=True))
     tables = {at: [measured[cell] for cell in own] for at, own in trained.trainings.items()}
-    by_training = {  # of each training the rows of all splits
+    by_training = {  # row -> for each training, the accuracies on all splits
         row: [pd.concat(own) for own in zip(*(tables[row, seed] for seed in params.split_seeds), strict=True)]
         for row in study.rows
     }
@@ -59,37 +59,37 @@ def measure(trained: TrainedColumn) -> pd.DataFrame:
 
 
 def _mean(trainings: Sequence[pd.DataFrame]) -> pd.DataFrame:
-    """Of each test group the mean accuracy over trainings."""
+    """The mean accuracy over trainings, for each test group."""
     return trainings[0].assign(accuracy=np.mean([one.accuracy.to_numpy() for one in trainings], axis=0))
 
 
 @dataclass(frozen=True)
 class Spread:
-    """How far apart trainings of a row lie that differ in their seed: one deviation for all rows of a column."""
+    """How much a seed changes a training's accuracy: one standard deviation for all rows of a column."""
 
     deviation: float
     freedom: int
 
     @classmethod
     def of(cls, accuracies: Iterable[Sequence[float]]) -> Spread:
-        """Pooled over the rows that were trained more than once."""
+        """Pool the deviation over the rows that were trained more than once."""
         several = [own for own in accuracies if len(own) > 1]
         freedom = sum(len(own) - 1 for own in several)
         squares = sum((len(own) - 1) * np.var(own, ddof=1) for own in several)
         return cls(math.sqrt(squares / freedom) if freedom else math.nan, freedom)
 
     def half_width(self, *counts: int) -> float:
-        """Of the 95% interval (Student's t) of a mean of so many trainings, or of a difference of two such means."""
-        parts = sum(1 / count for count in counts if count > 1)  # what is not trained is there once, and certain
+        """Half-width of the 95% interval (Student's t) of a mean over trainings, or of two means' difference."""
+        parts = sum(1 / count for count in counts if count > 1)  # a row without training has no such uncertainty
         return float(stdtrit(self.freedom, 0.975)) * self.deviation * math.sqrt(parts) if parts else math.nan
 
 
 def _over_trainings(
     trained: TrainedColumn, row: str, accuracies: Mapping[str, Sequence[float]], spread: Spread
 ) -> dict[str, Any]:
-    """What a seed of training moves: the accuracies, their deviation, and intervals.
+    """What the training seed changes: a row's accuracies, their deviation, and intervals.
 
-    Trainings that a row shares with the reference are compared one by one, others in the mean.
+    If a row uses the reference's own models, the difference to it is paired over trainings, else it is one of means.
     """
     own, reference, split = accuracies[row], trained.study.reference, trained.params.seed
     several, half = len(own) > 1, math.nan
@@ -108,7 +108,7 @@ def _over_trainings(
 
 
 def _over_both(table: pd.DataFrame) -> pd.DataFrame:
-    """With intervals over test groups and trainings in one: the two are drawn apart from each other."""
+    """Combine the intervals over test groups and over trainings, which are independent of each other."""
     pairs = (("ci95", "trainings_ci95"), ("difference_ci95", "difference_ci95_trainings"))
     return table.assign(
         **{groups: np.hypot(table[groups], table[own].fillna(0)) for groups, own in pairs if groups in table}
@@ -116,7 +116,7 @@ def _over_both(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _times(trained: TrainedColumn) -> dict[str, float]:
-    """What adapting to a group takes, of rows whose sketch is their own."""
+    """Milliseconds of adapting to a group, for the rows that use each group's own sketch."""
     own = [row for row, cell in trained.study.rows.items() if cell.sketch == "own"]
     return time_cells(trained.params, {row: trained.cells[row, trained.params.seed] for row in own})
 
@@ -144,18 +144,18 @@ def _paper(trained: TrainedColumn, row: str) -> dict[str, float | None]:
 def _log(
     trained: TrainedColumn, row: str, seed: int, tables: dict[tuple[str, int], list[pd.DataFrame]], time: float | None
 ) -> None:
-    """A run for each training, compared with the reference's that stands beside it."""
+    """Log a run for each training, with its difference to the reference's training of the same number."""
     reference = tables.get((trained.study.reference, seed))
     for n, table in enumerate(tables[row, seed]):
         numbers = _numbers(table, reference and reference[n % len(reference)])
         named = {"accuracy": "test_accuracy", "ci95": "test_ci95"}
         metrics = {named.get(key, key): value for key, value in numbers.items() if not pd.isna(value)}
-        timed = time is not None and (seed, n) == (trained.params.seed, 0)  # the training whose time it is
+        timed = time is not None and (seed, n) == (trained.params.seed, 0)  # only this training was timed
         trained.log(row, seed, metrics | ({"adapt_ms": time} if timed else {}), {}, n)
 
 
 def figure(study: Study, table: pd.DataFrame) -> Figure:
-    """Lines over the axis; without one, each row's difference to the reference, if there is one."""
+    """Draw lines over the study's axis; without an axis, differences to the reference, or else accuracies."""
     table = _over_both(table)
     if study.axis is None and study.reference is not None:
         return differences_figure(table, study.reference)
@@ -165,7 +165,7 @@ def figure(study: Study, table: pd.DataFrame) -> Figure:
 
 
 def _points(study: Study, table: pd.DataFrame) -> pd.DataFrame:
-    """Lines as `lines_figure` takes them: a panel a set of columns, a line a row, or the other way round."""
+    """The points for `lines_figure`: the axis's part has the panel and the place, the other part gives the lines."""
     named = table.row if study.axis == "rows" else table.column
     panels, places = zip(*map(point, named), strict=True)
     other = table.column if study.axis == "rows" else table.row
@@ -175,7 +175,7 @@ def _points(study: Study, table: pd.DataFrame) -> pd.DataFrame:
 
 
 def tables(study: Study, table: pd.DataFrame) -> str:
-    """A table a column, or where columns are an axis a table a panel."""
+    """One table for each column; if the columns are the axis, one table for each panel."""
     table = _over_both(table)
     if study.axis == "columns":
         panels = table.column.map(lambda column: point(column)[0])
@@ -185,7 +185,7 @@ def tables(study: Study, table: pd.DataFrame) -> str:
 
 
 def overview(study: Study, table: pd.DataFrame) -> str:
-    """Rows by columns: accuracies, and in brackets the differences to the reference."""
+    """A table of rows by columns with accuracies and, in brackets, differences to the reference."""
     lines = {(line.row, line.column): line for line in table.itertuples()}
     rows = table.row.unique().tolist()
     columns = {study.axis_name if study.axis == "rows" else "": rows}
@@ -242,7 +242,7 @@ def _but_of_the_reference(study: Study, part: pd.DataFrame, values: pd.Series, f
 
 
 def _papers_differences(study: Study, part: pd.DataFrame) -> list[str] | None:
-    """What `_differences` are in the paper, where it has the reference."""
+    """The paper's own differences to the reference, if it reports the reference."""
     reference = part.paper[part.row == study.reference].astype(float)
     if reference.empty or reference.isna().all():
         return None
@@ -250,7 +250,7 @@ def _papers_differences(study: Study, part: pd.DataFrame) -> list[str] | None:
 
 
 def _grid(study: Study, panel: str, part: pd.DataFrame) -> str:
-    """Places on the axis by rows, each with the paper's figure and the difference to it beside."""
+    """A table of places on the axis by rows, with the paper's result and the difference to it beside each."""
     columns = {study.axis_name: [f"{point(column)[1]:,.0f}" for column in part.column.unique()]}
     for row, own in part.groupby("row", sort=False):
         columns[row] = [plus_minus(line.accuracy, line.ci95) for line in own.itertuples()]

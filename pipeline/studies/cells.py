@@ -1,4 +1,4 @@
-"""What a study's cell is once it is trained: a method that adapts to groups; measured and timed as Ray tasks."""
+"""The cells of a study after training: methods that adapt to groups, measured and timed in Ray tasks."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ from pudnet.evaluation import FROM, Adapts, group_sketches
 from pudnet.predictor import Predictor
 from pudnet.targets import build_target
 
-MOVED_GROUPS = 50  # whose weights are compared
+MOVED_GROUPS = 50  # groups whose weights are compared
 SKETCHES = {"constant": constant_sketches, "shuffled": shuffled_sketches}
 HERE = Path(__file__).parent
 
 
 @dataclasses.dataclass(frozen=True)
 class Diagnosis:
-    """Percent that weights move between groups (mean over layers), and the AUC of a probe of the sketch for classes."""
+    """How far weights move between groups (percent, mean over layers), and the AUC of a probe of sketches."""
 
     movement: float
     probe: float
@@ -49,17 +49,17 @@ class Diagnosis:
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """A trained model (`checkpoint`; None: as it is initialised) and how it is to be measured."""
+    """A model (`checkpoint`; None: untrained) and how to measure it."""
 
     spec: TrialSpec = dataclasses.field(hash=False)
     checkpoint: Path | None
-    sketch: str = "own"  # or constant, shuffled
-    sketch_images: int | None = None  # at prediction; None: the model's own
+    sketch: str = "own"  # or "constant", "shuffled"
+    sketch_images: int | None = None  # at prediction; None: as in training
     support_per_class: int | None = None  # at prediction; None: as in training
-    head: str | None = None  # fit to a baseline's features; None: the baseline's own rule
+    head: str | None = None  # replaces a baseline's own rule; None: keep the rule
 
     def key(self, params: Params, *more: object) -> str:
-        """A hash of all that the cell's results depend on, `more` of it told by who measures."""
+        """A hash of everything that the cell's results depend on; `more` comes from the kind of measurement."""
         told = [self.sketch, self.sketch_images, self.support_per_class, self.head, self.checkpoint is None]
         told += [params.baselines.scratch_groups] if self.spec.kind in SCRATCH else []
         plain = [*told, *more, trial_key(self.spec), params.evaluate.precision, params.baselines.sketch_groups]
@@ -67,12 +67,12 @@ class Cell:
         code = code_files(TRAINING_CODE + VALIDATION_CODE) + method_files(self.spec.kind, params.target)
         code += [CODE / "pipeline" / "runs" / name for name in ("bench.py", "measuring.py")]
         code += code_files(["baselines/heads"]) if self.head else []
-        code += set(HERE.glob("*.py")) - {HERE / "page.py"}  # which words what was measured
+        code += set(HERE.glob("*.py")) - {HERE / "page.py"}  # page.py only words the results
         return f"cell-{digest(plain, [*data, *code])}"
 
 
 def measure_cells(params: Params, cells: Sequence[Cell]) -> list[pd.DataFrame]:
-    """Each cell's rows, as `Bench.accuracies` gives them. What is kept is not run again."""
+    """Measure the cells: each one's rows, as `Bench.accuracies` gives them. Kept results are not measured again."""
     keys = {cell: cell.key(params) for cell in cells}
     tables = measure_missing(
         params, _measure, keys, lambda cell, table: f"{cell.spec.name}: {len(table)} test groups done"
@@ -81,7 +81,7 @@ def measure_cells(params: Params, cells: Sequence[Cell]) -> list[pd.DataFrame]:
 
 
 def time_cells(params: Params, cells: Mapping[str, Cell]) -> dict[str, float]:
-    """Median milliseconds that each takes for a group of the first split: in turns, with nothing beside."""
+    """Median milliseconds of adapting each cell to a group of the first split, in turns, with nothing else running."""
     told = [[name, cell.key(params, params.evaluate.timing_groups)] for name, cell in cells.items()]
     key = f"time-{digest(told, [])}"
     if not (kept := read_tables({key: key})):
@@ -92,7 +92,7 @@ def time_cells(params: Params, cells: Mapping[str, Cell]) -> dict[str, float]:
 
 
 def diagnose_cells(params: Params, cells: Sequence[Cell]) -> list[Diagnosis]:
-    """What each hypernetwork's sketches and weights say of the test groups of its split."""
+    """How far each hypernetwork's weights move, and what its sketches say, on the test groups of its split."""
     diagnose = task(params, _diagnose)
     return [cluster.result(ended) for ended in [diagnose(cell) for cell in cells]]
 
@@ -104,7 +104,7 @@ def open_cell(cell: Cell, bench: Bench) -> Adapts:
     card = card_of(cell.spec, open_store(Path(cell.spec.store), verify=False))
     if cell.support_per_class is not None:
         card = dataclasses.replace(card, support_per_class=cell.support_per_class)
-    torch.manual_seed(cell.spec.split_seed)  # of what is measured as it is initialised
+    torch.manual_seed(cell.spec.split_seed)  # for untrained models
     model, target = untrained(cell.spec, card)
     if cell.checkpoint is not None:
         model.load_state_dict(load_state(cell.checkpoint)["model"])
@@ -131,7 +131,7 @@ def _measure(folder: str, params: Params, cell: Cell) -> pd.DataFrame:
 
 
 def _from_scratch(cell: Cell, scratch: Adapts, bench: Bench, params: Params) -> pd.DataFrame:
-    """Of the first so many groups, each with a seed of its own."""
+    """Train from scratch on the first `scratch_groups` test groups, each with its own seed."""
     rows = []
     for g in range(min(params.baselines.scratch_groups, len(bench.tables["test"]))):
         torch.manual_seed(group_seed(cell.spec.split_seed, g))
@@ -146,7 +146,9 @@ def _diagnose(folder: str, params: Params, cell: Cell) -> Diagnosis:
     with torch.no_grad():
         moved = movement([predictor.model.generate(sketch) for sketch in sketches[:MOVED_GROUPS]])
     share = 100 * float(np.mean([layer.mean() for layer in moved.values()]))
-    if predictor.class_aware:  # its sketch has the classes in the order of the group
+    if (
+        predictor.class_aware
+    ):  # its sketch has a part for each class, in the group's order, so sketches cannot be compared
         return Diagnosis(share, float("nan"))
     return Diagnosis(share, probe(sketches, [bench.images.block_classes(group).tolist() for group in groups]))
 

@@ -1,9 +1,9 @@
-"""A study of what weights have to do with data (Fig. 1): canonical correlations of groups and networks, held out.
+"""A study of how weights depend on data (Fig. 1): held-out canonical correlations of groups and networks.
 
-A point is a training group: on one side its mean image, on the other the weights of one layer of the network that
-a row's method makes of it. Networks that are trained from scratch all start from one initialisation and see batches
-in one order: else their channels would stand in orders of their own, and nothing could correlate. The same with
-weights paired with other groups says what there would be by chance.
+Each point is a training group: x is its mean image, y the weights of one layer of the network that a row's method
+makes from it. Networks trained from scratch all start from the same initialisation and see batches in the same order;
+otherwise their channels would be permuted at random, and nothing could correlate. Pairing the weights with other
+groups shows how large correlations are by chance.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from pudnet.cca import held_out_correlation
 from pudnet.data.images import StoreImages
 from pudnet.evaluation import adapt_input
 
-PART = 20  # groups in one task: what an interruption costs
+PART = 20  # groups in one task; an interruption loses at most one task
 
 
 @dataclass(frozen=True)
 class Part:
-    """Some of the groups of a cell."""
+    """A part of a cell's groups."""
 
     cell: Cell
     first: int
@@ -40,7 +40,7 @@ class Part:
 
 
 def measure(trained: TrainedColumn) -> pd.DataFrame:
-    """A line a row, class split and layer."""
+    """Measure a column: one line for each row, class split and layer."""
     plan, lines = trained.study.correlation, []
     count = min(plan.groups, trained.params.groups.train_groups)
     parts = {
@@ -62,14 +62,14 @@ def measure(trained: TrainedColumn) -> pd.DataFrame:
 
 @torch.no_grad()
 def _points(folder: str, params: Params, part: Part) -> pd.DataFrame:
-    """What a Ray task runs: for each group of the part its mean image, and each layer's weights."""
+    """In a Ray task: the mean image of each group of the part, and the weights of each layer of its network."""
     seed = part.cell.spec.split_seed
     bench = open_worker(folder, params, seed, None)
     adapts, images, rows = open_cell(part.cell, bench), bench.train_images, []
     for g in range(part.first, part.end):
         group = bench.tables["train"][g]
         classes = tuple(images.block_classes(group).tolist())
-        torch.manual_seed(seed)  # one initialisation, one order of batches
+        torch.manual_seed(seed)  # the same initialisation and order of batches for all groups
         with torch.enable_grad(), torch.autocast(images.device.type, torch.bfloat16, enabled=bench.bf16):
             body = adapts.adapt(*adapt_input(adapts, images, group), classes).body
         rows.append({"group": g, "what": "images", "values": _mean_image(images, group)})
@@ -87,7 +87,7 @@ def _flat(values: torch.Tensor) -> np.ndarray:
 
 
 def _correlations(points: pd.DataFrame, components: int, pairings: int, seed: int) -> list[dict[str, float | str]]:
-    """For each layer the held-out correlation, and the mean and the 95% range of it for shuffled pairs."""
+    """For each layer, the held-out correlation, and its mean and 95% range for shuffled pairs."""
     sides = {what: _coordinates(np.stack(own["values"])) for what, own in points.groupby("what", sort=False)}
     images, rng, lines = sides.pop("images"), np.random.default_rng(seed), []
     for layer, weights in sides.items():
@@ -109,18 +109,18 @@ def _correlations(points: pd.DataFrame, components: int, pairings: int, seed: in
 
 
 def _coordinates(points: np.ndarray) -> np.ndarray:
-    """Points (n, p) in a basis of the n - 1 directions that they span: all distances stay, p does not matter."""
+    """Express points (n, p) in the n - 1 directions that they span, to save time; all distances stay the same."""
     basis, values, _ = np.linalg.svd(points - points.mean(0), full_matrices=False)
     return basis[:, : len(points) - 1] * values[: len(points) - 1]
 
 
 def figure(study: Study, table: pd.DataFrame) -> Figure:
-    """A panel a column: for each row and layer the correlation, and what shuffled pairs have."""
+    """Draw one panel for each column, with the correlations of each row and layer, and of shuffled pairs."""
     return correlations_figure(table)
 
 
 def tables(study: Study, table: pd.DataFrame) -> str:
-    """A table a column."""
+    """One table for each column."""
     page = ""
     for column, part in table.groupby("column", sort=False):
         lines = list(part.itertuples())

@@ -1,4 +1,4 @@
-"""What studies/NAME.yaml says: rows (methods, variants, ingredients) by columns (settings, budgets, class counts)."""
+"""Reads studies/NAME.yaml: rows (methods, variants, ingredients) by columns (settings, budgets, class counts)."""
 
 from __future__ import annotations
 
@@ -25,31 +25,31 @@ from pudnet.targets import build_target, check_target_name
 STUDIES = Path("studies")
 GROUPS_KEY = "groups.train_groups"
 OTHERS_SKETCHES = ("constant", "shuffled")
-ANY = 1_000_000  # images of a class in a group, before there are groups: as many as a row wants
+ANY = 1_000_000  # images of a class, when rows are checked before groups are made: enough for every row
 
 
 @dataclass(frozen=True, config=STRICT)
 class Row:
-    """One line of the table: a method, and what of it is not as `params.yaml` and the study's `over` say."""
+    """One line of the table: a method, and its changes to `params.yaml` and the study's `over`."""
 
     method: Literal[("pudnet", *LEARNED, *SCRATCH, "static_trunk", "random_weights")] = "pudnet"
     variant: Literal[tuple(VARIANTS)] = "pudnet"
-    changes: dict[str, Any] = field(default_factory=dict)  # keys of `model` and `train`, or of the baseline
+    changes: dict[str, Any] = field(default_factory=dict)  # keys of `model` and `train`, or a baseline's own
     sketch: Literal[("own", *OTHERS_SKETCHES)] = "own"
     sketch_images: Positive | None = None  # at prediction
     support_per_class: Positive | None = None  # at prediction
-    head: Literal[HEADS] | None = None  # fit to a baseline's features in place of its own rule
-    paper: str | None = None  # its name in the paper's table
+    head: Literal[HEADS] | None = None  # fitted to a baseline's features; replaces its own rule
+    paper: str | None = None  # the row's name in the paper's table
 
     @property
     def trained(self) -> bool:
-        """Whether it is trained on task groups."""
+        """Whether the method is trained on task groups."""
         return self.method not in (*SCRATCH, "random_weights")
 
 
 @dataclass(frozen=True, config=STRICT)
 class Column:
-    """What a column changes in params.yaml, and where the paper reports it (`{row}`: there a row's name goes)."""
+    """A column: its changes to params.yaml, and its path in paper.yaml (`{row}` stands for a row's name)."""
 
     changes: dict[str, Any]
     paper: str | None = None
@@ -57,7 +57,7 @@ class Column:
 
 @dataclass(frozen=True, config=STRICT)
 class FineTuning:
-    """Of `measure: finetune`: training on from each row's weights, with a linear head on all test classes."""
+    """Options of `measure: finetune`, which trains each row's weights further, with a head on all test classes."""
 
     images: Positive = 10_000
     test_images: Positive = 2_000
@@ -67,44 +67,44 @@ class FineTuning:
 
 @dataclass(frozen=True, config=STRICT)
 class Correlation:
-    """Of `measure: correlation`: as many training groups, each side reduced to so many principal components."""
+    """Options of `measure: correlation`."""
 
-    groups: Annotated[int, Field(ge=20)] = 200
-    components: Positive = 10
-    pairings: Annotated[int, Field(ge=20)] = 200  # of groups and weights that do not belong together
+    groups: Annotated[int, Field(ge=20)] = 200  # training groups
+    components: Positive = 10  # principal components that each side is reduced to
+    pairings: Annotated[int, Field(ge=20)] = 200  # shuffled pairings of groups and weights
 
 
 @dataclass(frozen=True, config=STRICT)
 class Whole:
-    """Of `measure: whole`: one labelled set with far more classes than a group, read as it is needed."""
+    """Options of `measure: whole`, a prediction for one labelled set with far more classes than a group."""
 
-    images: str  # folder with a subfolder a class, that weights and centroids come from
+    images: str  # folder with one subfolder for each class, from which the network is predicted
     test_images: str
     top: Positive = 5
-    classes: Positive = 1000  # what the folders are expected to have
+    classes: Positive = 1000  # number of classes in the folders, for the message that they are missing
 
 
 @dataclass(frozen=True, config=STRICT)
 class Study:
-    """studies/NAME.yaml. `over` and each column change keys of params.yaml, named with dots."""
+    """The content of studies/NAME.yaml. `over` and each column change keys of params.yaml, written with dots."""
 
     title: str
     columns: Annotated[dict[str, Column], Field(min_length=1)]
     rows: Annotated[dict[str, Row], Field(min_length=1)]
-    reference: str | None = None  # the row that others are compared with, paired over test groups
+    reference: str | None = None  # the row that all others are compared with, paired over test groups
     over: dict[str, Any] = field(default_factory=dict)
     text: str = ""  # what a reader should know, above the table
     measure: Literal["accuracy", "losses", "finetune", "correlation", "whole"] = "accuracy"
-    axis: Literal["rows", "columns"] | None = None  # which of them are numbers (`PANEL / NUMBER`): a line, not a table
+    axis: Literal["rows", "columns"] | None = None  # which of them are numbers (`PANEL / NUMBER`), drawn as lines
     axis_name: str = ""
-    diagnose: bool = False  # how far weights move, and what a probe reads from the sketch
+    diagnose: bool = False  # also measure how far weights move, and what a probe reads from the sketch
     finetune: FineTuning = field(default_factory=FineTuning)
     correlation: Correlation = field(default_factory=Correlation)
     whole: Whole | None = None
 
 
 def load_study(name: str) -> Study:
-    """Read and check a study. Raises `UserError` with one line for whatever is wrong in it."""
+    """Read and check a study. Raises `UserError`, in one line, if something in it is wrong."""
     known = sorted(file.stem for file in STUDIES.glob("*.yaml") if file.stem != "dvc")
     if name not in known:
         raise UserError(f"study: unknown name {name!r}; known: {', '.join(known)}")
@@ -128,13 +128,13 @@ def load_study(name: str) -> Study:
 
 
 def _column(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A column's block, which mixes keys of params.yaml with its own, as what a `Column` is made from."""
+    """The fields of a `Column`, from its block in the file, which mixes keys of params.yaml with `paper`."""
     changes = {key: value for key, value in values.items() if key != "paper"}
     return {"changes": changes, "paper": values.get("paper")}
 
 
 def _check_blocks(path: Path, where: str, blocks: Any) -> None:
-    """Raise `UserError` for what is no mapping of names to blocks."""
+    """Raise `UserError` unless `blocks` maps names to blocks."""
     if not isinstance(blocks, dict) or not all(isinstance(name, str) for name in blocks):
         raise UserError(f"{path}: {where}: must be a block of named {where}, got {blocks!r}")
     for name, values in blocks.items():
@@ -163,11 +163,11 @@ def _check(path: Path, study: Study) -> None:
 
 
 def _check_names(path: Path, study: Study) -> None:
-    """Raise `UserError` where a row's name gives none for its trials, or a name is no place on the axis."""
+    """Raise `UserError` if a row's name cannot name its trials, or a name on the axis has no number."""
     slugs = [_slug(row) for row in study.rows]
     for row, slug in zip(study.rows, slugs, strict=True):
         if not slug or slugs.count(slug) > 1:
-            raise UserError(f"{path}: rows.{row}: needs letters or digits that no other row has in this order")
+            raise UserError(f"{path}: rows.{row}: its letters and digits must differ from those of every other row")
     for name in {"rows": study.rows, "columns": study.columns}.get(study.axis, ()):
         try:
             point(name)
@@ -176,11 +176,11 @@ def _check_names(path: Path, study: Study) -> None:
 
 
 def _unfit(row: Row, measure: str) -> str | None:
-    """Why what a study measures cannot be had of a row, if it cannot."""
+    """The reason if a study's `measure` is not possible for a row, else None."""
     if row.sketch != "own" and (row.method != "pudnet" or measure != "accuracy"):
         return f"sketch: {row.sketch} is for `method: pudnet` and `measure: accuracy`"
     if row.sketch_images is not None and row.method != "pudnet":
-        return "sketch_images: is for `method: pudnet`, the others have no sketch"
+        return "sketch_images: is for `method: pudnet`; other methods have no sketch"
     if row.head is not None and (row.method not in LEARNED or measure != "accuracy"):
         return f"head: is for `measure: accuracy` and one of {', '.join(LEARNED)}"
     if measure == "whole" and row.method in (*LEARNED, *SCRATCH):
@@ -191,7 +191,7 @@ def _unfit(row: Row, measure: str) -> str | None:
 
 
 def point(name: str) -> tuple[str, float]:
-    """The panel and the place on the axis that a row or column stands for: `fashion / 500` or `0.2`."""
+    """The panel and the place on the axis in the name of a row or column, such as `fashion / 500` or `0.2`."""
     panel, _, number = name.rpartition(" / ")
     place = float(number.replace(",", ""))
     if not math.isfinite(place):
@@ -200,19 +200,20 @@ def point(name: str) -> tuple[str, float]:
 
 
 def reported(column: Column, row: Row) -> Reported | None:
-    """The paper's figure of a cell, where both its row and its column say where it is. `UserError` if it is not."""
+    """The paper's result for a cell, if its row and column have a `paper`. `UserError` if paper.yaml lacks it."""
     if column.paper is None or row.paper is None:
         return None
     return paper_figure(column.paper.replace("{row}", row.paper))
 
 
-# What a cell is in plain parameters
+# From a study to the params and trials of its cells
 
 
 def column_params(study: Study, column: str) -> Params:
-    """params.yaml with the study's and the column's keys changed, and the budget and test groups that are asked for.
+    """params.yaml with the changes of the study and of the column, and with the block `study` applied.
 
-    A column's own number of training groups is its own; any other is the budget's, one where `wanted` finds none.
+    A column may set its own number of training groups; otherwise that is the budget, or 1 if the budget is below 1
+    (`wanted` then leaves the column out).
     """
     raw, own = read_yaml(PARAMS), study.columns[column].changes
     for where, changes in (("over", study.over), (f"columns.{column}", own)):
@@ -244,7 +245,7 @@ def column_params(study: Study, column: str) -> Params:
 
 
 def budget(study: Study, params: Params) -> int:
-    """How many training groups a column may have."""
+    """The largest number of training groups for a column."""
     paper = SETTINGS[params.setting].train_groups
     if params.study.budget is None:
         return study.over.get(GROUPS_KEY) or paper
@@ -252,7 +253,7 @@ def budget(study: Study, params: Params) -> int:
 
 
 def wanted(study: Study, params: Mapping[str, Params]) -> tuple[dict[str, Params], dict[str, str]]:
-    """The columns that are to run, and why the others are not. Raises `UserError` where none is."""
+    """The columns to run, and the reasons why others are left out. Raises `UserError` if there are none to run."""
     chosen, left_out = {}, {}
     for column, own in params.items():
         if why := _why_not(study, own):
@@ -265,14 +266,14 @@ def wanted(study: Study, params: Mapping[str, Params]) -> tuple[dict[str, Params
 
 
 def _slug(row: str) -> str:
-    """What a row's trials, and their folders, are called."""
+    """A row's name as it appears in the names of its trials and their folders."""
     return re.sub("[^a-z0-9+]+", "-", row.lower()).strip("-")
 
 
 def row_spec(params: Params, name: str, row: Row, seed: int, images: int) -> TrialSpec:
-    """The training that a row's cell takes on one class split. Its own changes win over its variant's.
+    """The trial of a row on one class split. The row's own changes override its variant's.
 
-    What is not PudNet itself is trained as the variant is, and given as many labels of a class's `images` in a group.
+    Other methods than PudNet are trained as the variant is, with as many labels as it uses of a class's `images`.
     """
     where = f"rows.{name}.changes"
     params = dataclasses.replace(params, variant=row.variant)
@@ -294,7 +295,7 @@ def row_spec(params: Params, name: str, row: Row, seed: int, images: int) -> Tri
 
 
 def _why_not(study: Study, own: Params) -> str | None:
-    """Why a column is not to run, if it is not."""
+    """The reason if a column is not to be run, else None."""
     asked, limit, groups = own.study, budget(study, own), own.groups.train_groups
     paper = SETTINGS[own.setting].train_groups
     if own.setting not in (asked.settings or [own.setting]) or own.target not in (asked.targets or [own.target]):
@@ -314,7 +315,7 @@ def _why_not(study: Study, own: Params) -> str | None:
 
 
 def check_rows(study: Study, params: Params) -> None:
-    """Raise `UserError` for a row of a column whose keys are wrong, or whose hypernetwork could not be trained."""
+    """Raise `UserError` if a row has wrong keys in this column, or a hypernetwork that is too large."""
     target = build_target(params.target, params.prepare.channels, params.prepare.image_size)
     sound, seen = set(), []
     for name, row in study.rows.items():

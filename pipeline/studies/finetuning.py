@@ -1,4 +1,4 @@
-"""A study of weights as an initialisation (Table 5): trained on from each row's, with a linear head, epoch by epoch."""
+"""A study of weights as an initialisation (Table 5): trains each row's weights further, with a new linear head."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from pudnet.cpu import accelerate
 from pudnet.evaluation import mean_half_width
 from pudnet.finetune import Parts, train_on
 
-SHOWN = (1, 5, 10, 20, 30, 50)  # epochs of the table, and the last
-IMAGES_STREAM = 5  # of random numbers, apart from those of the group tables
+SHOWN = (1, 5, 10, 20, 30, 50)  # epochs that the table shows, besides the last
+IMAGES_STREAM = 5  # a stream of random numbers that the group tables do not use
 
 
 def measure(trained: TrainedColumn) -> pd.DataFrame:
-    """A line a row and epoch: mean accuracy over class splits, its 95% interval over test images."""
+    """Measure a column: for each row and epoch, the mean accuracy over splits, and its interval over test images."""
     plan, rows = trained.study.finetune, []
     keys = {(cell, plan): cell.key(trained.params, asdict(plan)) for cell in trained.cells.values()}
     tables = measure_missing(
@@ -63,7 +63,7 @@ def measure(trained: TrainedColumn) -> pd.DataFrame:
 
 
 def _finetune(folder: str, params: Params, one: tuple[Cell, FineTuning]) -> pd.DataFrame:
-    """What a Ray task runs: a cell's curve."""
+    """In a Ray task: a cell's curve."""
     cell, plan = one
     bench = open_worker(folder, params, cell.spec.split_seed, None)
     parts = _parts(bench, plan)
@@ -79,7 +79,7 @@ def _finetune(folder: str, params: Params, one: tuple[Cell, FineTuning]) -> pd.D
 
 
 def _parts(bench: Bench, plan: FineTuning) -> Parts:
-    """Images of all test classes, drawn at random: `test_images` to test on, and `images` others to train on."""
+    """Draw images of all test classes at random: `test_images` to test on and `images` others to train on."""
     labels, classes = bench.images.labels, bench.split.test_classes
     rows = np.flatnonzero(np.isin(labels, classes))
     rows = np.random.default_rng([bench.seed, IMAGES_STREAM]).permutation(rows)
@@ -91,7 +91,7 @@ def _parts(bench: Bench, plan: FineTuning) -> Parts:
 
 
 def _with_linear_head(body: nn.Module, classes: int, parts: Parts) -> nn.Sequential:
-    """A network whose weights learn, and a new linear layer on its features."""
+    """A trainable copy of a network, with a new linear layer on its features."""
     body, device = copy.deepcopy(body).requires_grad_(True), parts.images.device
     with torch.no_grad():
         features = body(parts.images[:1]).flatten(1).shape[1]
@@ -101,13 +101,13 @@ def _with_linear_head(body: nn.Module, classes: int, parts: Parts) -> nn.Sequent
 
 
 def figure(study: Study, table: pd.DataFrame) -> Figure:
-    """A panel a column, a line a row."""
+    """Draw one panel for each column, with one line for each row."""
     points = table[table.epoch > 0].rename(columns={"column": "panel", "row": "line", "epoch": "x", "accuracy": "y"})
     return lines_figure(points, "epochs", "accuracy, %")
 
 
 def tables(study: Study, table: pd.DataFrame) -> str:
-    """A table a column: rows by some of the epochs."""
+    """One table for each column, of rows by some epochs."""
     page = ""
     for column, part in table.groupby("column", sort=False):
         last, first = part.epoch.max(), part.iloc[0]
@@ -124,7 +124,7 @@ def tables(study: Study, table: pd.DataFrame) -> str:
             number(line.accuracy - line.paper if line.paper else None, "{:+.2f}") for line in at_end.itertuples()
         ]
         told = (
-            f"{part.train_groups.max():,} training groups for those that are trained on groups; fine-tuned on "
+            f"{part.train_groups.max():,} training groups for methods that are trained on groups; fine-tuned on "
             f"{first.images:,} images, measured on {first.test_images:,}, {first.splits} class split(s)."
         )
         page += f"\n## {column}\n\n{told}\n\n{table_of(columns)}"

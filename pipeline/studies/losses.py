@@ -1,4 +1,4 @@
-"""A study of training: the losses of each row, by the number of groups seen (Fig. 9)."""
+"""A study of training: the losses of each row over the number of groups seen (Fig. 9)."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pipeline.studies.page import number, table_of
 from pipeline.studies.trained import TrainedColumn
 
 NAMES = {"metric_loss": "metric loss, L1", "loss": "total loss"}
-SHOWN = 12  # lines of a table
+SHOWN = 12  # about as many lines in a table
 
 
 def measure(trained: TrainedColumn) -> pd.DataFrame:
-    """A line a report of a training."""
+    """Collect a column's reports: one line for each report of each training."""
     lines = []
     for (row, seed), ended in trained.ended.items():
         reports = ended.history
@@ -26,14 +26,14 @@ def measure(trained: TrainedColumn) -> pd.DataFrame:
 
 
 def figure(study: Study, table: pd.DataFrame) -> Figure:
-    """A panel a column, a line a row and loss."""
+    """Draw one panel for each column, with one line for each row and loss."""
     points = _means(table).melt(["column", "row", "groups"], list(NAMES), var_name="loss", value_name="y")
     points["line"] = points.row + ": " + points.loss.map(NAMES) if len(study.rows) > 1 else points.loss.map(NAMES)
     return lines_figure(points.rename(columns={"column": "panel", "groups": "x"}), "training groups seen", "loss")
 
 
 def tables(study: Study, table: pd.DataFrame) -> str:
-    """A table a column, of some of the reports."""
+    """One table for each column, of some of the reports."""
     page = ""
     for column, part in _means(table).groupby("column", sort=False):
         reports = sorted(part.groups.unique())
@@ -47,5 +47,5 @@ def tables(study: Study, table: pd.DataFrame) -> str:
 
 
 def _means(table: pd.DataFrame) -> pd.DataFrame:
-    """Over class splits."""
+    """Means over class splits."""
     return table.groupby(["column", "row", "groups"], sort=False, as_index=False)[list(NAMES)].mean()

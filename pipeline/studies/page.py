@@ -1,4 +1,4 @@
-"""What every study's page has: its title and text, the command, the picture, and what was not run and why."""
+"""The page of a study: title, text, command, picture, tables, and what was not run and why."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ PAGE = """# {title}
 ![{title}]({name}.png)
 """
 LEGENDS = {
-    "accuracy": "Accuracy in percent, with its 95% interval over test groups: of one training a row and class split, "
-    "each group passed once; a training's own chance (another seed) is in no interval.",
-    "losses": "Losses of training, mean over the groups since the line before.",
+    "accuracy": "Accuracy in percent, with its 95% interval over test groups. Each row is trained once on each class "
+    "split, with one pass over the groups; the intervals do not include what another training seed would change.",
+    "losses": "Training losses, mean over the groups since the previous line.",
     "finetune": "Accuracy in percent on test images that were not trained on, with its 95% interval over them.",
-    "correlation": "Canonical correlations on groups that they were not fitted to; beside them, with 95% of them, "
-    "those of weights paired with other groups.",
+    "correlation": "Canonical correlations on groups that they were not fitted to. Shuffled pairs: the same for "
+    "weights paired with other groups, as mean and 95% range.",
     "whole": "Accuracy in percent, with its 95% interval over test images.",
 }
 TRAININGS = (
-    "Accuracy in percent, mean of {trainings} trainings a row and class split, each group passed once, with its 95% "
-    "interval over test groups and trainings, which differ in their seed alone (Student's t, with one deviation of a "
-    "training for all rows of a column)."
+    "Accuracy in percent, mean of {trainings} trainings of each row on each class split, with one pass over the "
+    "groups. Its 95% interval is over test groups and trainings, which differ only in their seed (Student's t, with one "
+    "standard deviation of a training for all rows of a column)."
 )
 PAIRED = " Differences to “{reference}” are paired over the same test groups."
-PAPER = " The paper's figures are of its own class split and {groups} number of groups."
+PAPER = " The paper's results are for its own class split and {groups} number of groups."
 DIAGNOSED = """ *Weights move*: how far
 predicted weights are from their mean over groups, relative to its size, mean over layers. *Probe*: how well a linear
 probe reads from the sketch which classes a group has (area under the ROC curve; 50 is chance)."""
 
 
 def render(name: str, study: Study, tables: str, left_out: Mapping[str, str], asked: StudyParams) -> str:
-    """The study as Markdown; `asked`: what holds for all studies, which the page names."""
+    """Render the study as Markdown. `asked` is the block `study` of params.yaml, which the page's command repeats."""
     several = study.measure == "accuracy" and asked.trainings
     legend = TRAININGS.format(trainings=asked.trainings) if several else LEGENDS[study.measure]
     legend += PAIRED.format(reference=study.reference) if study.reference else ""
@@ -58,7 +58,7 @@ def render(name: str, study: Study, tables: str, left_out: Mapping[str, str], as
 
 
 def _command(name: str, asked: StudyParams) -> str:
-    """What runs the study as it was run, but for where sets lie."""
+    """The command that runs the study as it was run, except for the places of data sets."""
     told = {key: value for key, value in asdict(asked).items() if value is not None and key != "sources"}
     if not told:
         return f"python -m pipeline.study {name}"
@@ -68,7 +68,7 @@ def _command(name: str, asked: StudyParams) -> str:
 
 
 def table_of(columns: Mapping[str, Sequence[str] | pd.Series | None]) -> str:
-    """A Markdown table; columns after the first that are None or empty throughout are left out."""
+    """A Markdown table. Columns that are None or completely empty are left out, except the first."""
     titles, cells = [], []
     for position, (title, values) in enumerate(columns.items()):
         if position == 0 or (values is not None and any(values)):
@@ -79,12 +79,12 @@ def table_of(columns: Mapping[str, Sequence[str] | pd.Series | None]) -> str:
 
 
 def plus_minus(value: float | None, half: float | None, sign: str = "") -> str:
-    """`12.34 ± 0.56`; without the half-width where there is none, empty without a value."""
+    """`12.34 ± 0.56`; `12.34` if there is no half-width; empty if there is no value."""
     if pd.isna(value):
         return ""
     return f"{value:{sign}.2f}" + ("" if pd.isna(half) else f" ± {half:.2f}")
 
 
 def number(value: float | None, form: str) -> str:
-    """A number in a form; empty where there is none."""
+    """A formatted number; empty if there is none."""
     return "" if pd.isna(value) else form.format(value)

@@ -1,4 +1,4 @@
-"""A study's column at work: its data and groups prepared, its trainings run, its cells ready to be measured."""
+"""Trains a column of a study: prepares its data and groups, runs its trainings, and makes cells to measure."""
 
 from __future__ import annotations
 
@@ -24,28 +24,28 @@ from pipeline.tracking.runs import Tracking, open_tracking
 
 @dataclass(frozen=True)
 class TrainedColumn:
-    """One column of a study, trained: a cell a row, class split and training, of which most studies have one."""
+    """A trained column of a study: one cell for each row, class split and training (mostly there is one training)."""
 
-    name: str  # of the study
+    name: str  # the study's
     study: Study
     column: str
     params: Params
-    trainings: Mapping[tuple[str, int], Sequence[Cell]]  # `study.trainings` of them, where it says so
-    ended: Mapping[tuple[str, int], Finished]  # the first training of those that are trained
+    trainings: Mapping[tuple[str, int], Sequence[Cell]]  # (row, split seed) -> a cell for each training
+    ended: Mapping[tuple[str, int], Finished]  # (row, split seed) -> the first training, if the row is trained
     tracking: Tracking
 
     @property
     def cells(self) -> dict[tuple[str, int], Cell]:
-        """Of each row and class split the first training."""
+        """The cell of the first training, for each row and class split."""
         return {at: first for at, (first, *_) in self.trainings.items()}
 
     @property
     def own(self) -> Column:
-        """What the study's file says of the column."""
+        """The column as the study's file has it."""
         return self.study.columns[self.column]
 
     def groups(self, row: str) -> int:
-        """How many groups a row is trained on."""
+        """The number of groups that a row is trained on."""
         return self.params.groups.train_groups if self.study.rows[row].trained else 0
 
     def log(
@@ -56,8 +56,10 @@ class TrainedColumn:
         curve: Mapping[str, Mapping[int, float]],
         training: int = 0,
     ) -> None:
-        """The MLflow run of a cell: its metrics, and its curves by step."""
-        key = self.trainings[row, seed][training].key(self.params)  # now: it is of files of this working directory
+        """Log a cell's MLflow run: its metrics, and its curves by step."""
+        key = self.trainings[row, seed][training].key(
+            self.params
+        )  # not later: it hashes files of this working directory
         self.tracking.submit(lambda: self._log(key, row, seed, metrics, curve, training))
 
     def _log(
@@ -86,7 +88,7 @@ class TrainedColumn:
 
 
 def train(name: str, study: Study, column: str, params: Params) -> TrainedColumn:
-    """Every training of a column that is not done, each once, whatever number of rows it serves."""
+    """Run all trainings of a column that are not done yet. A training that several rows share is run once."""
     tracking = open_tracking(params)
     rows = study.rows.items()
     images, seeds = images_of_a_class(params), params.study.trainings or 1
@@ -112,7 +114,7 @@ def train(name: str, study: Study, column: str, params: Params) -> TrainedColumn
 
 
 def _seeded(spec: TrialSpec, n: int) -> TrialSpec:
-    """The n-th training of a row: initialised and run by another seed, on the same groups."""
+    """The n-th training of a row, with another seed on the same groups."""
     return replace(spec, name=f"{spec.name}-training{n}", seed=spec.seed + n) if n else spec
 
 
@@ -121,7 +123,7 @@ def _cell(row: Row, spec: TrialSpec, trained: Finished | None) -> Cell:
 
 
 def get_data(params: Params) -> None:
-    """The data of a column, prepared; columns share what is the same. Raises `UserError` where it is not there."""
+    """Prepare the data of a column, unless it is there already. Raises `UserError` if its source is missing."""
     folder = _data_folder(params)
     with _one_at_a_time(folder), _working_in(folder, "raw", root() / "data" / "raw"):
         if not PREPARED.is_dir():
@@ -130,7 +132,7 @@ def get_data(params: Params) -> None:
 
 @contextlib.contextmanager
 def workspace(params: Params) -> Iterator[None]:
-    """A folder with the data and groups of a column, the working directory meanwhile."""
+    """Make a folder with the data and groups of a column, and make it the working directory inside the block."""
     data = _data_folder(params)
     folder = data / digest([asdict(params.groups), params.split_seeds], [])
     with _working_in(folder, PREPARED.name, data / PREPARED):
@@ -141,7 +143,7 @@ def workspace(params: Params) -> Iterator[None]:
 
 
 def _one_at_a_time(folder: Path) -> contextlib.AbstractContextManager[None]:
-    """Another study may be making the same."""
+    """A lock, since another study may be making the same folder."""
     return locked(folder.with_suffix(".lock"), wait=True)
 
 
@@ -152,7 +154,7 @@ def _data_folder(params: Params) -> Path:
 
 
 def _files(kind: str, place: str = "") -> list[tuple[str, int, int]]:
-    """What would tell that images were changed: each file's size and time. (What torchvision has does not.)"""
+    """The size and time of each file of a source, to notice changed images. (torchvision's sets do not change.)"""
     path = root() / place
     if kind == "torchvision":
         return []
@@ -163,7 +165,7 @@ def _files(kind: str, place: str = "") -> list[tuple[str, int, int]]:
 
 @contextlib.contextmanager
 def _working_in(folder: Path, link: str, to: Path) -> Iterator[None]:
-    """TrainedColumn in a folder whose data/LINK leads elsewhere; the project's root stays what it is."""
+    """Work in a folder with a link data/LINK to another folder; `root` still gives the project's own folder."""
     (folder / "data").mkdir(parents=True, exist_ok=True)
     if not (folder / "data" / link).is_symlink():
         (folder / "data" / link).symlink_to(to)

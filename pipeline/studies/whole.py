@@ -1,5 +1,8 @@
-"""A study of one labelled set with far more classes than a group, as ImageNet-1K: weights, and centroids of all its
-classes, from one folder; top-k accuracy on another. Images are read as they are needed, never all at once."""
+"""A study of one labelled set with far more classes than a group, such as ImageNet-1K.
+
+Weights, and the centroids of all classes, come from one folder of images, top-k accuracy from another. Images are read
+in parts, never all at once.
+"""
 
 from __future__ import annotations
 
@@ -25,16 +28,16 @@ from pudnet.evaluation import mean_half_width
 
 
 def check(plan: Whole) -> None:
-    """Raise `UserError` where a folder is not there."""
+    """Raise `UserError` if one of the folders is missing."""
     for folder in (plan.images, plan.test_images):
         if not (root() / folder).is_dir():
             raise UserError(
-                f"folder {folder}: not there; put images of {plan.classes:,} classes there, a folder a class"
+                f"folder {folder}: not there; put images of {plan.classes:,} classes there, one folder for each class"
             )
 
 
 def measure(trained: TrainedColumn) -> pd.DataFrame:
-    """A line a row."""
+    """Measure a column: one line for each row."""
     plan, lines = trained.study.whole, []
     there = replace(plan, images=str(root() / plan.images), test_images=str(root() / plan.test_images))
     keys = {(cell, there): cell.key(trained.params, asdict(plan)) for cell in trained.cells.values()}
@@ -66,7 +69,7 @@ def measure(trained: TrainedColumn) -> pd.DataFrame:
 
 
 def _accuracy(folder: str, params: Params, one: tuple[Cell, Whole]) -> pd.DataFrame:
-    """What a Ray task runs: a cell's top-k accuracy, and the seconds from folder to network."""
+    """In a Ray task: a cell's top-k accuracy, and the seconds from the folder to the predicted network."""
     cell, plan = one
     bench = open_worker(folder, params, cell.spec.split_seed, None)
     predictor = open_cell(cell, bench)
@@ -88,12 +91,12 @@ def _accuracy(folder: str, params: Params, one: tuple[Cell, Whole]) -> pd.DataFr
 
 
 def figure(study: Study, table: pd.DataFrame) -> Figure:
-    """A bar a row, the paper's figure beside it."""
+    """Draw each row's accuracy, with the paper's beside it."""
     return bars_figure(table, f"top-{study.whole.top} accuracy, %")
 
 
 def tables(study: Study, table: pd.DataFrame) -> str:
-    """A table a column."""
+    """One table for each column."""
     page = ""
     for column, part in table.groupby("column", sort=False):
         first, lines = part.iloc[0], list(part.itertuples())

@@ -1,1 +1,1 @@
-"""MLflow: the runs, the registered model, and what serves it."""
+"""MLflow: runs, the registered model, and serving it."""

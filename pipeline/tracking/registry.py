@@ -1,4 +1,4 @@
-"""The trained hypernetwork in MLflow: logged and registered as a model that can be served, and read again."""
+"""The trained hypernetwork in MLflow: logs and registers it as a model that can be served, and downloads it again."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from pudnet.errors import UserError
 
 SERVING = Path(__file__).with_name("serving.py")
 CODE = [str(Path(__file__).resolve().parents[2] / "pudnet")]
-# What serving.py and pudnet/ import; at the versions that are installed here.
+# The packages that serving.py and pudnet/ import. The model requires the versions that are installed here.
 REQUIREMENTS = ("mlflow", "numpy", "pandas", "pillow", "pydantic", "pyyaml", "rich", "safetensors", "scikit-learn")
 REQUIREMENTS += ("scipy", "torch", "torchvision")
 
@@ -35,7 +35,7 @@ SIGNATURE = ModelSignature(
 
 
 def register(tracking: Tracking, run_id: str, path: Path, name: str) -> str:
-    """Log a trained model to a run as an MLflow model and register it, once a run. Returns its version."""
+    """Log a trained model to a run and register it, unless the run has done so before. Returns its version."""
     _, card = read_tensors(path)
     client = tracking.client
     found = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
@@ -48,7 +48,7 @@ def register(tracking: Tracking, run_id: str, path: Path, name: str) -> str:
 
 
 def _log(tracking: Tracking, run_id: str, path: Path, name: str, card: Card) -> int:
-    """Log and register; the version."""
+    """Log and register a model. Returns its version."""
     mlflow.set_tracking_uri(tracking.uri)
     with quiet(), mlflow.start_run(run_id=run_id):
         logged = mlflow.pyfunc.log_model(
@@ -65,7 +65,7 @@ def _log(tracking: Tracking, run_id: str, path: Path, name: str, card: Card) -> 
 
 
 def hypernetwork(card: Card) -> str:
-    """In a few words, what makes a PudNet's weights."""
+    """A hypernetwork's architecture in a few words."""
     model = ModelConfig(**card.model)
     parts = [f"extractor {model.extractor}, eta {model.eta}, GRU depth {model.depth}"] if model.change else []
     parts += ["class filters"] if model.class_filters else []
@@ -73,7 +73,7 @@ def hypernetwork(card: Card) -> str:
 
 
 def _description(card: Card) -> str:
-    """What the UI says of a version."""
+    """The description of a version in MLflow's UI."""
     made = card.provenance
     return (
         f"PudNet ({made['variant']}) for {card.target}, {card.image_size}x{card.image_size} px, {card.channels} "
@@ -85,7 +85,7 @@ def _description(card: Card) -> str:
 
 
 def example_group(card: Card) -> pd.DataFrame:
-    """A request: two labelled images of each of two colours, and two queries, as PNG files."""
+    """An example request: two labelled images of each of two shades, and two queries, as PNG files."""
     rng = np.random.default_rng(0)
     colours, labels = (60, 180), ("dark", "bright", "dark", "bright", None, None)
     shape = (card.image_size, card.image_size, 3)
@@ -101,10 +101,10 @@ def png(image: np.ndarray) -> bytes:
 
 
 def download(uri: str) -> Path:
-    """The .safetensors file of a logged or registered model: `models:/NAME/VERSION`, `models:/NAME@ALIAS`, `runs:/...`.
+    """Download a model's .safetensors file from `models:/NAME/VERSION`, `models:/NAME@ALIAS` or `runs:/...`.
 
-    Asks the server that MLFLOW_TRACKING_URI names, or the project's database in the current folder. Raises
-    `UserError` where there is none, or nothing of that name.
+    It comes from the server at MLFLOW_TRACKING_URI, or from the project's database in the current folder. Raises
+    `UserError` if there is no such server, database or model.
     """
     database = Path("mlflow.db")
     if "MLFLOW_TRACKING_URI" not in os.environ and not database.is_file():
@@ -116,7 +116,7 @@ def download(uri: str) -> Path:
             found = Path(download_artifacts(artifact_uri=uri))
     except (MlflowException, OSError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{uri}: cannot be had from {tracking_uri()} ({reason})") from None
+        raise UserError(f"{uri}: cannot be downloaded from {tracking_uri()} ({reason})") from None
     files = [found] if found.is_file() else sorted(found.rglob("*.safetensors"))
     if len(files) != 1:
         raise UserError(f"{uri}: holds {len(files)} .safetensors files, not one")

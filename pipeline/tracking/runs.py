@@ -1,6 +1,6 @@
-"""MLflow, written by one process, the driver: each run is found again by a key when a stage is continued.
+"""Logs runs to MLflow. Only the driver process does so; a continued stage finds its runs again by their keys.
 
-No stage fails because of it: what is logged is kept elsewhere, and logged again where it is missing.
+No stage fails because of MLflow: the results are kept elsewhere, and logged later if something is missing.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from urllib.parse import quote
 
 import yaml
 
-# MLflow's own patience with a server that does not answer is many minutes a call, for which all trials would wait.
+# By default, MLflow tries for many minutes to reach a server that does not answer, and all trials would wait.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
 
@@ -38,8 +38,8 @@ from pipeline.project import git_commit, locked, root, write
 from pudnet.errors import RunFailed, UserError
 
 KEY, PROJECT = "pudnet.key", "pudnet.project"
-REST = 10  # times as long as it took to fail, before a server is asked again
-PLACES = (  # the columns of MLflow's database that hold where artifacts lie
+REST = 10  # wait this many times as long as a failed call took, before trying the server again
+PLACES = (  # the columns of MLflow's database with the places of artifacts
     ("experiments", "artifact_location"),
     ("runs", "artifact_uri"),
     ("logged_models", "artifact_location"),
@@ -47,29 +47,31 @@ PLACES = (  # the columns of MLflow's database that hold where artifacts lie
     ("model_versions", "storage_location"),
 )
 EXPERIMENT_TAGS = {
-    "mlflow.experimentKind": "custom_model_development",  # else the UI opens on its pages for language models
-    "mlflow.note.content": "A search is one parent run with a child a trial; mark the children and press Compare. "
-    "A final training, an evaluation and the controls are a run each.",
+    "mlflow.experimentKind": "custom_model_development",  # else the UI opens its pages for language models
+    "mlflow.note.content": "A search is one parent run with one child for each trial; mark the children and press "
+    "Compare. Each final training, each evaluation and each control is one run.",
 }
 
 
 class Tracking:
-    """One experiment of the tracking server: the runs of a setting and a target."""
+    """One experiment of the tracking server, which has the runs of one setting and target."""
 
     def __init__(self, uri: str, experiment: str, artifacts: str | None, tags: Mapping[str, str]) -> None:
         self.uri, self.name, self.artifacts, self.tags = uri, experiment, artifacts, dict(tags)
         self.project = project_id()
         self.is_down, self.asked_again = False, 0.0
-        self.said: set[str] = set()  # why nothing could be logged, since it last could
-        self.left_out = False  # something was refused, and is logged by the stage's next run
-        self.waiting: list[Callable[[], object]] = []  # what is to be logged, in order
+        self.said: set[str] = set()  # reasons for failures that were printed since logging last worked
+        self.left_out = False  # whether the server refused something, which the stage's next run logs
+        self.waiting: list[Callable[[], object]] = []  # calls that still have to be made, in order
 
     @cached_property
     def client(self) -> MlflowClient:
-        """The server, or the database, which is made where there is none."""
+        """The client of the server or database. A missing database is made."""
         with _database_locked(self.uri) as database:
             if database:
-                sqlite3.connect(database).close()  # raises at once; MLflow tries for minutes
+                sqlite3.connect(
+                    database
+                ).close()  # fails at once if it cannot be opened, where MLflow tries for minutes
             return MlflowClient(self.uri)
 
     @cached_property
@@ -88,16 +90,16 @@ class Tracking:
         except MlflowException as error:
             if error.error_code != ErrorCode.Name(RESOURCE_ALREADY_EXISTS):
                 raise
-            return self.client.get_experiment_by_name(self.name).experiment_id  # made by another process just now
+            return self.client.get_experiment_by_name(self.name).experiment_id  # another process has just made it
 
     def submit(self, log: Callable[[], object]) -> None:
-        """Log, now or when the server answers again: nothing else ends because of it, or waits long for it.
+        """Call `log` now, or when the server answers again. A failure neither ends the stage nor holds it up for long.
 
-        What a server that answers does not take (an artifact on a full disk, a run of a deleted experiment) is left
-        to the stage's next run, and said once for each cause.
+        If a server answers but refuses something (an artifact on a full disk, a run of a deleted experiment), the
+        cause is printed once, and the stage's next run tries again.
         """
         self.waiting.append(log)
-        handled = sys.exception()  # of the trial, where Ray tells of its end
+        handled = sys.exception()  # the trial's error, if Ray's callback reports its end
         start = time.monotonic()
         if start < self.asked_again:
             return
@@ -109,7 +111,7 @@ class Tracking:
         except (UserError, RunFailed):
             del self.waiting[0]
             raise
-        except Exception as error:  # MLflow's layers (HTTP, SQL, files) each raise errors of their own
+        except Exception as error:  # MLflow's layers (HTTP, SQL, files) raise many types of error
             why, refused = _reason(error, handled), self._answers()
             if refused:
                 del self.waiting[0]
@@ -127,11 +129,11 @@ class Tracking:
             self.is_down = False
 
     def finish_waiting(self) -> None:
-        """At the end of the process: what waits is logged after all, or it is said that it is not."""
+        """At the end of the process, try once more to log what is waiting, and print if something is still missing."""
         if self.waiting:
             self.asked_again = 0.0
             self.submit(lambda: None)
-            while self.waiting and self._answers():  # what it does not take keeps nothing else from being logged
+            while self.waiting and self._answers():  # what it refuses must not keep the rest waiting
                 self.asked_again = 0.0
                 self.submit(lambda: None)
         if self.waiting or self.left_out:
@@ -141,19 +143,19 @@ class Tracking:
         try:
             with quiet():
                 return self.client.get_experiment_by_name(self.name) is not None
-        except Exception:  # as above
+        except Exception:  # many types of error, as in `submit`
             return False
 
     def _say(self, what: str) -> None:
         print(f"tracking: {self.uri} {what}", flush=True)
 
     def find(self, key: str) -> Run | None:
-        """The run of this project that has this key."""
+        """This project's run with this key, if there is one."""
         own = f"tags.`{KEY}` = '{key}' and tags.`{PROJECT}` = '{self.project}'"
         return next(iter(self.client.search_runs([self.experiment], own, max_results=1)), None)
 
     def find_or_create(self, key: str, name: str, parent: str | None = None) -> str:
-        """The run of this key, RUNNING again, or a new one. Returns its id."""
+        """Set the run with this key to RUNNING, or create one. Returns its id."""
         if found := self.find(key):
             self.client.update_run(found.info.run_id, status="RUNNING")
             return found.info.run_id
@@ -161,16 +163,16 @@ class Tracking:
         return self.client.create_run(self.experiment, run_name=name, tags=tags).info.run_id
 
     def supersede(self, key: str) -> None:
-        """Leave the run of this key to the past: a new run of the key starts anew."""
+        """Take the key away from its run, so that the next `find_or_create` creates a new one."""
         if found := self.find(key):
             self.client.set_tag(found.info.run_id, KEY, f"superseded/{int(time.time())}/{key}")
 
     def last_step(self, run_id: str, metric: str) -> int:
-        """The last step that a metric was logged at, -1 for none."""
+        """The last step at which a metric was logged; -1 if there is none."""
         return max((m.step for m in self.client.get_metric_history(run_id, metric)), default=-1)
 
     def log_params(self, run_id: str, params: Mapping[str, Any]) -> None:
-        """Log parameters; those that stand already stay as they are."""
+        """Log parameters, except those that were logged before."""
         known = self.client.get_run(run_id).data.params
         new = [Param(key, str(value)) for key, value in params.items() if key not in known]
         self.client.log_batch(run_id, params=new)
@@ -178,7 +180,7 @@ class Tracking:
     def log_metrics(
         self, run_id: str, metrics: Mapping[str, float], step: int = 0, seconds: float | None = None
     ) -> None:
-        """Log numbers at one step; `seconds`: when they were had, where that is not now."""
+        """Log metrics at one step. `seconds` is the time when they were measured, if not now."""
         at = int(1000 * (seconds or time.time()))
         self.client.log_batch(run_id, metrics=[Metric(k, float(v), at, step) for k, v in metrics.items()])
 
@@ -192,17 +194,17 @@ class Tracking:
 
 
 def tracking_uri() -> str:
-    """The project's sqlite database, or where MLFLOW_TRACKING_URI says."""
+    """The address at MLFLOW_TRACKING_URI, or else the project's sqlite database."""
     database = str(root() / "mlflow.db")
-    if "%" in database or "?" in database:  # a slash is quoted too: of the quoted path MLflow makes the folders
+    if "%" in database or "?" in database:  # quote slashes too, or MLflow would make folders of the quoted path
         database = quote(database, safe="")
     return os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{database}")
 
 
 def open_tracking(params: Params) -> Tracking:
-    """The experiment `pudnet-SETTING-TARGET`, in the project's sqlite database or where MLFLOW_TRACKING_URI says.
+    """Open the experiment `pudnet-SETTING-TARGET` at `tracking_uri`.
 
-    Says at once where it does not answer. Raises `UserError` for an address that MLflow does not know.
+    If the server does not answer, that is printed at once. Raises `UserError` for an address that MLflow cannot use.
     """
     uri = tracking_uri()
     name = f"pudnet-{params.setting}-{params.target}"
@@ -211,7 +213,7 @@ def open_tracking(params: Params) -> Tracking:
     return _open(uri, name, artifacts, tuple(provenance(params).items()))
 
 
-@cache  # a process says once that a server does not answer
+@cache  # so that a process prints only once that a server does not answer
 def _open(uri: str, name: str, artifacts: str | None, tags: tuple[tuple[str, str], ...]) -> Tracking:
     tracking = Tracking(uri, name, artifacts, dict(tags))
 
@@ -227,7 +229,7 @@ def _open(uri: str, name: str, artifacts: str | None, tags: tuple[tuple[str, str
 
 
 def project_id() -> str:
-    """What tells this project's runs from those of its clones, on one server; lies with the state of its runs."""
+    """The id that tells this project's runs from those of its clones on the same server. It is stored in .pud/."""
     path = root() / ".pud" / "project"
     with locked(path.with_suffix(".lock"), wait=True):
         if not path.is_file():
@@ -236,7 +238,7 @@ def project_id() -> str:
 
 
 def _database(uri: str) -> Path | None:
-    """The file of a sqlite database; None for another address."""
+    """The file of a sqlite database; None for any other address."""
     if not uri.startswith("sqlite:///"):
         return None
     return Path(make_url(uri).database or "")
@@ -244,7 +246,7 @@ def _database(uri: str) -> Path | None:
 
 @contextlib.contextmanager
 def _database_locked(uri: str) -> Iterator[Path | None]:
-    """One process at a time: several that open a fresh sqlite database trip over each other. Gives the database."""
+    """Lock a sqlite database, since several processes must not create it at once. Yields its path."""
     path = _database(uri)
     if path is None or not path.parent.is_dir():
         yield path
@@ -254,10 +256,10 @@ def _database_locked(uri: str) -> Iterator[Path | None]:
 
 
 def follow_move(uri: str) -> None:
-    """Let the database of a project that was moved or copied say where its artifacts lie now.
+    """Correct the artifacts' places in the database of a project that was moved or copied.
 
-    MLflow keeps absolute places and has no call that changes them (mlflow#3144). Left as they are, a moved project
-    would write to where it was, and a copy would write into its original. Another database is left alone.
+    MLflow stores absolute paths and has no call to change them (mlflow#3144). Without this, a moved project would
+    write artifacts to its old folder, and a copy into the original. Only the project's own database is changed.
     """
     project, database = root(), _database(uri)
     if database is None or database.parent.resolve() != project or database.name != "mlflow.db":
@@ -268,16 +270,16 @@ def follow_move(uri: str) -> None:
         try:
             with contextlib.closing(sqlite3.connect(database)) as connection, connection:
                 _put_artifacts_at(connection, project / "mlartifacts")
-        except sqlite3.DatabaseError as error:  # a damaged one is said when it is written to
+        except sqlite3.DatabaseError as error:  # a damaged database is reported when it is written to
             if "locked" in str(error):
                 raise UserError(
-                    f"{database}: another process holds it, so that it cannot be told where the project lies now; "
-                    "stop that process"
+                    f"{database}: another process holds it, so its paths cannot be corrected for the project's new "
+                    "place; stop that process"
                 ) from None
 
 
 def _put_artifacts_at(connection: sqlite3.Connection, folder: Path) -> None:
-    """Let all that lay in another folder of this name lie in `folder`; what was put elsewhere by hand stays there."""
+    """Move all places in other folders of this name to `folder`; places that were chosen by hand stay."""
     rows = connection.execute("SELECT artifact_location FROM experiments WHERE name LIKE 'pudnet-%'")
     folders = {place.rpartition("/")[0] for (place,) in rows if place}
     for old in sorted(folders - {folder.as_uri(), str(folder)}):
@@ -290,7 +292,7 @@ def _put_artifacts_at(connection: sqlite3.Connection, folder: Path) -> None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without MLflow's notes on how it logs and downloads, and its tracebacks of errors that it raises too."""
+    """Silence MLflow's notes on logging and downloads, and its tracebacks of errors that it also raises."""
     logger = logging.getLogger("mlflow")
     before = logger.level
     logger.setLevel(logging.CRITICAL)
@@ -302,14 +304,14 @@ def quiet() -> Iterator[None]:
 
 
 def _reason(error: BaseException, handled: BaseException | None) -> str:
-    """The first cause, in one short line; not what was `handled` when it came."""
+    """An error's first cause, as one short line; `handled`, an error that was being handled before, is no cause."""
     while (cause := error.__cause__ or error.__context__) not in (None, handled):
         error = cause
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
 
 
 def provenance(params: Params) -> dict[str, str]:
-    """Tags that say what a run was made from."""
+    """Tags that record what a run was made from."""
     tags = {"mlflow.user": _user(), "mlflow.source.name": "dvc repro", "mlflow.source.type": "LOCAL"}
     tags |= {"setting": params.setting, "target": params.target, "variant": params.variant}
     commit = git_commit()
@@ -323,7 +325,7 @@ def provenance(params: Params) -> dict[str, str]:
 def _user() -> str:
     try:
         return getpass.getuser()
-    except (KeyError, OSError):  # a container's user without a name
+    except (KeyError, OSError):  # in a container, the user may have no name
         return "unknown"
 
 
@@ -332,7 +334,9 @@ def _lock_md5s() -> dict[str, str]:
     lock = Path("dvc.lock")
     if not lock.is_file():
         return {}
-    with contextlib.suppress(yaml.YAMLError, KeyError, TypeError, AttributeError):  # after a merge, say; dvc will tell
+    with contextlib.suppress(
+        yaml.YAMLError, KeyError, TypeError, AttributeError
+    ):  # damaged, perhaps by a merge; dvc reports that
         stages = (yaml.safe_load(lock.read_text()) or {}).get("stages", {})
         outs = [out for stage in ("prepare", "groups") for out in stages.get(stage, {}).get("outs", [])]
         return {out["path"]: out["md5"] for out in outs if "md5" in out}

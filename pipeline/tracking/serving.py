@@ -1,7 +1,7 @@
 """The trained hypernetwork as an MLflow model: MLflow runs this file (models from code), so nothing is unpickled.
 
-One request is one task group: a row an image, those with a label to predict a network from, those without to
-classify by it.
+One request is one task group, with one row for each image. A network is predicted from the rows with a label, and
+classifies the rows without one.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from pudnet.data.own import is_missing, plain_labels
 from pudnet.errors import UserError
 
 KINDS = ((bool, "truth value"), (int | float, "number"), (str, "string"))
-EXACT = 2**53  # from here on neighbouring integers are one float, which pandas makes of integers beside a null
+EXACT = 2**53  # pandas turns integers beside a null into floats, which from here on are not exact
 
 
 class PudNetModel(PythonModel):
-    """Labelled images and queries in, a class and its probability for each query out."""
+    """Takes labelled images and queries, and returns a class and its probability for each query."""
 
     def load_context(self, context: PythonModelContext) -> None:
         """Read the trained model that lies beside this file."""
@@ -36,12 +36,12 @@ class PudNetModel(PythonModel):
     def predict(
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
     ) -> pd.DataFrame:
-        """Rows of `image` (an encoded image file) and `label` -> one row a query.
+        """Rows of `image` (an encoded image file) and `label` -> one row for each query.
 
-        A query's label is null, NaN or not there at all. The others are labels, all of one kind: strings (the empty
-        one too), numbers or truth values.
+        A query's label is null, NaN or missing. All other labels must be of one kind: strings (also empty ones),
+        numbers or truth values.
 
-        Raises `MlflowException`, which a server answers with status 400, for unfit input.
+        Raises `MlflowException`, which a server answers with status 400, if the input cannot be used.
         """
         try:
             return self._predict(model_input)
@@ -64,7 +64,7 @@ class PudNetModel(PythonModel):
 
 
 def _labels(rows: pd.DataFrame) -> list:
-    """The label of each row; `UserError` names a row whose label is of no kind, or of another than those before."""
+    """The label of each row; `UserError` names the first row whose label is of a wrong or different kind."""
     if "label" not in rows:
         return [None] * len(rows)
     labels, before = plain_labels(rows["label"]), None
@@ -79,7 +79,9 @@ def _labels(rows: pd.DataFrame) -> list:
         if kind != (before := before or kind):
             raise UserError(f"row {row}: the label {label!r} is a {kind}, those before it are {before}s")
     if all(is_missing(label) or isinstance(label, float) and label.is_integer() for label in labels):
-        return [None if is_missing(label) else int(label) for label in labels]  # pandas made floats of them, for NaN
+        return [
+            None if is_missing(label) else int(label) for label in labels
+        ]  # pandas made them floats because of a NaN
     return labels
 
 

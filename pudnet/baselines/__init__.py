@@ -1,5 +1,8 @@
-"""What PudNet is compared with. A learned method is fit on task groups and adapts to a new one by its support set;
-training from scratch knows the new group alone. Every one is measured as PudNet is: `adapt`, then `logits`."""
+"""Baselines: the methods that PudNet is compared with.
+
+Learned methods are trained on task groups and adapt to a new group by its support set. Training from scratch uses
+nothing but the new group. All are measured in the same way as PudNet: `adapt`, then `logits`.
+"""
 
 from __future__ import annotations
 
@@ -39,12 +42,12 @@ SCRATCH = ("scratch_adam", "scratch_gc")
 
 
 def config_type(name: str) -> type:
-    """The configuration of a baseline."""
+    """The configuration class of a baseline."""
     return ScratchConfig if name in SCRATCH else LEARNED[name].Config
 
 
 def make_method(name: str, config: dict[str, Any], plain: Target) -> tuple[Method, Target]:
-    """A learned baseline, untrained, and the target that it trains: the plain one, or that with its own module.
+    """Build an untrained learned baseline, and its target: the plain one, or one to which the method adds a module.
 
     Raises `UserError` for a wrong key or value in `config`.
     """
@@ -56,7 +59,7 @@ def make_method(name: str, config: dict[str, Any], plain: Target) -> tuple[Metho
 
 
 def load_method(path: Path, device: torch.device, target: str | None = None) -> Adapter:
-    """Read a trained baseline; `UserError` for another file. `target` as for `Predictor.load`."""
+    """Read a trained baseline; `UserError` for any other file. `target` is as in `Predictor.load`."""
     tensors, card = read_tensors(path)
     if card.kind not in LEARNED:
         raise UserError(f"{path}: holds a {card.kind}, not a trained baseline")

@@ -1,7 +1,8 @@
-"""What a practitioner puts on a trained trunk: a linear classifier, fit to the features of the labelled images.
+"""What practitioners put on a trained trunk: a linear classifier fitted to the features of the labelled images.
 
-Both are scikit-learn's. The penalty is chosen on the group's labelled images alone, so that no other group is needed:
-ridge regression leaves out one image at a time (in closed form), logistic regression a third of each class.
+Both heads are scikit-learn's. The penalty is chosen by cross-validation on the group's labelled images, so that no
+other group is needed: ridge regression leaves out one image at a time (in closed form), logistic regression a third of
+each class.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ HEADS = ("ridge", "logistic")
 
 
 def fit_head(head: str, support: Tensor, labels: Tensor) -> Callable[[Tensor], Tensor]:
-    """A head (one of `HEADS`) on support features (S, d) with labels (S,) in 0..k-1: queries (Q, d) -> logits (Q, k).
+    """Fit a head (one of `HEADS`) to support features (S, d), labels (S,) in 0..k-1: queries (Q, d) -> logits (Q, k).
 
-    Features are centred, and scaled to unit mean squared norm times d, so that a penalty means the same for any trunk.
+    Features are centred and scaled to a mean square of 1, so that a penalty means the same for every trunk.
     """
     mean = support.mean(0)
     scale = (support - mean).square().mean().clamp_min(1e-12).sqrt()
@@ -29,19 +30,19 @@ def fit_head(head: str, support: Tensor, labels: Tensor) -> Callable[[Tensor], T
 
     def logits(queries: Tensor) -> Tensor:
         decided = classifier.decision_function(_plain((queries - mean) / scale))
-        if decided.ndim == 1:  # of two classes it gives the second's
+        if decided.ndim == 1:  # with two classes, scikit-learn only gives the second's
             decided = np.stack([-decided, decided], 1)
         return torch.from_numpy(decided).to(queries)
 
     return logits
 
 
-def _classifier(head: str, labels: Tensor):  # noqa: ANN202 (imported here: slow to, and needed here alone)
+def _classifier(head: str, labels: Tensor):  # noqa: ANN202 (its type is imported inside, since that is slow)
     from sklearn.linear_model import LogisticRegression, LogisticRegressionCV, RidgeClassifierCV
 
     if head == "ridge":
         return RidgeClassifierCV(alphas=PENALTIES * len(labels), class_weight="balanced")
-    if labels.bincount().min() < FOLDS:  # too few of a class to leave some out
+    if labels.bincount().min() < FOLDS:  # a class has too few images for cross-validation
         return LogisticRegression(C=1 / len(labels), class_weight="balanced")
     return LogisticRegressionCV(
         Cs=1 / (PENALTIES * len(labels)),

@@ -1,6 +1,6 @@
-"""How baselines are trained: on all training classes at once, on episodes, or on the one and then the other.
+"""How baselines are trained: on all training classes at once, on episodes, or first the one and then the other.
 
-Whichever it is, every update sees one task group's worth of images of the same table of groups.
+In every case, an update uses as many images as one task group has, from the same table of groups.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ class MethodLearner(Learner):
         self.model, self.k, self.support = method, k, support
 
     def features(self, images: Tensor) -> Tensor:
-        """Features (..., N, d) under the one set of weights, with the groups' own BatchNorm statistics, in fp32."""
+        """Features (..., N, d) in fp32, with the trunk's weights and the groups' own BatchNorm statistics."""
         trunk = self.model.trunk
         return at_least_fp32(trunk.shared(images, trunk.generate(trunk.sketch(images))))
 
     def episode(self, features: Tensor) -> Losses:
-        """What groups' features (..., k * n, d), in k blocks of a class, cost as episodes."""
+        """Losses of episodes, from the groups' features (..., k * n, d) ordered by class."""
         support, own, queries, truth = episode(features, self.k, self.support)
         with torch.autocast(features.device.type, enabled=False):
             return losses(self.model.logits(queries, support, own, self.k), truth)
@@ -38,15 +38,15 @@ class Episodic(MethodLearner):
     """Each group is an episode: its support set, the first images of each class, classifies the others."""
 
     def losses(self, images: Tensor, labels: Tensor, done: float) -> Losses:
-        """Cross-entropy of the queries under the method's own rule. Groups stand in k blocks of a class."""
+        """Cross-entropy of the queries under the method's own rule. Each group's images are ordered by class."""
         return self.episode(self.features(images))
 
 
 class Pretraining(MethodLearner):
-    """A linear head over all training classes, thrown away afterwards.
+    """Trains with a linear head over all training classes, which is thrown away afterwards.
 
-    A batch has as many images as a group, but of all classes: the images of the whole table, mixed. In batches
-    of one group's few classes the head would learn which classes the last groups had.
+    A batch has as many images as a group, but of all classes: the images of the whole table are mixed. In batches of a
+    group's few classes, the head would only learn which classes the last groups had.
     """
 
     def __init__(self, method: Method, train_classes: int, k: int, support: int, dropout: float = 0.0) -> None:
@@ -54,7 +54,7 @@ class Pretraining(MethodLearner):
         self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(method.features, train_classes))
 
     def arrange(self, table: np.ndarray) -> np.ndarray:
-        """The same images, each as often, in an order that does not know of groups."""
+        """Mix the images across all groups; each is seen as often as before."""
         return mixed(table)
 
     def losses(self, images: Tensor, labels: Tensor, done: float) -> Losses:
@@ -65,7 +65,7 @@ class Pretraining(MethodLearner):
 
 
 class TwoStages(Pretraining):
-    """Pretraining for a share of the groups, then episodes for the rest, at a learning rate of their own."""
+    """Pretraining on a share of the groups, then episodes on the rest, at another learning rate."""
 
     def __init__(
         self,
@@ -81,7 +81,7 @@ class TwoStages(Pretraining):
         self.pretraining, self.meta_rate = pretraining, meta_rate
 
     def arrange(self, table: np.ndarray) -> np.ndarray:
-        """The first groups' images mixed, the others as they are."""
+        """Mix the images of the pretraining groups; leave the other groups unchanged."""
         return mixed(table, self.pretraining)
 
     def losses(self, images: Tensor, labels: Tensor, done: float) -> Losses:
@@ -96,7 +96,10 @@ class TwoStages(Pretraining):
 
 
 def episode(features: Tensor, k: int, support: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Features (..., k * n, d) in blocks of a class -> support (..., k * s, d), labels (k * s,), queries, theirs."""
+    """Split features (..., k * n, d), ordered by class, into support set and queries.
+
+    Returns support features (..., k * s, d), their labels (k * s,), query features and their labels.
+    """
     blocks = features.unflatten(-2, (k, -1))  # (..., k, n, d)
     first, rest = (part.flatten(-3, -2) for part in (blocks[..., :support, :], blocks[..., support:, :]))
     own, truth = (in_blocks(k, count, features.device) for count in (support, blocks.shape[-2] - support))
@@ -104,7 +107,7 @@ def episode(features: Tensor, k: int, support: int) -> tuple[Tensor, Tensor, Ten
 
 
 def losses(logits: Tensor, truth: Tensor) -> Losses:
-    """Cross-entropy of logits (..., N, k) as what groups cost."""
+    """The cross-entropy of logits (..., N, k) as the groups' losses."""
     loss = cross_entropy(logits, truth)
     nothing = torch.zeros_like(loss)
     return Losses(loss, loss.detach(), nothing, nothing, accuracy(logits, truth))

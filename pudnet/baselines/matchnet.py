@@ -15,9 +15,9 @@ from pudnet.learner import Learner
 
 @dataclass(frozen=True, config=STRICT)
 class MatchNetConfig:
-    """`scale` multiplies the cosines: they lie in -1..1, and a softmax of them alone stays nearly flat.
+    """`scale` multiplies the cosines, which lie in -1..1, where a softmax is nearly flat.
 
-    Reference codes differ (no scale, 100 after a ReLU); 10 is PudNet's own temperature.
+    Reference codes differ (no scale; 100, after a ReLU). 10 is PudNet's temperature.
     """
 
     scale: PositiveFloat = 10.0
@@ -26,9 +26,8 @@ class MatchNetConfig:
 class MatchNet(Method):
     r"""Attention over the support set: :math:`p(y | x) = \sum_i a(x, x_i) 1[y_i = y]`.
 
-    The attention a is a softmax over the support images of the scaled cosine, both sides normalised. Without
-    full-context embeddings, which read the support set by an LSTM one image at a time: a group's has tens to
-    hundreds of images, not five.
+    The attention a is a softmax, over the support images, of the scaled cosine. Full-context embeddings are left out:
+    their LSTM reads the support set one image at a time, and here it has tens to hundreds of images, not five.
     """
 
     Config = MatchNetConfig
@@ -38,7 +37,7 @@ class MatchNet(Method):
         return Episodic(self, k, support)
 
     def logits(self, queries: Tensor, support: Tensor, labels: Tensor, k: int) -> Tensor:
-        """Log-probabilities log p(y | x), (Q, k): their softmax is p again, so cross-entropy is the method's NLL."""
+        """Log-probabilities log p(y | x), (Q, k). Their softmax is p, so cross-entropy gives the method's own loss."""
         cosines = F.normalize(queries, dim=-1) @ F.normalize(support, dim=-1).mT  # (..., Q, S)
         attention = (self.config.scale * cosines).log_softmax(-1)
         other = labels != torch.arange(k, device=labels.device).unsqueeze(1)  # (k, S)

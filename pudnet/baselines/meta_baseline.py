@@ -16,11 +16,11 @@ from pudnet.targets import Target
 
 @dataclass(frozen=True, config=STRICT)
 class MetaBaselineConfig:
-    """What its two stages are given.
+    """Options of the two stages.
 
-    `pretraining`: the share of the groups that the first stage gets; half, as the paper says nothing.
-    `meta_rate`: the second stage's learning rate over the first's; the authors' SGD goes from 0.1 to 0.001, of
-    which a decay in the first stage had taken a tenth. `temperature`: of the cosines at the start, as theirs.
+    `pretraining`: the first stage's share of the groups; half, since the paper does not say.
+    `meta_rate`: the second stage's learning rate, relative to the first's. The authors' SGD goes from 0.1 to 0.001,
+    but had decayed by a factor of ten within the first stage. `temperature`: the initial one of the cosines, as theirs.
     """
 
     pretraining: Fraction = 0.5
@@ -31,7 +31,7 @@ class MetaBaselineConfig:
 class MetaBaseline(Method):
     r"""Pretraining with a linear head, then episodes with logits :math:`\tau \cos(f(x), c_k)`, tau learned.
 
-    The class mean is taken first and normalised then, and gradients pass through it.
+    The class mean is computed before it is normalised, and gradients pass through it.
     """
 
     Config = MetaBaselineConfig

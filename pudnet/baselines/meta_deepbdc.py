@@ -23,14 +23,14 @@ from pudnet.targets import Block, Target
 
 @dataclass(frozen=True, config=STRICT)
 class MetaDeepBDCConfig:
-    """What its two stages, and its features, are given.
+    """Options of the two stages and of the features.
 
-    `channels`: to how many the map is reduced where it has more; the authors' 640 are for ResNet-12 on 84 px, and
-    features grow with their square. `positions`: how many the map must have at least: with one, as ResNets leave
-    of 32 px, distances between channels are of single numbers. The last map with as many is taken, and layers
-    after it are cut off (of a ResNet on 32 px, the last stage). `pretraining`, `meta_rate`: as Meta-Baseline's,
-    whose two stages these are; the authors' rates are 0.05 and 0.0001. `dropout` before the first stage's head:
-    theirs. tau has the trunk's learning rate, whose default is what they give it.
+    `channels`: a map with more channels is reduced to this many, since the number of features grows with their square
+    (the authors' 640 are for ResNet-12 on 84 px). `positions`: the features are made from the last map with at least
+    this many positions, and later layers are cut off (in a ResNet on 32 px, the last stage). In a map of one position,
+    distances between channels would compare single numbers. `pretraining` and `meta_rate` are Meta-Baseline's, whose
+    two stages this method has too; its authors' rates are 0.05 and 0.0001. `dropout`, before the first stage's head, is
+    theirs. tau is trained at the trunk's learning rate, whose default is their rate for tau.
     """
 
     channels: Positive = 64
@@ -41,17 +41,16 @@ class MetaDeepBDCConfig:
 
 
 class MetaDeepBDC(Method):
-    """Pretraining with a linear head on BDC features, then episodes with their squared distances to class means.
+    """Pretraining with a linear head on BDC features, then episodes by squared distances to the class means.
 
-    For groups of more than one support image a class its authors score by minus the squared Euclidean distance;
-    their inner product is for one.
+    This is what its authors use with more than one support image for each class; with one they use the inner product.
     """
 
     Config = MetaDeepBDCConfig
 
     @classmethod
     def network(cls, config: MetaDeepBDCConfig, target: Target) -> nn.Module:
-        """The plain target up to the last map large enough, and the BDC module on it."""
+        """The plain target up to its last map that is large enough, with the BDC module on top."""
         return BDCNetwork(target, config)
 
     def learner(self, train_classes: int, k: int, support: int) -> Learner:
@@ -81,7 +80,7 @@ class BDCNetwork(nn.Module):
         self.tau = nn.Parameter(torch.tensor(-math.log(2 * positions)))
 
     def forward(self, images: Tensor) -> Tensor:
-        """The upper triangle, with its diagonal, of each image's BDC matrix. In fp32 whatever the autocast."""
+        """The upper triangle, with the diagonal, of each image's BDC matrix, in fp32 even under autocast."""
         maps = _map_of(self.body, self.layer, images)
         with torch.autocast(images.device.type, enabled=False):
             matrices = bdc(self.reduce(at_least_fp32(maps)).flatten(2), self.tau)  # (N, c, c)
@@ -90,11 +89,11 @@ class BDCNetwork(nn.Module):
 
 
 class _ReachedError(Exception):
-    """Carries a layer's output out of a forward pass that need not go on."""
+    """Ends a forward pass at a layer whose output is wanted, and carries that output."""
 
 
 def _map_of(body: nn.Module, layer: str, images: Tensor) -> Tensor:
-    """What a layer of a network gives for images; the layers after it are not run."""
+    """The output of one layer of a network for images; later layers are not run."""
 
     def stop(module: nn.Module, inputs: tuple, output: Tensor) -> None:
         raise _ReachedError(output)
@@ -110,11 +109,11 @@ def _map_of(body: nn.Module, layer: str, images: Tensor) -> Tensor:
 
 
 def bdc(features: Tensor, tau: Tensor) -> Tensor:
-    r"""Brownian distance covariance matrices of maps: features (N, c, M) of M positions -> (N, c, c).
+    r"""Brownian distance covariance (BDC) matrices: maps (N, c, M) of M positions -> (N, c, c).
 
     .. math:: A_{kl} = \sqrt{e^\tau \lVert x_k - x_l \rVert^2 + 10^{-5}}, \quad B = J A J, \quad J = I - 11^T / c
 
-    with x_k the M values of channel k. J A J takes each row's and column's mean away.
+    where x_k are the M values of channel k. J A J subtracts the means of rows and columns.
     """
     gram = features @ features.mT
     squares = gram.diagonal(dim1=1, dim2=2)
@@ -126,9 +125,9 @@ def bdc(features: Tensor, tau: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _last_map(body: nn.Module, images: Tensor, positions: int) -> tuple[str, tuple[int, int]]:
-    """The layer that gives the last map of at least so many positions; its channels and positions.
+    """The layer with the last map of at least `positions` positions, and the map's channels and positions.
 
-    A block counts as one layer. Raises `UserError` for a network that has no such map.
+    A ConvNet-3 block counts as one layer. Raises `UserError` if the network has no such map.
     """
     found: list[tuple[str, tuple[int, int]]] = []
     blocks = [f"{path}." for path, module in body.named_modules() if isinstance(module, Block)]
@@ -149,12 +148,12 @@ def _last_map(body: nn.Module, images: Tensor, positions: int) -> tuple[str, tup
 
 @torch.no_grad()
 def _cut_off_after(body: nn.Module, layer: str, images: Tensor) -> None:
-    """Take away, in place, the layers that do not run before a layer is done."""
+    """Replace, in place, all layers that run only after `layer` by identities."""
     network, needed = copy.deepcopy(body).eval(), {""}
 
     def note(path: str) -> None:
         parts = path.split(".")
-        needed.update(".".join(parts[: i + 1]) for i in range(len(parts)))  # and the containers that it lies in
+        needed.update(".".join(parts[: i + 1]) for i in range(len(parts)))  # and the containers around it
 
     for path, module in network.named_modules():
         module.register_forward_pre_hook(lambda _, __, path=path: note(path))

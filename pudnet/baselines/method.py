@@ -1,6 +1,6 @@
-"""What the learned baselines share: a trunk for all groups, and a rule that classifies by support features.
+"""What the learned baselines have in common: a trunk for all groups, and a rule that classifies by support features.
 
-A method is the trunk and its rule, which is what a file keeps of it; a learner (`learners.py`) is how it is trained.
+A `Method` is the trunk and its rule, which is what a file stores; a learner (`learners.py`) trains it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pudnet.targets import Target, Weights
 
 
 class Method(nn.Module):
-    """A baseline that is trained on task groups. `Config` holds what its paper, or PudNet's, leaves open."""
+    """A baseline that is trained on task groups. `Config` has the options that its paper, or PudNet's, leaves open."""
 
     Config: ClassVar[type]
 
@@ -30,16 +30,16 @@ class Method(nn.Module):
         self.trunk = self.make_trunk(target)
 
     def make_trunk(self, target: Target) -> nn.Module:
-        """What the target's weights come from: one set of them, as plain parameters."""
+        """The module that holds the target's weights: one set of plain parameters, unless a method needs another."""
         return StaticTrunk(target)
 
     @classmethod
     def network(cls, config: Any, target: Target) -> nn.Module:
-        """The network that is trained: the plain target, unless a method puts something on it."""
+        """The network that is trained: the plain target, unless a method adds something to it."""
         return target.network
 
     def learner(self, train_classes: int, k: int, support: int) -> Learner:
-        """How it is trained, on groups of `k` of the training classes with `support` support images of each."""
+        """The learner that trains it, on groups of `k` training classes with `support` support images of each."""
         raise NotImplementedError
 
     def logits(self, queries: Tensor, support: Tensor, labels: Tensor, k: int) -> Tensor:
@@ -55,10 +55,10 @@ class Method(nn.Module):
 
 
 class Adapter:
-    """A trained method and all it takes to adapt it to a group, by the rules that PudNet is under.
+    """A trained method, ready to adapt to groups under the same rules as PudNet.
 
-    The support images, how many images calibrate BatchNorm, and the precision are `Predictor`'s. A `head` (one of
-    `heads.HEADS`), fit to the support features, classifies in place of the method's own rule.
+    Support set, BatchNorm calibration and precision are those of `Predictor`. A `head` (one of `heads.HEADS`), fitted
+    to the support features, replaces the method's own rule.
     """
 
     def __init__(self, method: Method, card: Card, target: Target, head: str | None = None) -> None:
@@ -66,7 +66,7 @@ class Adapter:
         self.predictor = Predictor(method.trunk, card, target)
 
     def rows(self, labels: Tensor) -> Tensor:
-        """Rows of the images that `adapt` looks at, for labels (N,) in 0..k-1."""
+        """Rows of the images that `adapt` needs, for labels (N,) in 0..k-1."""
         return self.predictor.rows(labels)
 
     @torch.no_grad()
@@ -84,7 +84,7 @@ class Adapter:
 def squared_distances(queries: Tensor, points: Tensor) -> Tensor:
     """Squared Euclidean distances of queries (..., Q, d) to points (..., k, d) -> (..., Q, k).
 
-    By products, :math:`q^2 - 2 q p + p^2`, about the points' mean, so that no digits are lost to an offset.
+    Computed as :math:`q^2 - 2 q p + p^2`, about the points' mean, so that a common offset costs no precision.
     """
     middle = points.mean(-2, keepdim=True)
     queries, points = queries - middle, points - middle

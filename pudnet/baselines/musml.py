@@ -1,5 +1,5 @@
-"""MUSML (Jiang et al., 2022, "Subspace learning for effective meta-learning"): a group's weights lie in one of a
-few subspaces."""
+"""MUSML (Jiang et al., 2022, "Subspace learning for effective meta-learning"): each group's weights lie in one of a
+few learned subspaces."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from pudnet.targets import SharedTarget, Target, Weights
 
 @dataclass(frozen=True, config=STRICT)
 class MUSMLConfig:
-    """What its paper tunes, or leaves to the reader here.
+    """Options that its paper tunes or leaves open.
 
-    `subspaces` K and `dimension` m: small, as a step costs K forward and backward passes. `inner_steps` T and
-    `inner_rate` alpha: of the descent on v. `softness`: gamma at the start of training, the temperature of the
-    softmax over the subspaces' losses; it falls linearly to a hundredth of that, so that at the end the best
-    subspace alone learns. `temperature`: of the cosines, PudNet's.
+    `subspaces` K and `dimension` m are small, since a step costs K forward and backward passes. `inner_steps` T and
+    `inner_rate` alpha are those of the descent on v. `softness` is the initial gamma, the temperature of the softmax
+    over the subspaces' losses; gamma falls linearly to a hundredth of it, so that at the end only the best subspace
+    learns. `temperature`, of the cosines, is PudNet's.
     """
 
     subspaces: Positive = 2
@@ -39,22 +39,23 @@ class MUSMLConfig:
 
 
 class Subspaces(nn.Module):
-    """K bases S_k of m vectors each over the target's convolution weights; the rest of the target is shared.
+    """K bases S_k of m vectors each, in the space of the target's convolution weights.
 
-    Biases and BatchNorm's affine parameters are shared, as PudNet's are, so that the same weights adapt.
+    Biases and BatchNorm's affine parameters are the same for all groups, as in PudNet, so that both methods adapt the
+    same weights.
     """
 
     def __init__(self, config: MUSMLConfig, target: Target) -> None:
         super().__init__()
         self.shared = SharedTarget(target)
         k, m = config.subspaces, config.dimension
-        # w = S v at v = 1 / m is a mean of m vectors: drawn sqrt(m) times He's size, it has He's size.
+        # w = S v at v = 1 / m is a mean of m vectors; sqrt(m) gives it He's standard deviation.
         self.bases = nn.ParameterList(
             torch.randn(k, m, *conv.shape) * conv.he_std * m**0.5 for conv in self.shared.convs
         )
 
     def generate(self, k: int, v: Tensor) -> Weights:
-        """w = S_k v, for v (..., m), in fp32 whatever the autocast."""
+        """w = S_k v, for v (..., m), in fp32 even under autocast."""
         pairs = zip(self.shared.convs, self.bases, strict=True)
         with torch.autocast(v.device.type, enabled=False):
             return {conv.name: torch.tensordot(v, basis[k], 1) for conv, basis in pairs}
@@ -63,12 +64,12 @@ class Subspaces(nn.Module):
 class MUSML(Method):
     r"""In each subspace :math:`v \leftarrow v - \alpha \nabla_v L_{support}(S_k v)`, T times from v = 1/m.
 
-    Then, in training, :math:`\sum_k \mathrm{softmax}_k(-o / \gamma) o_k` of the query losses o_k teaches the bases;
-    on a new group the subspace of the lowest support loss is taken.
+    Training then minimises :math:`\sum_k \mathrm{softmax}_k(-o / \gamma) o_k` over the bases, where o_k are the query
+    losses. On a new group, the subspace with the lowest support loss is used.
 
-    Choices of ours: the classifier is PudNet's (cosines to centroids), as one set of head weights in the subspace
-    cannot fit k classes in any order. A support image is compared with its own class's centroid without itself.
-    Gradients do not pass through the inner steps (first order) nor through the softmax, which only weighs.
+    Our choices: the classifier is PudNet's (cosines to centroids), because head weights in the subspace could not fit k
+    classes in every order. The centroid that a support image is compared with leaves that image out. Gradients
+    do not pass through the inner steps (first order), nor through the softmax, which only gives weights.
     """
 
     Config = MUSMLConfig
@@ -78,7 +79,7 @@ class MUSML(Method):
         return Subspaces(self.config, target)
 
     def learner(self, train_classes: int, k: int, support: int) -> Learner:
-        """Its own."""
+        """A learner of its own."""
         return SubspaceLearner(self, k, support)
 
     def logits(self, queries: Tensor, support: Tensor, labels: Tensor, k: int) -> Tensor:
@@ -86,7 +87,7 @@ class MUSML(Method):
         return metric_logits(queries, centroids(support, labels, k), self.config.temperature)
 
     def weights(self, images: Tensor, labels: Tensor) -> Weights:
-        """Those of the subspace with the lowest support loss after the inner steps."""
+        """The weights in the subspace with the lowest support loss after the inner steps."""
         classes = int(labels.max()) + 1
         found = [self.descend(k, images, labels, classes) for k in range(self.config.subspaces)]
         losses = [self.support_loss_at(k, v, images, labels, classes).item() for k, v in enumerate(found)]
@@ -95,12 +96,12 @@ class MUSML(Method):
 
     @torch.enable_grad()
     def descend(self, k: int, images: Tensor, labels: Tensor, classes: int) -> Tensor:
-        """The inner steps in subspace k on groups' support images (..., S, C, H, W), labels (S,): v (..., m)."""
+        """Do the inner steps in subspace k on support images (..., S, C, H, W) with labels (S,): v (..., m)."""
         shape = (*images.shape[:-4], self.config.dimension)
         v = self.trunk.bases[0].new_full(shape, 1 / self.config.dimension)
         for _ in range(self.config.inner_steps):
             loss = self.support_loss_at(k, v.requires_grad_(), images, labels, classes)
-            (gradient,) = torch.autograd.grad(loss.sum(), v)  # a group's loss is of its own v alone
+            (gradient,) = torch.autograd.grad(loss.sum(), v)  # a group's loss depends only on its own v
             v = (v - self.config.inner_rate * gradient).detach()
         return v
 
@@ -110,21 +111,21 @@ class MUSML(Method):
         return self.support_loss(at_least_fp32(features), labels, classes)
 
     def support_loss(self, support: Tensor, labels: Tensor, classes: int) -> Tensor:
-        """Cross-entropy (...) of support features (..., S, d), each against its class's centroid less its own share."""
+        """Cross-entropy (...) of support features (..., S, d); each is left out of the centroid it is compared with."""
         with torch.autocast(support.device.type, enabled=False):
             means = centroids(support, labels, classes)
             cosines = metric_logits(support, means, self.config.temperature)
-            count = one_hot(labels, classes).sum(0)[labels].unsqueeze(1)  # of each image's class
-            rest = count * means[..., labels, :] - support  # a cosine needs its direction only
+            count = one_hot(labels, classes).sum(0)[labels].unsqueeze(1)  # size of each image's class
+            rest = count * means[..., labels, :] - support  # not divided: a cosine depends only on the direction
             own = self.config.temperature * F.cosine_similarity(support, rest, dim=-1).unsqueeze(-1)
             return cross_entropy(cosines.scatter(-1, labels.unsqueeze(1).expand_as(own), own), labels)
 
 
 class SubspaceLearner(MethodLearner):
-    """Training of the bases and of what the target shares."""
+    """Trains the bases and the parameters that all groups share."""
 
     def losses(self, images: Tensor, labels: Tensor, done: float) -> Losses:
-        """The query losses of all subspaces, the better ones weighing more."""
+        """The query losses of all subspaces, weighted in favour of the better ones."""
         method, config = self.model, self.model.config
         support = images.unflatten(1, (self.k, -1))[:, :, : self.support].flatten(1, 2)
         own = in_blocks(self.k, self.support, images.device)

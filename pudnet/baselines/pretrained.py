@@ -1,4 +1,4 @@
-"""Pretrained: a trunk trained to tell all training classes apart."""
+"""Pretrained: a trunk trained to classify all training classes."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from pudnet.learner import Learner
 
 @dataclass(frozen=True, config=STRICT)
 class PretrainedConfig:
-    """Nothing is left open but the training itself (`learning_rate`, `schedule`)."""
+    """No options: only those of the training itself (`learning_rate`, `schedule`)."""
 
 
 class Pretrained(Method):
-    """A linear head over all training classes in training; class centroids and cosines on a new group.
+    """Trained with a linear head over all training classes; classifies a new group by cosines to its class centroids.
 
-    The paper does not say how its pretrained model classifies unseen classes. Centroids compared by cosine are
-    PudNet's own rule (Eq. 6), so that the trunk alone is compared, and the Classifier-Baseline of Meta-Baseline.
+    The paper does not say how its pretrained model classifies unseen classes. Cosines to centroids are PudNet's own
+    rule (Eq. 6), so that only the trunks differ; they are also the Classifier-Baseline of the Meta-Baseline paper.
     """
 
     Config = PretrainedConfig
@@ -31,5 +31,5 @@ class Pretrained(Method):
         return Pretraining(self, train_classes, k, support)
 
     def logits(self, queries: Tensor, support: Tensor, labels: Tensor, k: int) -> Tensor:
-        """Cosines to the class centroids: no temperature, which changes no decision."""
+        """Cosines to the class centroids. They need no temperature, which would not change the predicted class."""
         return metric_logits(queries, centroids(support, labels, k), 1.0)

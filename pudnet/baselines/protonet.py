@@ -14,14 +14,16 @@ from pudnet.learner import Learner
 
 @dataclass(frozen=True, config=STRICT)
 class ProtoNetConfig:
-    """`scale` multiplies the distances. The method has none (1); on many features distances are large and the
-    softmax saturates, which others mend by dividing by the number of features."""
+    """`scale` multiplies the distances; the method itself has none (1).
+
+    With many features distances are large and the softmax saturates, so others divide by the number of features.
+    """
 
     scale: PositiveFloat = 1.0
 
 
 class ProtoNet(Method):
-    r"""Logits :math:`-s \lVert f(x) - c_k \rVert^2`, with c_k the mean support feature of class k."""
+    r"""Logits :math:`-s \lVert f(x) - c_k \rVert^2`, where c_k is the mean support feature of class k."""
 
     Config = ProtoNetConfig
 

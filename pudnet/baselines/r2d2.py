@@ -1,7 +1,7 @@
 """R2-D2 (Bertinetto et al., 2019, "Meta-learning with differentiable closed-form solvers").
 
-The paper does not compare with it. It is the control that PudNet+ needs: weights for this very dataset by ridge
-regression, as PudNet+ has them, but those of the classifier alone.
+The paper does not compare with it, but it is the control that PudNet+ needs: PudNet+ solves for filters and a
+classifier by ridge regression on the group, R2-D2 only for the classifier.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ from pudnet.targets import Target
 
 @dataclass(frozen=True, config=STRICT)
 class R2D2Config:
-    """Where the two learned numbers begin: `ridge`, the penalty, and `scale`, of the logits. As PudNet+'s do: 100
-    validation groups of CIFAR-100 were better for it with both."""
+    """Initial values of the two learned numbers: the penalty `ridge`, and the `scale` of the logits.
+
+    They are PudNet+'s; R2-D2, too, was better with them on 100 validation groups of CIFAR-100.
+    """
 
     ridge: PositiveFloat = 3.0
     scale: PositiveFloat = 5.0
@@ -40,5 +42,5 @@ class R2D2(Method):
         return Episodic(self, k, support)
 
     def logits(self, queries: Tensor, support: Tensor, labels: Tensor, k: int) -> Tensor:
-        """The scaled regression of queries (Q, d), (Q, k)."""
+        """The scaled regression of queries (Q, d): logits (Q, k)."""
         return self.regression(queries, support, labels, k)

@@ -1,8 +1,8 @@
-"""Class filters: kernels that tell a group's classes apart, solved for in closed form from its labelled images.
+"""Class filters: kernels that tell a group's classes apart, solved in closed form from its labelled images.
 
-The paper's sketch is a mean over images that forgets their labels, and its generators reach few directions of a
-layer's weights. These filters are a sketch of the other kind, one token a class in the space of the weights
-themselves: no gradient at test time, and nothing to learn but what they are added to, how strongly, and a penalty.
+The paper's sketch averages over images and ignores their labels, and its generators can only combine a few fixed
+maps. A class filter uses the labels, and is itself a kernel: ridge regression gives one for each class, without any
+gradient at test time. Training only learns the kernels that the filters are added to, how strongly, and a penalty.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from pudnet.targets import ConvShape
 
 
 def mean_patches(maps: Tensor, conv: nn.Conv2d, grid: int = 1) -> Tensor:
-    """The patch that a convolution sees of its input maps (..., d_in, H, W), averaged over each region: (..., R, p).
+    """Average the patches that a convolution sees in its input maps (..., d_in, H, W) over each region: (..., R, p).
 
-    In fp32; p = d_in f f, in the order of the convolution's weights. The regions are those of `regions`, of its output.
+    In fp32; p = d_in f f, ordered as the convolution's weights. `regions` divides the convolution's output.
     """
     before, after = _padding(conv)
     maps = at_least_fp32(maps)
     if conv.padding_mode != "zeros":
-        padding = (before[1], after[1], before[0], after[0])  # of (N, d_in, H, W) alone: groups and images as one
+        padding = (before[1], after[1], before[0], after[0])  # F.pad takes (N, d_in, H, W), so groups are flattened
         maps = F.pad(maps.flatten(0, -4), padding, conv.padding_mode).unflatten(0, maps.shape[:-3])
         before = after = [0, 0]
     sides = zip(maps.shape[-2:], before, after, conv.kernel_size, conv.dilation, conv.stride, strict=True)
@@ -38,7 +38,7 @@ def mean_patches(maps: Tensor, conv: nn.Conv2d, grid: int = 1) -> Tensor:
 
 
 class Side(NamedTuple):
-    """A convolution along one side of its input maps: pixels, padding, taps and how far they are apart."""
+    """A convolution along one axis of its input maps: pixels, padding, taps, their distance and the stride."""
 
     size: int
     before: int
@@ -49,23 +49,23 @@ class Side(NamedTuple):
 
     @property
     def positions(self) -> int:
-        """Of its output."""
+        """Number of output positions."""
         return (self.size + self.before + self.after - self.dilation * (self.kernel - 1) - 1) // self.stride + 1
 
     def taps(self, positions: range) -> Tensor:
-        """How much each pixel counts in what each tap sees on average over positions: (f, size)."""
+        """The weight of each pixel in each tap's mean over the given positions: (f, size)."""
         weights = torch.zeros(self.kernel, self.size)
         for tap, position in itertools.product(range(self.kernel), positions):
             pixel = position * self.stride + tap * self.dilation - self.before
-            if 0 <= pixel < self.size:  # padding is zeros
+            if 0 <= pixel < self.size:  # else it is padding: zeros
                 weights[tap, pixel] += 1 / len(positions)
         return weights
 
 
 @cache
-@torch.inference_mode(False)  # it is kept: training may want it next
+@torch.inference_mode(False)  # training may use the cached tensor later
 def _patch_weights(sides: tuple[Side, Side], grid: int, device: torch.device) -> Tensor:
-    """How much each pixel counts in each region's mean patch: (H W, R f f), kept where it is used."""
+    """The weight of each pixel in each region's mean patch: (H W, R f f), on the device."""
     windows = regions(*(side.positions for side in sides), grid)
     taps = [[side.taps(part) for side, part in zip(sides, window, strict=True)] for window in windows]
     weights = torch.stack([torch.einsum("ah,bw->hwab", *window) for window in taps], 2)
@@ -73,9 +73,9 @@ def _patch_weights(sides: tuple[Side, Side], grid: int, device: torch.device) ->
 
 
 def regions(height: int, width: int, grid: int) -> list[tuple[range, range]]:
-    """Rows and columns of the whole of a map and of grid x grid windows of half its sides, evenly spread.
+    """Rows and columns of the regions of a map: the whole map, and grid x grid windows of half its sides.
 
-    Of a map with a side of less than 4, and with a grid of 1, the whole alone.
+    The windows are spread evenly. If the grid is 1, or a side is less than 4, the whole map is the only region.
     """
     whole = [(range(height), range(width))]
     if grid == 1 or min(height, width) < 4:
@@ -85,7 +85,7 @@ def regions(height: int, width: int, grid: int) -> list[tuple[range, range]]:
 
 
 def _padding(conv: nn.Conv2d) -> tuple[list[int], list[int]]:
-    """Rows and columns of padding before the maps and after them."""
+    """Padding (rows, columns) before the maps, and after them."""
     if not isinstance(conv.padding, str):
         return list(conv.padding), list(conv.padding)
     total = [d * (f - 1) if conv.padding == "same" else 0 for d, f in zip(conv.dilation, conv.kernel_size, strict=True)]
@@ -93,9 +93,10 @@ def _padding(conv: nn.Conv2d) -> tuple[list[int], list[int]]:
 
 
 def class_filters(patches: Tensor, labels: Tensor, classes: int, ridge: Tensor | float) -> Tensor:
-    """Ridge regression of the classes on mean patches (..., N, p), labels (N,) in 0..k-1: unit vectors (..., k, p).
+    """Class filters from mean patches (..., N, p) and labels (N,) in 0..k-1: unit vectors (..., k, p).
 
-    Of the patches about their mean, of unit mean square norm, and the one-hot labels about theirs.
+    They are the weights of a ridge regression from the patches, centred and scaled to unit mean square norm, to the
+    centred one-hot labels.
     """
     x, _, _ = normalized_rows(patches)
     y = one_hot(labels, classes).to(x.dtype)
@@ -104,12 +105,12 @@ def class_filters(patches: Tensor, labels: Tensor, classes: int, ridge: Tensor |
 
 
 class ClassFilters(nn.Module):
-    r"""Adds a group's class filters to one layer's kernels, one after the other to its output channels.
+    r"""Adds a group's class filters to one layer's kernels: filter 0 to output channel 0, and so on, over and over.
 
-    Each class has a filter for every one of R regions of the map, since what tells classes apart differs between
-    them and the target's features keep their positions. :math:`W_o = B_o + \alpha_o\, r_{o \bmod R k}`, with
-    :math:`\alpha` learned, from half the norm of He's kernels on. Of more filters than channels each channel gets
-    several, averaged so that its share stays of one size.
+    There is a filter for each class and each of R regions of the map, since the target's features keep their positions
+    and different regions tell classes apart differently: :math:`W_o = B_o + \alpha_o\, r_{o \bmod R k}`. The strength
+    :math:`\alpha` is learned; it starts at half the norm of a He-initialised kernel. If there are more filters than
+    channels, each channel gets several, divided by the root of their number.
     """
 
     def __init__(self, conv: ConvShape, grid: int) -> None:
@@ -120,19 +121,19 @@ class ClassFilters(nn.Module):
         self.log_ridge = nn.Parameter(torch.tensor(-1.0))  # a penalty of 0.37
 
     def layer(self, network: nn.Module) -> nn.Conv2d:
-        """The convolution of a target network that the filters are of."""
+        """The convolution of a target network that the filters are added to."""
         return network.get_submodule(self.conv.module)
 
     def solve(self, maps: Tensor, conv: nn.Conv2d, labels: Tensor, classes: int) -> Tensor:
-        """Maps (..., N, d_in, H, W) that `conv` is given, labels (N,) in 0..k-1 -> class filters (..., R k, p).
+        """Input maps (..., N, d_in, H, W) of `conv` and labels (N,) in 0..k-1 -> class filters (..., R k, p).
 
-        Leading dimensions are groups, whose images have the same labels in the same order.
+        Leading dimensions are groups. All groups have the same labels in the same order.
         """
         patches = mean_patches(maps, conv, self.grid).transpose(-3, -2)  # (..., R, N, p)
         return class_filters(patches, labels, classes, self.log_ridge.exp()).flatten(-3, -2)
 
     def forward(self, filters: Tensor) -> Tensor:
-        """Class filters (..., R k, p) -> what they add to the kernels (..., d_out, d_in, f, f)."""
+        """Class filters (..., R k, p) -> the change of the kernels (..., d_out, d_in, f, f)."""
         channels, count = len(self.strength), filters.shape[-2]
         place = torch.arange(channels, device=filters.device)[:, None] - torch.arange(count, device=filters.device)
         share = (place % min(channels, count) == 0).to(filters.dtype)  # (d_out, R k)

@@ -1,7 +1,7 @@
-"""Context (section 3.4): a recurrent unit walks the target's layers and says what each is to be like.
+"""Context (section 3.4): a recurrent unit steps through the target's layers and gives each its context vector.
 
-Each context maps a sketch (..., l, m) to one vector (..., m) a target layer, the initial residual of Eq. 4
-included. Leading dimensions are groups.
+Each module here maps a sketch (..., l, m) to one vector (..., m) for each target layer, including the initial residual
+of Eq. 4. Leading dimensions are groups.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pudnet.config import ModelConfig
 
 
 def residual(a: Tensor, sketch: Tensor, eta: float) -> Tensor:
-    """Eq. 4: a^_t = (1 - eta) a_t + eta s. The l slices of the sketch (..., l, m) enter as their mean."""
+    """Eq. 4: a^_t = (1 - eta) a_t + eta s, where s is the mean of the l slices of the sketch (..., l, m)."""
     return (1 - eta) * a + eta * sketch.mean(-2)
 
 
@@ -37,9 +37,9 @@ class GRUCell(nn.Module):
 
 
 class GRUContext(nn.Module):
-    r"""The paper's stacked GRU: h_0 = s, one slice a layer; :math:`a_t = \sigma(W_o h_t)`; a_0 is learned.
+    r"""The paper's stacked GRU: h_0 = s, one slice for each GRU layer; :math:`a_t = \sigma(W_o h_t)`; a_0 is learned.
 
-    The lowest layer's input is a_{t-1}, each other layer's the state of the one below.
+    The lowest GRU layer's input is a_{t-1}; the input of every other one is the state of the layer below.
     """
 
     def __init__(self, config: ModelConfig, steps: int) -> None:
@@ -64,11 +64,11 @@ class GRUContext(nn.Module):
 
 
 class AHRUContext(nn.Module):
-    r"""The later paper's adaptive hyper-recurrent unit, with its output and its state fed back.
+    r"""The later paper's adaptive hyper-recurrent unit, whose output and state are both fed back.
 
-    :math:`o, h = GRU(a, h)`, :math:`a = ReLU(W o)`, :math:`h = LN(h)`, and one LayerNorm a target layer on
-    the residual: :math:`\hat a_t = LN_t((1 - \eta) a_t + \eta \bar s)`. The first input is learned (in the
-    published code it is redrawn in every process, so that a saved model cannot be reloaded).
+    :math:`o, h = GRU(a, h)`, :math:`a = ReLU(W o)`, :math:`h = LN(h)`, and one LayerNorm for each target layer on
+    the residual: :math:`\hat a_t = LN_t((1 - \eta) a_t + \eta \bar s)`. The first input is learned. (The published code
+    draws it anew in every process, so that a saved model cannot be reloaded.)
     """
 
     def __init__(self, config: ModelConfig, steps: int) -> None:
@@ -81,10 +81,10 @@ class AHRUContext(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(config.hidden) for _ in range(steps))
 
     def forward(self, sketch: Tensor, initial: Tensor) -> list[Tensor]:
-        """Sketch and initial state (..., l, m) -> one vector (..., m) a target layer."""
+        """Sketch and initial state (..., l, m) -> one vector (..., m) for each target layer."""
         groups = initial.shape[:-2]
         states = initial.flatten(0, -3) if groups else initial.unsqueeze(0)  # (B, l, m)
-        states = states.transpose(0, 1).contiguous()  # (l, B, m), as nn.GRU has it
+        states = states.transpose(0, 1).contiguous()  # (l, B, m), as nn.GRU takes it
         a = self.first.expand(states.shape[1], -1)
         contexts = []
         for norm in self.norms:
@@ -95,7 +95,7 @@ class AHRUContext(nn.Module):
 
 
 class NoContext(nn.Module):
-    """Ablation `without_context`: the sketch itself goes to every weight generator."""
+    """Ablation `without_context`: every weight generator gets the sketch itself."""
 
     def __init__(self, config: ModelConfig, steps: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""PudNet: the hypernetwork as a whole. Read it with the files it is made of, in their order."""
+"""PudNet, the complete hypernetwork. Its parts are in sketch.py, context.py, generator.py and class_filters.py."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from pudnet.targets import SharedTarget, Target, Weights
 class PudNet(nn.Module):
     r"""The hypernetwork :math:`H_\theta`: images of a group -> sketch -> context -> weights of the target.
 
-    Besides what predicts, it holds `shared`, what all groups share of the target. Beyond the paper, and off
-    unless the configuration says so (the variant `pudnet_plus` does):
+    It also holds `shared`, the target's parameters that are the same for all groups. Three parts go beyond the paper
+    and are off by default (the variant `pudnet_plus` turns them on):
 
-    - `base`: :math:`w_t = b_t + g_t(\hat a_t)`, a learned kernel that the generator changes, from no change on;
-    - `class_filters`: the last convolution gets filters that tell the group's classes apart;
-    - `regression`: what is learned of a classifier that is solved for.
+    - `base`: :math:`w_t = b_t + g_t(\hat a_t)`, learned kernels b to which predictions are added, at first zeros;
+    - `class_filters`: filters in the last convolution that tell the group's classes apart;
+    - `regression`: a classifier by ridge regression, whose penalty and scale are learned.
     """
 
     def __init__(self, config: ModelConfig, target: Target) -> None:
@@ -53,15 +53,15 @@ class PudNet(nn.Module):
 
     @property
     def class_aware(self) -> bool:
-        """Whether a group's labels enter its sketch."""
+        """Whether labels enter the sketch."""
         return self.filters is not None
 
     def sketch(self, images: Tensor, labels: Tensor | None = None, classes: int | None = None) -> Tensor:
         """Compress normalised images (..., N, C, H, W) to a sketch (..., l, m); the control returns its constant.
 
-        A class-aware one takes their labels (N,) in 0..k-1, of every group alike, and is flat: the paper's (l m;
-        nothing where there is no change to predict), then the class filters (R k p). Of a GPU's labels the number of
-        `classes` is best given: to look for it is to wait for all that the GPU has to do.
+        A class-aware sketch also needs labels (N,) in 0..k-1, the same for every group. It is flat: the paper's sketch
+        (l m; left out if `change` is false), followed by the class filters (R k p). If the labels are on a GPU, give
+        the number of `classes` too, since counting them waits for the GPU.
         """
         if not self.class_aware:
             return self._summary(images)
@@ -75,20 +75,20 @@ class PudNet(nn.Module):
         return self.constant.expand(*images.shape[:-4], *self.constant.shape)
 
     def _solve(self, images: Tensor, labels: Tensor, classes: int) -> Tensor:
-        """The groups' class filters (..., R k, p), from what the layer is given under the base."""
+        """The groups' class filters (..., R k, p), solved from the layer's input maps under the base weights."""
         conv = self.filters.layer(self.shared.body)
         maps = self.shared.input_of(conv, images, self.base_weights())
         with torch.autocast(images.device.type, enabled=False):
             return self.filters.solve(maps, conv, labels, classes)
 
     def base_weights(self) -> dict[str, Tensor]:
-        """The learned kernels that predictions are a change of; none without a base."""
+        """The learned kernels that predictions are added to; empty if `base` is false."""
         return {conv.name: kernel for conv, kernel in zip(self.shared.convs, self.base, strict=self.config.base)}
 
     def generate(self, sketch: Tensor) -> Weights:
-        """Predict all convolution weights from a sketch, in fp32 whatever the autocast.
+        """Predict all convolution weights from a sketch, in fp32 even under autocast.
 
-        Leading dimensions are groups; kernels that no group changes are one for all, without them.
+        Leading dimensions are groups. Kernels that are the same for all groups have no leading dimensions.
         """
         with torch.autocast(sketch.device.type, enabled=False):
             sketch = at_least_fp32(sketch)
@@ -101,10 +101,12 @@ class PudNet(nn.Module):
             return weights | {name: weights[name] + self.filters(filters)}
 
     def _changed(self, summary: Tensor) -> dict[str, Tensor]:
-        """The base under a group's change, or whichever of the two there is, from the paper's sketch (..., l, m)."""
+        """Weights from the paper's sketch (..., l, m): base plus predicted change, or only one of the two."""
         base = self.base_weights()
         if not self.config.change:
-            return {name: kernel.view_as(kernel) for name, kernel in base.items()}  # not the parameters themselves
+            return {
+                name: kernel.view_as(kernel) for name, kernel in base.items()
+            }  # views, not the parameters themselves
         contexts = self._contexts(summary)
         made = {own.conv.name: own(context) for own, context in zip(self.generators, contexts, strict=True)}
         return {name: base[name] + change for name, change in made.items()} if base else made
@@ -115,9 +117,9 @@ class PudNet(nn.Module):
 
     @torch.no_grad()
     def _set_scales(self, noise: Tensor) -> None:
-        """Give predicted weights He's variance at the start, measured on noise normalised as images are.
+        """Give the untrained model's predictions He's variance, measured on noise that stands for normalised images.
 
-        Where there is a base, which has it, the change starts at zero.
+        With a base, which has that variance itself, predictions start at zero.
         """
         if not self.config.change:
             return

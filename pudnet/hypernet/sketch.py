@@ -1,4 +1,4 @@
-"""Dataset compression (section 3.3, appendix A.1): a group of images becomes a sketch of fixed size."""
+"""Dataset compression (section 3.3, appendix A.1): summarises a group of images in a sketch of fixed size."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ GROUPS = 8
 
 
 class Normalize(nn.Sequential):
-    """LeakyReLU and a normalisation: `batch` is the paper's; `group` and `layer` see one image at a time.
+    """LeakyReLU and a normalisation: `batch` is the paper's; `group` and `layer` normalise each image by itself.
 
-    BatchNorm fixes every channel's mean over the group, which is most of what a mean sketch can say, and
-    its running statistics are not those that it was trained with; the other two have neither trouble, as long
-    as more than one value is normalised together (more than 8 channels, or more than one position left).
+    BatchNorm has two problems here. It fixes each channel's mean over the group, which removes most of what a mean
+    sketch could say, and its running statistics differ from the batch statistics it was trained with. GroupNorm and
+    LayerNorm have neither, as long as more than one value is normalised together (more than 8 channels, or more than
+    one position).
     """
 
     def __init__(self, name: str, channels: int) -> None:
@@ -34,7 +35,7 @@ class Normalize(nn.Sequential):
 def pool(features: Tensor, how: str) -> Tensor:
     """Pool image features (..., N, d) over the group to (..., d), or (..., 2d) for `mean_var` (table 9).
 
-    The geometric mean is of the softplus of the features, since it is defined for positive values only.
+    The geometric mean needs positive values, so it is taken of the features' softplus.
     """
     if how == "mean":
         return features.mean(-2)
@@ -46,16 +47,16 @@ def pool(features: Tensor, how: str) -> Tensor:
 
 
 class Sketch(nn.Module):
-    r"""Eq. 3: :math:`s = pool_{x \in D} T_\phi(x)`, reshaped to one slice a recurrent layer.
+    r"""Eq. 3: :math:`s = pool_{x \in D} T_\phi(x)`, reshaped to one slice for each recurrent layer.
 
-    :math:`T_\phi` is a stack of blocks (5x5 convolution of stride 2, LeakyReLU, normalisation). With
-    `-1linear` the last block's map is flattened into a linear layer; without, it is averaged over positions.
+    :math:`T_\phi` is a stack of blocks (5x5 convolution of stride 2, LeakyReLU, normalisation). The last block's map
+    goes through a linear layer if the extractor's name ends in `-1linear`; else it is averaged over positions.
     """
 
     def __init__(self, config: ModelConfig, channels: int, image_size: int) -> None:
         super().__init__()
         self.pooling = config.pooling
-        self.alone = config.normalization != "batch"  # whether each image is normalised by itself
+        self.per_image = config.normalization != "batch"  # whether each image is normalised by itself
         self.shape = (config.depth, config.hidden)
         size = config.depth * config.hidden
         out = math.ceil(size / 2) if config.pooling == "mean_var" else size
@@ -73,7 +74,7 @@ class Sketch(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (..., N, C, H, W) -> sketch (..., l, m), in fp32. Leading dimensions are groups."""
-        if images.ndim > 4 and not self.alone:  # BatchNorm takes one group's statistics at a time
+        if images.ndim > 4 and not self.per_image:  # BatchNorm's statistics are over one group
             return torch.stack([self(group) for group in images])
         groups = images.shape[:-3]
         maps = self.blocks(images.flatten(0, -4))  # (B, c, h, w)

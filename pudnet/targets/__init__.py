@@ -1,8 +1,8 @@
 """Target networks: the networks whose convolution weights are predicted.
 
 A target is an ordinary `nn.Module` that maps images to feature vectors: ConvNet-3, ResNet-18, ResNet-34, or
-any module of your own. Its convolution weights are predicted; everything else (BatchNorm's affine parameters,
-biases, linear layers) is shared by all groups and learned.
+a module of your own. Its convolution weights are predicted for each group. Everything else (BatchNorm's affine
+parameters, biases, linear layers) is learned, and the same for all groups.
 """
 
 from pudnet.targets.build import build_target, check_target_name, is_import_path, target_code, target_name

@@ -1,4 +1,4 @@
-"""A target by its name, by an import path, or from a module of the user's own."""
+"""Builds a target from its name, from an import path, or from a user's own module."""
 
 from __future__ import annotations
 
@@ -33,21 +33,21 @@ SMALLEST_IMAGE = 8  # px; ConvNet-3 halves it three times
 
 
 def is_import_path(name: str) -> bool:
-    """Whether a target's name is that of a class or function of the user's own, `package.module:Name`."""
+    """Whether a target's name is the import path of a user's own class or function, `package.module:Name`."""
     return ":" in name
 
 
 def check_target_name(name: str) -> None:
-    """Raise `UserError` for what is neither a target of ours nor an import path."""
+    """Raise `UserError` unless the name is one of our targets or an import path."""
     if name not in TARGETS and not is_import_path(name):
         own = "or your own as package.module:Name"
         raise UserError(f"target: unknown name {name!r}; known: {', '.join(TARGETS)}, {own}")
 
 
 def target_name(target: str | nn.Module) -> str:
-    """The name by which a card knows a target: a module given as an object goes by its class.
+    """The name of a target in a card. A module that is given as an object has the import path of its class.
 
-    Raises `UserError` for what is neither a name nor a module.
+    Raises `UserError` if `target` is neither a name nor a module.
     """
     if not isinstance(target, str | nn.Module):
         raise UserError(f"target: must be a name or a torch.nn.Module (not its class), got {target!r}")
@@ -55,7 +55,7 @@ def target_name(target: str | nn.Module) -> str:
 
 
 def target_code(name: str) -> list[Path]:
-    """The files that an import path's network is made by: where it is defined, and all of its package's folder."""
+    """The source files of an import path's network: the file that defines it, and the other files of its package."""
     module, _, attribute = name.partition(":")
     defined = inspect.getsourcefile(inspect.unwrap(getattr(importlib.import_module(module), attribute)))
     folder, files = Path(defined).parent, {Path(defined)}
@@ -65,13 +65,13 @@ def target_code(name: str) -> list[Path]:
 
 
 def build_target(target: str | nn.Module, channels: int, image_size: int) -> Target:
-    """Build a target by name, by import path (`package.module:Name`), or from a module, which is copied.
+    """Build a target from its name, an import path (`package.module:Name`), or a module, which is copied.
 
-    What an import path names is called with the number of image channels where it has a parameter `channels`,
-    else with nothing.
+    The class or function of an import path is called with `channels=` (of the images) if it has that parameter, else
+    without arguments.
 
     Raises:
-        UserError: for an unknown name, images that the network cannot take, or a network that cannot be
+        UserError: if the name is unknown, the network cannot take such images, or its weights cannot be
             predicted; the message names the layer.
     """
     name = target_name(target)
@@ -81,11 +81,11 @@ def build_target(target: str | nn.Module, channels: int, image_size: int) -> Tar
     refuse_unfit_layers(network, name)
     images = torch.randn(2, channels, image_size, image_size, generator=torch.Generator().manual_seed(0))
     convs, features = forward_order(network.eval(), name, images)
-    images = images.contiguous(memory_format=torch.channels_last)  # as they come in training
+    images = images.contiguous(memory_format=torch.channels_last)  # as in training
     if wants_contiguous_maps(network, images):
         give_contiguous_maps(network)
     refuse_what_only_training_does(network.train(), name, images)
-    refuse_what_cannot_be_trained(network, name, torch.cat([images, images[:1]]))  # another number of them
+    refuse_what_cannot_be_trained(network, name, torch.cat([images, images[:1]]))  # 3 images: another batch size
     if name not in TARGETS:
         refuse_what_a_file_loses(network, _made(target, name, channels), name, images)
     for module in network.modules():

@@ -1,4 +1,4 @@
-"""Predicted weights become a plain network in eval mode: BatchNorm's statistics are those of its images."""
+"""Turns predicted weights into a plain network in eval mode, with BatchNorm calibrated on the group's images."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from pudnet.targets.target import Target, Weights, norms
 class Calibrator:
     """Turns predicted weights into plain target networks in eval mode.
 
-    BatchNorm's running statistics become those of the images that the weights were predicted from, all in one
-    batch; images classified later never change them. Its variance is the batch's own (biased), as in training,
-    so that what the calibrating pass gives is what the network gives for those images afterwards.
+    BatchNorm's running statistics are set to those of one batch of the images that the weights were predicted from;
+    images that are classified later never change them. The variance is the batch's own (biased), as in training, so
+    that the network later gives these images the same features as the calibration pass.
     """
 
     def __init__(self, target: Target, shared: SharedTarget) -> None:
-        self.empty = copy.deepcopy(target.network).eval()  # all but the convolutions' weights
+        self.empty = copy.deepcopy(target.network).eval()  # the network without its convolutions' weights
         for module in self.empty.modules():
             if isinstance(module, nn.Conv2d):
                 module.weight = None
         for name, tensor in [*shared.body.named_parameters(), *shared.body.named_buffers()]:
-            _put(self.empty, name, tensor)  # the very same, so that they stay as the model has them
+            _put(self.empty, name, tensor)  # not copies, so that they follow the model's
 
     @torch.no_grad()
     def __call__(
@@ -36,7 +36,8 @@ class Calibrator:
     ) -> tuple[nn.Module, Tensor]:
         """One group's weights and images (N, C, H, W) -> its network, and the images' features (N, d).
 
-        What `writes` names is made in passing, from what its convolution is given: (N, d_in, H', W') -> its weight.
+        `writes` maps names of further weights to functions. Each is called during the calibration pass, with the input
+        maps (N, d_in, H', W') of its convolution, and returns that convolution's weight.
         """
         network = _copied(self.empty)
         for name, weight in weights.items():
@@ -50,11 +51,11 @@ class Calibrator:
 
 @torch.no_grad()
 def calibrate(network: nn.Module, images: Tensor) -> Tensor:
-    """Make BatchNorm's running statistics those of the images (N, C, H, W), in place; their features (N, d)."""
+    """Set BatchNorm's running statistics to those of the images (N, C, H, W), in place -> their features (N, d)."""
     calibrated = [(norm, norm.momentum, norm.register_forward_hook(_make_biased)) for norm in norms(network)]
     for norm, _, _ in calibrated:
         norm.train()
-        norm.momentum = 1.0  # the statistics of this batch alone
+        norm.momentum = 1.0  # forget earlier statistics
     features = network(images).flatten(1)
     for norm, momentum, hook in calibrated:
         hook.remove()
@@ -64,7 +65,7 @@ def calibrate(network: nn.Module, images: Tensor) -> Tensor:
 
 
 def _copied(network: nn.Module) -> nn.Module:
-    """`copy.deepcopy`, several times faster: every module has a dozen empty dictionaries (hooks), made here anew."""
+    """A faster `copy.deepcopy`: it copies each module's dozen empty dictionaries (of hooks) itself."""
     own = [value for module in network.modules() for value in vars(module).values()]
     return copy.deepcopy(network, {id(value): value.copy() for value in own if isinstance(value, dict) and not value})
 

@@ -1,4 +1,4 @@
-"""What a network must be like, so that its convolution weights can be predicted, trained and saved."""
+"""Checks that a network's convolution weights can be predicted, trained and saved."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ UNFIT = (
 
 
 def refuse_unfit_layers(network: nn.Module, name: str) -> None:
-    """Refuse, by name, layers that would be left unpredicted, or that carry one group's state to the next."""
+    """Refuse layers that could not be predicted, or that would carry state from one group to the next."""
     owners: dict[int, str] = {}
     tensors = [*network.named_parameters(remove_duplicate=False), *network.named_buffers(remove_duplicate=False)]
     for path, tensor in tensors:
@@ -51,7 +51,7 @@ def refuse_unfit_layers(network: nn.Module, name: str) -> None:
 
 
 class _Convolutions(TorchFunctionMode):
-    """Counts calls of convolution functions, by whatever layer."""
+    """Counts calls of convolution functions, whether from a layer or not."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class _Convolutions(TorchFunctionMode):
 
 @torch.no_grad()
 def forward_order(network: nn.Module, name: str, images: Tensor) -> tuple[tuple[ConvShape, ...], int]:
-    """The convolutions in the order in which `images` pass them, each at its first use; values of a feature vector."""
+    """The convolutions, in the order of their first use by `images`, and the size d of a feature vector."""
     paths = {m: path for path, m in network.named_modules() if isinstance(m, nn.Conv2d | _BatchNorm)}
     calls: dict[nn.Module, int] = {}
 
@@ -83,7 +83,7 @@ def forward_order(network: nn.Module, name: str, images: Tensor) -> tuple[tuple[
         if isinstance(module, nn.Conv2d) and module not in calls:
             raise UserError(f"target {name}: layer {path} takes no part in the forward pass; remove it")
         if isinstance(module, _BatchNorm) and calls.get(module, 0) > 1:
-            raise UserError(f"target {name}: layer {path} is used twice, on other maps: its statistics would be mixed")
+            raise UserError(f"target {name}: layer {path} is used twice: the statistics of two maps would be mixed")
     if convolutions.calls != sum(calls[module] for module in order):
         raise UserError(f"target {name}: calls a convolution function outside a Conv2d layer; make it a layer")
     convs = tuple(ConvShape(f"{paths[conv]}.weight", tuple(conv.weight.shape)) for conv in order)
@@ -92,7 +92,7 @@ def forward_order(network: nn.Module, name: str, images: Tensor) -> tuple[tuple[
 
 @torch.no_grad()
 def refuse_what_only_training_does(network: nn.Module, name: str, images: Tensor) -> None:
-    """Refuse buffers that a training pass changes (BatchNorm's aside), and whatever else it does otherwise."""
+    """Refuse buffers (except BatchNorm's) that a forward pass in training changes, and run its checks in that mode."""
     trained = copy.deepcopy(network).train()
     forget_statistics(trained)
     before = {path: buffer.clone() for path, buffer in trained.named_buffers()}
@@ -103,7 +103,7 @@ def refuse_what_only_training_does(network: nn.Module, name: str, images: Tensor
 
 
 def refuse_what_cannot_be_trained(network: nn.Module, name: str, images: Tensor) -> None:
-    """Run a step as training does: its layout, its precision, and a gradient."""
+    """Run forward and backward once as training does, with its memory layout and precision."""
     trained = copy.deepcopy(network).to(memory_format=torch.channels_last).train()
     forget_statistics(trained)
     with torch.enable_grad():
@@ -117,10 +117,12 @@ def refuse_what_cannot_be_trained(network: nn.Module, name: str, images: Tensor)
 
 @torch.no_grad()
 def refuse_what_a_file_loses(network: nn.Module, again: nn.Module, name: str, images: Tensor) -> None:
-    """Refuse a network that is not the same once its tensors are put into `again`, made anew, as loading does."""
+    """Refuse a network that a file would not restore: it must equal `again`, built anew, with its tensors loaded."""
     for path, value in network.state_dict().items():
         if not isinstance(value, Tensor):
-            raise UserError(f"target {name}: {path} is state that is no tensor, and a file of weights holds only those")
+            raise UserError(
+                f"target {name}: {path} is state that is no tensor, but a file of weights holds only tensors"
+            )
     try:
         put_tensors(again, network.state_dict())
     except (RuntimeError, ValueError) as error:
@@ -128,13 +130,13 @@ def refuse_what_a_file_loses(network: nn.Module, again: nn.Module, name: str, im
     features = [features_of(copy.deepcopy(one).eval(), name, images.contiguous()) for one in (network, again)]
     if not torch.equal(*features):
         raise UserError(
-            f"target {name}: with the same state dict it gives other features when it is made anew; "
-            "what its features depend on has to be in the state dict"
+            f"target {name}: built again with the same state dict, it gives other features; "
+            "everything that its features depend on has to be in the state dict"
         )
 
 
 def features_of(network: nn.Module, name: str, images: Tensor) -> Tensor:
-    """The network's output, which has to be one tensor (N, ...)."""
+    """The network's output; `UserError` if that is not one tensor (N, ...)."""
     try:
         features = network(images)
     except Exception as error:  # whatever the user's own code may raise

@@ -8,7 +8,7 @@ from torch import nn
 
 
 class Block(nn.Sequential):
-    """Convolution, BatchNorm, ReLU and 2x2 max-pooling; pooling stands first: the same values, on fewer pixels."""
+    """Convolution, BatchNorm, ReLU and 2x2 max-pooling. Pooling before ReLU gives the same values with less work."""
 
     def __init__(self, d_in: int, d_out: int) -> None:
         layers = OrderedDict(
@@ -23,8 +23,8 @@ class Block(nn.Sequential):
 class ConvNet3(nn.Sequential):
     """The paper's ConvNet-3 (Fig. 5): three blocks of 3x3 convolution, BatchNorm, ReLU, 2x2 max-pooling.
 
-    Images (N, channels, S, S) -> features (N, width * (S // 8) ** 2). The figure gives no width; 64 is that of
-    the metric-learning literature it builds on.
+    Images (N, channels, S, S) -> features (N, width * (S // 8) ** 2). The figure gives no width; 64 is usual in the
+    metric-learning literature that the paper builds on.
     """
 
     def __init__(self, channels: int, width: int = 64) -> None:

@@ -1,4 +1,4 @@
-"""Networks that fail on channels_last maps, as a `view` of them does, are given contiguous ones."""
+"""Makes networks that fail on channels_last maps, for instance because of a `view`, work on contiguous ones."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 @torch.no_grad()
 def wants_contiguous_maps(network: nn.Module, images: Tensor) -> bool:
-    """Whether the network, which takes contiguous images, fails on channels_last ones, as a `view` of its maps does."""
+    """Whether a network that works on contiguous images fails on channels_last ones (for instance by a `view`)."""
     try:
         copy.deepcopy(network).to(memory_format=torch.channels_last)(images)
     except RuntimeError:  # "view size is not compatible with input tensor's size and stride"
@@ -19,7 +19,7 @@ def wants_contiguous_maps(network: nn.Module, images: Tensor) -> bool:
 
 
 def give_contiguous_maps(network: nn.Module) -> None:
-    """Make a network's images and the output of its convolutions contiguous, in whatever layout they are computed."""
+    """Make a network's input images and its convolutions' outputs contiguous, in place."""
     network.register_forward_pre_hook(_contiguous_images)
     for module in network.modules():
         if isinstance(module, nn.Conv2d):

@@ -1,4 +1,4 @@
-"""ResNet-18 and ResNet-34, torchvision's."""
+"""ResNet-18 and ResNet-34 from torchvision."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from torch import nn
 
 
 def resnet(name: str, channels: int) -> nn.Module:
-    """torchvision's class, stem included, with its `fc` left aside: images -> features (N, 512)."""
-    from torchvision import models  # here: slow to import, and needed for these targets alone
+    """torchvision's ResNet, with its stem but without its last layer `fc`: images -> features (N, 512)."""
+    from torchvision import models  # here: slow to import, and only these targets need it
 
     network = getattr(models, name)()
     network.fc = nn.Identity()

@@ -1,4 +1,4 @@
-"""The functional forward: a target under predicted weights, for one group or several at once."""
+"""Runs a target under predicted weights, for one group or several at once."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from torch.overrides import TorchFunctionMode
 from pudnet.errors import UserError
 from pudnet.targets.target import Target, Weights, forget_statistics, one_line, own_weights
 
-Work = Callable[[Tensor, Weights], Tensor]  # of one group's images (N, C, H, W), under its weights
+Work = Callable[[Tensor, Weights], Tensor]  # a function of one group's images (N, C, H, W) and weights
 
 
 class _Reached(Exception):
-    """Ends a pass at the layer whose input is wanted: what comes after it is work for nothing."""
+    """Ends a forward pass at the layer whose input is wanted, since the layers after it are not needed."""
 
     def __init__(self, maps: Tensor) -> None:
         super().__init__()
@@ -28,18 +28,18 @@ class _Reached(Exception):
 
 
 def one_by_one(work: Work, images: Tensor, weights: Weights) -> Tensor:
-    """`work` on several groups (G, N, C, H, W), one after the other."""
+    """Apply `work` to several groups (G, N, C, H, W), one after the other."""
     return torch.stack([work(group, own_weights(weights, g)) for g, group in enumerate(images)])
 
 
 class _Vectorisable(TorchFunctionMode):
-    """The same values of two functions that vmap cannot take as they are on a GPU, with channels_last maps."""
+    """Replaces two functions that fail under vmap on a GPU with channels_last maps, by others with the same values."""
 
     def __torch_function__(self, function: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         if function is F.batch_norm:
             return _norm_then_scale(*args, **kwargs)
-        if function is F.adaptive_avg_pool2d and args[1:] in ((1,), ((1, 1),)):  # torch's looks at the layout
+        if function is F.adaptive_avg_pool2d and args[1:] in ((1,), ((1, 1),)):  # torch's own checks the memory layout
             return args[0].mean((-2, -1), keepdim=True)
         return function(*args, **kwargs)
 
@@ -53,9 +53,10 @@ def _norm_then_scale(
     *how: Any,
     **named: Any,
 ) -> Tensor:
-    """`F.batch_norm`, which is called as this is: first without scale and shift, and then those.
+    """`F.batch_norm` that applies scale and shift in a second step.
 
-    With them it may be cuDNN's, which asks for the layout, or vmap's own, which makes maps of bf16 fp32.
+    With them, torch may choose cuDNN's kernel, which checks the memory layout, or vmap's own, which turns bf16 maps
+    into fp32.
     """
     maps = F.batch_norm(input, running_mean, running_var, None, None, *how, **named)
     if weight is None:
@@ -65,7 +66,7 @@ def _norm_then_scale(
 
 
 def together(work: Work, images: Tensor, weights: Weights) -> Tensor:
-    """`work` on several groups (G, N, C, H, W) as one vectorised call. Weights that they share are not repeated."""
+    """Apply `work` to several groups (G, N, C, H, W) in one vectorised call. Weights common to all are not repeated."""
     own = {name: 0 if weight.ndim > 4 else None for name, weight in weights.items()}
     try:
         with _Vectorisable():
@@ -77,17 +78,17 @@ def together(work: Work, images: Tensor, weights: Weights) -> Tensor:
 
 
 def check_together(target: Target) -> None:
-    """Raise `UserError` where several groups a step cannot pass in one vectorised call, as they do on a GPU."""
+    """Raise `UserError` if a target cannot run several groups in one vectorised call, as training on a GPU does."""
     weights = {conv.name: torch.zeros(2, *conv.shape) for conv in target.convs}
     images = torch.zeros(2, 3, target.channels, target.image_size, target.image_size)
     together(SharedTarget(target).one, images, weights)
 
 
 class SharedTarget(nn.Module):
-    """What all groups share of a target: its structure, BatchNorm's affine parameters, biases.
+    """The part of a target that all groups share: its structure, BatchNorm's affine parameters, biases.
 
-    The convolutions hold no weights of their own, and BatchNorm uses the statistics of the images it is
-    given: in training that is the group, and nothing of one group leaks into the next.
+    The convolutions have no weights of their own. BatchNorm uses the statistics of its input, one group in
+    training, and keeps none, so that nothing leaks from one group to the next.
     """
 
     def __init__(self, target: Target) -> None:
@@ -102,17 +103,17 @@ class SharedTarget(nn.Module):
     def forward(self, images: Tensor, weights: Weights) -> Tensor:
         """Features (..., N, d) of images (..., N, C, H, W) under weights (..., d_out, d_in, f, f).
 
-        Leading dimensions are groups, each under its own weights and its own images' statistics: one after the
-        other on a CPU, which one group keeps busy, in one call on a GPU, which it does not.
+        Leading dimensions are groups, each with its own weights and BatchNorm statistics. A CPU, which one group keeps
+        busy, runs them one after the other; a GPU runs them in one call.
         """
         return self._of_groups(self.one, images, weights)
 
     def input_of(self, conv: nn.Conv2d, images: Tensor, weights: Weights) -> Tensor:
-        """What a convolution of the body is given when images (..., N, C, H, W) pass: (..., N, d_in, H', W')."""
+        """The input maps (..., N, d_in, H', W') of one of the body's convolutions for images (..., N, C, H, W)."""
         return self._of_groups(partial(self._input_of, conv), images, weights)
 
     def _of_groups(self, work: Work, images: Tensor, weights: Weights) -> Tensor:
-        """`work` for however many groups the images (..., N, C, H, W) are of."""
+        """Apply `work` to images (..., N, C, H, W) of one group or several."""
         if images.ndim == 4:
             return work(images, weights)
         if len(images) == 1:

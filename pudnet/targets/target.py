@@ -1,4 +1,4 @@
-"""What a target network is: an ordinary network, and which of its tensors are predicted."""
+"""A target: an ordinary network, and which of its tensors are predicted."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-# Predicted weights: parameter name -> (..., d_out, d_in, f, f). Leading are groups; what all groups share has none.
+# Parameter name -> predicted weight (..., d_out, d_in, f, f). Leading dimensions are groups; shared weights have none.
 Weights = Mapping[str, Tensor]
 
 
 def own_weights(weights: Weights, group: int) -> dict[str, Tensor]:
-    """One group's weights (d_out, d_in, f, f) of those of several."""
+    """Pick one group's weights (d_out, d_in, f, f) from those of several."""
     return {name: weight[group] if weight.ndim > 4 else weight for name, weight in weights.items()}
 
 
@@ -32,19 +32,19 @@ class ConvShape:
 
     @property
     def he_std(self) -> float:
-        """The standard deviation that He initialisation gives it: sqrt(2 / fan_in)."""
+        """The standard deviation of He initialisation: sqrt(2 / fan_in)."""
         return math.sqrt(2 / math.prod(self.shape[1:]))
 
 
 @dataclass(frozen=True)
 class Target:
-    """A plain target network, He-initialised, and what of it is predicted, in the order of its forward pass."""
+    """A plain, He-initialised target network, and its predicted tensors in the order of the forward pass."""
 
     network: nn.Module
     convs: tuple[ConvShape, ...]
     channels: int
     image_size: int
-    features: int  # d, values of an image's feature vector
+    features: int  # d, the size of a feature vector
 
     @property
     def dense(self) -> tuple[ConvShape, ...]:
@@ -63,15 +63,15 @@ def norms(network: nn.Module) -> list[_BatchNorm]:
 
 
 def forget_statistics(network: nn.Module) -> None:
-    """Let BatchNorm use the statistics of the images it is given, and keep none."""
+    """Make BatchNorm use the statistics of its input, and keep no running ones."""
     for norm in norms(network):
         norm.track_running_stats = False
         norm.running_mean = norm.running_var = norm.num_batches_tracked = None
 
 
 def put_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Load tensors as a state dict of the module, whatever versions its layers have. Raises as `load_state_dict`."""
-    state = module.state_dict()  # it carries the versions that some layers look at as they load
+    """Load tensors as the module's state dict, in the present version of each layer. Raises as `load_state_dict`."""
+    state = module.state_dict()  # a new one has the layers' present versions, which some check when they load
     state.clear()
     state.update(tensors)
     module.load_state_dict(state)
