@@ -25,7 +25,7 @@ from sklearn.datasets import load_digits
 from sklearn.metrics import ConfusionMatrixDisplay
 
 from pudnet import PredictedNetwork, Predictor
-from pudnet.data.own import open_folder
+from pudnet.data.user_images import open_folder
 from pudnet.errors import exit_code
 from pudnet.files import check_writable
 

@@ -14,7 +14,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from pudnet.config import Positive, PositiveFloat, parse
-from pudnet.data.own import Label
+from pudnet.data.user_images import Label
 from pudnet.errors import UserError
 from pudnet.files import replacing
 from pudnet.targets import Target, build_target, is_import_path, put_tensors, target_name

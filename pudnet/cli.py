@@ -15,7 +15,7 @@ from pudnet.files import check_writable, replacing
 
 if TYPE_CHECKING:
     from pudnet.card import Card
-    from pudnet.data.own import ImageSet
+    from pudnet.data.user_images import ImageSet
     from pudnet.network import PredictedNetwork
 
 # Each command imports what is slow to import (torch) itself, so that --help is quick.
@@ -99,7 +99,7 @@ def _add_target(command: argparse.ArgumentParser) -> None:
 
 
 def _predict(options: argparse.Namespace) -> None:
-    from pudnet.data.own import open_folder
+    from pudnet.data.user_images import open_folder
     from pudnet.predictor import Predictor
 
     predictor = Predictor.load(options.model, target=options.target)
@@ -118,7 +118,7 @@ def _predict(options: argparse.Namespace) -> None:
 
 
 def _classify(options: argparse.Namespace) -> None:
-    from pudnet.data.own import noting, open_folder
+    from pudnet.data.user_images import noting, open_folder
     from pudnet.network import PredictedNetwork
 
     network = PredictedNetwork.load(options.weights, options.target)
@@ -140,7 +140,7 @@ def _classify(options: argparse.Namespace) -> None:
 def _finetune(options: argparse.Namespace) -> None:
     from dataclasses import astuple, fields
 
-    from pudnet.data.own import open_folder
+    from pudnet.data.user_images import open_folder
     from pudnet.finetune import Epoch, finetune
     from pudnet.network import PredictedNetwork
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pudnet.card import Card, card_target, loaded, read_tensors, write_tensors
 from pudnet.classifier import unfilled
 from pudnet.data.images import normalize
-from pudnet.data.own import Images, ImageSet, Label, image_set, images_at_a_time
+from pudnet.data.user_images import Images, ImageSet, Label, image_set, images_at_a_time
 from pudnet.errors import UserError
 from pudnet.locations import local_file
 

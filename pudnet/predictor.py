@@ -19,8 +19,8 @@ from pudnet.config import ModelConfig, TrainConfig, apply_variant, default_extra
 from pudnet.controls import StaticTrunk
 from pudnet.cpu import accelerate, keep_freed_memory
 from pudnet.data.images import normalize
-from pudnet.data.own import Images, ImageSet, Pixels, images_at_a_time, labelled_set, noting
 from pudnet.data.rows import CALIBRATION_IMAGES, first_rows, spread_rows
+from pudnet.data.user_images import Images, ImageSet, Pixels, images_at_a_time, labelled_set, noting
 from pudnet.device import wants_bf16
 from pudnet.errors import UserError
 from pudnet.hypernet import PudNet
@@ -154,8 +154,8 @@ class Predictor:
         """Predict a network for labelled images, in one forward pass of the hypernetwork.
 
         Images, of any size, are a uint8 array (N, H, W, C), a float array (N, C, H, W) in 0..1, a list of images, a
-        Dataset, a DataLoader, or a folder with one subfolder for each class (`pudnet.data.own.image_set`). Labels (N,)
-        are of any type; leave them out if the images come with labels. The classifier has each class's centroid, from
+        Dataset, a DataLoader, or a folder with one subfolder for each class (`pudnet.data.user_images.image_set`).
+        Labels (N,) are of any type; leave them out if the images come with labels. The classifier has each class's centroid, from
         its first `support_per_class` images, or (PudNet+) is a linear layer fitted to all images that are used.
 
         Raises:

@@ -19,8 +19,8 @@ from torch.utils.data import (
 )
 
 from pudnet import Predictor
-from pudnet.data.own import labelled_set
 from pudnet.data.sources import open_source
+from pudnet.data.user_images import labelled_set
 from pudnet.errors import UserError
 from pudnet.finetune import finetune
 

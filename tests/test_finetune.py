@@ -7,7 +7,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from pudnet import Predictor
-from pudnet.data.own import checksums
+from pudnet.data.user_images import checksums
 from pudnet.errors import UserError
 from pudnet.finetune import _random, finetune
 from pudnet.scratch import ScratchConfig, train

@@ -10,8 +10,8 @@ from PIL import Image
 
 from pudnet import Predictor
 from pudnet.data.folders import by_type, look_in
-from pudnet.data.own import PassedOver, open_folder
 from pudnet.data.sources import open_source
+from pudnet.data.user_images import PassedOver, open_folder
 from pudnet.errors import UserError
 
 

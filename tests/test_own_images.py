@@ -26,8 +26,8 @@ from torch.utils.data import Dataset, IterableDataset, TensorDataset
 from pudnet import Predictor
 from pudnet.data import decode
 from pudnet.data.decode import _Gate, read_image, read_images, to_array, unreadable
-from pudnet.data.own import ConvertedImages, encode_labels, image_set, open_folder
 from pudnet.data.sources import open_source
+from pudnet.data.user_images import ConvertedImages, encode_labels, image_set, open_folder
 from pudnet.errors import RunFailed, UserError
 
 ROOT = Path(__file__).parent.parent

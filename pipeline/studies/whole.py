@@ -21,7 +21,7 @@ from pipeline.studies.definition import Study, Whole, reported
 from pipeline.studies.page import number, plus_minus, table_of
 from pipeline.studies.trained import TrainedColumn
 from pudnet.data.images import normalize
-from pudnet.data.own import images_at_a_time, labelled_set
+from pudnet.data.user_images import images_at_a_time, labelled_set
 from pudnet.device import clock
 from pudnet.errors import UserError
 from pudnet.evaluation import mean_half_width

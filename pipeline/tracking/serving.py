@@ -19,7 +19,7 @@ from mlflow.pyfunc import PythonModel, PythonModelContext
 from PIL import Image
 
 from pudnet import Predictor
-from pudnet.data.own import is_missing, plain_labels
+from pudnet.data.user_images import is_missing, plain_labels
 from pudnet.errors import UserError
 
 KINDS = ((bool, "truth value"), (int | float, "number"), (str, "string"))

@@ -17,7 +17,7 @@ import torch
 from pudnet.data.datasets import is_dataset
 from pudnet.data.decode import convert, read_images
 from pudnet.data.folders import look_in
-from pudnet.data.own import labelled_set
+from pudnet.data.user_images import labelled_set
 from pudnet.errors import UserError
 
 BATCH = 256
