@@ -155,8 +155,9 @@ class Predictor:
 
         Images, of any size, are a uint8 array (N, H, W, C), a float array (N, C, H, W) in 0..1, a list of images, a
         Dataset, a DataLoader, or a folder with one subfolder for each class (`pudnet.data.user_images.image_set`).
-        Labels (N,) are of any type; leave them out if the images come with labels. The classifier has each class's centroid, from
-        its first `support_per_class` images, or (PudNet+) is a linear layer fitted to all images that are used.
+        Labels (N,) are of any type; leave them out if the images come with labels. The classifier has
+        each class's centroid, from its first `support_per_class` images, or (PudNet+) is a linear layer fitted to all
+        images that are used.
 
         Raises:
             UserError: if the input cannot be used; the message is one line.
