@@ -15,7 +15,7 @@ TABLES = {"convnet3": "table1", "resnet18": "table2", "resnet34": "table8"}
 
 HEAD = """# Measured results
 
-Each folder holds what one run of the pipeline left: its `params.yaml`, the search, metrics, times and report.
+Each folder holds what one run of the pipeline left: its `params.yaml`, the search, metrics and times.
 Made by `python reference/table.py` from those files; the runs by `dvc repro` with the `params.yaml` of the folder, at a
 commit of its day: today's code names the keys that came since, and takes them as today's `params.yaml` has them
 (`prepare.source: npz:data/raw/cifar100.npz` is torchvision's CIFAR100 as arrays, training part and test part together,
