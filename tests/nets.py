@@ -149,7 +149,7 @@ REFUSED: dict[str, nn.Module | str] = {
     "layer layer takes no part": Wrapped(nn.Conv2d(4, 4, 3), use=False),
     "0.weight and 1.weight are one tensor": tied(),
     "layer norm is used twice": Awkward("norm"),
-    "layer norm is used twice, on": Awkward("norm in training"),
+    "layer norm is used twice: the": Awkward("norm in training"),
     "cache changes in training": Awkward("cache"),
     "count changes in training": Awkward("count"),
     "in training does not": Awkward("pair"),
@@ -158,7 +158,7 @@ REFUSED: dict[str, nn.Module | str] = {
     "one feature tensor": Pair(),
     "_extra_state is state that is no tensor": Lossy("extra"),
     "cannot load its own state dict .*extra": Lossy("renamed"),
-    "gives other features when it is made anew": "tests.nets:drawn",
+    "built again with the same state dict, it gives other features": "tests.nets:drawn",
     "must give one feature tensor an image": Lossy("two"),
     "cannot take images of 16 px with 3 channel": nn.Sequential(nn.Conv2d(5, 4, 3)),
 }

@@ -240,8 +240,8 @@ def test_a_variant_in_a_setting_that_the_paper_lacks(tmp_path):
     (folder / "metrics.json").write_text(json.dumps({**metrics, "variant": "without_kl"}))
     report(FakeParams(setting="digits"), folder)
     page = (folder / "report.html").read_text()
-    assert "the paper has no figure for this setting." in page and "96.64 ±" not in page
-    assert "Without KL" in page and "a variant of it, “Without KL”" in page
+    assert "the paper has no result for this setting." in page and "96.64 ±" not in page
+    assert "Without KL" in page and "a variant of the method, “Without KL”" in page
 
 
 def test_one_split_no_kept_weights_and_an_unknown_method(tmp_path):

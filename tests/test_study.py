@@ -153,7 +153,7 @@ def _check_trainings(table, page):
     for line in table[:2].itertuples():
         each = [float(one) for one in line.trainings_accuracies.split()]
         assert len(each) == 2 and sum(each) / 2 == pytest.approx(line.accuracy, abs=0.01)
-    assert (table.difference_ci95_trainings[1:] > 0).all() and "mean of 2 trainings a row" in page
+    assert (table.difference_ci95_trainings[1:] > 0).all() and "mean of 2 trainings of each row" in page
     assert "| deviation of a training |" in page and "test groups and trainings" in page
 
 
