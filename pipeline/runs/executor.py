@@ -32,7 +32,7 @@ from pipeline.runs.trial import TrialSpec, open_trial
 from pipeline.tracking.runs import Tracking
 from pudnet.errors import RunFailed, is_out_of_memory
 
-FAILURES = 2  # of a trial, after which Ray starts it again; where it got on meanwhile, the next Tuner has it once more
+FAILURES = 2  # of a trial, after each of which Ray starts it again; a trial that got on meanwhile gets another Tuner
 DRIVER = {"memory": 2**28}  # of a trial whose workers have the cores: Tune wants some resource, and it has a process
 
 
@@ -58,7 +58,7 @@ class Experiment:
 
     @cached_property
     def keys(self) -> dict[str, str]:
-        """The trials' own, by their names. When ASHA stops a trial depends on the others, and so does its key then."""
+        """Each trial's key, by its name. With ASHA its end depends on the other trials, so that its key does, too."""
         return {spec.name: trial_key(spec) + (f"-{self.key}" if self.asha else "") for spec in self.specs}
 
 
@@ -102,9 +102,9 @@ def run_missing(
 
 
 def run_trials(experiment: Experiment, params: Params, progress: TrialProgress) -> dict[str, object]:
-    """Run what has not ended, by a new Tuner. Returns the last errors of trials that failed too often, by name.
+    """Run the trials that have not ended, in a new Tuner. Returns the errors of those that failed too often, by name.
 
-    For ASHA what has ended reports once more, too, so that the others are compared with it.
+    With ASHA the finished trials report once more, so that the scheduler can compare the others with them.
     """
     missing = [spec for spec in experiment.specs if spec.name not in progress.ended]
     for spec in missing:
@@ -162,7 +162,7 @@ def _why(experiment: Experiment, done: int, errors: Mapping[str, object]) -> str
 
 
 class Asha(ASHAScheduler):
-    """ASHA, which hears again what was reported before, and stops no trial for that: it did not then, either."""
+    """ASHA that records repeated reports, but stops no trial for one: when it was first made, ASHA did not, either."""
 
     def on_trial_result(self, tune_controller: object, trial: object, result: dict[str, Any]) -> str:
         decision = super().on_trial_result(tune_controller, trial, result)

@@ -26,7 +26,7 @@ PATIENCE = 60  # seconds without a trial at work before it is said
 
 
 class TrialProgress(Callback):
-    """Says, logs and keeps what the trials of an experiment report, once: a trial that goes on repeats its reports.
+    """Prints and logs each report once, although a trial that goes on repeats what it reported; keeps what has ended.
 
     `keys` are the trials' by their names; `parent` names the MLflow run that theirs are children of.
     """
@@ -37,7 +37,7 @@ class TrialProgress(Callback):
         self.params, self.tracking, self.parent, self.experiment, self.keys = params, tracking, parent, experiment, keys
         self.ended: dict[str, Finished] = {}
         self.reports: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in keys}  # by the number of groups
-        self.trained: set[str] = set()  # trials that reported something new to this process
+        self.trained: set[str] = set()  # trials that reported something new since this process began
         self.runs: dict[str, tuple[str, int]] = {}  # of MLflow, by key: the id, and the last step in it
         self._is_at_work()
 

@@ -38,7 +38,7 @@ Report = Callable[[dict[str, Any]], None]
 
 
 def run_trial(config: dict[str, Any]) -> None:
-    """Ray Tune's trainable: report again what was reported before, then train on, here or by several workers."""
+    """Ray Tune's trainable: repeat the reports of before, then train on, in this process or in several workers."""
     from ray import tune
 
     trial = config["trial"]
