@@ -311,7 +311,7 @@ def test_a_changed_store_is_refused_by_name(repro, tmp_path):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"resources": {"workers": 64}, "train": {"groups_per_step": 64}}, "resources.workers: 64 of"),
+        ({"resources": {"workers": 64}, "train": {"groups_per_step": 64}}, "resources.workers: 64 with"),
         ({"splits": 2}, "nothing was chosen for split 1; run the search again"),
     ],
 )
