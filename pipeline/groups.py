@@ -11,7 +11,7 @@ from pudnet.data.groups import build_groups, split_classes, write_groups
 from pudnet.data.store import Store, open_store, whole_folder
 
 
-def build(params: Params) -> None:
+def groups(params: Params) -> None:
     """Write one folder of tables for each class split."""
     store = open_store(STORE, verify=True)
     other = open_store(TEST_STORE, verify=True) if params.prepare.test_source else None
@@ -38,4 +38,4 @@ def _build_split(params: Params, store: Store, other: Store | None, seed: int, f
 
 
 if __name__ == "__main__":
-    run_stage(build)
+    run_stage(groups)

@@ -15,7 +15,7 @@ from pipeline.reporting.results import histogram, movement, race, read_results
 from pipeline.stage import run_stage
 
 
-def report(params: Params, folder: Path = RESULTS) -> None:
+def write_report(params: Params, folder: Path = RESULTS) -> None:
     """Write `report.html` and the files of DVC's plots from the earlier stages' results in `folder`."""
     results = read_results(folder)
     moved, raced = movement(results.predicted), race(results)
@@ -53,16 +53,11 @@ def log_report(params: Params) -> None:
     tracking.finish(run_id)
 
 
-def stage(params: Params) -> None:
+def report(params: Params) -> None:
     """Write the report and log it."""
-    report(params)
+    write_report(params)
     log_report(params)
 
 
-def main() -> None:
-    """Entry point of the stage."""
-    run_stage(stage)
-
-
 if __name__ == "__main__":
-    main()
+    run_stage(report)

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pipeline.check import check
-from pipeline.groups import build
+from pipeline.groups import groups as make_groups
 from pipeline.params import load_params
 from pipeline.prepare import prepare
 from pipeline.project import STORE, TEST_STORE, group_folder
@@ -321,7 +321,7 @@ def test_prepare_and_groups_write_all_or_nothing(one, other):
         assert names_in(folder / "data") == ["prepared"] if prepared else not any(folder.glob("data/*"))
         if prepared:
             params = load_params()
-            grouped = answer(lambda: build(load_params())) is None
+            grouped = answer(lambda: make_groups(load_params())) is None
             assert open_store(STORE, verify=True).image_size == params.prepare.image_size
             assert TEST_STORE.exists() == (params.prepare.test_source is not None)
             assert names_in(folder / "data") == (["groups"] if grouped else []) + ["prepared"]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.groups import build
+from pipeline.groups import groups as make_groups
 from pipeline.params import load_params
 from pipeline.prepare import prepare
 from pudnet.data.decode import read_image, to_array
@@ -438,7 +438,7 @@ def test_the_default_group_tables_are_the_same_on_every_machine(tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     (tmp_path / "params.yaml").write_text((Path(__file__).parent.parent / "params.yaml").read_text())
     prepare(load_params())
-    build(load_params())
+    make_groups(load_params())
     tables = sorted((tmp_path / "data" / "groups" / "split-0").glob("*.npy"))
     found = hashlib.sha256(b"".join(path.read_bytes() for path in tables)).hexdigest()
     assert [path.stem for path in tables] == ["search_train", "test", "train", "validation"]

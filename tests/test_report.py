@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from pipeline.report import report
+from pipeline.report import write_report
 from pipeline.reporting.figures import search_figure, to_svg
 from pipeline.reporting.page import duration, label, plus_minus, verdict
 from pipeline.reporting.paper import load_reported, paper_figures
@@ -164,7 +164,7 @@ def build_results(folder, groups=40):
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = build_results(tmp_path_factory.mktemp("run") / "results")
-    report(FakeParams(), folder)
+    write_report(FakeParams(), folder)
     return folder
 
 
@@ -223,7 +223,7 @@ def test_every_colour_of_a_picture_follows_the_scheme(page):
 def test_two_renderings_are_the_same_bytes(results):
     files = [results / "report.html", *sorted((results / "plots").iterdir())]
     before = [file.read_bytes() for file in files]
-    report(FakeParams(), results)
+    write_report(FakeParams(), results)
     assert [file.read_bytes() for file in files] == before
 
 
@@ -238,7 +238,7 @@ def test_a_variant_in_a_setting_that_the_paper_lacks(tmp_path):
     folder = build_results(tmp_path / "results", groups=4)
     metrics = json.loads((folder / "metrics.json").read_text())
     (folder / "metrics.json").write_text(json.dumps({**metrics, "variant": "without_kl"}))
-    report(FakeParams(setting="digits"), folder)
+    write_report(FakeParams(setting="digits"), folder)
     page = (folder / "report.html").read_text()
     assert "the paper has no result for this setting." in page and "96.64 ±" not in page
     assert "Without KL" in page and "a variant of the method, “Without KL”" in page
@@ -260,7 +260,7 @@ def test_one_split_no_kept_weights_and_an_unknown_method(tmp_path):
     (folder / "baselines.json").write_text(text)
     methods = {m: row for m, row in json.loads(text)["methods"].items() if not m.startswith("scratch_")}
     (folder / "baselines.json").write_text(json.dumps({"methods": methods}))
-    report(FakeParams(), folder)
+    write_report(FakeParams(), folder)
     page = (folder / "report.html").read_text()
     assert "Against training from scratch" not in page
     assert "No predicted weights were kept" in page
@@ -275,7 +275,7 @@ def test_a_missing_result_is_named_with_its_stage(tmp_path, name, stage):
     for other in set(PRODUCERS) - {name}:
         (tmp_path / other).touch()
     with pytest.raises(UserError, match=rf"{re.escape(name)} is missing.*dvc repro {stage}"):
-        report(FakeParams(), tmp_path)
+        write_report(FakeParams(), tmp_path)
 
 
 @pytest.mark.parametrize(

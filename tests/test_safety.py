@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 
-from pipeline.groups import build
+from pipeline.groups import groups as make_groups
 from pipeline.params import load_params
 from pipeline.prepare import prepare
 from pipeline.runs.trial import load_state
@@ -89,7 +89,7 @@ def test_pickled_arrays_in_data_are_refused_unread(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="set.npz cannot be read as an .npz of plain arrays"):
         open_source("npz:set.npz", tmp_path, 8, 1)
     prepare(load_params())
-    build(load_params())
+    make_groups(load_params())
     store, groups = tmp_path / "data/prepared/train", tmp_path / "data/groups/split-0"
     for folder, read in ((store, lambda folder: open_store(folder, verify=False)), (groups, open_groups)):
         for path in folder.glob("*.npy"):
@@ -144,7 +144,7 @@ def test_class_names_that_look_like_paths_stay_names(tmp_path, monkeypatch):
     images = np.random.default_rng(0).integers(0, 255, (600, 8, 8), dtype=np.uint8)
     np.savez("set.npz", images=images, labels=labels, class_names=np.array(names))
     prepare(load_params())
-    build(load_params())
+    make_groups(load_params())
     assert open_store(Path("data/prepared/train"), verify=True).class_names == tuple(names)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["project"]
     assert sorted(path.name for path in project.iterdir()) == ["data", "params.yaml", "set.npz"]

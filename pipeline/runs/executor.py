@@ -12,7 +12,6 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any
 
 from pipeline.runs import cluster  # first: it sets Ray's environment
@@ -136,7 +135,7 @@ def run_trials(experiment: Experiment, params: Params, progress: TrialProgress) 
                 failure_config=tune.FailureConfig(max_failures=FAILURES),
             ),
         )
-        return {Path(result.path).name: result.error for result in tuner.fit() if result.error}
+        return {result.config["trial"]["spec"]["name"]: result.error for result in tuner.fit() if result.error}
 
 
 def _check(spec: TrialSpec) -> None:

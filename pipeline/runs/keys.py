@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
@@ -57,7 +58,8 @@ def method_files(kind: str, target: str) -> list[Path]:
     """The code of one method, and of a user's own target."""
     own = target_code(target) if is_import_path(target) else []
     if kind in LEARNED:
-        own += code_files([f"baselines/{name}" for name in ("__init__", "method", "learners", kind)])
+        own += code_files([f"baselines/{name}" for name in ("__init__", "method", "learners")])
+        own.append(Path(inspect.getsourcefile(LEARNED[kind])))
     if kind in SCRATCH:
         own += code_files(["baselines/__init__", "baselines/method", "scratch", "gradient_centralization"])
     return own

@@ -18,10 +18,22 @@ from ray.tune.experiment import Trial
 from pipeline.params import Params
 from pipeline.runs.finished import Finished, keep_trial, trial_folder
 from pipeline.runs.trainable import AT, NOTE, REPLAYED, checkpoint_folder
-from pipeline.runs.trial import DIVERGED, METRICS, TrialSpec
+from pipeline.runs.trial import DIVERGED, TrialSpec
 from pipeline.tracking.runs import Tracking
 from pudnet.errors import RunFailed
 
+METRICS = (  # MLflow's compare page first shows the first one
+    "validation_accuracy",
+    "validation_ci95",
+    "loss",
+    "metric_loss",
+    "full_loss",
+    "kl_loss",
+    "train_accuracy",
+    "grad_norm",
+    "groups_per_second",
+    "rollbacks",
+)
 PATIENCE = 60  # seconds without a trial at work before it is said
 
 

@@ -30,18 +30,6 @@ from pudnet.training import Trainer
 
 STATE = "state.pt"
 DIVERGED = "diverged"  # the key of a last report that says why the trial ended early; Ray must not try it again
-METRICS = (  # MLflow's compare page first shows the first one
-    "validation_accuracy",
-    "validation_ci95",
-    "loss",
-    "metric_loss",
-    "full_loss",
-    "kl_loss",
-    "train_accuracy",
-    "grad_norm",
-    "groups_per_second",
-    "rollbacks",
-)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from pipeline.groups import build
+from pipeline.groups import groups as make_groups
 from pipeline.params import Params
 from pipeline.prepare import prepare
 from pipeline.project import GROUPS, PREPARED, locked, root
@@ -138,7 +138,7 @@ def workspace(params: Params) -> Iterator[None]:
     with _working_in(folder, PREPARED.name, data / PREPARED):
         with _one_at_a_time(folder):
             if not GROUPS.is_dir():
-                build(params)
+                make_groups(params)
         yield
 
 

@@ -43,7 +43,9 @@ def pool(features: Tensor, how: str) -> Tensor:
         return features.sum(-2)
     if how == "geometric_mean":
         return F.softplus(features).clamp_min(1e-6).log().mean(-2).exp()
-    return torch.cat([features.mean(-2), features.var(-2, unbiased=False)], -1)
+    if how == "mean_var":
+        return torch.cat([features.mean(-2), features.var(-2, unbiased=False)], -1)
+    raise ValueError(f"no pooling is called {how}")
 
 
 class Sketch(nn.Module):
