@@ -2,8 +2,9 @@
 
     python examples/own_images.py --data photos/ --new new_photos/ --out example/
 
-Both folders hold a subfolder of images a class. Without `--data`, scikit-learn's handwritten digits are written out
-as such folders first (five classes, 20 images of each to predict from), so that it runs without any images of yours.
+Both folders hold a subfolder of images for each class. Without `--data`, scikit-learn's handwritten digits are written
+out as such folders first (five classes, 20 images of each to predict from), so that it runs without any images of
+yours.
 """
 
 from __future__ import annotations
@@ -62,14 +63,14 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="cifar100-convnet3", help="as for `pudnet predict` (%(default)s)")
-    parser.add_argument("--data", type=Path, help="images to predict from, a subfolder a class")
+    parser.add_argument("--data", type=Path, help="images to predict from, a subfolder for each class")
     parser.add_argument("--new", type=Path, help="images to classify, likewise (those of --data)")
     parser.add_argument("--out", type=Path, default=Path("example"), help="folder to write to (%(default)s)")
     return parser.parse_args()
 
 
 def write_digits(folder: Path) -> tuple[Path, Path]:
-    """The digits 0 to 4 as PNG files: folders `data` (20 of each) and `new` (the others), a subfolder a class."""
+    """The digits 0 to 4 as PNG files, a subfolder for each: folders `data` (20 of each) and `new` (the others)."""
     digits = load_digits(n_class=5)
     images = np.rint(digits.images * (255 / 16)).astype(np.uint8)
     for digit in range(5):

@@ -63,7 +63,7 @@ def locked(path: Path, wait: bool = False) -> Iterator[None]:
                 ) from None
             lock.seek(0)
             name, owner = path.name.partition(".")[0], lock.read().strip()
-            raise UserError(f"{name}: another process ({owner}) is at it; wait for it or stop it") from None
+            raise UserError(f"{name}: is already running as process {owner}; wait for it or stop it") from None
         lock.truncate(0)
         print(os.getpid(), file=lock, flush=True)
         yield

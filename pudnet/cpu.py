@@ -281,7 +281,10 @@ def _windows(x: Tensor) -> Tensor:
 
 
 def _statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (C,) of maps (N, H, W, C), less one pixel so that a large mean costs no precision."""
+    """Mean and standard deviation (C,) of maps (N, H, W, C).
+
+    Computed after subtracting one pixel's values, to keep precision if the mean is large.
+    """
     shift, count = x[0, 0, 0].float(), x.numel() / x.shape[-1]
     total, squares = (each.sum(0) / count for each in _kernel(_moments)(x, shift))
     return total + shift, ((squares - total * total).clamp_min(0) + eps).sqrt()

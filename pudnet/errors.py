@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 LONGEST_LINE = 1000  # characters; an error that quotes a long value is cut off
-# What a file's own content or name leads to; EINVAL: a damaged one sends its reader to where nothing can be.
+# Errors caused by the file itself or its name. EINVAL: a damaged file made the reader seek outside it.
 FILES_FAULT = {errno.ENOENT, errno.ELOOP, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EINVAL}
 
 
@@ -72,7 +72,7 @@ def is_full(error: OSError) -> bool:
 
 
 def not_its_fault(path: Path, error: OSError) -> UserError | RunFailed | None:
-    """Why a file or folder is not read, where that says nothing of what it holds."""
+    """The error to raise if a failure is not the file's own fault; else None."""
     if isinstance(error, PermissionError):
         return UserError(f"{path}: may not be read ({error.strerror}); change its permissions")
     if error.errno in (None, *FILES_FAULT):

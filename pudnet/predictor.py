@@ -31,7 +31,7 @@ from pudnet.targets import Calibrator, Target, Weights, own_weights, target_name
 if TYPE_CHECKING:
     from pudnet.finetune import FineTuned
 
-AT_ONCE = 100  # images that go through the network in one batch whatever their size; small ones: more
+AT_ONCE = 100  # at least this many images go in one batch; more if they are small
 WEIGHTS_AT_A_TIME, GROUPS_AT_A_TIME = 2**26, 100  # limits of one pass of the hypernetwork over several groups
 
 
@@ -59,8 +59,10 @@ class Predictor:
     needs only some of a group's images:
 
     - The sketch averages over `sketch_images` images, spread evenly over the classes. None: as many as in training.
-    - BatchNorm's statistics come from `calibration_images` images, spread likewise. None: 50, or the support set if
-      it is larger and fits in one batch; for a class-aware model (labels enter its sketch), the sketch's images.
+    - BatchNorm's statistics come from `calibration_images` images, spread likewise. None means:
+      - the sketch's images, for a class-aware model (labels enter its sketch);
+      - else the support set, if it has more than 50 images and fits in one batch;
+      - else 50 images.
     - The first `support_per_class` images of each class are the support set, from which the classifier is made.
 
     The calibration pass runs in bf16 where the device supports it; the predicted network itself is fp32. On a CPU

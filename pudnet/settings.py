@@ -19,7 +19,7 @@ class Setting:
     images_per_group: int | None
     train_groups: int
     test_groups: int
-    test_source: str | None = None  # inter-dataset: one test group of half of this other set, its twin the other half
+    test_source: str | None = None  # test on this other set as a whole: one half is the group, the other its twin
     eta: dict[str, float] = field(default_factory=lambda: {"convnet3": 0.2, "resnet18": 0.2, "resnet34": 0.2})
     depth: dict[str, int] = field(default_factory=lambda: {"convnet3": 2, "resnet18": 2, "resnet34": 2})
 

@@ -81,8 +81,8 @@ class Trainer:
         per_class = table.shape[1] // len(images.block_classes(table[0]))
         if per_class <= config.support_per_class:
             raise UserError(
-                f"train.support_per_class: {config.support_per_class} of the {per_class} images a class that a group "
-                "has leave none to train on; lower it or raise groups.images_per_group"
+                f"train.support_per_class: is {config.support_per_class}, but groups have {per_class} images of each "
+                "class, so none is left to train on; lower it or raise groups.images_per_group"
             )
         self.device = images.device
         self.table = images.beside(learner.arrange(table))

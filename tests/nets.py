@@ -152,14 +152,14 @@ REFUSED: dict[str, nn.Module | str] = {
     "layer norm is used twice: the": Awkward("norm in training"),
     "cache changes in training": Awkward("cache"),
     "count changes in training": Awkward("count"),
-    "in training does not": Awkward("pair"),
+    "which it does not in training mode": Awkward("pair"),
     "convolution function outside": Awkward("function"),
     "no Conv2d": nn.Sequential(nn.Flatten(), nn.Linear(3, 3)),
-    "one feature tensor": Pair(),
+    "which it does not in evaluation mode": Pair(),
     "_extra_state is state that is no tensor": Lossy("extra"),
     "cannot load its own state dict .*extra": Lossy("renamed"),
     "built again with the same state dict, it gives other features": "tests.nets:drawn",
-    "must give one feature tensor an image": Lossy("two"),
+    "must return one tensor": Lossy("two"),
     "cannot take images of 16 px with 3 channel": nn.Sequential(nn.Conv2d(5, 4, 3)),
 }
 

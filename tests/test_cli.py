@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def write_digits(folder, classes, count, start=0):
-    """Real digits as PNG files, a subfolder a class."""
+    """Real digits as PNG files, a subfolder for each class."""
     digits = load_digits()
     images = np.rint(digits.images * (255 / 16)).astype(np.uint8)
     for label in classes:
@@ -177,7 +177,10 @@ CLASSIFY = "classify --weights {weights} --data {data}"
             "not for classes; give one of them, as {tmp}/",
         ),
         ("predict --data {data} --out {tmp}/text.safetensors/o", "text.safetensors/o: cannot be written"),
-        ("predict --data {flat} --out {tmp}/o", "flat: has no subfolders; it needs one subfolder of images a class"),
+        (
+            "predict --data {flat} --out {tmp}/o",
+            "flat: has no subfolders; it needs one subfolder of images for each class",
+        ),
         ("predict --data {data} --out .", ".: cannot be written (it is a folder)"),
         ("predict --data {data} --out {tmp}/none", "none: cannot be written (it is a folder)"),
         (PREDICT + " --model {tmp}", "is a folder, not a file"),

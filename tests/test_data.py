@@ -44,7 +44,7 @@ def make_folder(root, classes=("ants", "bees"), images=2):
 
 
 def make_store(counts):
-    """A store with the given number of (empty) images a class: groups look at labels alone."""
+    """A store with the given number of (empty) images of each class: groups look at labels alone."""
     labels = np.random.default_rng(0).permutation(np.repeat(np.arange(len(counts)), counts))
     names = tuple(f"name{label}" for label in range(len(counts)))
     return Store(np.zeros((len(labels), 1, 1, 1), np.uint8), labels, names, (0.0,), (1.0,), "test")

@@ -150,7 +150,7 @@ def test_what_is_not_clear_of_a_hugging_face_dataset_is_asked_for(table, predict
         predictor.predict(datasets.DatasetDict({"train": table, "test": table}))
     with pytest.raises(UserError, match="must have a length"):
         predictor.predict(DataLoader(table.to_iterable_dataset()))
-    with pytest.raises(UserError, match="labels: a folder's are its subfolders, a Dataset's are with its images"):
+    with pytest.raises(UserError, match="labels: a folder or Dataset has its own labels; do not pass any"):
         predictor.predict(table, LABELS)
 
 

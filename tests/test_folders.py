@@ -145,8 +145,8 @@ def test_parts_inside_each_class_are_not_taken_together(predictor, tmp_path):
     refused(
         root,
         predictor,
-        r"cat: holds test and train, which are taken for parts of a data set; give a folder of one part "
-        r"\(with a link cat to .*/cat/train, and so on\), or rename them, to take all",
+        r"cat: holds test and train, which are taken for parts of a data set; use one part only "
+        r"\(a folder with a link cat to .*/cat/train, and so on\), or rename them to use all images",
     )
     (tmp_path / "one").mkdir()
     for name in ("cat", "dog"):

@@ -147,7 +147,7 @@ def test_datasets_are_read_by_row_and_bring_their_labels():
 
     predictor = Predictor.untrained("convnet3", 3, 16)
     assert predictor.predict(Words()).classes == ("cat", "dog")
-    with pytest.raises(UserError, match="labels: a folder's are its subfolders, a Dataset's are with its images"):
+    with pytest.raises(UserError, match="labels: a folder or Dataset has its own labels; do not pass any"):
         predictor.predict(Words(), ["cat"] * 6)
     images = TensorDataset(torch.rand(5, 3, 16, 16))  # without labels
     assert len(predictor.predict(Words()).classify(images)) == 5
@@ -244,7 +244,7 @@ def test_loose_images_are_classified_but_not_predicted_from(tmp_path):
     assert images.labels == ["a", "b", None] and len(network.classify(tmp_path)) == 3
     with pytest.raises(UserError, match="loose.png: lies beside the subfolders, so it has no class"):
         predictor.predict(tmp_path)
-    with pytest.raises(UserError, match="b: has no subfolders; it needs one subfolder of images a class"):
+    with pytest.raises(UserError, match="b: has no subfolders; it needs one subfolder of images for each class"):
         predictor.predict(tmp_path / "b")
 
 
@@ -288,15 +288,15 @@ def test_a_missing_label_is_no_class_whatever_the_column(kind):
 
 def test_arrow_values_are_plain_labels_and_a_mapping_is_none():
     assert encode_labels(pa.array(["b", "a", "b"]), 3)[1] == ("a", "b")
-    with pytest.raises(UserError, match="labels: must be one an image, got a dict"):
+    with pytest.raises(UserError, match="labels: give one label for each image, got a dict"):
         encode_labels({"a": 1, "b": 2}, 2)
 
 
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        ({"a", "b"}, "in the images' order; a set has none"),
-        (frozenset("ab"), "in the images' order; a frozenset has none"),
+        ({"a", "b"}, "in the images' order; a set has no order"),
+        (frozenset("ab"), "in the images' order; a frozenset has no order"),
         (
             pd.DataFrame({"label": [0, 1], "more": [1, 0]}),
             r"got a DataFrame; give one .*, as df\['label'\]",
@@ -305,7 +305,7 @@ def test_arrow_values_are_plain_labels_and_a_mapping_is_none():
     ],
 )
 def test_labels_without_an_order_and_tables_are_refused(labels, message):
-    with pytest.raises(UserError, match=f"labels: must be one an image, {message}"):
+    with pytest.raises(UserError, match=f"labels: give one label for each image, {message}"):
         encode_labels(labels, 2)
 
 

@@ -386,14 +386,14 @@ def test_path_that_cannot_be_written_is_named(place, predictor, network, tmp_pat
     [
         (LABELS[:-1], r"labels: 36 images need as many labels, got 35"),
         ([LABELS], r"labels: 36 images need as many labels, got 1"),
-        (np.zeros((36, 2), int), r"labels: must be one an image, got shape \(36, 2\)"),
+        (np.zeros((36, 2), int), r"labels: give one label for each image, got shape \(36, 2\)"),
         (["red"] * 36, r"labels: .*two classes, got 1 \(red\)"),
         ([0.0, float("nan")] * 18, r"labels: image 1 has none \(nan\)"),
         (["red", None] * 18, r"labels: image 1 has none \(None\)"),
         ([["red"], ["red", "blue"]] * 18, "labels: .*collections"),
-        (None, "labels: one an image is needed"),
-        ("red" * 12, "labels: must be one an image, got a str"),
-        (7, "labels: must be one an image, got a int"),
+        (None, "labels: give one label for each image"),
+        ("red" * 12, "labels: give one label for each image, got a str"),
+        (7, "labels: give one label for each image, got a int"),
         (["1", Word("1")] * 18, "labels: two classes have the same name"),
     ],
 )

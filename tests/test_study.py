@@ -247,7 +247,7 @@ def test_what_is_wrong_in_a_study_is_said_in_one_line(changes, message, project)
         ({"groups.train_groups": 0}, {}, "groups.train_groups: "),
         ({}, {"colour": 1}, "rows.PudNet.changes.colour: unknown key"),
         ({}, {"filter_grid": 0}, "filter_grid: "),
-        ({}, {}, "rows.PudNet: is the same as the row before it"),
+        ({}, {}, "rows.PudNet: means the same as row usual"),
         ({}, {"hidden": 1_000_000}, "rows.PudNet: model: a hypernetwork of "),
     ],
 )

@@ -182,7 +182,7 @@ def test_what_cannot_be_predicted_is_refused_by_name(reason):
 def test_what_takes_one_group_at_a_time_is_found_out_before_training():
     for name in NAMES:
         check_together(build_target(name, 3, SIZE))
-    with pytest.raises(UserError, match="train.groups_per_step: this target takes 1 only on a GPU"):
+    with pytest.raises(UserError, match="train.groups_per_step: must be 1 for this target on a GPU"):
         check_together(build_target(Branching(), 3, SIZE))
 
 

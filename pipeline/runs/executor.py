@@ -31,8 +31,9 @@ from pipeline.runs.trial import TrialSpec, open_trial
 from pipeline.tracking.runs import Tracking
 from pudnet.errors import RunFailed, is_out_of_memory
 
-FAILURES = 2  # of a trial, after each of which Ray starts it again; a trial that got on meanwhile gets another Tuner
-DRIVER = {"memory": 2**28}  # of a trial whose workers have the cores: Tune wants some resource, and it has a process
+FAILURES = 2  # Ray restarts a failed trial this often. If it made progress by then, another Tuner tries it again.
+# What a multi-worker trial's own process requests: its workers request the cores, but Tune needs at least one resource.
+DRIVER = {"memory": 2**28}
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,10 @@ class Experiment:
 
     @cached_property
     def keys(self) -> dict[str, str]:
-        """Each trial's key, by its name. With ASHA its end depends on the other trials, so that its key does, too."""
+        """Each trial's key, by its name.
+
+        With ASHA a trial's result depends on the other trials, so its key includes the experiment's.
+        """
         return {spec.name: trial_key(spec) + (f"-{self.key}" if self.asha else "") for spec in self.specs}
 
 
@@ -103,7 +107,7 @@ def run_missing(
 def run_trials(experiment: Experiment, params: Params, progress: TrialProgress) -> dict[str, object]:
     """Run the trials that have not ended, in a new Tuner. Returns the errors of those that failed too often, by name.
 
-    With ASHA the finished trials report once more, so that the scheduler can compare the others with them.
+    With ASHA, finished trials replay their reports too, so that the scheduler can compare the others with them.
     """
     missing = [spec for spec in experiment.specs if spec.name not in progress.ended]
     for spec in missing:
@@ -139,7 +143,7 @@ def run_trials(experiment: Experiment, params: Params, progress: TrialProgress) 
 
 
 def _check(spec: TrialSpec) -> None:
-    """Open a trial, so that it is found fit before any runs, and let it go: all of them together may be large."""
+    """Build a trial to check it before any runs, and free it: all together they may not fit in memory."""
     try:
         open_trial(spec, torch.device("cpu"))
     except (MemoryError, RuntimeError) as error:
@@ -161,7 +165,7 @@ def _why(experiment: Experiment, done: int, errors: Mapping[str, object]) -> str
 
 
 class Asha(ASHAScheduler):
-    """ASHA that records repeated reports, but stops no trial for one: when it was first made, ASHA did not, either."""
+    """ASHA that records replayed reports but never stops a trial because of one: it did not when they were new."""
 
     def on_trial_result(self, tune_controller: object, trial: object, result: dict[str, Any]) -> str:
         decision = super().on_trial_result(tune_controller, trial, result)

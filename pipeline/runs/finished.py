@@ -1,7 +1,7 @@
-"""What has ended and need not be done again, by a hash of all that it depends on; in .pud/kept.
+"""Stores finished trials and tables in .pud/kept, under a hash of everything they depend on.
 
-A trial, or a table of accuracies, stands for itself: a list of methods can grow, shrink or change, and only what is
-missing runs.
+Each trial, and each table of accuracies, is stored by itself, so if the list of methods changes, only what is missing
+runs.
 """
 
 from __future__ import annotations
@@ -80,10 +80,10 @@ def forget_trial(key: str) -> None:
 
 
 def read_tables(keys: Mapping[Any, str]) -> dict[Any, pd.DataFrame]:
-    """The tables that are kept, of those that stand under these keys; one that is damaged is not."""
+    """The tables that are stored under these keys. Damaged tables are skipped."""
     tables = {}
     for name, key in keys.items():
-        with contextlib.suppress(OSError, ValueError):  # of which pyarrow's errors are
+        with contextlib.suppress(OSError, ValueError):  # pyarrow's errors are subclasses
             tables[name] = pd.read_parquet(_path(f"{key}.parquet"))
     return tables
 

@@ -38,7 +38,7 @@ PATIENCE = 60  # seconds without a trial at work before it is said
 
 
 class TrialProgress(Callback):
-    """Prints and logs each report once, although a trial that goes on repeats what it reported; keeps what has ended.
+    """Prints and logs each report once, even if a resumed trial replays it, and stores trials that have ended.
 
     `keys` are the trials' by their names; `parent` names the MLflow run that theirs are children of.
     """
@@ -91,9 +91,9 @@ class TrialProgress(Callback):
         self._end(_spec(trial), "FAILED")
 
     def on_step_end(self, trials: list[Trial], **info: Any) -> None:
-        """Say, once, that trials wait for room: a node that has it may have been lost.
+        """Print once that trials wait for resources: a node may have been lost.
 
-        Raises `RunFailed` where none can come: the Ray of this machine alone is gone.
+        Raises `RunFailed` if this machine's own Ray has died.
         """
         workers, share = trials[0].config["workers"], trials[0].config["share"]
         if workers == 1 and any(trial.status == Trial.RUNNING for trial in trials):

@@ -32,7 +32,7 @@ from pudnet.files import replacing
 REPORTS = "reports"  # in a checkpoint, beside the trial's state
 AT = "reported_at"  # in a report: the time, in seconds
 REPLAYED = "replayed"  # in a report: it was made before this process began
-NOTE = "note"  # the only content of a report that is a line for the user
+NOTE = "note"  # a report with only this key is a message to print
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -73,9 +73,9 @@ def checkpoint_folder(trial_folder: Path, groups: int) -> Path:
 
 
 def _save(trial_folder: Path, state: Mapping[str, Any]) -> None:
-    """Write a checkpoint, whole or not at all, and remove those before it but the last."""
+    """Write a checkpoint, whole or not at all, and delete all older checkpoints except the most recent one."""
     own = checkpoint_folder(trial_folder, state[REPORTS][-1]["groups"])
-    with replacing(own / STATE) as path, path.open("wb") as file:  # by itself torch does not say that a disk is full
+    with replacing(own / STATE) as path, path.open("wb") as file:  # given a path, torch.save hides a full disk
         torch.save(state, file)
     for before in sorted(file.parent for file in trial_folder.glob(f"*/{STATE}") if file.parent.name < own.name)[:-1]:
         shutil.rmtree(before, ignore_errors=True)

@@ -317,13 +317,13 @@ def _why_not(study: Study, own: Params) -> str | None:
 def check_rows(study: Study, params: Params) -> None:
     """Raise `UserError` if a row has wrong keys in this column, or a hypernetwork that is too large."""
     target = build_target(params.target, params.prepare.channels, params.prepare.image_size)
-    sound, seen = set(), []
+    sound, seen = set(), {}
     for name, row in study.rows.items():
         spec = row_spec(params, name, row, params.seed, ANY)
         same = [dataclasses.replace(spec, name=""), row.sketch, row.sketch_images, row.support_per_class, row.head]
-        if same in seen:
-            raise UserError(f"rows.{name}: is the same as the row before it in other words")
-        seen.append(same)
+        if other := next((row for row, content in seen.items() if content == same), ""):
+            raise UserError(f"rows.{name}: means the same as row {other}")
+        seen[name] = same
         if row.method != "pudnet" or (model := ModelConfig(**spec.model | {"eta": 0.0})) in sound:  # eta has no size
             continue
         try:

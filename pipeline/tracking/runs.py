@@ -137,7 +137,7 @@ class Tracking:
                 self.asked_again = 0.0
                 self.submit(lambda: None)
         if self.waiting or self.left_out:
-            self._say("was not told all of it; `python -m pipeline.STAGE` logs the rest")
+            self._say("misses some logs; `python -m pipeline.STAGE` writes them")
 
     def _answers(self) -> bool:
         try:

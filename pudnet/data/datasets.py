@@ -89,7 +89,7 @@ def _joined(parts: Sequence[Rows]) -> Rows:
 
 
 def _of_loader(loader: DataLoader) -> Rows:
-    """The rows that the sampler picks, in its order; those that it only shuffles, in the Dataset's.
+    """The sampler's rows in its order. If it only shuffles, the Dataset's order.
 
     Images are as the Dataset has them: neither batches nor `collate_fn` matter.
     """
@@ -109,7 +109,7 @@ def _of_loader(loader: DataLoader) -> Rows:
 
 
 def _drawn(sampler: Iterable, count: int) -> list[int]:
-    """What a sampler, or a sampler of batches, picks of so many rows; the caller's random numbers stay unused."""
+    """Draw row numbers below `count` from a sampler, or one of batches. The caller's random state does not advance."""
     own = getattr(sampler, "generator", None)
     before = own.get_state() if own is not None else None
     try:
@@ -143,7 +143,7 @@ def _label_of(item: Any, row: int) -> Any:
 
 
 def _labels(dataset: Dataset) -> Sequence:
-    """A Dataset's labels, by its `targets` where it has some; as names where its `classes` are such (torchvision's)."""
+    """A Dataset's labels: its `targets` if it has any, as class names if its `classes` are names (torchvision's)."""
     if getattr(dataset, "target_transform", None) is not None:
         return [_label_of(_item(dataset, row), row) for row in range(len(dataset))]
     labels = getattr(dataset, "targets", None)
@@ -153,7 +153,7 @@ def _labels(dataset: Dataset) -> Sequence:
 
 
 def _named(labels: Sequence, names: object) -> Sequence:
-    """Labels that count a list of names, as these names; others as they are."""
+    """Replace integer labels by the names they index; keep all others."""
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
         return labels
     plain = labels.tolist() if isinstance(labels, np.ndarray | Tensor) else labels
@@ -187,7 +187,8 @@ def _of_table(table: Any) -> Rows:
 def _table_labels(table: Any) -> list:
     """A column of labels, without reading an image; integers become the names that the features give them.
 
-    A transform's labels where it changes them: it is asked once for each label, and for every row if it does.
+    If a transform changes labels, its labels are used. It is called for one row of each label, and for every row if
+    one of those labels changes.
     """
     name = _label_column(table)
     column = table.select_columns([name]).with_format(None)[name]
@@ -217,7 +218,7 @@ def _image_column(table: Any) -> str:
 
 
 def _label_column(table: Any) -> str:
-    """The column that has a usual name, or else the one that holds classes: many columns may do that."""
+    """The column with a usual name. If no column has one, the only ClassLabel column."""
     named = [name for name in LABEL_KEYS if name in table.features]
     return _only(table, "label", named, [] if named else _of_kind(table, "ClassLabel"))
 

@@ -117,7 +117,7 @@ def read_image(path: Path, image_size: int, channels: int) -> np.ndarray:
 
 
 def _decode(path: Path, image_size: int, channels: int, hold: Callable[[int], AbstractContextManager]) -> np.ndarray:
-    """`read_image` with the errors as they come; `hold` is entered before there is memory for so many pixels."""
+    """`read_image` without translated errors. `hold(pixels)` is entered before that memory is allocated."""
     if pixels := _webp_pixels(path):  # Pillow makes a WebP's canvases when it opens it
         with hold(pixels), Image.open(path) as image:
             return to_array(image, image_size, channels)
@@ -156,7 +156,7 @@ def _reason(path: Path, error: Exception) -> Exception:
 
 
 def _memory_is_short(path: Path) -> bool:
-    """Whether there is no memory for an image's pixels: not every decoder says so when that is why it fails."""
+    """Whether an image's pixels do not fit in memory. Some decoders report that as another error."""
     pixels = 0
     with contextlib.suppress(Exception):
         pixels = _webp_pixels(path)
@@ -170,10 +170,10 @@ def _memory_is_short(path: Path) -> bool:
 
 
 def _side_by_side(paths: Sequence[Path], image_size: int, channels: int) -> list[np.ndarray | None]:
-    """The images, decoded in several threads; None for each that has to be decoded alone, with nothing beside it.
+    """The images, decoded in several threads. Returns None for images to decode one at a time.
 
-    That is what is too large, so that it takes memory once and not in every thread's arena; and what failed, since
-    that may be for want of memory.
+    Those are images above `ALONE` pixels, which would take memory in every thread's arena, and those that failed,
+    maybe for lack of memory.
     """
     gate = _Gate(PIXELS_IN_FLIGHT)
 

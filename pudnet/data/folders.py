@@ -1,4 +1,4 @@
-"""Which image files lie in a folder that has a subfolder a class."""
+"""Which image files lie in a folder that has one subfolder for each class."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Found:
     classes: dict[Path, list[Path]]  # its subfolders, by sorted name, and the sorted images of each, at any depth
     loose: list[Path]  # images beside the subfolders
     passed_over: list[Path]  # files of a type that is not read
-    shared: str = ""  # the first folder, if any, whose images two subfolders hold, in words
+    shared: str = ""  # which folder lies in two subfolders, as a message; empty if none does
 
     @property
     def files(self) -> list[Path]:
@@ -55,7 +55,7 @@ class Found:
     def class_names(self) -> list[str]:
         """The class of each of `files`. Raises `UserError` where the subfolders are no classes."""
         if not self.classes:
-            raise UserError(f"{self.folder}: has no subfolders; it needs one subfolder of images a class")
+            raise UserError(f"{self.folder}: has no subfolders; it needs one subfolder of images for each class")
         _refuse_parts(self.folder, self.classes)
         if self.loose:
             raise UserError(f"{self.loose[0]}: lies beside the subfolders, so it has no class; move or remove it")
@@ -68,7 +68,7 @@ def look_in(folder: Path) -> Found:
     """The images of a folder; links are followed, except back up.
 
     Raises `UserError` for no folder or one that may not be read, for a subfolder without images, or no images at
-    all, and for a link that leads nowhere, unless it is called as an image: that is an image that cannot be read.
+    all, and for a broken link. A broken link with an image's suffix counts as an unreadable image.
     """
     try:
         return _look_in(folder)
@@ -100,7 +100,10 @@ def _look_in(folder: Path) -> Found:
 
 @dataclass
 class _Walk:
-    """Lists files below one subfolder after the other. Enters no folder twice for one, and none that is above all."""
+    """Lists files below one subfolder after the other.
+
+    Enters each folder at most once for a subfolder, and never the whole folder or a parent of it.
+    """
 
     above: set[Identity]
     entered: dict[Identity, tuple[Path, Path]] = field(default_factory=dict)  # with the subfolder it was entered for
@@ -201,16 +204,16 @@ def _refuse_parts(folder: Path, classes: Mapping[Path, Sequence[Path]]) -> None:
         train = next((name for name in inner if name.lower().startswith("train")), None)
         if train and len(inner) > 1:
             raise UserError(
-                f"{child}: holds {' and '.join(inner[:5])}, which are taken for parts of a data set; give a folder of "
-                f"one part (with a link {child.name} to {child / train}, and so on), or rename them, to take all"
+                f"{child}: holds {' and '.join(inner[:5])}, which are taken for parts of a data set; use one part only "
+                f"(a folder with a link {child.name} to {child / train}, and so on), or rename them to use all images"
             )
     _refuse_repeated(folder, classes)
 
 
 def _refuse_repeated(folder: Path, classes: Mapping[Path, Sequence[Path]]) -> None:
-    """Raise `UserError` where no subfolder has images of its own, and several names repeat among what lies in them.
+    """Raise `UserError` if no subfolder has images directly and two or more inner names repeat.
 
-    Numbers may repeat: years and months are kept so inside a class.
+    Numeric names may repeat: they may be years and months inside a class.
     """
     if any(file.parent == child for child, files in classes.items() for file in files):
         return

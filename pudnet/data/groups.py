@@ -1,8 +1,8 @@
 """Task groups: small labelled datasets, kept as tables of image indices into a store.
 
-A group's row holds one block of images a class. A table of twins has two rows a group: weights are predicted
-from the first, accuracy is measured on the second, which has the same classes in the same order and no image
-in common.
+A group's row holds one block of images for each class. A table of twins has two rows for each group: weights are
+predicted from the first, accuracy is measured on the second, which has the same classes in the same order and no
+image in common.
 """
 
 import json
@@ -46,8 +46,8 @@ class Split:
 class GroupSizes:
     """How large groups are and how many of them each table has.
 
-    `images_per_group` None takes as many images as every class has, halved; `test_whole` makes the test table
-    one group of all test images, split in two halves.
+    `images_per_group` None: half as many images of each class as the smallest class has. `test_whole` makes the test
+    table one group of all test images, split in two halves.
     """
 
     classes_per_group: int
@@ -69,9 +69,9 @@ def split_classes(
 ) -> Split:
     """Split `classes` class ids at random into `train_classes` for training and the rest for test.
 
-    With `test_store_classes` the test classes are all those of another store instead. Of the rest the last
-    `test_classes` are for test (None: all), whatever `train_classes` is. About a fifth of the training classes
-    validates the search. Raises UserError where a part has fewer classes than a group.
+    With `test_store_classes` the test classes are all those of another store instead. `test_classes` keeps only the
+    last that many of the test classes (None: all), so that they do not change with `train_classes`. About a
+    fifth of the training classes validates the search. Raises UserError where a part has fewer classes than a group.
     """
     order = np.random.default_rng([seed, SPLIT_STREAM]).permutation(classes).tolist()
     train, rest = order[:train_classes], order[train_classes:]
@@ -108,8 +108,8 @@ def sample_groups(
     """Draw groups: indices into `labels`, (groups, N), or (groups, 2, N) with twins.
 
     N = classes_per_group x images_per_class: class blocks in the order drawn, images within a block in random
-    order. A longer table of the same generator state begins with the shorter one. Raises UserError for a
-    class with too few images, and for a table that no memory holds.
+    order. With the same generator state, a longer table starts with the rows of a shorter one. Raises UserError for
+    a class with too few images, and for a table that is too large.
     """
     sides = 2 if twins else 1
     drawn = sides * images_per_class
@@ -148,7 +148,7 @@ def halve(labels: np.ndarray, classes: Sequence[int], rng: np.random.Generator) 
 
 
 def whole_class_images(labels: np.ndarray, classes: Sequence[int]) -> int:
-    """Images a class when classes give all they can to a group and its twin: half of the smallest class."""
+    """The most images of each class that a group can have if its twin gets as many: half of the smallest class."""
     counts = np.bincount(labels, minlength=max(classes) + 1)
     return int(counts[list(classes)].min()) // 2
 
@@ -188,7 +188,7 @@ def build_groups(split: Split, sizes: GroupSizes, train: Store, test: Store | No
 
 
 def _images_per_class(split: Split, sizes: GroupSizes, train: Store, test: Store) -> int:
-    """Images a class and group, the same in every table, so that all groups have one size."""
+    """Images of each class in a group, the same in every table, so that all groups have one size."""
     k, n = sizes.classes_per_group, sizes.images_per_group
     if n is not None:
         if n < k or n % k:
@@ -219,7 +219,7 @@ def write_groups(
     train_class_names: Sequence[str],
     test_class_names: Sequence[str],
 ) -> None:
-    """Write a NAME.npy a table, and split.json with the split's seed, class ids and names; all or nothing."""
+    """Write NAME.npy for each table, and split.json with the split's seed, class ids and names; all or nothing."""
     names = {
         "train_class_names": [train_class_names[label] for label in split.train_classes],
         "validation_class_names": [train_class_names[label] for label in split.validation_classes],

@@ -24,7 +24,7 @@ class StoreImages:
     """A store's images by index, on a device.
 
     A GPU gets the whole uint8 array once; on a CPU it stays memory-mapped, so that all processes share it. Indices
-    are arrays, or on a GPU best tensors there (`beside`), which no step has to wait for.
+    are arrays; on a GPU pass tensors from `beside`, so that no step waits for a copy.
     """
 
     def __init__(self, store: Store, device: torch.device) -> None:
@@ -38,9 +38,9 @@ class StoreImages:
         self._mapped = store.images
 
     def beside(self, indices: np.ndarray) -> np.ndarray | Tensor:
-        """Integers that steps look up, a table of groups for one, where the images are: on a GPU a tensor of int32.
+        """Put an index table, such as a table of groups, beside the images.
 
-        (Of int64 where they do not fit.) On a CPU the array itself, memory-mapped or not.
+        On a GPU it becomes an int32 tensor (int64 if needed); on a CPU it stays the same array.
         """
         if self._resident is None:
             return indices

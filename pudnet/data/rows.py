@@ -23,7 +23,7 @@ def first_rows(labels: Tensor, per_class: int) -> Tensor:
 def spread_rows(labels: Tensor, count: int) -> Tensor:
     """Rows of about `count` images, spread evenly over the classes of labels (N,) in 0..k-1.
 
-    The first of each class, as many as it takes; where there are more classes than that, one of every n-th class.
+    The first few of each class. With more classes than `count`, one image from each of `count` evenly spaced classes.
     """
     classes = int(labels.max()) + 1
     rows = first_rows(labels, math.ceil(count / classes))

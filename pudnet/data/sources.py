@@ -65,7 +65,7 @@ def open_source(spec: str, raw: Path, image_size: int, channels: int) -> Source:
             return _open_npz(Path(rest).expanduser(), image_size, channels)
         if kind == "python" and ":" in rest:
             return _open_python(rest, image_size, channels)
-    except (OSError, RuntimeError) as error:  # may not be read, a name that no file can have, the home of nobody
+    except (OSError, RuntimeError) as error:  # no permission, an impossible file name, ~user of an unknown user
         raise UserError(f"source '{spec}' cannot be read ({error})") from error
     known = "sklearn:digits, torchvision:NAME, folder:PATH, npz:PATH or python:MODULE:NAME"
     raise UserError(f"source '{spec}' is not known; use {known}")
@@ -185,7 +185,7 @@ def _how_to_get(dataset_class: type, raw: Path, error: Exception) -> str:
 
 
 def _open_folder(folder: Path, image_size: int, channels: int) -> Source:
-    """One subfolder a class, by sorted name; images are found at any depth and decoded batch by batch."""
+    """One subfolder for each class, by sorted name; images are found at any depth and decoded batch by batch."""
     found = look_in(folder)
     names, files = tuple(child.name for child in found.classes), found.files
     position = {name: label for label, name in enumerate(names)}
@@ -268,7 +268,7 @@ def _npz_class_names(path: Path, labels: np.ndarray, names: np.ndarray | None) -
         names = np.array([str(label) for label in range(len(present))])
     try:
         distinct = names.ndim == 1 and names.dtype.kind == "U" and len(set(names.tolist())) == len(names)
-    except SystemError:  # numpy's, for a code that is no character's
+    except SystemError:  # numpy raises it for invalid code points
         distinct = False
     if not distinct:
         raise UserError(f"{path}: 'class_names' must be a one-dimensional array of distinct strings")

@@ -21,8 +21,8 @@ ONE_GREY_LEVEL = 1 / 255
 class Store:
     """A source on disk, memory-mapped and read-only.
 
-    Images are uint8 (N, S, S, C), labels int64 (N,); mean and std (C) are those of pixels in 0..1, over all
-    classes: the only thing that training knows of test classes.
+    Images are uint8 (N, S, S, C), labels int64 (N,); mean and std (C) are those of pixels in 0..1, computed
+    over all classes; nothing else about test classes reaches training.
     """
 
     images: np.ndarray
@@ -87,7 +87,7 @@ def write_store(source: Source, destination: Path) -> None:
 def _write_images(source: Source, path: Path) -> tuple[np.ndarray, tuple[int, ...]]:
     """Write all batches as one .npy; returns how often each value occurs, (C, 256), and the array's shape.
 
-    Not through a memory map: a full disk would end the process without a word.
+    No memory map is used: with one, a full disk would kill the process (SIGBUS).
     """
     counts, shape, row = None, (), 0
     with path.open("wb") as file:

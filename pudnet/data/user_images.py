@@ -1,4 +1,4 @@
-"""A user's own images, in whatever form they come, as what a model takes; read only where they are looked at."""
+"""Converts a user's images of any form to the model's form. Images are read only when needed."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from pudnet.data.decode import convert, eight_bits, read_images, to_array, unrea
 from pudnet.data.folders import by_type, look_in
 from pudnet.errors import UserError
 
-AT_A_TIME = 500  # images where they do not depend on each other, of 32 px; fewer of larger ones
+AT_A_TIME = 500  # images of 32 px in one batch; fewer of larger ones
 CHANNELS = (1, 2, 3, 4)  # grey, grey and alpha, RGB, RGB and alpha
 
-Label = bool | int | float | str  # what a file can hold; other labels go by their `str`
+Label = bool | int | float | str  # what a file can hold; other labels are converted by `str`
 Pixels = np.ndarray | Tensor
 Images = Pixels | Sequence[Pixels | Image.Image] | str | Path | Dataset | DataLoader
 
@@ -100,13 +100,18 @@ def labelled_set(
 ) -> tuple[ImageSet, Tensor, tuple[Label, ...]]:
     """Labelled images: the `ImageSet`, the labels (N,) in 0..k-1, and the k classes.
 
-    A folder (a subfolder of images a class) and a Dataset of (image, label) bring their labels, other images need
-    them. Raises `UserError` as `image_set` and `encode_labels` do, where labels are given to what has its own, and
-    for a folder whose subfolders are no classes.
+    A folder (a subfolder of images for each class) and a Dataset of (image, label) bring their labels, other images
+    need them.
+
+    Raises `UserError`:
+
+    - as `image_set` and `encode_labels` do;
+    - if `labels` are passed for a folder or a Dataset;
+    - for a folder whose subfolders are not classes.
     """
     own = image_set(images, form)
     if own.own_labels and labels is not None:
-        raise UserError("labels: a folder's are its subfolders, a Dataset's are with its images; leave these out")
+        raise UserError("labels: a folder or Dataset has its own labels; do not pass any")
     return own, *encode_labels(own.own_labels() if own.own_labels else labels, own.count)
 
 
@@ -276,12 +281,13 @@ def open_folder(folder: Path, form: Form, skip_bad: bool = False) -> ImageSet:
 
 
 def encode_labels(labels: Sequence | Pixels | None, images: int) -> tuple[Tensor, tuple[Label, ...]]:
-    """Labels of any type -> (N,) in 0..k-1 and the k classes, sorted; what is no number or string goes by its `str`.
+    """Labels of any type -> (N,) in 0..k-1 and the k classes, sorted.
 
-    Raises `UserError` when there are fewer than two classes or not one label an image.
+    Values other than numbers and strings are converted by `str`. Raises `UserError` when there are fewer than two
+    classes or not one label for each image.
     """
     if labels is None:
-        raise UserError("labels: one an image is needed")
+        raise UserError("labels: give one label for each image")
     values = plain_labels(labels)
     if len(values) != images:
         raise UserError(f"labels: {images} images need as many labels, got {len(values)}")
@@ -302,18 +308,20 @@ def encode_labels(labels: Sequence | Pixels | None, images: int) -> tuple[Tensor
 def plain_labels(labels: Sequence | Pixels) -> list:
     """Labels as a list of Python's own values; a missing one (`is_missing`) stays missing.
 
-    Raises `UserError` for what is not one label an image.
+    Raises `UserError` for what is not one label for each image.
     """
     if isinstance(labels, np.ndarray | Tensor):
         if labels.ndim != 1:
-            raise UserError(f"labels: must be one an image, got shape {tuple(labels.shape)}")
+            raise UserError(f"labels: give one label for each image, got shape {tuple(labels.shape)}")
         labels = labels if isinstance(labels, np.ndarray) and labels.dtype.kind in "mM" else labels.tolist()
     if hasattr(labels, "columns"):
-        raise UserError(f"labels: must be one an image, got {_kind(labels)}; give one of its columns, as df['label']")
+        raise UserError(
+            f"labels: give one label for each image, got {_kind(labels)}; give one of its columns, as df['label']"
+        )
     if isinstance(labels, set | frozenset):
-        raise UserError(f"labels: must be one an image, in the images' order; {_kind(labels)} has none")
+        raise UserError(f"labels: give one label for each image, in the images' order; {_kind(labels)} has no order")
     if isinstance(labels, str | bytes | Mapping) or not hasattr(labels, "__iter__"):
-        raise UserError(f"labels: must be one an image, got {_kind(labels)}")
+        raise UserError(f"labels: give one label for each image, got {_kind(labels)}")
     return [_plain_label(label) for label in labels]
 
 
@@ -339,7 +347,9 @@ def _sorted_distinct(keys: list[tuple[type, Any]]) -> list[tuple[type, Any]]:
     try:
         distinct = set(keys)
     except TypeError:
-        raise UserError("labels: must be one an image, as an integer or a string; these are collections") from None
+        raise UserError(
+            "labels: give one label for each image, an integer or a string; these are collections"
+        ) from None
     try:
         return sorted(distinct, key=lambda key: key[1])
     except TypeError:  # of several types

@@ -144,5 +144,5 @@ def features_of(network: nn.Module, name: str, images: Tensor) -> Tensor:
         raise UserError(f"target {name}: cannot take images of {what} ({one_line(error)})") from None
     if not isinstance(features, Tensor) or features.ndim < 2 or len(features) != len(images):
         mode = "training" if network.training else "evaluation"
-        raise UserError(f"target {name}: must give one feature tensor an image, (N, d), and in {mode} does not")
+        raise UserError(f"target {name}: must return one tensor (N, d), which it does not in {mode} mode")
     return features

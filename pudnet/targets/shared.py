@@ -55,8 +55,8 @@ def _norm_then_scale(
 ) -> Tensor:
     """`F.batch_norm` that applies scale and shift in a second step.
 
-    With them, torch may choose cuDNN's kernel, which checks the memory layout, or vmap's own, which turns bf16 maps
-    into fp32.
+    If `F.batch_norm` gets scale and shift, torch may choose cuDNN's kernel, which checks the memory layout, or vmap's
+    own, which turns bf16 maps into fp32.
     """
     maps = F.batch_norm(input, running_mean, running_var, None, None, *how, **named)
     if weight is None:
@@ -74,7 +74,7 @@ def together(work: Work, images: Tensor, weights: Weights) -> Tensor:
     except RuntimeError as error:
         if "vmap" not in str(error):
             raise
-        raise UserError(f"train.groups_per_step: this target takes 1 only on a GPU ({one_line(error)})") from None
+        raise UserError(f"train.groups_per_step: must be 1 for this target on a GPU ({one_line(error)})") from None
 
 
 def check_together(target: Target) -> None:

@@ -70,8 +70,11 @@ def forget_statistics(network: nn.Module) -> None:
 
 
 def put_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Load tensors as the module's state dict, in the present version of each layer. Raises as `load_state_dict`."""
-    state = module.state_dict()  # a new one has the layers' present versions, which some check when they load
+    """Load tensors as the module's state dict. Raises as `load_state_dict`.
+
+    They are marked with the layers' current version numbers, because some layers convert older states on load.
+    """
+    state = module.state_dict()  # it carries the layers' version numbers, also when it is emptied
     state.clear()
     state.update(tensors)
     module.load_state_dict(state)

@@ -40,7 +40,7 @@ sys.exit(max(process.exitcode for process in processes))
 def test_a_second_search_on_one_experiment_is_refused(undisturbed, start, same, tmp_path):
     project = undisturbed.before("search", tmp_path / "twice")
     first = start(project, "search").until("group     2")
-    assert "is at it; wait for it or stop it" in start(project, "search").badly(2)
+    assert "search: is already running as process" in start(project, "search").badly(2)
     first.well()
     same(project, "search", "results/search.csv", "results/best.yaml")
 

@@ -101,7 +101,7 @@ def test_dvc_itself_is_stopped(undisturbed, same, sig, tmp_path):
         (stage,) = stage
         refused = Run(project, "dvc", "repro", "search").end()
         assert refused.process.returncode != 0
-        assert f"another process ({stage.pid}) is at it; wait for it or stop it" in refused.said
+        assert f"is already running as process {stage.pid}; wait for it or stop it" in refused.said
         psutil.wait_procs([stage], PATIENCE)
     else:
         assert not stage

@@ -58,7 +58,7 @@ def test_a_search_goes_on_without_its_server_and_logs_all_of_it_later(undisturbe
     assert runs_of(project, uri)["split0-eta0.0-depth1"][1][:2] == [2, 4]
     up.clear()
     said = run.well()
-    assert said.count("cannot be written") == 2 and said.count("was not told all of it") == 1
+    assert said.count("cannot be written") == 2 and said.count("misses some logs") == 1
     same(project, "search", *SEARCH)
     serve()
     again = start(project, "search", MLFLOW_TRACKING_URI=uri).well()
