@@ -161,7 +161,7 @@ def _check_kinds(folder, output):
     axis, page = results(folder, "axis")
     assert axis.column.tolist() == ["digits / 2", "digits / 4"] and axis.paper.tolist() == [45.37, 51.99]
     assert "- digits / 900: 900 training groups are over the budget of 4" in page
-    assert "- animals / 4: folder:data/raw/animals does not exist" in page and "animals / 4: not run" in output
+    assert "- animals / 4: data/raw/animals: no such folder" in page and "animals / 4: not run" in output
     curve, _ = results(folder, "curve")
     assert curve.groups.tolist() == [2, 4] and (curve.loss > curve.metric_loss).all()
     start, page = results(folder, "start")
