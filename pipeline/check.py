@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import sys
 
-import torch
-
 from pipeline.params import MUCH_LARGER, Params, outline
+from pipeline.runs.trial import pick_device
 from pipeline.stage import run_stage
 from pudnet.targets import build_target, check_together
 
@@ -14,7 +13,7 @@ from pudnet.targets import build_target, check_together
 def check(params: Params) -> None:
     """Build target and hypernetwork once, so that a target that cannot be used stops here; print their sizes."""
     target = build_target(params.target, params.prepare.channels, params.prepare.image_size)
-    if params.train.groups_per_step > 1 and torch.cuda.is_available():
+    if params.train.groups_per_step > 1 and pick_device(params.resources.gpus).type == "cuda":
         check_together(target)
     model, parameters = outline(params.model, target)
     sizes = {key: max(values) for key, values in params.search.space.items() if all(type(v) is int for v in values)}

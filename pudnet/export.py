@@ -21,7 +21,7 @@ CHECKED_IMAGES = 4
 
 
 class ReadyClassifier(nn.Module):
-    """Normalisation, target network and classifier in one module of plain torch layers, on the CPU and in fp32.
+    """Normalisation, target network and classifier in one module, on the CPU and in fp32.
 
     Float images (N, C, H, W) in 0..1, of the model's size -> logits (N, k).
     """

@@ -97,8 +97,8 @@ def _write_model(params: Params, trial: Finished) -> Path:
 
 
 def _curve(trial: Finished) -> pd.DataFrame:
-    """A trial's loss curve. After an interruption some reports were made twice; the last ones count."""
-    frame = pd.DataFrame(trial.history).drop_duplicates("groups", keep="last").sort_values("groups")[CURVES]
+    """A trial's loss curve."""
+    frame = pd.DataFrame(trial.history)[CURVES]
     frame.insert(0, "split_seed", trial.spec.split_seed)
     frame.insert(0, "method", trial.spec.kind)
     return frame
