@@ -34,7 +34,7 @@ lint: $(READY)
 
 # The documentation, as site/index.html. A link, an anchor or a name of the code that is not there is an error.
 docs: $(DOCS)/.ready
-	$(DOCS)/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
 	@echo "docs: site/index.html"
 
 # MLflow's UI on this project's database, for this machine only. One worker and no job queue, so it starts in seconds.

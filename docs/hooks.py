@@ -1,7 +1,8 @@
 """What mkdocs does besides: pages and listings made from other files of the repository, and equations as MathML.
 
-A line `{{ FILE }}` in a page is replaced by that file, `{{ FILE::NAME }}` by one function or class of it (or one block
-of a YAML file), and `{{ $ COMMAND }}` by the command and what it prints. So none of them can fall behind.
+A line `{{ FILE }}` in a page is replaced by that file, `{{ FILE::NAME }}` by one part of it (a function, class or
+value, a block of a YAML file, the first `table` of a page), and `{{ $ COMMAND }}` by the command and what it prints.
+So none of them can fall behind.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import posixpath
 import re
 import subprocess
 import sys
+from itertools import takewhile
 from pathlib import Path
 
 import yaml
@@ -38,7 +40,8 @@ PAGES = {
     "results/bench.md": "reference/README.md",
     "results/speed.md": "benchmarks/README.md",
     **{f"use/{card.name}": f"models/pretrained/{card.name}" for card in ROOT.glob("models/pretrained/*.md")},
-    **{f"results/{name}.{kind}": f"studies/results/{name}.{kind}" for name in studies_with_results() for kind in ("md", "png")},
+    **{f"results/{name}.md": f"studies/results/{name}.md" for name in studies_with_results()},
+    **{f"results/{name}.png": f"studies/results/{name}.png" for name in studies_with_results()},
 }
 PLACES = {source: page for page, source in PAGES.items()}
 
@@ -92,6 +95,9 @@ def listing(what: str) -> str:
     if not path.is_file():
         raise PluginError(f"{{{{ {what} }}}}: there is no file {name}")
     lines = path.read_text().splitlines()
+    if path.suffix == ".md":
+        first = next(number for number, line in enumerate(lines) if line.startswith("|"))
+        return "\n".join(takewhile(lambda line: line.startswith("|"), lines[first:]))
     first, last = part_of(path, part) if part else (1, len(lines))
     code = "\n".join(lines[first - 1 : last])
     return f'```{LANGUAGES[path.suffix]} title="{name}" linenums="{first}"\n{code}\n```'
@@ -119,16 +125,24 @@ def part_of(path: Path, part: str) -> tuple[int, int]:
         raise PluginError(f"{path.name} has no block {part}")
     node: ast.AST = ast.parse(path.read_text())
     for name in part.split("."):
-        inside = [child for child in ast.iter_child_nodes(node) if getattr(child, "name", None) == name]
+        inside = [child for child in ast.iter_child_nodes(node) if name in names_of(child)]
         if not inside:
             raise PluginError(f"{path.name} has no {part}")
         node = inside[0]
-    return min([node.lineno, *(d.lineno for d in node.decorator_list)]), node.end_lineno
+    return min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))]), node.end_lineno
+
+
+def names_of(node: ast.AST) -> list[str]:
+    """The names that a statement defines: of a function, a class or a value."""
+    assigned = getattr(node, "targets", None) or [getattr(node, "target", None)]
+    return [getattr(node, "name", "")] + [name.id for name in assigned if isinstance(name, ast.Name)]
 
 
 def on_page_content(page_html: str, **about: object) -> str:
     """Turn equations into MathML: of the pages, and of docstrings, where they are written as :math:`...`."""
-    page_html = re.sub(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', _equation, page_html, flags=re.DOTALL)
+    page_html = re.sub(
+        r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', _equation, page_html, flags=re.DOTALL
+    )
     return re.sub(r"(:math:)<code[^>]*>(.*?)</code>", _equation, page_html, flags=re.DOTALL)
 
 
