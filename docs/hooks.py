@@ -147,4 +147,5 @@ def on_page_content(page_html: str, **about: object) -> str:
 
 
 def _equation(found: re.Match) -> str:
-    return convert(html.unescape(found.group(2)), "block" if found.group(1) == "div" else "inline")
+    display = "block" if found.group(1) == "div" else "inline"
+    return convert(html.unescape(found.group(2)), display=display)
