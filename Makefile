@@ -4,7 +4,7 @@ VENV := .venv
 READY := $(VENV)/.ready
 IN_VENV := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 
-.PHONY: repro test faults gpu lint ui
+.PHONY: repro test faults gpu lint ui notebook
 
 repro: $(READY)
 	$(IN_VENV) dvc repro
@@ -29,6 +29,11 @@ lint: $(READY)
 	$(IN_VENV) ruff check .
 	$(IN_VENV) ruff format --check .
 	$(IN_VENV) lint-imports --no-cache
+
+# The notebook is made from the script, and run.
+notebook: $(READY)
+	$(IN_VENV) jupytext --to ipynb --set-kernel python3 examples/quickstart.py
+	$(IN_VENV) jupyter execute --inplace examples/quickstart.ipynb
 
 # MLflow's UI on this project's database, for this machine only. One worker and no job queue, so it starts in seconds.
 ui: $(READY)
