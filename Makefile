@@ -6,7 +6,7 @@ IN_VENV := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 
 DOCS := .venv-docs
 
-.PHONY: repro test faults gpu lint ui docs
+.PHONY: repro test faults gpu lint ui docs notebook
 
 repro: $(READY)
 	$(IN_VENV) dvc repro
@@ -36,6 +36,11 @@ lint: $(READY)
 docs: $(DOCS)/.ready
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
 	@echo "docs: site/index.html"
+
+# The notebook is made from the script, and run.
+notebook: $(READY)
+	$(IN_VENV) jupytext --to ipynb --set-kernel python3 examples/quickstart.py
+	$(IN_VENV) jupyter execute --inplace examples/quickstart.ipynb
 
 # MLflow's UI on this project's database, for this machine only. One worker and no job queue, so it starts in seconds.
 ui: $(READY)
