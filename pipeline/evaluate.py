@@ -11,8 +11,10 @@ import pandas as pd
 
 from pipeline.params import Params
 from pipeline.project import RESULTS, split_model, write, write_json
-from pipeline.runs.bench import Bench, identity, open_bench, summary
+from pipeline.runs.class_split import Bench, open_bench
+from pipeline.runs.summary import summary
 from pipeline.stage import run_stage
+from pipeline.tracking.evaluation import evaluation_run
 from pipeline.tracking.runs import Tracking, open_tracking
 from pudnet.data.store import whole_folder
 from pudnet.evaluation import FROM, adapt_input, time_prediction
@@ -69,7 +71,7 @@ def _metrics(params: Params, frame: pd.DataFrame, pairs: list[tuple[Bench, Predi
 
 
 def _log(tracking: Tracking, params: Params, metrics: dict[str, Any], timing: dict[str, Any]) -> None:
-    run_id = tracking.find_or_create(f"evaluate/{identity(params)}", f"evaluate-{params.variant}")
+    run_id = evaluation_run(tracking, params)
     tracking.log_params(run_id, {"splits": params.splits, "seed": params.seed, **asdict(params.groups)})
     numbers = {"test_accuracy": metrics["accuracy"], "test_ci95": metrics["ci95"]}
     numbers |= {f"test_accuracy_split_{seed}": part["accuracy"] for seed, part in metrics["splits"].items()}

@@ -43,11 +43,11 @@ def with_series(table: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
 
 def log_report(params: Params) -> None:
     """Log the page and its plots to the evaluation's MLflow run."""
-    from pipeline.runs.bench import identity
+    from pipeline.tracking.evaluation import evaluation_run
     from pipeline.tracking.runs import open_tracking
 
     tracking = open_tracking(params)
-    run_id = tracking.find_or_create(f"evaluate/{identity(params)}", f"evaluate-{params.variant}")
+    run_id = evaluation_run(tracking, params)
     tracking.client.log_artifact(run_id, str(RESULTS / "report.html"))
     tracking.client.log_artifacts(run_id, str(RESULTS / "plots"), "plots")
     tracking.finish(run_id)

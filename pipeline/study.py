@@ -19,7 +19,7 @@ from pipeline.params import Params, StudyParams
 from pipeline.project import locked, write
 from pipeline.reporting.figures import to_png
 from pipeline.runs import cluster
-from pipeline.studies import accuracy, correlation, finetuning, losses, page, trained, whole
+from pipeline.studies import accuracy, correlation, finetuning, losses, page, trained, whole_set
 from pipeline.studies.definition import STUDIES, Study, check_rows, column_params, load_study, wanted
 from pudnet.errors import UserError, exit_code
 
@@ -28,7 +28,7 @@ KINDS = {
     "losses": losses,
     "finetune": finetuning,
     "correlation": correlation,
-    "whole": whole,
+    "whole": whole_set,
 }
 
 
@@ -69,7 +69,7 @@ def _run(name: str, study: Study, columns: Mapping[str, Params], left_out: Mappi
         try:
             trained.get_data(params)
             if study.whole is not None:
-                whole.check(study.whole)
+                whole_set.check(study.whole)
         except UserError as error:
             left_out[column] = str(error)
             print(f"study: {name}, {column}: not run: {error}", flush=True)

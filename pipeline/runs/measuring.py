@@ -17,7 +17,7 @@ import torch
 from pipeline.params import Params
 from pipeline.project import STORE, TEST_STORE, group_folder, split_model
 from pipeline.runs import cluster
-from pipeline.runs.bench import Bench, open_bench
+from pipeline.runs.class_split import Bench, open_bench
 from pipeline.runs.finished import forget_tables, keep_table, read_tables
 from pipeline.runs.keys import CODE, TRAINING_CODE, VALIDATION_CODE, code_files, digest, method_files
 from pipeline.runs.trial import group_seed
@@ -60,7 +60,7 @@ class Job:
         models = [] if self.method in SCRATCH else [split_model("pudnet" if needs_pudnet else self.method, self.seed)]
         data = [STORE / "meta.json", TEST_STORE / "meta.json", *group_folder(self.seed).iterdir()]
         code = code_files(TRAINING_CODE + VALIDATION_CODE) + method_files(self.method, params.target)
-        code += [CODE / "pipeline" / "runs" / name for name in ("bench.py", "measuring.py")]
+        code += [CODE / "pipeline" / "runs" / name for name in ("class_split.py", "measuring.py")]
         return f"{self.method}-split{self.seed}-{digest(plain, [*models, *data, *code])}"
 
 

@@ -13,7 +13,7 @@ import torch
 from pipeline.params import Params
 from pipeline.project import STORE, TEST_STORE, group_folder
 from pipeline.runs import cluster
-from pipeline.runs.bench import Bench
+from pipeline.runs.class_split import Bench
 from pipeline.runs.finished import keep_table, read_tables
 from pipeline.runs.keys import CODE, TRAINING_CODE, VALIDATION_CODE, code_files, digest, method_files, trial_key
 from pipeline.runs.measuring import (
@@ -65,7 +65,7 @@ class Cell:
         plain = [*told, *more, trial_key(self.spec), params.evaluate.precision, params.baselines.sketch_groups]
         data = [STORE / "meta.json", TEST_STORE / "meta.json", *group_folder(self.spec.split_seed).iterdir()]
         code = code_files(TRAINING_CODE + VALIDATION_CODE) + method_files(self.spec.kind, params.target)
-        code += [CODE / "pipeline" / "runs" / name for name in ("bench.py", "measuring.py")]
+        code += [CODE / "pipeline" / "runs" / name for name in ("class_split.py", "measuring.py")]
         code += code_files(["baselines/heads"]) if self.head else []
         code += set(HERE.glob("*.py")) - {HERE / "page.py"}  # page.py only words the results
         return f"cell-{digest(plain, [*data, *code])}"
