@@ -1,6 +1,6 @@
 """Stage `baselines`: tunes, trains and measures the methods that PudNet is compared with, on the same groups.
 
-Every finished part is kept (`runs/finished.py`), so that the stage, run again, only does what is missing.
+Every finished part is kept (in `.pud/`), so that the stage, run again, only does what is missing.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import pandas as pd
 from pipeline.params import Params
 from pipeline.project import BASELINES, RESULTS, read_result, write, write_json
 from pipeline.runs import cluster
+from pipeline.runs.class_split import images_of_a_class
 from pipeline.runs.final_training import read_best, train_all, write_curves
 from pipeline.runs.measuring import measure_all, time_all
 from pipeline.runs.summary import compare
-from pipeline.runs.trial import images_of_a_class
 from pipeline.runs.tuning import named, tune
 from pipeline.stage import run_stage, wants_fresh
 from pipeline.tracking.runs import Tracking, open_tracking

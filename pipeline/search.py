@@ -13,8 +13,8 @@ from pipeline.params import Params
 from pipeline.project import RESULTS, write
 from pipeline.runs import cluster
 from pipeline.runs.executor import Experiment, run_missing
-from pipeline.runs.finished import Finished
 from pipeline.runs.trial import TrialSpec, make_spec
+from pipeline.runs.trial_folder import Finished
 from pipeline.stage import run_stage, wants_fresh
 from pipeline.tracking.runs import Tracking, open_tracking
 from pudnet.errors import RunFailed

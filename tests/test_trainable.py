@@ -7,7 +7,7 @@ import pytest
 import torch
 from ray import tune
 
-from pipeline.runs import trainable
+from pipeline.runs import trainable, trial_folder
 from pipeline.runs.executor import Asha
 from pipeline.runs.trial import DIVERGED, STATE, TrialSpec
 from pudnet.errors import RunFailed
@@ -91,7 +91,7 @@ def test_damaged_checkpoints_are_named_passed_over_and_written_anew(run, tmp_pat
 
 def test_a_checkpoint_that_no_memory_can_hold_is_not_taken_for_damaged(run, monkeypatch):
     run(Counting(4, SystemExit()))
-    monkeypatch.setattr(trainable, "load_state", lambda folder: (_ for _ in ()).throw(MemoryError()))
+    monkeypatch.setattr(trial_folder, "load_state", lambda folder: (_ for _ in ()).throw(MemoryError()))
     with pytest.raises(MemoryError):
         run(Counting())
 

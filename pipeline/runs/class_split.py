@@ -88,6 +88,12 @@ def open_bench(params: Params, seed: int, test_groups: int | None = None) -> Ben
     )
 
 
+def images_of_a_class(params: Params) -> int:
+    """The number of images of each class in a training group."""
+    _, tables = open_groups(group_folder(params.seed))
+    return tables["train"].shape[1] // params.groups.classes_per_group
+
+
 def _as_trained(test_store: Store, store: Store, device: torch.device) -> StoreImages:
     """Images of another set, normalised with the statistics of the training set."""
     images = StoreImages(test_store, device)

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from pipeline.project import STORE, TEST_STORE, group_folder
 from pipeline.runs.trial import TrialSpec
 from pudnet.baselines import LEARNED, SCRATCH
 from pudnet.data.groups import open_groups
@@ -45,6 +46,14 @@ def _trial_files(spec: TrialSpec) -> list[Path]:
     groups = Path(spec.groups)
     data = [Path(spec.store) / "meta.json", *(groups / f"{t}.npy" for t in tables)]
     return [*data, CODE / "pipeline" / "runs" / "trial.py", *code_files(names), *method_files(spec.kind, spec.target)]
+
+
+def measurement_key(kind: str, target: str, split_seed: int, plain: Any, files: Iterable[Path]) -> str:
+    """A hash of what a measurement depends on: its data and code, and `plain` values and `files` of its own."""
+    data = [STORE / "meta.json", TEST_STORE / "meta.json", *group_folder(split_seed).iterdir()]
+    code = code_files(TRAINING_CODE + VALIDATION_CODE) + method_files(kind, target)
+    code += [CODE / "pipeline" / "runs" / name for name in ("class_split.py", "measuring.py")]
+    return digest([kind, target, split_seed, plain], [*data, *code, *files])
 
 
 def code_files(names: Sequence[str]) -> list[Path]:

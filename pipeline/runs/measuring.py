@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -12,14 +13,14 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import ray
 import torch
 
 from pipeline.params import Params
-from pipeline.project import STORE, TEST_STORE, group_folder, split_model
+from pipeline.project import root, split_model, write
 from pipeline.runs import cluster
 from pipeline.runs.class_split import Bench, open_bench
-from pipeline.runs.finished import forget_tables, keep_table, read_tables
-from pipeline.runs.keys import CODE, TRAINING_CODE, VALIDATION_CODE, code_files, digest, method_files
+from pipeline.runs.keys import digest, measurement_key
 from pipeline.runs.trial import group_seed
 from pipeline.runs.tuning import Cell, Choices
 from pudnet.baselines import LEARNED, SCRATCH, Scratch, ScratchConfig, load_method
@@ -28,9 +29,6 @@ from pudnet.device import wants_bf16
 from pudnet.evaluation import FROM, Adapts, group_sketches, shuffled, timed_adaptation
 from pudnet.predictor import Predictor
 from pudnet.targets import build_target
-
-# isort: split
-import ray  # after cluster, which sets its environment
 
 OF_PUDNET = ("constant_sketch", "shuffled_sketch")  # controls that use PudNet's model with other sketches
 PART = 5  # test groups that one task trains on from scratch; an interruption loses at most one task
@@ -54,14 +52,11 @@ class Job:
             own |= {"sketch_groups": params.baselines.sketch_groups}
         if self.method in SCRATCH:
             own = {"epochs": params.baselines.scratch_epochs, "cells": self.cells, "groups": self.groups}
-        plain = [self.method, self.seed, params.target, params.train.support_per_class, own]
-        plain += [params.train.precision, params.evaluate.precision]
+        plain = [params.train.support_per_class, params.train.precision, params.evaluate.precision, own]
         needs_pudnet = self.method in OF_PUDNET or self.method == "random_weights"
         models = [] if self.method in SCRATCH else [split_model("pudnet" if needs_pudnet else self.method, self.seed)]
-        data = [STORE / "meta.json", TEST_STORE / "meta.json", *group_folder(self.seed).iterdir()]
-        code = code_files(TRAINING_CODE + VALIDATION_CODE) + method_files(self.method, params.target)
-        code += [CODE / "pipeline" / "runs" / name for name in ("class_split.py", "measuring.py")]
-        return f"{self.method}-split{self.seed}-{digest(plain, [*models, *data, *code])}"
+        key = measurement_key(self.method, params.target, self.seed, plain, models)
+        return f"{self.method}-split{self.seed}-{key}"
 
 
 def measure_all(
@@ -73,9 +68,7 @@ def measure_all(
     """
     jobs = [job for method in methods for seed in params.split_seeds for job in _jobs(params, method, seed, choices)]
     keys = {job: job.key(params) for job in jobs}
-    if fresh:
-        forget_tables(keys.values())
-    tables = measure_missing(params, _measure, keys, _done)
+    tables = measure_missing(params, _measure, keys, _done, fresh)
     of_method = {method: "+".join(keys[job] for job in jobs if job.method == method) for method in methods}
     return pd.concat([tables[job] for job in jobs], ignore_index=True), {m: digest(k, []) for m, k in of_method.items()}
 
@@ -85,12 +78,18 @@ def measure_missing(
     function: Callable[..., pd.DataFrame],
     keys: Mapping[Any, str],
     done: Callable[[Any, pd.DataFrame], str],
+    fresh: bool = False,
 ) -> dict[Any, pd.DataFrame]:
-    """Measure a table for each item of `keys` by `function`, as Ray tasks. Tables kept under their keys are reused.
+    """Measure a table for each item of `keys` by `function`, as Ray tasks.
 
-    `done` gives the line to print when an item is done.
+    Tables are kept in .pud/kept under their keys, and reused unless `fresh`. `done` gives the line to print when an
+    item is done.
     """
-    tables = read_tables(keys)
+    kept = {one: root() / ".pud" / "kept" / f"{key}.parquet" for one, key in keys.items()}
+    tables = {}
+    for one in () if fresh else keys:
+        with contextlib.suppress(OSError, ValueError):  # missing or damaged; pyarrow's errors are subclasses
+            tables[one] = pd.read_parquet(kept[one])
     if tables:
         print(f"  {len(tables)} of {len(keys)} measurements are done already", flush=True)
     measure = task(params, function)
@@ -99,7 +98,7 @@ def measure_missing(
         (ended,), _ = ray.wait(list(running))
         one = running.pop(ended)
         tables[one] = cluster.result(ended)
-        keep_table(keys[one], tables[one])
+        write(kept[one], tables[one].to_parquet(index=False))
         print(f"  {done(one, tables[one])}", flush=True)
     return tables
 

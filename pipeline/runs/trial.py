@@ -76,12 +76,6 @@ def make_spec(
     )
 
 
-def images_of_a_class(params: Params) -> int:
-    """The number of images of each class in a training group."""
-    _, tables = open_groups(group_folder(params.seed))
-    return tables["train"].shape[1] // params.groups.classes_per_group
-
-
 def card_of(spec: TrialSpec, store: Store) -> Card:
     """The card of the model that a trial trains."""
     return Card(

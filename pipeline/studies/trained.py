@@ -12,10 +12,11 @@ from pipeline.groups import groups as make_groups
 from pipeline.params import Params
 from pipeline.prepare import prepare
 from pipeline.project import GROUPS, PREPARED, locked, root
+from pipeline.runs.class_split import images_of_a_class
 from pipeline.runs.executor import Experiment, run_missing
-from pipeline.runs.finished import Finished
 from pipeline.runs.keys import digest, trial_key
-from pipeline.runs.trial import TrialSpec, images_of_a_class
+from pipeline.runs.trial import TrialSpec
+from pipeline.runs.trial_folder import Finished
 from pipeline.studies.definition import Column, Row, Study, row_spec
 from pipeline.studies.measuring import Cell
 from pipeline.tracking.runs import Tracking, open_tracking
