@@ -23,7 +23,7 @@ from pudnet.data.groups import open_groups
 from pudnet.data.store import open_store
 from pudnet.errors import UserError
 
-CURVES = ["groups", "loss", "metric_loss", "full_loss", "kl_loss", "train_accuracy"]
+CURVE_COLUMNS = ["groups", "loss", "metric_loss", "full_loss", "kl_loss", "train_accuracy"]
 
 Cells = Mapping[int, Mapping[str, Any]]  # split seed -> the cell that was chosen for one method
 
@@ -98,7 +98,7 @@ def _write_model(params: Params, trial: Finished) -> Path:
 
 def _curve(trial: Finished) -> pd.DataFrame:
     """A trial's loss curve."""
-    frame = pd.DataFrame(trial.history)[CURVES]
+    frame = pd.DataFrame(trial.history)[CURVE_COLUMNS]
     frame.insert(0, "split_seed", trial.spec.split_seed)
     frame.insert(0, "method", trial.spec.kind)
     return frame

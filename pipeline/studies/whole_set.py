@@ -15,10 +15,11 @@ from matplotlib.figure import Figure
 from pipeline.params import Params
 from pipeline.project import root
 from pipeline.reporting.figures import bars_figure
+from pipeline.reporting.numbers import plus_minus
 from pipeline.runs.measuring import measure_missing, open_worker
 from pipeline.studies.definition import Study, WholeSet, reported
 from pipeline.studies.measuring import Cell, open_cell
-from pipeline.studies.page import number, plus_minus, table_of
+from pipeline.studies.page import number, table_of
 from pipeline.studies.trained import TrainedColumn
 from pudnet.data.images import normalize
 from pudnet.data.user_images import images_at_a_time, labelled_set
