@@ -61,7 +61,7 @@ class Cell:
         told = [self.sketch, self.sketch_images, self.support_per_class, self.head, self.checkpoint is None]
         told += [params.baselines.scratch_groups] if self.spec.kind in SCRATCH else []
         plain = [*told, *more, trial_key(self.spec), params.evaluate.precision, params.baselines.sketch_groups]
-        code = set(HERE.glob("*.py")) - {HERE / "page.py"}  # page.py only words the results
+        code = set(HERE.glob("*.py")) - {HERE / "page.py", HERE / "running.py"}  # which only write the results
         code |= set(code_files(["baselines/heads"]) if self.head else [])
         return f"cell-{measurement_key(self.spec.kind, params.target, self.spec.split_seed, plain, code)}"
 
