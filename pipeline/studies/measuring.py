@@ -14,16 +14,8 @@ from pipeline.params import Params
 from pipeline.runs import cluster
 from pipeline.runs.class_split import Bench
 from pipeline.runs.keys import code_files, digest, measurement_key, trial_key
-from pipeline.runs.measuring import (
-    SCRATCH_TIMINGS,
-    constant_sketches,
-    in_turns,
-    measure_missing,
-    open_worker,
-    shuffled_sketches,
-    task,
-)
-from pipeline.runs.trial import TrialSpec, card_of, group_seed, load_state, untrained
+from pipeline.runs.measuring import SKETCHES, measure_missing, median_times, open_worker, scratch_accuracies, task
+from pipeline.runs.trial import TrialSpec, card_of, load_state, untrained
 from pudnet.baselines import LEARNED, SCRATCH, Adapter, Scratch, ScratchConfig
 from pudnet.data.store import open_store
 from pudnet.device import wants_bf16
@@ -33,7 +25,6 @@ from pudnet.predictor import Predictor
 from pudnet.targets import build_target
 
 MOVED_GROUPS = 50  # groups whose weights are compared
-SKETCHES = {"constant": constant_sketches, "shuffled": shuffled_sketches}
 HERE = Path(__file__).parent
 
 
@@ -117,18 +108,10 @@ def _measure(folder: str, params: Params, cell: Cell) -> pd.DataFrame:
     bench = open_worker(folder, params, cell.spec.split_seed, None)
     adapts = open_cell(cell, bench)
     if cell.spec.kind in SCRATCH:
-        return _from_scratch(cell, adapts, bench, params)
-    sketches = SKETCHES[cell.sketch](bench, adapts, params) if cell.sketch != "own" else None
+        groups = range(min(params.baselines.scratch_groups, len(bench.tables["test"])))
+        return scratch_accuracies(bench, {cell.spec.name: adapts}, groups)
+    sketches = SKETCHES[f"{cell.sketch}_sketch"](bench, adapts, params) if cell.sketch != "own" else None
     return bench.accuracies(cell.spec.name, adapts, sketches=sketches)
-
-
-def _from_scratch(cell: Cell, scratch: Adapts, bench: Bench, params: Params) -> pd.DataFrame:
-    """Train from scratch on the first `scratch_groups` test groups, each with its own seed."""
-    rows = []
-    for g in range(min(params.baselines.scratch_groups, len(bench.tables["test"]))):
-        torch.manual_seed(group_seed(cell.spec.split_seed, g))
-        rows.append(bench.accuracies(cell.spec.name, scratch, range(g, g + 1)))
-    return pd.concat(rows, ignore_index=True)
 
 
 def _diagnose(folder: str, params: Params, cell: Cell) -> Diagnosis:
@@ -147,10 +130,5 @@ def _diagnose(folder: str, params: Params, cell: Cell) -> Diagnosis:
 
 def _time(folder: str, params: Params, cells: Sequence[tuple[str, Cell]]) -> pd.DataFrame:
     bench = open_worker(folder, params, params.seed, params.evaluate.timing_groups)
-    groups = bench.tables["test"][:, FROM]
-    short, long = (
-        {name: open_cell(cell, bench) for name, cell in cells if (cell.spec.kind in SCRATCH) == from_scratch}
-        for from_scratch in (False, True)
-    )
-    times = in_turns(short, bench, groups) | in_turns(long, bench, groups[:SCRATCH_TIMINGS], warm_up=1)
+    times = median_times(bench, {name: open_cell(cell, bench) for name, cell in cells})
     return pd.DataFrame({"row": list(times), "milliseconds": list(times.values())})
