@@ -83,9 +83,9 @@ def run_missing(
                 tracking.submit(partial(tracking.supersede, progress.run_key(spec)))
             elif ended := read_ended(key, spec):
                 progress.ended[spec.name] = ended
-            else:
-                reports = newest_checkpoint(trial_folder(key))[1][REPORTS]
+            elif reports := newest_checkpoint(trial_folder(key))[1][REPORTS]:
                 progress.reports[spec.name] = {report["groups"]: report for report in reports}
+                print(f"  {spec.name}: goes on from group {reports[-1]['groups']}", flush=True)
         if kept := [trial for trial in progress.ended.values() if not trial.diverged]:
             print(f"  {len(kept)} of {len(experiment.specs)} trials are finished already", flush=True)
         while len(progress.ended) < len(experiment.specs):

@@ -14,7 +14,7 @@ from ray.tune.experiment import Trial
 
 from pipeline.params import Params
 from pipeline.runs import cluster
-from pipeline.runs.trainable import AT, NOTE
+from pipeline.runs.trainable import AT
 from pipeline.runs.trial import DIVERGED, TrialSpec
 from pipeline.runs.trial_folder import Finished, mark_ended
 from pipeline.tracking.runs import Tracking
@@ -58,8 +58,6 @@ class TrialProgress(Callback):
         """Print a line and log a step, unless that was done before."""
         self._is_at_work()
         spec, reports = _spec(trial), self.reports[_spec(trial).name]
-        if NOTE in result:
-            print(f"  {spec.name}: {result[NOTE]}", flush=True)
         if "groups" not in result or result["groups"] in reports or spec.name in self.ended:
             return
         if result["rollbacks"] > max((row["rollbacks"] for row in reports.values()), default=0):

@@ -21,23 +21,17 @@ from pudnet.errors import RunFailed
 
 AT = "reported_at"  # in a report: the time, in seconds
 REPLAYED = "replayed"  # in a report: it was made before this process began
-NOTE = "note"  # a report with only this key is a message to print
 
 Report = Callable[[dict[str, Any]], None]
 
 
 def run_trial(config: dict[str, Any]) -> None:
     """Ray Tune's trainable: repeat the reports of before, then train on, in this process or in several workers."""
-    checkpoint, state = newest_checkpoint(
-        Path(config["trial"]["folder"]),
-        lambda one: tune.report({NOTE: f"checkpoint {one.name} is damaged; it goes on from what was before"}),
-    )
+    checkpoint, state = newest_checkpoint(Path(config["trial"]["folder"]))
     for report in state[REPORTS]:
         tune.report(report | {REPLAYED: True})
     if config["trial"]["ended"]:  # it is here for the scheduler to compare others with
         return
-    if checkpoint:
-        tune.report({NOTE: f"goes on from group {state[REPORTS][-1]['groups']}"})
     if config["workers"] == 1:
         _train(config, state, tune.report)
     else:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -73,20 +73,15 @@ def save_checkpoint(folder: Path, state: Mapping[str, Any]) -> None:
         shutil.rmtree(before, ignore_errors=True)
 
 
-def newest_checkpoint(
-    folder: Path, is_damaged: Callable[[Path], object] = lambda checkpoint: None
-) -> tuple[Path | None, dict[str, Any]]:
-    """The newest checkpoint that is whole, and the state in it; None and no reports where there is none.
-
-    `is_damaged` is called with each checkpoint that is passed over.
-    """
+def newest_checkpoint(folder: Path) -> tuple[Path | None, dict[str, Any]]:
+    """The newest checkpoint that is whole, and the state in it; None and no reports where there is none."""
     for file in sorted(folder.glob(f"*/{STATE}"), reverse=True):
         try:
             return file.parent, load_state(file.parent)
         except Exception as error:  # a damaged file can fail in nearly every way
             if is_out_of_memory(error):
                 raise
-            is_damaged(file.parent)
+            print(f"  checkpoint {file} is damaged; its trial goes on from what was before", flush=True)
     return None, {REPORTS: []}
 
 

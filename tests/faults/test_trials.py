@@ -57,7 +57,7 @@ def test_a_trial_whose_checkpoint_is_damaged_goes_on_from_what_was_before(undist
     for checkpoint in found if damaged == "every" else found[-1:]:
         damage(checkpoint)
     said = start(project, "search").well()
-    assert said.count("is damaged; it goes on from what was before") == (2 if damaged == "every" else 1)
+    assert said.count("is damaged; its trial goes on from what was before") == (2 if damaged == "every" else 1)
     assert f"{TRIALS[0]}: group" not in said
     assert (f"{TRIALS[1]}: group     2" in said) == (damaged == "every")
     same(project, "search", *SEARCH)
