@@ -24,11 +24,10 @@ VALIDATION_CODE = ("evaluation", "predictor", "network", "card", "data/user_imag
 
 
 def digest(plain: Any, files: Iterable[Path]) -> str:
-    """A short hash of plain values and of the contents of files; a missing file counts as empty."""
-    found = hashlib.sha256(json.dumps(plain, sort_keys=True).encode())
-    for path in sorted(set(files)):
-        found.update(path.read_bytes() if path.is_file() else b"")
-    return found.hexdigest()[:12]
+    """A short hash of plain values and of files' names and contents, wherever they lie; a missing file is empty."""
+    contents = [(path.name, path.read_bytes() if path.is_file() else b"") for path in set(files)]
+    hashes = sorted((name, hashlib.sha256(content).hexdigest()) for name, content in contents)
+    return hashlib.sha256(json.dumps([plain, hashes], sort_keys=True).encode()).hexdigest()[:12]
 
 
 def trial_key(spec: TrialSpec) -> str:
