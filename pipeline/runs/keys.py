@@ -25,8 +25,9 @@ VALIDATION_CODE = ("evaluation", "predictor", "network", "card", "data/user_imag
 
 def digest(plain: Any, files: Iterable[Path]) -> str:
     """A short hash of plain values and of files' names and contents, wherever they lie; a missing file is empty."""
-    contents = [(path.name, path.read_bytes() if path.is_file() else b"") for path in set(files)]
-    hashes = sorted((name, hashlib.sha256(content).hexdigest()) for name, content in contents)
+    hashes = sorted(
+        (path.name, hashlib.sha256(path.read_bytes() if path.is_file() else b"").hexdigest()) for path in set(files)
+    )
     return hashlib.sha256(json.dumps([plain, hashes], sort_keys=True).encode()).hexdigest()[:12]
 
 
