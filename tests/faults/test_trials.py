@@ -163,7 +163,7 @@ def test_a_trial_that_gets_no_more_memory_goes_on_in_another_process(undisturbed
     project = undisturbed.before("search", tmp_path / "no-more")
     run = start(project, "search").until(f"{TRIALS[0]}: group     4")
     for worker in run.workers():
-        worker.rlimit(psutil.RLIMIT_AS, (worker.memory_info().vms // 2, psutil.RLIM_INFINITY))  # nothing new is mapped
+        worker.rlimit(psutil.RLIMIT_AS, (worker.memory_info().vms, psutil.RLIM_INFINITY))
     run.until(lambda: run.workers() and all(one.rlimit(psutil.RLIMIT_AS)[0] < 0 for one in run.workers()))
     said = run.well()
     assert all(said.count(f"{trial}: group     4") == 1 for trial in TRIALS)
