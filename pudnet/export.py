@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pudnet.card import METADATA, Card, loaded, write_tensors
 from pudnet.cpu import plain_layers
-from pudnet.errors import RunFailed, UserError
+from pudnet.errors import RunFailed, UserError, one_line
 from pudnet.files import replacing
 
 LARGEST_DIFFERENCE = 1e-3  # between exported and original logits, which are about ten at most
@@ -73,8 +73,7 @@ def export(body: nn.Module, classifier: nn.Module, card: Card, path: Path) -> No
         except (OSError, UserError):
             raise
         except Exception as error:  # torch's exporters raise many types of error for users' own networks
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            raise RunFailed(f"{path}: this network cannot be exported in this format ({reason})") from None
+            raise RunFailed(f"{path}: this network cannot be exported in this format ({one_line(error)})") from None
         with torch.no_grad():  # on the CPU: a GPU's convolutions round more (TF32)
             # Another batch size than the exporter saw, to check that it was not fixed.
             difference = (exported(images[1:]) - own(images[1:])).abs().max().item()

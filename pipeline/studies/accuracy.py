@@ -13,11 +13,12 @@ from matplotlib.figure import Figure
 from scipy.special import stdtrit
 
 from pipeline.reporting.figures import bars_figure, differences_figure, lines_figure
+from pipeline.reporting.numbers import plus_minus
 from pipeline.reporting.paper import load_reported
-from pipeline.runs.bench import compare, summary
-from pipeline.studies.cells import Diagnosis, diagnose_cells, measure_cells, time_cells
+from pipeline.runs.summary import compare, summary
 from pipeline.studies.definition import Study, point, reported
-from pipeline.studies.page import number, plus_minus, table_of
+from pipeline.studies.measuring import Diagnosis, diagnose_cells, measure_cells, time_cells
+from pipeline.studies.page import number, table_of
 from pipeline.studies.trained import TrainedColumn
 from pudnet.evaluation import mean_interval
 from pudnet.settings import SETTINGS

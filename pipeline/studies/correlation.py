@@ -19,8 +19,8 @@ from torch import nn
 from pipeline.params import Params
 from pipeline.reporting.figures import correlations_figure
 from pipeline.runs.measuring import measure_missing, open_worker
-from pipeline.studies.cells import Cell, open_cell
 from pipeline.studies.definition import Study
+from pipeline.studies.measuring import Cell, open_cell
 from pipeline.studies.page import table_of
 from pipeline.studies.trained import TrainedColumn
 from pudnet.cca import held_out_correlation

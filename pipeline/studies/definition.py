@@ -75,7 +75,7 @@ class Correlation:
 
 
 @dataclass(frozen=True, config=STRICT)
-class Whole:
+class WholeSet:
     """Options of `measure: whole`, a prediction for one labelled set with far more classes than a group."""
 
     images: str  # folder with one subfolder for each class, from which the network is predicted
@@ -100,7 +100,7 @@ class Study:
     diagnose: bool = False  # also measure how far weights move, and what a probe reads from the sketch
     finetune: FineTuning = field(default_factory=FineTuning)
     correlation: Correlation = field(default_factory=Correlation)
-    whole: Whole | None = None
+    whole: WholeSet | None = None
 
 
 def load_study(name: str) -> Study:
@@ -118,7 +118,7 @@ def load_study(name: str) -> Study:
     raw["columns"] = {
         column: parse(Column, _column(values), f"{path}: columns.{column}") for column, values in raw["columns"].items()
     }
-    for key, kind in (("finetune", FineTuning), ("correlation", Correlation), ("whole", Whole)):
+    for key, kind in (("finetune", FineTuning), ("correlation", Correlation), ("whole", WholeSet)):
         if key in raw:
             _check_blocks(path, key, {"": raw[key]})
             raw[key] = parse(kind, raw[key], f"{path}: {key}")

@@ -14,11 +14,12 @@ from torch import nn
 
 from pipeline.params import Params
 from pipeline.reporting.figures import lines_figure
-from pipeline.runs.bench import Bench
+from pipeline.reporting.numbers import plus_minus
+from pipeline.runs.class_split import Bench
 from pipeline.runs.measuring import measure_missing, open_worker
-from pipeline.studies.cells import Cell, open_cell
 from pipeline.studies.definition import FineTuning, Study, reported
-from pipeline.studies.page import number, plus_minus, table_of
+from pipeline.studies.measuring import Cell, open_cell
+from pipeline.studies.page import number, table_of
 from pipeline.studies.trained import TrainedColumn
 from pudnet.baselines import ScratchConfig
 from pudnet.cpu import accelerate

@@ -11,21 +11,11 @@ import pandas as pd
 import torch
 
 from pipeline.params import Params
-from pipeline.project import STORE, TEST_STORE, group_folder
 from pipeline.runs import cluster
-from pipeline.runs.bench import Bench
-from pipeline.runs.finished import keep_table, read_tables
-from pipeline.runs.keys import CODE, TRAINING_CODE, VALIDATION_CODE, code_files, digest, method_files, trial_key
-from pipeline.runs.measuring import (
-    SCRATCH_TIMINGS,
-    constant_sketches,
-    in_turns,
-    measure_missing,
-    open_worker,
-    shuffled_sketches,
-    task,
-)
-from pipeline.runs.trial import TrialSpec, card_of, group_seed, load_state, untrained
+from pipeline.runs.class_split import Bench
+from pipeline.runs.keys import code_files, digest, measurement_key, trial_key
+from pipeline.runs.measuring import SKETCHES, measure_missing, median_times, open_worker, scratch_accuracies, task
+from pipeline.runs.trial import TrialSpec, card_of, load_state, untrained
 from pudnet.baselines import LEARNED, SCRATCH, Adapter, Scratch, ScratchConfig
 from pudnet.data.store import open_store
 from pudnet.device import wants_bf16
@@ -35,7 +25,6 @@ from pudnet.predictor import Predictor
 from pudnet.targets import build_target
 
 MOVED_GROUPS = 50  # groups whose weights are compared
-SKETCHES = {"constant": constant_sketches, "shuffled": shuffled_sketches}
 HERE = Path(__file__).parent
 
 
@@ -63,12 +52,9 @@ class Cell:
         told = [self.sketch, self.sketch_images, self.support_per_class, self.head, self.checkpoint is None]
         told += [params.baselines.scratch_groups] if self.spec.kind in SCRATCH else []
         plain = [*told, *more, trial_key(self.spec), params.evaluate.precision, params.baselines.sketch_groups]
-        data = [STORE / "meta.json", TEST_STORE / "meta.json", *group_folder(self.spec.split_seed).iterdir()]
-        code = code_files(TRAINING_CODE + VALIDATION_CODE) + method_files(self.spec.kind, params.target)
-        code += [CODE / "pipeline" / "runs" / name for name in ("bench.py", "measuring.py")]
-        code += code_files(["baselines/heads"]) if self.head else []
-        code += set(HERE.glob("*.py")) - {HERE / "page.py"}  # page.py only words the results
-        return f"cell-{digest(plain, [*data, *code])}"
+        code = set(HERE.glob("*.py")) - {HERE / "page.py", HERE / "running.py"}  # which only write the results
+        code |= set(code_files(["baselines/heads"]) if self.head else [])
+        return f"cell-{measurement_key(self.spec.kind, params.target, self.spec.split_seed, plain, code)}"
 
 
 def measure_cells(params: Params, cells: Sequence[Cell]) -> list[pd.DataFrame]:
@@ -83,12 +69,9 @@ def measure_cells(params: Params, cells: Sequence[Cell]) -> list[pd.DataFrame]:
 def time_cells(params: Params, cells: Mapping[str, Cell]) -> dict[str, float]:
     """Median milliseconds of adapting each cell to a group of the first split, in turns, with nothing else running."""
     told = [[name, cell.key(params, params.evaluate.timing_groups)] for name, cell in cells.items()]
-    key = f"time-{digest(told, [])}"
-    if not (kept := read_tables({key: key})):
-        times = cluster.result(task(params, _time)(cells))
-        kept = {key: pd.DataFrame({"row": list(times), "milliseconds": list(times.values())})}
-        keep_table(key, kept[key])
-    return dict(zip(kept[key].row, kept[key].milliseconds, strict=True))
+    items = tuple(cells.items())
+    tables = measure_missing(params, _time, {items: f"time-{digest(told, [])}"}, lambda *_: "times are measured")
+    return dict(zip(tables[items].row, tables[items].milliseconds, strict=True))
 
 
 def diagnose_cells(params: Params, cells: Sequence[Cell]) -> list[Diagnosis]:
@@ -125,18 +108,10 @@ def _measure(folder: str, params: Params, cell: Cell) -> pd.DataFrame:
     bench = open_worker(folder, params, cell.spec.split_seed, None)
     adapts = open_cell(cell, bench)
     if cell.spec.kind in SCRATCH:
-        return _from_scratch(cell, adapts, bench, params)
-    sketches = SKETCHES[cell.sketch](bench, adapts, params) if cell.sketch != "own" else None
+        groups = range(min(params.baselines.scratch_groups, len(bench.tables["test"])))
+        return scratch_accuracies(bench, {cell.spec.name: adapts}, groups)
+    sketches = SKETCHES[f"{cell.sketch}_sketch"](bench, adapts, params) if cell.sketch != "own" else None
     return bench.accuracies(cell.spec.name, adapts, sketches=sketches)
-
-
-def _from_scratch(cell: Cell, scratch: Adapts, bench: Bench, params: Params) -> pd.DataFrame:
-    """Train from scratch on the first `scratch_groups` test groups, each with its own seed."""
-    rows = []
-    for g in range(min(params.baselines.scratch_groups, len(bench.tables["test"]))):
-        torch.manual_seed(group_seed(cell.spec.split_seed, g))
-        rows.append(bench.accuracies(cell.spec.name, scratch, range(g, g + 1)))
-    return pd.concat(rows, ignore_index=True)
 
 
 def _diagnose(folder: str, params: Params, cell: Cell) -> Diagnosis:
@@ -153,11 +128,7 @@ def _diagnose(folder: str, params: Params, cell: Cell) -> Diagnosis:
     return Diagnosis(share, probe(sketches, [bench.images.block_classes(group).tolist() for group in groups]))
 
 
-def _time(folder: str, params: Params, cells: Mapping[str, Cell]) -> dict[str, float]:
+def _time(folder: str, params: Params, cells: Sequence[tuple[str, Cell]]) -> pd.DataFrame:
     bench = open_worker(folder, params, params.seed, params.evaluate.timing_groups)
-    groups = bench.tables["test"][:, FROM]
-    short, long = (
-        {name: open_cell(cell, bench) for name, cell in cells.items() if (cell.spec.kind in SCRATCH) == from_scratch}
-        for from_scratch in (False, True)
-    )
-    return in_turns(short, bench, groups) | in_turns(long, bench, groups[:SCRATCH_TIMINGS], warm_up=1)
+    times = median_times(bench, {name: open_cell(cell, bench) for name, cell in cells})
+    return pd.DataFrame({"row": list(times), "milliseconds": list(times.values())})
