@@ -124,7 +124,7 @@ def load_study(name: str) -> Study:
         raise UserError(f"{path}: {odd[0]!r}: unknown key")
     for key in ("rows", "columns"):
         _check_blocks(path, key, raw.setdefault(key, {}))
-    raw["rows"] = {row: parse(Row, values, f"{path}: rows.{row}") for row, values in raw["rows"].items()}
+    raw["rows"] = {row: _row(values, f"{path}: rows.{row}") for row, values in raw["rows"].items()}
     raw["columns"] = {
         column: parse(Column, _column(values), f"{path}: columns.{column}") for column, values in raw["columns"].items()
     }
@@ -135,6 +135,14 @@ def load_study(name: str) -> Study:
     study = parse(Study, raw, f"{path}:")
     _check(path, study)
     return study
+
+
+def _row(values: Mapping[str, Any], where: str) -> Row:
+    """A row, from its block in the file."""
+    if "finetune" not in values:
+        return parse(Row, values, where)
+    _check_blocks(Path(where), "finetune", {"": values["finetune"]})
+    return parse(Row, {**values, "finetune": parse(ScratchConfig, values["finetune"], f"{where}.finetune")}, where)
 
 
 def _column(values: Mapping[str, Any]) -> dict[str, Any]:
