@@ -32,7 +32,7 @@ TINY = {
         "static trunk": {"method": "static_trunk", "variant": "pudnet_plus"},
         "PudNet+": {"variant": "pudnet_plus"},
         "another group's": {"variant": "pudnet_plus", "sketch": "shuffled"},
-        "few images": {"variant": "pudnet_plus", "sketch_images": 4},
+        "few images": {"variant": "pudnet_plus", "images": 4},
         "untrained": {"method": "random_weights"},
         "from scratch": {"method": "scratch_adam", "changes": {"epochs": 1}, "paper": "adam_1"},
     },

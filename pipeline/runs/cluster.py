@@ -133,6 +133,11 @@ def is_lost() -> bool:
     return not os.environ.get("RAY_ADDRESS") and not any(node["Alive"] for node in ray.nodes())
 
 
+def cpus_of_a_node() -> int:
+    """The CPU cores of the largest node."""
+    return int(max(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]))
+
+
 def has_room(params: Params, workers: int) -> bool:
     """Whether the present nodes together have the resources of this many workers."""
     try:

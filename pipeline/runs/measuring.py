@@ -24,6 +24,7 @@ from pipeline.runs.keys import digest, measurement_key
 from pipeline.runs.trial import group_seed
 from pipeline.runs.tuning import Cell, Choices
 from pudnet.baselines import LEARNED, SCRATCH, Scratch, ScratchConfig, load_method
+from pudnet.baselines.finetuned import FineTuned
 from pudnet.cpu import compiling_pays
 from pudnet.device import wants_bf16
 from pudnet.evaluation import FROM, Adapts, group_sketches, shuffled, timed_adaptation
@@ -130,20 +131,20 @@ def _measure(folder: str, params: Params, job: Job) -> pd.DataFrame:
     """Measure one job, in a Ray task."""
     bench = open_worker(folder, params, job.seed, params.baselines.test_groups)
     if job.method in SCRATCH:
-        return scratch_accuracies(bench, open_scratch(bench, params, job.method, job.cells), range(*job.groups))
+        return trained_accuracies(bench, open_scratch(bench, params, job.method, job.cells), range(*job.groups))
     if job.method in SKETCHES:
         predictor = bench.load(split_model("pudnet", job.seed))
         return bench.accuracies(job.method, predictor, sketches=SKETCHES[job.method](bench, predictor, params))
     return bench.accuracies(job.method, open_method(bench, params, job.method))
 
 
-def scratch_accuracies(bench: Bench, methods: Mapping[str, Scratch], groups: range) -> pd.DataFrame:
-    """Train each method from scratch on one test group after the other, each group with its own seed."""
+def trained_accuracies(bench: Bench, methods: Mapping[str, Scratch | FineTuned], groups: range) -> pd.DataFrame:
+    """Train by each method on one test group after the other, each group with its own seed."""
     rows = []
     for g in groups:
-        for name, scratch in methods.items():
+        for name, method in methods.items():
             torch.manual_seed(group_seed(bench.seed, g))
-            rows.append(bench.accuracies(name, scratch, range(g, g + 1)))
+            rows.append(bench.accuracies(name, method, range(g, g + 1)))
     return pd.concat(rows, ignore_index=True)
 
 
@@ -158,7 +159,7 @@ def _time(folder: str, params: Params, methods: Sequence[str], choices: Choices)
 def median_times(bench: Bench, methods: Mapping[str, Adapts]) -> dict[str, float]:
     """Median milliseconds of each method's adaptation to a test group, in turns."""
     groups = bench.tables["test"][:, FROM]
-    long = {name: method for name, method in methods.items() if isinstance(method, Scratch)}
+    long = {name: method for name, method in methods.items() if isinstance(method, Scratch | FineTuned)}
     short = {name: method for name, method in methods.items() if name not in long}
     times = _in_turns(bench, short, [*groups[:WARM_UP], *groups], WARM_UP)
     if long:

@@ -68,7 +68,7 @@ def _finetune(folder: str, params: Params, one: tuple[Cell, FineTuning]) -> pd.D
     cell, plan = one
     bench = open_worker(folder, params, cell.spec.split_seed, None)
     parts = _parts(bench, plan)
-    adapts, classes = open_cell(cell, bench), bench.split.test_classes
+    adapts, classes = open_cell(cell, bench, params), bench.split.test_classes
     rows = adapts.rows(parts.columns)
     with torch.autocast(bench.images.device.type, torch.bfloat16, enabled=bench.bf16):
         adapted = adapts.adapt(parts.images[rows], parts.columns[rows], classes)

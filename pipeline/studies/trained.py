@@ -119,7 +119,7 @@ def _seeded(spec: TrialSpec, n: int) -> TrialSpec:
 
 
 def _cell(row: Row, spec: TrialSpec, trained: Finished | None) -> Cell:
-    return Cell(spec, trained and trained.checkpoint, row.sketch, row.sketch_images, row.support_per_class, row.head)
+    return Cell(spec, trained and trained.checkpoint, row.sketch, row.images, row.head, row.finetune)
 
 
 def get_data(params: Params) -> None:

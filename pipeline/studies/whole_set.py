@@ -73,7 +73,7 @@ def _accuracy(folder: str, params: Params, one: tuple[Cell, WholeSet]) -> pd.Dat
     """In a Ray task: a cell's top-k accuracy, and the seconds from the folder to the predicted network."""
     cell, plan = one
     bench = open_worker(folder, params, cell.spec.split_seed, None)
-    predictor = open_cell(cell, bench)
+    predictor = open_cell(cell, bench, params)
     start = clock(bench.images.device)
     network = predictor.predict(plan.images)
     seconds = (clock(bench.images.device) - start) / 1000
