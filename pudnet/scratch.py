@@ -62,16 +62,20 @@ class Scratch:
 
     def adapt(self, images: Tensor, labels: Tensor, classes: tuple) -> Classifier:
         """Train on normalised images (N, C, H, W) and labels (N,) in 0..k-1 -> a classifier of the classes."""
-        network = scratch_network(self.target, len(classes), self.device, self.compiled)
+        network = self.start(images, labels, classes)
         with flushing_denormals(self.device):
             train(network, images, labels, self.config, self.bf16, self.gc)
         plain = copy.deepcopy(self.target.network).to(self.device, memory_format=torch.channels_last)
-        plain.load_state_dict(network.body.state_dict())
+        plain.load_state_dict(network.body.state_dict())  # compiled layers keep no running statistics
         if self.device.type == "cpu":
             accelerate(plain)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             calibrate(plain.eval(), images)
         return Classifier(plain, network.head)
+
+    def start(self, images: Tensor, labels: Tensor, classes: tuple) -> nn.Sequential:
+        """The network (`body`, `flat`, `head`) as training begins."""
+        return scratch_network(self.target, len(classes), self.device, self.compiled)
 
 
 def train(

@@ -14,10 +14,7 @@ from pipeline.studies.page import table_of
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "studies" / "results"
-PAGES = {  # which parts each page has, and what leads from it to reference/
-    "README.md": (("opening",), "reference/{}/"),
-    "docs/results/index.md": (("bench",), "bench.md"),
-}
+PAGES = {"README.md": "opening", "docs/results/index.md": "bench"}  # a page -> the part of it that is made here
 MATTERS = "matters"
 MATTERS_TOLD = """ConvNet-3, each method trained on the same {train_groups:,} task groups, one update each, and measured
 on {test_groups:,} groups of classes that it has never seen: accuracy in percent ± its 95% interval over test groups.
@@ -42,7 +39,7 @@ training from scratch has the labels of all of a group's images, the others thos
 EPOCHS_SHOWN = (1, 5, 20, 50)  # of training from scratch; reference/README.md has them all
 
 
-def opening(link: str) -> str:
+def opening() -> str:
     """The table of whether the dataset matters."""
     table = pd.read_csv(RESULTS / f"{MATTERS}.csv")
     first = table.iloc[0]
@@ -63,13 +60,14 @@ class Bench:
     methods: dict[str, Any]
     times: dict[str, float]
 
-    def about(self, link: str) -> str:
+    @property
+    def about(self) -> str:
         """What it was measured on, with a link to its params."""
         metrics, scratch = self.metrics, self.methods["scratch_adam_1"]["test_groups"]
         return (
             f"- {self.title}: {metrics['train_groups']} training groups, {metrics['test_groups']} test groups, "
             f"{scratch} of them for training from scratch, class splits: {len(metrics['splits'])} "
-            f"([params and tuning]({link.format(BENCHES[self.title])}))"
+            f"([params and tuning](bench.md))"
         )
 
     def cells(self, method: str) -> list[str]:
@@ -80,14 +78,14 @@ class Bench:
         return [accuracy, difference, "" if time is None else _duration(time)]
 
 
-def bench(link: str) -> str:
+def bench() -> str:
     """Every method on the two benches, side by side."""
     runs = [_read(title, HERE / folder) for title, folder in BENCHES.items()]
     rows = [["", *(head for run in runs for head in (run.title, "to PudNet", "time"))]]
     rows.append(["---"] * len(rows[0]))
     for method in filter(_shown, runs[0].methods):
         rows.append([_label(method), *(cell for run in runs for cell in run.cells(method))])
-    told = BENCH_TOLD.format(about="\n".join(run.about(link) for run in runs))
+    told = BENCH_TOLD.format(about="\n".join(run.about for run in runs))
     return f"{told}\n" + "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
@@ -115,16 +113,14 @@ def _duration(milliseconds: float) -> str:
 
 
 def written(page: str) -> str:
-    """The text of a page of `PAGES`, with what stands between each pair of marks made anew."""
-    text, (parts, link) = (HERE.parent / page).read_text(), PAGES[page]
-    for part in parts:
-        begin, end = f"<!-- {part}: python reference/readme.py -->\n", f"<!-- end of {part} -->\n"
-        before, found, rest = text.partition(begin)
-        _, ended, after = rest.partition(end)
-        if not found or not ended:
-            raise SystemExit(f"error: {page} lacks {begin.strip()} or {end.strip()}")
-        text = before + begin + {"opening": opening, "bench": bench}[part](link) + end + after
-    return text
+    """The text of a page of `PAGES`, with what stands between its marks made anew."""
+    part = PAGES[page]
+    begin, end = f"<!-- {part}: python reference/readme.py -->\n", f"<!-- end of {part} -->\n"
+    before, found, rest = (HERE.parent / page).read_text().partition(begin)
+    _, ended, after = rest.partition(end)
+    if not found or not ended:
+        raise SystemExit(f"error: {page} lacks {begin.strip()} or {end.strip()}")
+    return before + begin + {"opening": opening, "bench": bench}[part]() + end + after
 
 
 if __name__ == "__main__":

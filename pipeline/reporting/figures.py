@@ -202,13 +202,19 @@ def race_figure(race: Race, labels: Mapping[str, str]) -> Figure:
         label=labels["pudnet"],
         **bars,
     )
+    _over_seconds(axes)
+    low, high = axes.get_ylim()
+    axes.set_ylim(max(low, 0), min(high, 100.8))
+    figure.legend(loc="outside upper left", ncols=4, columnspacing=1.2, handletextpad=0.4, labelcolor=INK)
+    return figure
+
+
+def _over_seconds(axes: Axes) -> None:
+    """Set the axes of accuracy over the time of an adaptation."""
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
-    low, high = axes.get_ylim()
-    axes.set(xlabel="seconds for a test group, logarithmic", ylabel="accuracy, %", ylim=(max(low, 0), min(high, 100.8)))
-    figure.legend(loc="outside upper left", ncols=4, columnspacing=1.2, handletextpad=0.4, labelcolor=INK)
-    return figure
+    axes.set(xlabel="seconds for a test group, logarithmic", ylabel="accuracy, %")
 
 
 @matplotlib.rc_context(STYLE)
@@ -255,17 +261,25 @@ def to_svg(figure: Figure, name: str) -> str:
     return f'<svg role="img" aria-label="{name}" {view_box}>{body}'
 
 
+def _panels(
+    count: int, across: int, size: tuple[float, float], above: float = 0, sharey: bool = False
+) -> tuple[Figure, Sequence[Axes]]:
+    """A figure of `count` panels, `across` side by side. `size`: its width, and the height of a line of panels."""
+    down = math.ceil(count / across)
+    figure = new_figure(size[0], above + down * size[1])
+    panels = figure.subplots(down, across, sharey=sharey, squeeze=False).ravel()
+    for axes in panels[count:]:
+        axes.remove()
+    return figure, panels[:count]
+
+
 @matplotlib.rc_context(STYLE | {"axes.grid.axis": "x"})
 def differences_figure(table: pd.DataFrame, reference: str) -> Figure:
     """Draw each row's difference to the reference row, in points with its 95% interval; one panel for each column."""
     columns = list(table.groupby("column", sort=False))
     across = 2 if len(columns) > 3 else len(columns)
-    down = math.ceil(len(columns) / across)
-    figure = new_figure(280 + 280 * across, down * (70 + 24 * table.row.nunique()))
-    panels = figure.subplots(down, across, sharey=True, squeeze=False).ravel()
-    for axes in panels[len(columns) :]:
-        axes.remove()
-    for axes, (column, part) in zip(panels, columns, strict=False):
+    figure, panels = _panels(len(columns), across, (280 + 280 * across, 70 + 24 * table.row.nunique()), sharey=True)
+    for axes, (column, part) in zip(panels, columns, strict=True):
         colors = [LIGHT["s4"] if row == reference else LIGHT["s0"] for row in part.row]
         axes.axvline(0, color=SOFT, lw=0.9)
         axes.hlines(part.row, part.difference - part.difference_ci95, part.difference + part.difference_ci95, colors)
@@ -300,17 +314,13 @@ def lines_figure(points: pd.DataFrame, x_label: str, y_label: str, log: bool = F
 def times_figure(table: pd.DataFrame) -> Figure:
     """Draw accuracy (%) over the seconds a row takes for a test group: a panel for each column, two side by side.
 
-    Rows are called `LINE / POINT`: the points of a line are joined, and the last line's are named.
+    Rows are called `LINE / POINT`; the points of a line are joined.
     """
-    table = table.assign(line=table.row.str.split(" / ").str[0], point=table.row.str.split(" / ").str[1])
+    table = table.assign(line=table.row.str.split(" / ").str[0])
     columns = list(table.groupby("column", sort=False))
     across = min(2, len(columns))
-    down = math.ceil(len(columns) / across)
-    figure = new_figure(430 * across, 40 + 300 * down)
-    panels = figure.subplots(down, across, squeeze=False).ravel()
-    for axes in panels[len(columns) :]:
-        axes.remove()
-    for axes, (column, part) in zip(panels, columns, strict=False):
+    figure, panels = _panels(len(columns), across, (430 * across, 300), above=40)
+    for axes, (column, part) in zip(panels, columns, strict=True):
         for (line, own), color in zip(part.groupby("line", sort=False), itertools.cycle(SERIES)):
             own = own.sort_values("milliseconds")
             axes.errorbar(
@@ -323,10 +333,8 @@ def times_figure(table: pd.DataFrame) -> Figure:
                 color=LIGHT[color],
                 label=line,
             )
-        axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.set(title=column, xlabel="seconds for a test group, logarithmic", ylabel="accuracy, %")
+        _over_seconds(axes)
+        axes.set_title(column)
     handles = panels[0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside upper left", ncols=3, columnspacing=1.2, handletextpad=0.4, labelcolor=INK)
     return figure

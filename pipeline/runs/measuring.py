@@ -24,7 +24,6 @@ from pipeline.runs.keys import digest, measurement_key
 from pipeline.runs.trial import group_seed
 from pipeline.runs.tuning import Cell, Choices
 from pudnet.baselines import LEARNED, SCRATCH, Scratch, ScratchConfig, load_method
-from pudnet.baselines.finetuned import FineTuned
 from pudnet.cpu import compiling_pays
 from pudnet.device import wants_bf16
 from pudnet.evaluation import FROM, Adapts, group_sketches, shuffled, timed_adaptation
@@ -138,7 +137,7 @@ def _measure(folder: str, params: Params, job: Job) -> pd.DataFrame:
     return bench.accuracies(job.method, open_method(bench, params, job.method))
 
 
-def trained_accuracies(bench: Bench, methods: Mapping[str, Scratch | FineTuned], groups: range) -> pd.DataFrame:
+def trained_accuracies(bench: Bench, methods: Mapping[str, Scratch], groups: range) -> pd.DataFrame:
     """Train by each method on one test group after the other, each group with its own seed."""
     rows = []
     for g in groups:
@@ -159,7 +158,7 @@ def _time(folder: str, params: Params, methods: Sequence[str], choices: Choices)
 def median_times(bench: Bench, methods: Mapping[str, Adapts]) -> dict[str, float]:
     """Median milliseconds of each method's adaptation to a test group, in turns."""
     groups = bench.tables["test"][:, FROM]
-    long = {name: method for name, method in methods.items() if isinstance(method, Scratch | FineTuned)}
+    long = {name: method for name, method in methods.items() if isinstance(method, Scratch)}
     short = {name: method for name, method in methods.items() if name not in long}
     times = _in_turns(bench, short, [*groups[:WARM_UP], *groups], WARM_UP)
     if long:
@@ -204,9 +203,7 @@ def open_scratch(bench: Bench, params: Params, method: str, cells: Sequence[Cell
 
     Each has the cell that was tuned for the nearest number.
     """
-    device, images = bench.images.device, bench.tables["test"].shape[2]
-    epochs_in_all = params.baselines.scratch_groups * sum(params.baselines.scratch_epochs)
-    compiled = device.type == "cpu" and compiling_pays(epochs_in_all, images, bench.images.image_size)
+    device, compiled = bench.images.device, compiles(bench, params, sum(params.baselines.scratch_epochs))
     bf16, opened = wants_bf16(params.train.precision, device), {}
     target = build_target(params.target, params.prepare.channels, params.prepare.image_size)
     for epochs in params.baselines.scratch_epochs:
@@ -214,6 +211,13 @@ def open_scratch(bench: Bench, params: Params, method: str, cells: Sequence[Cell
         config = ScratchConfig(**{**nearest, "epochs": epochs})
         opened[f"{method}_{epochs}"] = Scratch(config, target, device, bf16, method == "scratch_gc", compiled)
     return opened
+
+
+def compiles(bench: Bench, params: Params, epochs: int) -> bool:
+    """Whether compiled layers save time in so many epochs on each of `baselines.scratch_groups` test groups."""
+    images, size = bench.tables["test"].shape[2], bench.images.image_size
+    on_cpu = bench.images.device.type == "cpu"
+    return on_cpu and compiling_pays(params.baselines.scratch_groups * epochs, images, size)
 
 
 def constant_sketches(bench: Bench, predictor: Predictor, params: Params) -> list[torch.Tensor]:

@@ -37,9 +37,7 @@ class Row:
     variant: Literal[tuple(VARIANTS)] = "pudnet"
     changes: dict[str, Any] = field(default_factory=dict)  # keys of `model` and `train`, or a baseline's own
     sketch: Literal[("own", *OTHERS_SKETCHES)] = "own"
-    images: Positive | None = (
-        None  # labelled images of a test group that are used, of all classes; null: as in training
-    )
+    images: Positive | None = None  # how many of a test group's labelled images are used; null: as in training
     head: Literal[HEADS] | None = None  # fitted to a baseline's features; replaces its own rule
     finetune: ScratchConfig | None = None  # trains the predicted network further, on all labelled images of the group
     paper: str | None = None  # the row's name in the paper's table
@@ -48,11 +46,6 @@ class Row:
     def trained(self) -> bool:
         """Whether the method is trained on task groups."""
         return self.method not in (*SCRATCH, "random_weights")
-
-    @property
-    def slow(self) -> bool:
-        """Whether the row trains a network on every test group, so that fewer test groups are measured."""
-        return self.method in SCRATCH or self.finetune is not None
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -16,11 +16,18 @@ from pipeline.params import Params
 from pipeline.runs import cluster
 from pipeline.runs.class_split import Bench
 from pipeline.runs.keys import code_files, digest, measurement_key, trial_key
-from pipeline.runs.measuring import SKETCHES, measure_missing, median_times, open_worker, task, trained_accuracies
+from pipeline.runs.measuring import (
+    SKETCHES,
+    compiles,
+    measure_missing,
+    median_times,
+    open_worker,
+    task,
+    trained_accuracies,
+)
 from pipeline.runs.trial import TrialSpec, card_of, load_state, untrained
 from pudnet.baselines import LEARNED, SCRATCH, Adapter, Scratch, ScratchConfig
-from pudnet.baselines.finetuned import FineTuned
-from pudnet.cpu import compiling_pays
+from pudnet.baselines.finetuned import FineTunedPrediction
 from pudnet.data.store import open_store
 from pudnet.device import wants_bf16
 from pudnet.diagnosis import movement, probe
@@ -111,20 +118,14 @@ def open_cell(cell: Cell, bench: Bench, params: Params) -> Adapts:
     predictor = Predictor(model, card, target, sketch_images=cell.images)
     if cell.finetune is None:
         return predictor
-    return FineTuned(predictor, cell.finetune, bench.bf16, _compiles(cell.finetune, bench, params))
+    return FineTunedPrediction(predictor, cell.finetune, bench.bf16, compiles(bench, params, cell.finetune.epochs))
 
 
 def _scratch(spec: TrialSpec, bench: Bench, params: Params) -> Scratch:
     device, config = bench.images.device, ScratchConfig(**spec.model)
     target = build_target(spec.target, len(bench.images.mean), bench.images.image_size)
     bf16 = wants_bf16(spec.train["precision"], device)
-    return Scratch(config, target, device, bf16, spec.kind == "scratch_gc", _compiles(config, bench, params))
-
-
-def _compiles(config: ScratchConfig, bench: Bench, params: Params) -> bool:
-    """Whether compiled layers save time, over all test groups that a network is trained on."""
-    epochs, images = params.baselines.scratch_groups * config.epochs, bench.tables["test"].shape[2]
-    return bench.images.device.type == "cpu" and compiling_pays(epochs, images, bench.images.image_size)
+    return Scratch(config, target, device, bf16, spec.kind == "scratch_gc", compiles(bench, params, config.epochs))
 
 
 def _measure(folder: str, params: Params, cell: Cell) -> pd.DataFrame:
