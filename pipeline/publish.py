@@ -13,6 +13,7 @@ from pipeline.project import PUDNET, RESULTS, write
 from pipeline.stage import run_stage
 from pipeline.tracking.registry import hypernetwork
 from pudnet.card import Card, read_tensors, write_tensors
+from pudnet.config import passed
 from pudnet.errors import UserError
 from pudnet.locations import SHIPPED
 
@@ -29,7 +30,7 @@ A PudNet (variant `{variant}`) that predicts {target} for images of {size}x{size
 |---|---|
 | accuracy on unseen classes | {accuracy:.2f} ± {ci95:.2f} % (95% interval over {test_groups} test groups; 1 split) |
 | a group | {k} classes, {images} images; weights and classifier from one, accuracy on its twin (no image in common) |
-| trained on | {train_groups:,} task groups of {source}, one update each; L1{losses} |
+| trained on | {train_groups:,} task groups of {source}, {passed}, one update each time; L1{losses} |
 | hypernetwork | {hypernetwork} |
 | class split | seed {split_seed} |
 | training classes | {train_classes} |
@@ -85,6 +86,7 @@ def _text(name: str, params: Params, card: Card, split: dict, timing: dict) -> s
         k=params.groups.classes_per_group,
         images=params.groups.images_per_group,
         train_groups=made["train_groups"],
+        passed=passed(made.get("passes", 1)),
         source=params.setting,
         losses=("".join(f" + {weight:g} {name}" for name, weight in weights.items() if weight) or " alone") + first,
         hypernetwork=hypernetwork(card),
