@@ -72,7 +72,10 @@ class Report:
 class Trainer:
     """Trains a method on a table of task groups (G, N), which it passes `config.passes` times.
 
-    The first pass has the table's own order, each later one an order drawn from `seed`. `run` yields a report every `report_every` groups. Between two reports `state_dict` gives a checkpoint; training
+    The first pass has the table's own order, each later one an order drawn from `seed`. All numbers of groups count
+    over the passes.
+
+    `run` yields a report every `report_every` groups. Between two reports `state_dict` gives a checkpoint; training
     that continues from it by `load_state_dict` ends with the same weights, bit for bit on one CPU. Raises `UserError`
     if the support set would take all images of a group.
 

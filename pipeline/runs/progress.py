@@ -153,9 +153,8 @@ def _spec(trial: Trial) -> TrialSpec:
 
 def _words(result: Mapping[str, Any]) -> str:
     """A report as it is printed."""
-    parts = [f"group {result['groups']:>5} of {result[TOTAL]}"] + (
-        [f"loss {result['loss']:.3f}"] if "loss" in result else []
-    )
+    parts = [f"group {result['groups']:>5} of {result[TOTAL]}"]
+    parts += [f"loss {result['loss']:.3f}"] if "loss" in result else []
     if "validation_accuracy" in result:
         interval = f" +/- {result['validation_ci95']:.2f}" if math.isfinite(result["validation_ci95"]) else ""
         parts.append(f"validation {result['validation_accuracy']:5.2f}{interval} %")

@@ -27,7 +27,8 @@ def tune(
 ) -> tuple[pd.DataFrame, Choices]:
     """Run every cell of every method's grid on every split: a row for each trial (`COLUMNS`), and the chosen cells.
 
-    A grid of one cell is not run, unless `train.patience` asks how long it is to be trained. Raises `RunFailed` if no trial finished to choose from.
+    A grid of one cell is not run, unless `train.patience` asks how long it is to be trained. Raises `RunFailed` if no
+    trial finished to choose from.
     """
     grids = {(m, seed): grid(params, m) for m in methods for seed in params.split_seeds}
     specs = [

@@ -77,8 +77,8 @@ def _description(card: Card) -> str:
     made = card.provenance
     return (
         f"PudNet ({made['variant']}) for {card.target}, {card.image_size}x{card.image_size} px, {card.channels} "
-        f"channel(s). Trained on {made['train_groups']:,} task groups of {made['setting']}, {passed(made.get('passes', 1))}, class split "
-        f"{made['split_seed']}, {hypernetwork(card)}.\n\n"
+        f"channel(s). Trained on {made['train_groups']:,} task groups of {made['setting']}, "
+        f"{passed(made.get('passes', 1))}, class split {made['split_seed']}, {hypernetwork(card)}.\n\n"
         "A request is one task group: rows of `image` (an image file) with a `label` to predict a network from, and "
         "rows without a label to classify by it."
     )

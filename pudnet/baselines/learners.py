@@ -5,7 +5,6 @@ In every case, an update uses as many images as one task group has, from the sam
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -45,8 +44,8 @@ class Episodic(MethodLearner):
 class Pretraining(MethodLearner):
     """Trains with a linear head over all training classes, which is thrown away afterwards.
 
-    A batch has as many images as a group, but of all classes: the images of the whole table are mixed, and each is seen
-    as often as before. In batches of a group's few classes, the head would only learn which classes the last groups had.
+    A batch has as many images as a group, but of all classes: the images of a whole pass are mixed. In batches of a
+    group's few classes, the head would only learn which classes the last groups had.
     """
 
     mixes = 1.0
