@@ -27,8 +27,9 @@ LEGENDS = {
     "whole": "Accuracy in percent, with its 95% interval over test images.",
 }
 TRAININGS = (
-    "Accuracy in percent, mean of {trainings} trainings of each row on each class split. Its 95% interval "
-    "is over test groups and trainings, which differ only in their seed (Student's t, with one standard deviation of a training for all rows of a column)."
+    "Accuracy in percent, mean of {trainings} trainings of each row on each class split. Its 95% interval is over test "
+    "groups and trainings, which differ only in their seed (Student's t, with one standard deviation of a training for "
+    "all rows of a column)."
 )
 PAIRED = " Differences to “{reference}” are paired over the same test groups."
 PAPER = " The paper's results are for its own class split and {groups} number of groups."
