@@ -9,21 +9,29 @@ from typing import Any
 
 import pandas as pd
 
-from pipeline.studies.accuracy import overview
-from pipeline.studies.definition import load_study
+from pipeline.reporting.numbers import plus_minus
+from pipeline.studies.page import table_of
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "studies" / "results"
 PAGES = {  # which parts each page has, and what leads from it to reference/
-    "README.md": (("opening", "bench"), "reference/{}/"),
+    "README.md": (("opening",), "reference/{}/"),
     "docs/results/index.md": (("bench",), "bench.md"),
 }
 MATTERS = "matters"
 MATTERS_TOLD = """ConvNet-3, each method trained on the same {train_groups:,} task groups, one update each, and measured
-on {test_groups:,} task groups of classes that it has never seen: accuracy in percent ± its 95% interval over test
-groups, in brackets the difference to the {reference}, paired over them (class splits: {splits};
-`dvc repro studies/dvc.yaml:study@{name}`; [times, and what each row is](studies/results/{name}.md)).
+on {test_groups:,} groups of classes that it has never seen: accuracy in percent ± its 95% interval over test groups.
+With an arrow: trained on one set, tested on another. (Class splits: {splits}; made by
+`dvc repro studies/dvc.yaml:study@{name}`; [all rows](studies/results/{name}.md).)
 """
+MATTERS_ROWS = {  # the study's name of a row -> the page's
+    "static trunk": "one network for all groups",
+    "Pretrained": "the same, trained to tell all training classes apart",
+    "R2-D2": "R2-D2: a fixed network and a classifier that is solved for",
+    "PudNet": "PudNet, the paper's",
+    "PudNet+": "**PudNet+, ours**",
+}
+MATTERS_COLUMNS = ["CIFAR-100", "CIFAR-100 → Fashion-MNIST", "Fashion-MNIST → CIFAR-100"]
 BENCHES = {"CIFAR-100": "cifar100-convnet3-bench", "Fashion-MNIST": "fashion-convnet3-bench"}
 BENCH_TOLD = """Every method on one bench with ConvNet-3, fp32 on one thread: accuracy, difference to PudNet paired over
 the same test groups, and time a group. PudNet has the losses that its search chose, L1 alone but for one split;
@@ -35,18 +43,15 @@ EPOCHS_SHOWN = (1, 5, 20, 50)  # of training from scratch; reference/README.md h
 
 
 def opening(link: str) -> str:
-    """The table and the picture of whether the dataset matters."""
-    study, table = load_study(MATTERS), pd.read_csv(RESULTS / f"{MATTERS}.csv")
+    """The table of whether the dataset matters."""
+    table = pd.read_csv(RESULTS / f"{MATTERS}.csv")
     first = table.iloc[0]
     told = MATTERS_TOLD.format(
-        train_groups=first.train_groups,
-        test_groups=first.test_groups,
-        splits=first.splits,
-        reference=study.reference,
-        name=MATTERS,
+        train_groups=first.train_groups, test_groups=first.test_groups, splits=first.splits, name=MATTERS
     )
-    picture = f"![Each row beside the {study.reference}](studies/results/{MATTERS}.png)"
-    return f"{told}\n{overview(study, table)}\n{picture}\n"
+    cells = {(line.row, line.column): plus_minus(line.accuracy, line.ci95) for line in table.itertuples()}
+    columns = {column: [cells[row, column] for row in MATTERS_ROWS] for column in MATTERS_COLUMNS}
+    return f"{told}\n{table_of({'': list(MATTERS_ROWS.values()), **columns})}"
 
 
 @dataclass(frozen=True)

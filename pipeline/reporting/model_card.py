@@ -34,7 +34,7 @@ A PudNet (variant `{variant}`) that predicts {target} for images of {size}x{size
 
 **Limits.** A small training budget: the paper uses up to 100,000 groups. Other images are cropped to their centre
 square and resized to {size} px, where fine detail is lost; the further they are from {setting}'s, the worse. What else
-does as well from the same images, and what training on them takes, is in README.md. It tells apart the classes that it
+does as well from the same images, and what training on them takes, is in docs/results. It tells apart the classes it
 is given examples of, a class with far fewer images than the others worse, and knows no "none of these"; its softmax is
 not calibrated. Not for decisions about people.
 """

@@ -237,8 +237,9 @@ def _table(study: Study, column: str, part: pd.DataFrame) -> str:
     return f"\n## {column}\n\n{told}\n\n{table_of(columns)}"
 
 
-def _duration(milliseconds: float) -> str:
-    return number(milliseconds, "{:,.0f} ms") if not milliseconds >= 10_000 else f"{milliseconds / 1000:,.0f} s"
+def _duration(milliseconds: float | None) -> str:
+    seconds = not pd.isna(milliseconds) and milliseconds >= 10_000
+    return f"{milliseconds / 1000:,.0f} s" if seconds else number(milliseconds, "{:,.0f} ms")
 
 
 def _to_the_papers(part: pd.DataFrame) -> pd.Series:
