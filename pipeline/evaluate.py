@@ -11,15 +11,15 @@ import numpy as np
 import pandas as pd
 
 from pipeline.params import Params
-from pipeline.project import RESULTS, split_model, write, write_json
-from pipeline.runs.bench import Bench, identity, open_bench, summary
+from pipeline.project import RESULTS, WEIGHTS, split_model, write, write_json
+from pipeline.runs.class_split import Bench, open_bench
+from pipeline.runs.summary import summary
 from pipeline.stage import run_stage
-from pipeline.tracking.runs import Tracking, open_tracking
+from pipeline.tracking.evaluation import log_evaluation
+from pipeline.tracking.runs import open_tracking
 from pudnet.data.store import whole_folder
 from pudnet.evaluation import FROM, adapt_input, time_prediction
 from pudnet.predictor import Predictor
-
-WEIGHTS = RESULTS / "weights"
 
 
 def evaluate(params: Params) -> None:
@@ -38,7 +38,7 @@ def evaluate(params: Params) -> None:
     write_json(RESULTS / "timing.json", timing)
     write_json(RESULTS / "metrics.json", metrics)
     tracking = open_tracking(params)
-    tracking.submit(lambda: _log(tracking, params, metrics, timing))
+    tracking.submit(lambda: log_evaluation(tracking, params, metrics, timing))
     print(f"evaluate: {metrics['accuracy']:.2f} +/- {metrics['ci95']:.2f} % over {len(frame)} test groups")
     print(
         f"evaluate: prediction {timing['total_ms']:.1f} ms, one epoch from scratch {timing['epoch_ratio']:.1f} x that"
@@ -68,20 +68,6 @@ def _metrics(params: Params, frame: pd.DataFrame, pairs: list[tuple[Bench, Predi
             "train_classes": [bench.train_class_names[c] for c in bench.split.train_classes],
         }
     return metrics
-
-
-def _log(tracking: Tracking, params: Params, metrics: dict[str, Any], timing: dict[str, Any]) -> None:
-    run_id = tracking.find_or_create(f"evaluate/{identity(params)}", f"evaluate-{params.variant}")
-    tracking.log_params(run_id, {"splits": params.splits, "seed": params.seed, **asdict(params.groups)})
-    numbers = {"test_accuracy": metrics["accuracy"], "test_ci95": metrics["ci95"]}
-    numbers |= {f"test_accuracy_split_{seed}": part["accuracy"] for seed, part in metrics["splits"].items()}
-    tracking.log_metrics(run_id, numbers | {k: v for k, v in timing.items() if k.endswith(("_ms", "_ratio"))})
-    for name in ("pudnet.csv", "metrics.json", "timing.json"):
-        tracking.client.log_artifact(run_id, str(RESULTS / name))
-    tracking.client.log_artifacts(run_id, str(WEIGHTS), "weights")
-    if Path("dvc.lock").is_file():
-        tracking.client.log_artifact(run_id, "dvc.lock")
-    tracking.finish(run_id)
 
 
 if __name__ == "__main__":

@@ -287,8 +287,8 @@ def test_with_patience_the_final_training_passes_its_groups_as_often_as_the_sear
         "r2d2": round(tuned / 10 * 19),
     }
     assert "2 of 2 trials are finished already" in stages("search")
-    for kept in (project / ".pud/kept").glob("pudnet-split0-*.json"):
-        kept.unlink()  # as after a loss of power between a trial's last checkpoint and its end
+    for ended in (project / ".pud/trials").glob("pudnet-split0-*/ended.json"):
+        ended.unlink()  # as after a loss of power between a trial's last checkpoint and its end
     assert not re.search(r"group +\d+ of 30", stages("search"))
     assert yaml.safe_load((project / "results/best.yaml").read_text())["splits"][0] == best
 
