@@ -29,7 +29,7 @@ from pudnet.targets import Target, build_target
 from pudnet.training import Trainer
 
 STATE = "state.pt"
-TOTAL = "total"  # the key, in a report, of the number of groups that the trial has at its end
+TOTAL = "total"  # the key, in a report, of the most groups that the trial will see
 DIVERGED = "diverged"  # the key of a last report that says why the trial ended early; Ray must not try it again
 
 
