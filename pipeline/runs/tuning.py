@@ -71,7 +71,7 @@ def grid(params: Params, method: str) -> list[Cell]:
 
 def _spec(params: Params, method: str, seed: int, cell: Cell) -> TrialSpec:
     """A trial on the search's training groups, which reports after each pass; with `patience`, as often as a search."""
-    name = f"{method}-split{seed}-{named(cell).replace(', ', '-').replace(' ', '')}"
+    name = "-".join([f"{method}-split{seed}", *(f"{key}{value}" for key, value in cell.items())])
     validate = params.baselines.scratch_search_groups if method in SCRATCH else params.groups.validation_groups
     spec = make_spec(params, name, method, seed, cell, "search_train", validate)
     patience = spec.train["patience"] if method in LEARNED else None  # from scratch, each report has more groups
