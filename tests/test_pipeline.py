@@ -280,7 +280,7 @@ def test_with_patience_the_final_training_passes_its_groups_as_often_as_the_sear
         rises = [later > max(accuracies[:at]) for at, later in enumerate(accuracies) if at]
         assert all(rises[:-1]) and (not rises[-1] or groups[-1] == 30)  # one report without a rise, or the end
     (tuned,) = pd.read_csv(project / "results/tuning.csv").groups
-    curves = pd.read_csv(project / "results/loss_curves.csv").groupby("method").groups.max()
+    curves = pd.read_csv(project / "results/loss_curves.csv").groupby("method")["groups"].max()
     assert curves.to_dict() == {
         "pudnet": round(best["passes"] * 19),
         "static_trunk": round(best["passes"] * 19),
