@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from pipeline.params import Params
@@ -57,6 +58,7 @@ def _metrics(params: Params, frame: pd.DataFrame, pairs: list[tuple[Bench, Predi
     """The headline accuracy, and each split's classes and groups. Times are left out, since they vary between runs."""
     metrics = {"setting": params.setting, "target": params.target, "variant": params.variant, **summary(frame)}
     metrics["train_groups"] = params.groups.train_groups
+    metrics["passes"] = float(np.mean([predictor.card.provenance.get("passes", 1) for _, predictor in pairs]))
     for bench, predictor in pairs:
         model = predictor.card.model
         searched = {key: model[key] for key in ("eta", "depth")} if model["change"] else {}  # else they have no effect

@@ -34,7 +34,7 @@ def search(params: Params) -> None:
             if not finished:
                 raise RunFailed(f"search: no trial of split {seed} ended well; change search.space or train")
             rows += [_row(trial) for trial in finished]
-            best[seed] = _best(rows, seed)
+            best[seed] = _best(finished, params)
             tracking.submit(partial(_close, tracking, experiment, params, best[seed]))
     write(RESULTS / "search.csv", pd.DataFrame(rows).to_csv(index=False, float_format="%.6g"))
     write(RESULTS / "best.yaml", yaml.safe_dump({"splits": best}, sort_keys=False))
@@ -68,10 +68,14 @@ def _row(trial: Finished) -> dict[str, Any]:
     }
 
 
-def _best(rows: list[dict[str, Any]], split_seed: int) -> dict[str, Any]:
-    """The cell with the highest validation accuracy, and that accuracy; among equals, the first in the grid."""
-    best = max((row for row in rows if row["split_seed"] == split_seed), key=lambda row: row["accuracy"])
-    return {key: value for key, value in best.items() if key not in ("split_seed", "groups", "loss", "ci95")}
+def _best(trials: list[Finished], params: Params) -> dict[str, Any]:
+    """The cell with the highest validation accuracy, and that accuracy; among equals, the first in the grid.
+
+    With `train.patience`, `passes` says how often the groups were passed until then.
+    """
+    best = max(trials, key=lambda trial: trial.metrics["validation_accuracy"])
+    passes = best.passes(params.groups.search_groups)
+    return {**best.spec.cell, **passes, "accuracy": best.metrics["validation_accuracy"]}
 
 
 if __name__ == "__main__":

@@ -68,6 +68,8 @@ class ModelConfig:
 class TrainConfig:
     """Meta-training (section 3.5, appendix A.2): one Adam update for each step."""
 
+    passes: PositiveFloat = 1.0  # how often the task groups are passed, each time in a new order
+    patience: Positive | None = None  # a validating trial ends once accuracy has not risen for so many reports
     groups_per_step: Positive = 1  # Algorithm 1 has one; a step of several makes better use of a GPU
     learning_rate: PositiveFloat = 1e-3
     schedule: Literal["constant", "cosine", "one_cycle"] = "constant"
@@ -82,6 +84,18 @@ class TrainConfig:
     pretraining_share: Fraction = 0.0  # this share of the groups, the first, is mixed to pretrain on all classes
     support_per_class: Positive = 10
     report_every: Positive = 100  # groups between two reports, checkpoints and NaN checks
+
+    def groups(self, of_a_pass: int) -> int:
+        """How many groups all passes have together."""
+        return max(1, round(self.passes * of_a_pass))
+
+
+def passed(*times: float) -> str:
+    """How often groups are passed, in words; of several numbers, the least and the most."""
+    least, most = min(times), max(times)
+    if least != most:
+        return f"passed {least:.3g} to {most:.3g} times"
+    return "passed once" if most == 1 else f"passed {most:.3g} times"
 
 
 # What each variant changes: the paper's method, ours, table 4's ablations and a control.

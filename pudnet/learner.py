@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -14,16 +13,6 @@ from pudnet.objective import Losses, Objective, accuracy, cross_entropy, in_bloc
 from pudnet.ridge import at_least_fp32
 from pudnet.targets import Target
 
-MIX = 0  # seed of the order in which a table's images are shuffled
-
-
-def mixed(table: np.ndarray, share: float = 1.0) -> np.ndarray:
-    """A table of groups (G, N) in which the images of the first `share` of the groups are shuffled across groups."""
-    if not (first := round(share * len(table))):
-        return table
-    order = np.random.default_rng(MIX).permutation(table[:first].ravel())
-    return np.concatenate([order.reshape(table[:first].shape), table[first:]])
-
 
 class Learner(nn.Module):
     """A method in training.
@@ -32,6 +21,7 @@ class Learner(nn.Module):
     """
 
     model: nn.Module
+    mixes = 0.0  # the share of the training, its beginning, in which images are shuffled across groups
 
     def losses(self, images: Tensor, labels: Tensor, done: float) -> Losses:
         """The losses (B,) of several groups: images (B, N, C, H, W), labels (B, N) in 0..K-1 (the training classes).
@@ -39,10 +29,6 @@ class Learner(nn.Module):
         `done` is the share of the training that is over, 0..1.
         """
         raise NotImplementedError
-
-    def arrange(self, table: np.ndarray) -> np.ndarray:
-        """Order a table of groups (G, N) for training: unchanged, unless a method mixes images across groups."""
-        return table
 
     def rate(self, done: float) -> float:
         """The factor of the learning rate when the share `done` of the training is over."""
@@ -54,18 +40,14 @@ class MetaLearner(Learner):
 
     def __init__(self, model: PudNet | StaticTrunk, target: Target, config: TrainConfig, classes: int, k: int) -> None:
         super().__init__()
-        self.model, self.k, self.pretraining = model, k, config.pretraining_share
+        self.model, self.k, self.mixes = model, k, config.pretraining_share
         self.objective = Objective(config, target.features, classes)
-        if self.pretraining and not model.base_weights():
+        if self.mixes and not model.base_weights():
             raise UserError("train.pretraining_share: without model.base there are no weights before a group is seen")
-
-    def arrange(self, table: np.ndarray) -> np.ndarray:
-        """Mix the images of the pretraining groups; leave the other groups unchanged."""
-        return mixed(table, self.pretraining)
 
     def losses(self, images: Tensor, labels: Tensor, done: float) -> Losses:
         """Eq. 10 for each group, whose images are ordered in k blocks by class; in pretraining, L2 of mixed images."""
-        if done < self.pretraining:
+        if done < self.mixes:
             return self._pretrain(images, labels)
         sketch, seen = self._sketch(images)
         features = self.model.shared(images, self.model.generate(sketch))

@@ -40,6 +40,20 @@ def one_cycle(done: float) -> float:
     return half_cosine((done - WARM_UP) / (1 - WARM_UP))
 
 
+def arranged(table: np.ndarray, number: int, seed: int, mixes: int) -> np.ndarray:
+    """A table of groups (G, N) as pass `number` has it: from the second pass on in a new order.
+
+    The images of the first `mixes` groups are shuffled across groups.
+    """
+    rng = np.random.default_rng([seed, number] if number else 0)
+    if number:
+        table = table[rng.permutation(len(table))]
+    if mixes <= 0:
+        return table
+    first = table[:mixes]
+    return np.concatenate([rng.permutation(first.ravel()).reshape(first.shape), table[mixes:]])
+
+
 @dataclass(frozen=True)
 class Report:
     """Means over the task groups since the last report. Accuracy is in percent."""
@@ -56,7 +70,10 @@ class Report:
 
 
 class Trainer:
-    """Trains a method once through a table of task groups, in the order that the method's `arrange` gives.
+    """Trains a method on a table of task groups (G, N), which it passes `config.passes` times.
+
+    The first pass has the table's own order, each later one an order drawn from `seed`. All numbers of groups count
+    over the passes.
 
     `run` yields a report every `report_every` groups. Between two reports `state_dict` gives a checkpoint; training
     that continues from it by `load_state_dict` ends with the same weights, bit for bit on one CPU. Raises `UserError`
@@ -73,10 +90,11 @@ class Trainer:
         table: np.ndarray,
         train_classes: tuple[int, ...],
         config: TrainConfig,
+        seed: int = 0,
         rank: int = 0,
         workers: int = 1,
     ) -> None:
-        self.config, self.images = config, images
+        self.config, self.images, self.seed = config, images, seed
         self.rank, self.workers = rank, workers
         per_class = table.shape[1] // len(images.block_classes(table[0]))
         if per_class <= config.support_per_class:
@@ -85,14 +103,14 @@ class Trainer:
                 "class, so none is left to train on; lower it or raise groups.images_per_group"
             )
         self.device = images.device
-        self.table = images.beside(learner.arrange(table))
+        self.size, self.total = len(table), config.groups(len(table))  # groups of one pass, and of all
         columns = np.zeros(images.labels.max() + 1, dtype=np.int64)
         columns[list(train_classes)] = np.arange(len(train_classes))
         self.columns = images.beside(columns[images.labels])  # each image's class, in 0..K-1 (training classes)
         self.learner = learner.to(self.device, memory_format=torch.channels_last)
         if self.device.type == "cpu":
             keep_freed_memory()
-            accelerate(self.learner, compiling_pays(*table.shape, images.image_size))
+            accelerate(self.learner, compiling_pays(self.total, table.shape[1], images.image_size))
         self.compiled = self.device.type == "cuda" and config.compile != "none"
         if self.compiled:
             compile_parts(self.learner, config.compile)
@@ -100,13 +118,15 @@ class Trainer:
         self.optimizer = torch.optim.Adam(self.parameters, lr=config.learning_rate, fused=True)
         self.autocast = wants_bf16(config.precision, self.device)
         self.groups, self.rollbacks = 0, 0
+        self.in_order = table
+        self._begin_pass(0)
         self._schedule()
         self.last: Report | None = None  # the last report with finite losses
 
     def run(self) -> Iterator[Report]:
         """Train on the groups that are left. Raises `RunFailed` if the loss does not stay finite."""
         good, failures = copy.deepcopy(self.state_dict()), 0
-        while self.groups < len(self.table):
+        while self.groups < self.total:
             report = self._interval()
             if math.isfinite(report.loss) and math.isfinite(report.grad_norm):
                 self.last = report
@@ -114,7 +134,7 @@ class Trainer:
                 yield report
                 continue
             failures += 1
-            at_end = self.groups == len(self.table)
+            at_end = self.groups == self.total
             if failures == MAX_ROLLBACKS or (at_end and self.last is None):
                 raise RunFailed(
                     f"training: the loss was not finite in the last {failures} interval(s) before group "
@@ -138,10 +158,9 @@ class Trainer:
     def _interval(self) -> Report:
         """Train until the next report. Only its end waits for the device."""
         start, begin = time.perf_counter(), self.groups
-        end = min(len(self.table), (begin // self.config.report_every + 1) * self.config.report_every)
-        starts = range(begin, end, self.config.groups_per_step)
+        end = min(self.total, (begin // self.config.report_every + 1) * self.config.report_every)
         with flushing_denormals(self.device):
-            sums = [self._step(self.table[first : min(first + self.config.groups_per_step, end)]) for first in starts]
+            sums = [self._step(groups) for groups in self._steps(begin, end)]
             means = (self._added(torch.stack(sums).sum(0)) / (end - begin)).tolist()
         self.groups = end
         return Report(
@@ -155,6 +174,24 @@ class Trainer:
             groups_per_second=(end - begin) / (time.perf_counter() - start),
             rollbacks=self.rollbacks,
         )
+
+    def _steps(self, begin: int, end: int) -> Iterator[np.ndarray | Tensor]:
+        """The groups of each step from group `begin` to `end`, which are counted over all passes.
+
+        A step has no groups of two passes: the last of a pass may be smaller.
+        """
+        while begin < end:
+            number, first = divmod(begin, self.size)
+            if number != self.number:
+                self._begin_pass(number)
+            step = self.table[first : first + min(self.config.groups_per_step, end - begin)]
+            yield step
+            begin += len(step)
+
+    def _begin_pass(self, number: int) -> None:
+        mixes = round(self.learner.mixes * self.total) - number * self.size
+        self.number = number
+        self.table = self.images.beside(arranged(self.in_order, number, self.seed, mixes))
 
     def _step(self, groups: np.ndarray | Tensor) -> Tensor:
         """One update on groups (B, N) -> losses, accuracy and gradient norm, summed over this worker's groups (6,)."""
@@ -196,10 +233,10 @@ class Trainer:
     def _losses(self, groups: np.ndarray | Tensor) -> Losses:
         labels = torch.as_tensor(self.columns[groups]).long()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-            return self.learner.losses(self.images(groups), labels, self.groups / len(self.table))
+            return self.learner.losses(self.images(groups), labels, self.groups / self.total)
 
     def _schedule(self) -> None:
-        done = min(1.0, self.groups / len(self.table))
+        done = min(1.0, self.groups / self.total)
         rate = self.config.learning_rate * self.learner.rate(done)
         if self.config.schedule == "cosine":
             rate *= half_cosine(done)

@@ -24,7 +24,7 @@ from pudnet.learner import MetaLearner
 from pudnet.predictor import Predictor, build_model
 from pudnet.scratch import augmented, one_cycle, scratch_network, train
 from pudnet.targets import build_target
-from pudnet.training import Trainer
+from pudnet.training import Trainer, arranged
 from tests.nets import Depthwise
 
 CPU = torch.device("cpu")
@@ -388,7 +388,8 @@ def test_a_file_brings_the_method_back(name, toy, trained, tmp_path):
 
 def test_pretraining_mixes_the_classes_of_the_very_same_images(toy):
     _, images, train, _ = toy
-    mixed = Pretraining(method_of("pretrained"), 6, K, SUPPORT).arrange(train)
+    assert Pretraining(method_of("pretrained"), 6, K, SUPPORT).mixes == 1
+    mixed = arranged(train, 0, 0, len(train))
     assert mixed.shape == train.shape
     assert sorted(mixed.ravel()) == sorted(train.ravel())
     assert np.mean([len(images.block_classes(group)) for group in mixed]) > 5
@@ -401,9 +402,10 @@ def test_pudnet_plus_and_the_static_trunk_are_pretrained_likewise(kind, toy):
     target = build_target("convnet3", 1, 8)
     model = PudNet(model_config, target) if kind == "pudnet" else StaticTrunk(target)
     learner = MetaLearner(model, target, replace(config, pretraining_share=0.25), 6, K)
-    arranged = learner.arrange(train)
-    assert (arranged[22:] == train[22:]).all() and sorted(arranged[:22].ravel()) == sorted(train[:22].ravel())
-    assert np.mean([len(images.block_classes(group)) for group in arranged[:22]]) > 5
+    assert learner.mixes == 0.25
+    mixed = arranged(train, 0, 0, 22)
+    assert (mixed[22:] == train[22:]).all() and sorted(mixed[:22].ravel()) == sorted(train[:22].ravel())
+    assert np.mean([len(images.block_classes(group)) for group in mixed[:22]]) > 5
     labels = torch.from_numpy(images.labels[train[0]])
     for done, head_learns in ((0.0, True), (0.25, False)):
         learner.zero_grad()
@@ -420,8 +422,7 @@ def test_pudnet_plus_and_the_static_trunk_are_pretrained_likewise(kind, toy):
 def test_two_stages_are_pretraining_and_then_episodes(name, toy):
     _, images, train, _ = toy
     learner = method_of(name, pretraining=0.25, meta_rate=0.1).learner(6, K, SUPPORT)
-    arranged = learner.arrange(train)
-    assert (arranged[22:] == train[22:]).all() and sorted(arranged[:22].ravel()) == sorted(train[:22].ravel())
+    assert learner.mixes == 0.25
     assert learner.rate(0.2) == 1.0 and learner.rate(0.25) == 0.1
     labels = torch.from_numpy(images.labels[train[0]])
     for done, head_learns in ((0.0, True), (0.5, False)):

@@ -1,5 +1,6 @@
 """Studies: a small one for real, and what is wrong in a file said in one line."""
 
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -57,6 +58,17 @@ KINDS = {  # one of each other kind, over cells that they share with the first
         "measure": "losses",
         "columns": {"digits": {"setting": "digits"}},
         "rows": {"PudNet": {}},
+    },
+    "converged": {
+        "title": "Converged",
+        "over": {**SMALL, "groups.search_groups": 4, "search.report_every": 2, "train.passes": 3},
+        "columns": {"digits": {"setting": "digits"}},
+        "rows": {
+            "thrice": {},
+            "once": {"changes": {"passes": 1}},
+            "patient": {"method": "static_trunk", "changes": {"patience": 1}},
+            "patient ProtoNet": {"method": "protonet", "changes": {"patience": 1, "passes": 2}},
+        },
     },
     "start": {
         "title": "Start",
@@ -173,6 +185,18 @@ def _check_trainings(table, page):
     assert "| deviation of a training |" in page and "test groups and trainings" in page
 
 
+def _check_passes(table, page, output):
+    """With patience a row passes its groups as often as the best report of its validation run says."""
+    assert table.passes[:2].tolist() == [3, 1] and "2 validation run(s)" in output
+    assert "\n4 training groups, passed" in page and "| passes |" in page
+    for slug, passes, limit in zip(["patient", "patient-protonet"], table.passes[2:], [3, 2], strict=True):
+        told = re.findall(rf"{slug}-split0-validation: group +(\d+) of {4 * limit}, .*validation +([\d.]+)", output)
+        groups, accuracies = zip(*((int(groups), float(accuracy)) for groups, accuracy in told), strict=True)
+        best = accuracies.index(max(accuracies))
+        assert passes == groups[best] / 4 and groups[-1] == min(groups[best] + 2, 4 * limit)
+        assert f"{slug}-split0: group {groups[best]:>5} of {groups[best]}, " in output
+
+
 def _check_kinds(folder, output):
     axis, page = results(folder, "axis")
     assert axis.column.tolist() == ["digits / 2", "digits / 4"] and axis.paper.tolist() == [45.37, 51.99]
@@ -180,6 +204,7 @@ def _check_kinds(folder, output):
     assert "- animals / 4: data/raw/animals: no such folder" in page and "animals / 4: not run" in output
     curve, _ = results(folder, "curve")
     assert curve.groups.tolist() == [2, 4] and (curve.loss > curve.metric_loss).all()
+    _check_passes(*results(folder, "converged"), output)
     start, page = results(folder, "start")
     assert start.epoch.tolist() == [0, 1, 2] * 2 and (start.images == 100).all() and (start.ci95 < 15).all()
     assert start.groupby("row").accuracy.agg(lambda of_row: of_row.iloc[-1] > of_row.iloc[0]).all()

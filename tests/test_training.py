@@ -1,5 +1,6 @@
 """Meta-training on real digits: it learns, resumes bit for bit, and outlives NaN."""
 
+import copy
 from dataclasses import asdict
 
 import numpy as np
@@ -18,7 +19,7 @@ from pudnet.hypernet import PudNet
 from pudnet.learner import MetaLearner
 from pudnet.predictor import Predictor
 from pudnet.targets import build_target
-from pudnet.training import Trainer
+from pudnet.training import Trainer, arranged
 
 KINDS = ["pudnet", "static_trunk"]
 CPU = torch.device("cpu")
@@ -207,6 +208,43 @@ def test_learning_rate_follows_its_schedule(schedule, rates, digits):
     trainer = make_trainer(digits, digits.train[:3], schedule=schedule, learning_rate=0.01, report_every=1)
     found = [trainer.optimizer.param_groups[0]["lr"] for _ in trainer.run()]
     assert found == pytest.approx([0.01 * rate for rate in rates], abs=1e-9)
+
+
+def test_each_pass_has_the_same_groups_in_an_order_of_its_own(digits):
+    table = digits.train[:6]
+    trainer = make_trainer(digits, table, passes=2.5, groups_per_step=4, report_every=9)
+    steps = list(trainer._steps(0, trainer.total))
+    assert trainer.total == 15 and [len(step) for step in steps] == [4, 2, 4, 2, 3]
+    first, second, third = (np.concatenate(part) for part in (steps[:2], steps[2:4], steps[4:]))
+    assert (first == table).all() and not (second == table).all() and not (third == second[:3]).all()
+    rows = {tuple(group) for group in table.tolist()}
+    assert {tuple(group) for group in second.tolist()} == rows > {tuple(group) for group in third.tolist()}
+    assert [report.groups for report in trainer.run()] == [9, 15]
+
+
+def test_the_share_of_mixed_groups_is_of_all_passes(digits):
+    table, expected = digits.train[:6], [6, 3, 0]
+    trainer = make_trainer(digits, table, "meta_baseline", passes=3)
+    trainer.learner.mixes = 0.5
+    for number, mixed in enumerate(expected):
+        trainer._begin_pass(number)
+        plain = arranged(table, number, 0, 0)
+        assert (trainer.table[mixed:] == plain[mixed:]).all()
+        assert [(a == b).all() for a, b in zip(trainer.table[:mixed], plain, strict=False)] == [False] * mixed
+        assert sorted(trainer.table[:mixed].ravel()) == sorted(plain[:mixed].ravel())
+
+
+@pytest.mark.parametrize("kind", ["pudnet", "meta_baseline"])
+def test_a_run_resumed_in_any_pass_ends_with_the_same_weights_bit_for_bit(kind, digits):
+    options = {"passes": 2.5, "schedule": "one_cycle", "report_every": 3, "groups_per_step": 2}
+    whole = make_trainer(digits, digits.train[:4], kind, **options)
+    states = [copy.deepcopy(whole.state_dict()) for _ in whole.run()]
+    assert [state["groups"] for state in states] == [3, 6, 9, 10] and whole.optimizer.param_groups[0]["lr"] == 0
+    for done, state in enumerate(states[:-1], start=1):
+        resumed = make_trainer(digits, digits.train[:4], kind, seed=1, **options)
+        resumed.load_state_dict(state)
+        assert [report.groups for report in resumed.run()] == [3, 6, 9, 10][done:]
+        assert same(weights(resumed), weights(whole))
 
 
 def test_precision_is_what_was_asked_for():

@@ -8,6 +8,7 @@ from typing import Any
 from pipeline.params import Params
 from pipeline.tracking.registry import hypernetwork
 from pudnet.card import Card
+from pudnet.config import passed
 
 LICENCES = {
     "fashion": "Fashion-MNIST (Xiao, Rasul and Vollgraf 2017, Zalando SE) is MIT-licensed.",
@@ -22,7 +23,7 @@ A PudNet (variant `{variant}`) that predicts {target} for images of {size}x{size
 |---|---|
 | accuracy on unseen classes | {accuracy:.2f} ± {ci95:.2f} % (95% interval over {test_groups} test groups; 1 split) |
 | a group | {k} classes, {images} images; weights and classifier from one, accuracy on its twin (no image in common) |
-| trained on | {train_groups:,} task groups of {source}, one update each; L1{losses} |
+| trained on | {train_groups:,} task groups of {source}, {passed}, one update each time; L1{losses} |
 | hypernetwork | {hypernetwork} |
 | class split | seed {split_seed} |
 | training classes | {train_classes} |
@@ -56,6 +57,7 @@ def model_card(name: str, params: Params, card: Card, split: Mapping[str, Any], 
         k=params.groups.classes_per_group,
         images=params.groups.images_per_group,
         train_groups=made["train_groups"],
+        passed=passed(made.get("passes", 1)),
         source=params.setting,
         losses=("".join(f" + {weight:g} {name}" for name, weight in weights.items() if weight) or " alone") + first,
         hypernetwork=hypernetwork(card),

@@ -17,6 +17,7 @@ from pipeline.reporting import figures
 from pipeline.reporting.numbers import plus_minus, signed
 from pipeline.reporting.paper import Reported, load_reported, paper_figures
 from pipeline.reporting.results import Movement, Race, Results, section
+from pudnet.config import passed
 from pudnet.settings import get_setting
 
 HERE = Path(__file__).parent
@@ -220,6 +221,7 @@ def render(
         splits=split_rows(results),
         moved=moved,
         scale=scale,
+        passed=passed,
         filters_shown=FILTERS_SHOWN,
         sections=SECTIONS,
         race=raced,

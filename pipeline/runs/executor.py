@@ -27,6 +27,7 @@ from pipeline.runs.trainable import REPLAYED, run_trial
 from pipeline.runs.trial import TrialSpec, open_trial
 from pipeline.runs.trial_folder import REPORTS, Finished, forget_trial, newest_checkpoint, read_ended, trial_folder
 from pipeline.tracking.runs import Tracking
+from pudnet.config import TrainConfig
 from pudnet.errors import RunFailed, is_out_of_memory
 
 FAILURES = 2  # Ray restarts a failed trial this often. If it made progress by then, another Tuner tries it again.
@@ -175,6 +176,7 @@ class Asha(ASHAScheduler):
 
 def _asha(experiment: Experiment, params: Params) -> ASHAScheduler:
     """Stop the weaker trials at their first report, and again at each fourfold number of groups."""
-    groups = params.groups.search_groups
-    first = min(groups, max(spec.train["report_every"] for spec in experiment.specs))
+    trains = [TrainConfig(**spec.train) for spec in experiment.specs]
+    groups = max(train.groups(params.groups.search_groups) for train in trains)
+    first = min(groups, max(train.report_every for train in trains))
     return Asha(time_attr="groups", metric="validation_accuracy", mode="max", max_t=groups, grace_period=first)

@@ -83,6 +83,7 @@ def _write_model(params: Params, trial: Finished) -> Path:
         "train_groups": len(tables["train"]),
         "git_commit": git_commit(),
         **trial.spec.cell,
+        "passes": trial.spec.train["passes"],
     }
     state = trial.state()
     card = dataclasses.replace(card_of(trial.spec, store), provenance=provenance)

@@ -15,7 +15,7 @@ from ray.tune.experiment import Trial
 from pipeline.params import Params
 from pipeline.runs import cluster
 from pipeline.runs.trainable import AT
-from pipeline.runs.trial import DIVERGED, TrialSpec
+from pipeline.runs.trial import DIVERGED, TOTAL, TrialSpec
 from pipeline.runs.trial_folder import Finished, mark_ended
 from pipeline.tracking.runs import Tracking
 from pudnet.errors import RunFailed
@@ -147,7 +147,8 @@ def _spec(trial: Trial) -> TrialSpec:
 
 def _words(result: Mapping[str, Any]) -> str:
     """A report as it is printed."""
-    parts = [f"group {result['groups']:>5}"] + ([f"loss {result['loss']:.3f}"] if "loss" in result else [])
+    parts = [f"group {result['groups']:>5} of {result[TOTAL]}"]
+    parts += [f"loss {result['loss']:.3f}"] if "loss" in result else []
     if "validation_accuracy" in result:
         interval = f" +/- {result['validation_ci95']:.2f}" if math.isfinite(result["validation_ci95"]) else ""
         parts.append(f"validation {result['validation_accuracy']:5.2f}{interval} %")

@@ -29,6 +29,7 @@ from pudnet.targets import Target, build_target
 from pudnet.training import Trainer
 
 STATE = "state.pt"
+TOTAL = "total"  # the key, in a report, of the most groups that the trial will see
 DIVERGED = "diverged"  # the key of a last report that says why the trial ended early; Ray must not try it again
 
 
@@ -108,13 +109,25 @@ class MetaTraining:
         self.card, self.validation = card_of(spec, store), tables["validation"][: spec.validate]
         k, config = len(images.block_classes(table[0])), TrainConfig(**spec.train)
         learner, self.target = make_learner(spec, self.card, config, len(classes), k)
-        self.trainer = Trainer(learner, images, table, classes, config, rank, workers)
-        self.groups = len(table)
+        self.trainer = Trainer(learner, images, table, classes, config, spec.seed, rank, workers)
+        self.patience, self.accuracies = config.patience, []  # on validation groups, by report
 
     def run(self) -> Iterator[dict[str, float]]:
-        """Train, and yield the trainer's reports, with validation accuracy."""
-        for report in self.trainer.run():
-            yield asdict(report) | (self._validate() if len(self.validation) else {})
+        """Train, and yield the trainer's reports, with validation accuracy.
+
+        With `train.patience` it ends early, once accuracy has not risen for so many reports.
+        """
+        reports = self.trainer.run()
+        while not self._is_over() and (report := next(reports, None)):
+            validation = self._validate() if len(self.validation) else {}
+            self.accuracies += [validation["validation_accuracy"]] if validation else []
+            yield asdict(report) | validation | {TOTAL: self.trainer.total}
+
+    def _is_over(self) -> bool:
+        if self.patience is None or not self.accuracies:
+            return False
+        best = self.accuracies.index(max(self.accuracies))  # among equals, the first
+        return len(self.accuracies) - 1 - best >= self.patience
 
     def _validate(self) -> dict[str, float]:
         """Accuracy and its interval, in percent, on validation groups, whose classes the trial does not train on."""
@@ -130,11 +143,13 @@ class MetaTraining:
 
     def state_dict(self) -> dict:
         """The trainer's state, and separately the state of the model, which is what remains after training."""
-        return {"trainer": self.trainer.state_dict(), "model": self.trainer.learner.model.state_dict()}
+        model = self.trainer.learner.model.state_dict()
+        return {"trainer": self.trainer.state_dict(), "model": model, "accuracies": self.accuracies}
 
     def load_state_dict(self, state: dict) -> None:
         """Continue from a checkpoint."""
         self.trainer.load_state_dict(state["trainer"])
+        self.accuracies = list(state["accuracies"])
 
 
 def make_learner(spec: TrialSpec, card: Card, config: TrainConfig, classes: int, k: int) -> tuple[Learner, Target]:
@@ -163,16 +178,15 @@ class FromScratch:
         target = build_target(spec.target, store.channels, store.image_size)
         gc = spec.kind == "scratch_gc"
         self.method = Scratch(ScratchConfig(**spec.model), target, device, self.bf16, gc)
-        self.groups = len(self.table)
 
     def run(self) -> Iterator[dict[str, float]]:
         """Train on one validation group after the other, and report after each."""
-        for g in range(len(self.accuracies), self.groups):
+        for g in range(len(self.accuracies), len(self.table)):
             start = time.perf_counter()
             torch.manual_seed(group_seed(self.spec.seed, g))
             self.accuracies += twin_accuracies(self.method, self.images, self.table[g : g + 1], self.bf16).tolist()
             speed = {"groups": g + 1, "groups_per_second": 1 / (time.perf_counter() - start), "rollbacks": 0}
-            yield speed | _validation(self.accuracies)
+            yield speed | _validation(self.accuracies) | {TOTAL: len(self.table)}
 
     def state_dict(self) -> dict:
         """The accuracies so far."""
@@ -190,6 +204,7 @@ def group_seed(seed: int, g: int) -> int:
 
 def _validation(accuracies: Any) -> dict[str, float]:
     mean, half = mean_interval(accuracies)
+    mean = round(mean, 4)  # as many right images, spread otherwise over the groups, must be no rise
     return {"validation_accuracy": mean, "validation_ci95": half}
 
 

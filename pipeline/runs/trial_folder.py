@@ -51,8 +51,17 @@ class Finished:
 
     @property
     def metrics(self) -> dict[str, Any]:
-        """The last report."""
-        return self.history[-1]
+        """The report that is the trial's result: the last; with `train.patience` the most accurate."""
+        return max(self.history, key=lambda row: row["validation_accuracy"]) if self.patient else self.history[-1]
+
+    @property
+    def patient(self) -> bool:
+        """Whether the trial was to end once its accuracy on validation groups did not rise any more."""
+        return bool(self.spec.validate and self.spec.train["patience"])
+
+    def passes(self, of_a_pass: int) -> dict[str, float]:
+        """The `passes` that the trial's result took, over a table of so many groups; nothing without `patience`."""
+        return {"passes": self.metrics["groups"] / of_a_pass} if self.patient else {}
 
 
 def trial_folder(key: str) -> Path:

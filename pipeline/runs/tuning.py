@@ -13,7 +13,7 @@ from pipeline.runs.executor import Experiment, run_missing
 from pipeline.runs.trial import TrialSpec, make_spec
 from pipeline.runs.trial_folder import Finished
 from pipeline.tracking.runs import Tracking
-from pudnet.baselines import SCRATCH
+from pudnet.baselines import LEARNED, SCRATCH
 from pudnet.errors import RunFailed
 
 Cell = dict[str, Any]
@@ -27,13 +27,14 @@ def tune(
 ) -> tuple[pd.DataFrame, Choices]:
     """Run every cell of every method's grid on every split: a row for each trial (`COLUMNS`), and the chosen cells.
 
-    A grid of one cell is not run. Raises `RunFailed` if no trial finished to choose from.
+    A grid of one cell is not run, unless `train.patience` asks how long it is to be trained. Raises `RunFailed` if no
+    trial finished to choose from.
     """
     grids = {(m, seed): grid(params, m) for m in methods for seed in params.split_seeds}
     specs = [
         _spec(params, method, seed, cell)
         for (method, seed), cells in grids.items()
-        if len(params.baseline_grid(method)) > 1
+        if len(params.baseline_grid(method)) > 1 or (params.train.patience and method in LEARNED)
         for cell in cells
     ]
     if not specs:
@@ -45,17 +46,18 @@ def tune(
     rows = pd.DataFrame([_row(trial) for trial in finished], columns=COLUMNS)
     best = rows.groupby(["method", "split_seed", "epochs"], sort=False, dropna=False)["accuracy"].idxmax()
     rows["chosen"] = rows.index.isin(best)  # among equals, the first in the grid
-    return rows, grids | _choices(specs, [finished[row].spec for row in best])
+    return rows, grids | _choices(params, specs, [finished[row] for row in best])
 
 
-def _choices(specs: Sequence[TrialSpec], chosen: Sequence[TrialSpec]) -> Choices:
+def _choices(params: Params, specs: Sequence[TrialSpec], best: Sequence[Finished]) -> Choices:
     """The chosen cells of every method and split that was tuned."""
     choices: Choices = {}
     for spec in specs:
-        own = [c for c in chosen if (c.kind, c.split_seed) == (spec.kind, spec.split_seed)]
-        if not any(c.cell.get("epochs") == spec.cell.get("epochs") for c in own):
+        same = (t for t in best if (t.spec.kind, t.spec.split_seed) == (spec.kind, spec.split_seed))
+        own = [trial.spec.cell | trial.passes(params.groups.search_groups) for trial in same]
+        if not any(cell.get("epochs") == spec.cell.get("epochs") for cell in own):
             raise RunFailed(f"baselines: no trial like {spec.name} finished; the same command tries again")
-        choices[spec.kind, spec.split_seed] = [c.cell for c in own]
+        choices[spec.kind, spec.split_seed] = own
     return choices
 
 
@@ -68,11 +70,13 @@ def grid(params: Params, method: str) -> list[Cell]:
 
 
 def _spec(params: Params, method: str, seed: int, cell: Cell) -> TrialSpec:
-    """A trial on the search's training groups, which reports only once."""
-    name = f"{method}-split{seed}-{named(cell).replace(', ', '-').replace(' ', '')}"
+    """A trial on the search's training groups, which reports after each pass; with `patience`, as often as a search."""
+    name = "-".join([f"{method}-split{seed}", *(f"{key}{value}" for key, value in cell.items())])
     validate = params.baselines.scratch_search_groups if method in SCRATCH else params.groups.validation_groups
     spec = make_spec(params, name, method, seed, cell, "search_train", validate)
-    return replace(spec, train={**spec.train, "report_every": params.groups.search_groups})
+    patience = spec.train["patience"] if method in LEARNED else None  # from scratch, each report has more groups
+    every = params.search.report_every if patience else params.groups.search_groups
+    return replace(spec, train={**spec.train, "patience": patience, "report_every": every})
 
 
 def _row(trial: Finished) -> dict[str, Any]:

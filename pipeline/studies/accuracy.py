@@ -20,8 +20,9 @@ from pipeline.runs import cluster
 from pipeline.runs.summary import compare, summary
 from pipeline.studies.definition import Study, point, reported
 from pipeline.studies.measuring import Diagnosis, diagnose_cells, measure_cells, time_cells
-from pipeline.studies.page import number, table_of
+from pipeline.studies.page import number, table_of, trained_on
 from pipeline.studies.trained import TrainedColumn
+from pudnet.config import passed
 from pudnet.evaluation import mean_interval
 from pudnet.settings import SETTINGS
 
@@ -50,7 +51,7 @@ def measure(trained: TrainedColumn) -> pd.DataFrame:
                 "row": row,
                 "column": trained.column,
                 "splits": params.splits,
-                "train_groups": trained.groups(row),
+                **trained.length(row),
                 "paper_groups": SETTINGS[params.setting].train_groups,
                 **_numbers(frame, frames.get(study.reference)),
                 **_over_trainings(trained, row, accuracies, spread),
@@ -214,7 +215,7 @@ def _overview_cell(study: Study, line: Any) -> str:
 def _table(study: Study, column: str, part: pd.DataFrame) -> str:
     first, hardware = part.iloc[0], load_reported()["hardware"]
     told = (
-        f"{part.train_groups.max():,} training groups (the paper: {first.paper_groups:,}), "
+        f"{trained_on(part)} (the paper: {first.paper_groups:,} groups), "
         f"{part.test_groups.max():,} test groups, {first.splits} class split(s)."
     )
     columns = {
@@ -223,6 +224,7 @@ def _table(study: Study, column: str, part: pd.DataFrame) -> str:
         "the paper's": [plus_minus(line.paper, line.paper_ci95) for line in part.itertuples()],
         "less the paper's": _to_the_papers(part),
         "groups": part.test_groups.map("{:,}".format) if part.test_groups.nunique() > 1 else None,
+        "passes": part.passes.map(lambda value: number(value, "{:.3g}")) if part.passes.nunique() > 1 else None,
         f"less {study.reference}": _differences(study, part),
         "deviation of a training": part.trainings_sd.map(lambda value: number(value, "{:.2f}")),
         f"the paper's, less {study.reference}": _papers_differences(study, part),
@@ -273,4 +275,6 @@ def _grid(study: Study, panel: str, part: pd.DataFrame) -> str:
         columns[f"{row}, the paper's"] = [plus_minus(line.paper, line.paper_ci95) for line in own.itertuples()]
         columns[f"{row}, less the paper's"] = _to_the_papers(own)
     told = f"{part.test_groups.iloc[0]:,} test groups, {part.splits.iloc[0]} class split(s)."
+    passes = part.passes.dropna()
+    told += f" Training groups are {passed(*passes)}." if len(passes) else ""
     return f"\n## {panel or 'All'}\n\n{told}\n\n{table_of(columns)}"

@@ -19,7 +19,7 @@ from pipeline.runs.class_split import Bench
 from pipeline.runs.measuring import measure_missing, open_worker
 from pipeline.studies.definition import FineTuning, Study, reported
 from pipeline.studies.measuring import Cell, open_cell
-from pipeline.studies.page import number, table_of
+from pipeline.studies.page import number, table_of, trained_on
 from pipeline.studies.trained import TrainedColumn
 from pudnet.baselines import ScratchConfig
 from pudnet.cpu import accelerate
@@ -49,7 +49,7 @@ def measure(trained: TrainedColumn) -> pd.DataFrame:
                     "row": row,
                     "column": trained.column,
                     "splits": trained.params.splits,
-                    "train_groups": trained.groups(row),
+                    **trained.length(row),
                     "epoch": points[0].epoch,
                     "accuracy": np.mean([point.accuracy for point in points]),
                     "ci95": mean_half_width([(point.accuracy, point.test_images) for point in points]),
@@ -125,7 +125,7 @@ def tables(study: Study, table: pd.DataFrame) -> str:
             number(line.accuracy - line.paper if line.paper else None, "{:+.2f}") for line in at_end.itertuples()
         ]
         told = (
-            f"{part.train_groups.max():,} training groups for methods that are trained on groups; fine-tuned on "
+            f"{trained_on(part)}, for methods that are trained on groups; fine-tuned on "
             f"{first.images:,} images, measured on {first.test_images:,}, {first.splits} class split(s)."
         )
         page += f"\n## {column}\n\n{told}\n\n{table_of(columns)}"

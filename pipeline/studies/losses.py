@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from pipeline.reporting.figures import lines_figure
 from pipeline.studies.definition import Study
-from pipeline.studies.page import number, table_of
+from pipeline.studies.page import number, table_of, trained_on
 from pipeline.studies.trained import TrainedColumn
 
 NAMES = {"metric_loss": "metric loss, L1", "loss": "total loss"}
@@ -20,7 +20,7 @@ def measure(trained: TrainedColumn) -> pd.DataFrame:
     for (row, seed), ended in trained.ended.items():
         reports = ended.history
         trained.log(row, seed, {}, {loss: {int(r["groups"]): r[loss] for r in reports} for loss in NAMES})
-        own = {"row": row, "column": trained.column, "seed": seed, "train_groups": trained.groups(row)}
+        own = {"row": row, "column": trained.column, "seed": seed, **trained.length(row)}
         lines += [{**own, "groups": int(r["groups"]), **{loss: r[loss] for loss in NAMES}} for r in reports]
     return pd.DataFrame(lines)
 
@@ -42,7 +42,8 @@ def tables(study: Study, table: pd.DataFrame) -> str:
         for row, own in part.set_index("groups").groupby("row", sort=False):
             for loss, name in NAMES.items():
                 columns[f"{row}: {name}"] = [number(own[loss].get(groups), "{:.3f}") for groups in shown]
-        page += f"\n## {column}\n\n{table.seed.nunique()} class split(s).\n\n{table_of(columns)}"
+        told = f"{trained_on(table[table.column == column])}, {table.seed.nunique()} class split(s)."
+        page += f"\n## {column}\n\n{told}\n\n{table_of(columns)}"
     return page
 
 

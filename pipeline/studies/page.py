@@ -9,6 +9,7 @@ import pandas as pd
 
 from pipeline.params import StudyParams
 from pipeline.studies.definition import Study
+from pudnet.config import passed
 
 PAGE = """# {title}
 
@@ -18,7 +19,7 @@ PAGE = """# {title}
 """
 LEGENDS = {
     "accuracy": "Accuracy in percent, with its 95% interval over test groups. Each row is trained once on each class "
-    "split, with one pass over the groups; the intervals do not include what another training seed would change.",
+    "split; the intervals do not include what another training seed would change.",
     "losses": "Training losses, mean over the groups since the previous line.",
     "finetune": "Accuracy in percent on test images that were not trained on, with its 95% interval over them.",
     "correlation": "Canonical correlations on groups that they were not fitted to. Shuffled pairs: the same for "
@@ -26,9 +27,9 @@ LEGENDS = {
     "whole": "Accuracy in percent, with its 95% interval over test images.",
 }
 TRAININGS = (
-    "Accuracy in percent, mean of {trainings} trainings of each row on each class split, with one pass over the "
-    "groups. Its 95% interval is over test groups and trainings, which differ only in their seed (Student's t, with "
-    "one standard deviation of a training for all rows of a column)."
+    "Accuracy in percent, mean of {trainings} trainings of each row on each class split. Its 95% interval is over test "
+    "groups and trainings, which differ only in their seed (Student's t, with one standard deviation of a training for "
+    "all rows of a column)."
 )
 PAIRED = " Differences to “{reference}” are paired over the same test groups."
 PAPER = " The paper's results are for its own class split and {groups} number of groups."
@@ -65,6 +66,12 @@ def _command(name: str, asked: StudyParams) -> str:
     lists = {key: f"[{','.join(value)}]" if isinstance(value, list) else value for key, value in told.items()}
     changes = " ".join(f"-S 'study.{key}={value}'" for key, value in lists.items())
     return f"dvc exp run {changes} studies/dvc.yaml:study@{name}"
+
+
+def trained_on(part: pd.DataFrame) -> str:
+    """How many groups the rows of a table were trained on, and how often they were passed."""
+    passes = part.passes[part.train_groups > 0]
+    return f"{part.train_groups.max():,} training groups" + (f", {passed(*passes)}" if len(passes) else "")
 
 
 def table_of(columns: Mapping[str, Sequence[str] | pd.Series | None]) -> str:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 from pipeline.groups import groups as make_groups
 from pipeline.params import Params
@@ -20,6 +22,8 @@ from pipeline.runs.trial_folder import Finished
 from pipeline.studies.definition import Column, Row, Study, row_spec
 from pipeline.studies.measuring import Cell
 from pipeline.tracking.runs import Tracking, open_tracking
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -44,9 +48,13 @@ class TrainedColumn:
         """The column as the study's file has it."""
         return self.study.columns[self.column]
 
-    def groups(self, row: str) -> int:
-        """The number of groups that a row is trained on."""
-        return self.params.groups.train_groups if self.study.rows[row].trained else 0
+    def length(self, row: str) -> dict[str, float]:
+        """The number of groups that a row is trained on, and how often it passes them (their mean)."""
+        if not self.study.rows[row].trained:
+            return {"train_groups": 0, "passes": math.nan}
+        cells = [cell for seed in self.params.split_seeds for cell in self.trainings[row, seed]]
+        passes = [cell.spec.train["passes"] for cell in cells]
+        return {"train_groups": self.params.groups.train_groups, "passes": sum(passes) / len(passes)}
 
     def log(
         self,
@@ -77,7 +85,7 @@ class TrainedColumn:
         tags = {"study": self.name, "row": row, "column": self.column, "seed": str(seed), "training": str(training)}
         own = self.study.rows[row]
         self.tracking.log_tags(run_id, tags | {"variant": own.variant})
-        plain = {"method": own.method, "variant": own.variant, "train_groups": self.groups(row), **own.changes}
+        plain = {"method": own.method, "variant": own.variant, **own.changes, **self.length(row)}
         self.tracking.log_params(run_id, plain)
         self.tracking.log_metrics(run_id, metrics)
         for metric, points in curve.items():
@@ -98,19 +106,39 @@ def train(name: str, study: Study, column: str, params: Params) -> TrainedColumn
         for split in params.split_seeds
         for n in range(seeds if own.trained and study.measure == "accuracy" else 1)
     }
-    wanted: dict[str, TrialSpec] = {}
-    for (row, _, _), spec in specs.items():
-        if study.rows[row].trained:
-            wanted.setdefault(trial_key(spec), spec)
-    print(f"study: {name}, {column}: {len(wanted)} training(s) on {params.groups.train_groups:,} groups")
-    ended = run_missing(Experiment(f"study-{name}", list(wanted.values())), params, tracking) if wanted else []
-    of_key = dict(zip(wanted, ended, strict=True))
-    trained = {at: of_key[trial_key(spec)] for at, spec in specs.items() if study.rows[at[0]].trained}
+    finals = {at: spec for at, spec in specs.items() if study.rows[at[0]].trained}
+    if validating := {at: _validating(spec, params) for at, spec in finals.items() if spec.train["patience"]}:
+        told = _run_once(f"study: {name}, {column}: {{}} validation run(s)", name, validating, params, tracking)
+        for at, trial in told.items():
+            passes = trial.passes(params.groups.search_groups)
+            finals[at] = replace(finals[at], train={**finals[at].train, **passes, "patience": None})
+    what = f"study: {name}, {column}: {{}} training(s) on {params.groups.train_groups:,} groups"
+    trained = _run_once(what, name, finals, params, tracking)
+    specs |= finals
     trainings: dict[tuple[str, int], list[Cell]] = {}
     for (row, split, n), spec in specs.items():
         trainings.setdefault((row, split), []).append(_cell(study.rows[row], spec, trained.get((row, split, n))))
     first = {(row, split): ended for (row, split, n), ended in trained.items() if n == 0}
     return TrainedColumn(name, study, column, params, trainings, first, tracking)
+
+
+def _run_once(
+    what: str, name: str, specs: Mapping[T, TrialSpec], params: Params, tracking: Tracking
+) -> dict[T, Finished]:
+    """Run trainings, each once even if several rows share it. `what` is printed, with their number."""
+    wanted: dict[str, TrialSpec] = {}
+    for spec in specs.values():
+        wanted.setdefault(trial_key(spec), spec)
+    print(what.format(len(wanted)))
+    ended = run_missing(Experiment(f"study-{name}", list(wanted.values())), params, tracking) if wanted else []
+    of_key = dict(zip(wanted, ended, strict=True))
+    return {at: of_key[trial_key(spec)] for at, spec in specs.items()}
+
+
+def _validating(spec: TrialSpec, params: Params) -> TrialSpec:
+    """A trial as in the search, without some training classes, which tells how many passes a training is to have."""
+    train, validate = {**spec.train, "report_every": params.search.report_every}, params.groups.validation_groups
+    return replace(spec, name=f"{spec.name}-validation", table="search_train", validate=validate, train=train)
 
 
 def _seeded(spec: TrialSpec, n: int) -> TrialSpec:

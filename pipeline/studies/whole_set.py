@@ -19,7 +19,7 @@ from pipeline.reporting.numbers import plus_minus
 from pipeline.runs.measuring import measure_missing, open_worker
 from pipeline.studies.definition import Study, WholeSet, reported
 from pipeline.studies.measuring import Cell, open_cell
-from pipeline.studies.page import number, table_of
+from pipeline.studies.page import number, table_of, trained_on
 from pipeline.studies.trained import TrainedColumn
 from pudnet.data.images import normalize
 from pudnet.data.user_images import images_at_a_time, labelled_set
@@ -55,7 +55,7 @@ def measure(trained: TrainedColumn) -> pd.DataFrame:
                 "row": row,
                 "column": trained.column,
                 "splits": trained.params.splits,
-                "train_groups": trained.groups(row),
+                **trained.length(row),
                 "top": plan.top,
                 "classes": found.classes.iloc[0],
                 "images": found.images.iloc[0],
@@ -102,7 +102,7 @@ def tables(study: Study, table: pd.DataFrame) -> str:
     for column, part in table.groupby("column", sort=False):
         first, lines = part.iloc[0], list(part.itertuples())
         told = (
-            f"{part.train_groups.max():,} training groups, {first.classes:,} classes, {first.images:,} test images, "
+            f"{trained_on(part)}, {first.classes:,} classes, {first.images:,} test images, "
             f"{first.splits} class split(s)."
         )
         columns = {

@@ -19,7 +19,7 @@ from PIL import Image
 
 from pipeline.tracking.runs import Tracking, follow_move, quiet, tracking_uri
 from pudnet.card import Card, read_tensors
-from pudnet.config import ModelConfig
+from pudnet.config import ModelConfig, passed
 from pudnet.errors import UserError
 
 SERVING = Path(__file__).with_name("serving.py")
@@ -77,8 +77,8 @@ def _description(card: Card) -> str:
     made = card.provenance
     return (
         f"PudNet ({made['variant']}) for {card.target}, {card.image_size}x{card.image_size} px, {card.channels} "
-        f"channel(s). Trained on {made['train_groups']:,} task groups of {made['setting']}, class split "
-        f"{made['split_seed']}, {hypernetwork(card)}.\n\n"
+        f"channel(s). Trained on {made['train_groups']:,} task groups of {made['setting']}, "
+        f"{passed(made.get('passes', 1))}, class split {made['split_seed']}, {hypernetwork(card)}.\n\n"
         "A request is one task group: rows of `image` (an image file) with a `label` to predict a network from, and "
         "rows without a label to classify by it."
     )

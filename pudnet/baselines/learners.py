@@ -5,12 +5,11 @@ In every case, an update uses as many images as one task group has, from the sam
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from pudnet.baselines.method import Method
-from pudnet.learner import Learner, mixed
+from pudnet.learner import Learner
 from pudnet.objective import Losses, accuracy, cross_entropy, in_blocks
 from pudnet.ridge import at_least_fp32
 
@@ -45,17 +44,15 @@ class Episodic(MethodLearner):
 class Pretraining(MethodLearner):
     """Trains with a linear head over all training classes, which is thrown away afterwards.
 
-    A batch has as many images as a group, but of all classes: the images of the whole table are mixed. In batches of a
+    A batch has as many images as a group, but of all classes: the images of a whole pass are mixed. In batches of a
     group's few classes, the head would only learn which classes the last groups had.
     """
+
+    mixes = 1.0
 
     def __init__(self, method: Method, train_classes: int, k: int, support: int, dropout: float = 0.0) -> None:
         super().__init__(method, k, support)
         self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(method.features, train_classes))
-
-    def arrange(self, table: np.ndarray) -> np.ndarray:
-        """Mix the images across all groups; each is seen as often as before."""
-        return mixed(table)
 
     def losses(self, images: Tensor, labels: Tensor, done: float) -> Losses:
         """Cross-entropy of the full head."""
@@ -78,21 +75,17 @@ class TwoStages(Pretraining):
         dropout: float = 0.0,
     ) -> None:
         super().__init__(method, train_classes, k, support, dropout)
-        self.pretraining, self.meta_rate = pretraining, meta_rate
-
-    def arrange(self, table: np.ndarray) -> np.ndarray:
-        """Mix the images of the pretraining groups; leave the other groups unchanged."""
-        return mixed(table, self.pretraining)
+        self.mixes, self.meta_rate = pretraining, meta_rate
 
     def losses(self, images: Tensor, labels: Tensor, done: float) -> Losses:
         """The full head's loss, then the method's own."""
-        if done < self.pretraining:
+        if done < self.mixes:
             return super().losses(images, labels, done)
         return self.episode(self.features(images))
 
     def rate(self, done: float) -> float:
         """The second stage's learning rate is `meta_rate` times the first's."""
-        return 1.0 if done < self.pretraining else self.meta_rate
+        return 1.0 if done < self.mixes else self.meta_rate
 
 
 def episode(features: Tensor, k: int, support: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
