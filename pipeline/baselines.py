@@ -10,11 +10,12 @@ from functools import partial
 from typing import Any
 
 import pandas as pd
+from mlflow.entities import DatasetInput
 
 from pipeline.params import Params
 from pipeline.project import BASELINES, RESULTS, read_result, write, write_json
 from pipeline.runs import cluster
-from pipeline.runs.bench import compare, images_of_a_class
+from pipeline.runs.bench import compare, images_of_a_class, test_sets
 from pipeline.runs.final import read_best, train_all, write_curves
 from pipeline.runs.measuring import measure_all, time_all
 from pipeline.runs.tuning import named, tune
@@ -27,7 +28,7 @@ from pudnet.errors import UserError
 def baselines(params: Params) -> None:
     """Tune, train, measure and time every method; write the tables, and log one run for each method."""
     params = params.for_baselines(images_of_a_class(params))
-    fresh, methods, tracking = wants_fresh(), _possible(params), open_tracking(params)
+    fresh, methods, tracking = wants_fresh(), _possible(params), open_tracking(params, "baselines")
     pudnet = read_result(RESULTS / "pudnet.csv", pd.read_csv, "evaluate")
     with cluster.session():
         tuning, choices = tune(params, [m for m in methods if m in LEARNED or m in SCRATCH], tracking, fresh)
@@ -44,7 +45,10 @@ def baselines(params: Params) -> None:
     for method, key in keys.items():
         own = {seed: cells for (name, seed), cells in choices.items() if name == method and any(cells)}
         chosen = {f"chosen_split_{seed}": "; ".join(map(named, cells)) for seed, cells in own.items()}
-        tracking.submit(partial(_log, tracking, params, method, key, measured, compared, times, chosen))
+        tested = test_sets(
+            params, params.baselines.scratch_groups if method in SCRATCH else params.baselines.test_groups
+        )
+        tracking.submit(partial(_log, tracking, params, method, key, measured, compared, times, chosen, tested))
     for name, numbers in compared.items():
         print(
             f"baselines: {name}: {numbers['accuracy']:.2f} +/- {numbers['ci95']:.2f} %, "
@@ -84,10 +88,14 @@ def _log(
     compared: Mapping[str, Any],
     times: Mapping[str, float],
     chosen: Mapping[str, str],
+    tested: Sequence[DatasetInput],
 ) -> None:
     """Log a method's MLflow run: its chosen cells, results and rows. From scratch, steps are numbers of epochs."""
     run_id = tracking.find_or_create(f"baselines/{method}/{key}", f"baseline-{method}")
-    tracking.log_params(run_id, {"method": method, "splits": params.splits, "seed": params.seed, **chosen})
+    note = f"Test of `{method}` on the test groups of `{params.variant}`: accuracy, the difference to it, and the time"
+    note += f" for a group.{' A step is a number of epochs.' if method in SCRATCH else ''}"
+    plain = {"method": method, "splits": params.splits, "seed": params.seed, **chosen}
+    tracking.describe(run_id, note, plain, tested)
     epochs = {f"{method}_{count}": count for count in params.baselines.scratch_epochs} if method in SCRATCH else {}
     for name, step in (epochs or {method: 0}).items():
         numbers = compared[name]

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from mlflow.entities import DatasetInput
 
 from pipeline.params import Params
 from pipeline.project import RESULTS, split_model, write, write_json
-from pipeline.runs.bench import Bench, identity, open_bench, summary
+from pipeline.runs.bench import Bench, identity, open_bench, summary, test_sets
 from pipeline.stage import run_stage
 from pipeline.tracking.runs import Tracking, open_tracking
 from pudnet.data.store import whole_folder
@@ -36,8 +38,9 @@ def evaluate(params: Params) -> None:
     write(RESULTS / "pudnet.csv", frame.to_csv(index=False, float_format="%.4f"))
     write_json(RESULTS / "timing.json", timing)
     write_json(RESULTS / "metrics.json", metrics)
-    tracking = open_tracking(params)
-    tracking.submit(lambda: _log(tracking, params, metrics, timing))
+    tracking = open_tracking(params, "evaluate")
+    tested = test_sets(params)
+    tracking.submit(lambda: _log(tracking, params, metrics, timing, tested))
     print(f"evaluate: {metrics['accuracy']:.2f} +/- {metrics['ci95']:.2f} % over {len(frame)} test groups")
     print(
         f"evaluate: prediction {timing['total_ms']:.1f} ms, one epoch from scratch {timing['epoch_ratio']:.1f} x that"
@@ -68,9 +71,22 @@ def _metrics(params: Params, frame: pd.DataFrame, pairs: list[tuple[Bench, Predi
     return metrics
 
 
-def _log(tracking: Tracking, params: Params, metrics: dict[str, Any], timing: dict[str, Any]) -> None:
+def _log(
+    tracking: Tracking,
+    params: Params,
+    metrics: dict[str, Any],
+    timing: dict[str, Any],
+    tested: Sequence[DatasetInput],
+) -> None:
     run_id = tracking.find_or_create(f"evaluate/{identity(params)}", f"evaluate-{params.variant}")
-    tracking.log_params(run_id, {"splits": params.splits, "seed": params.seed, **asdict(params.groups)})
+    note = (
+        f"Test of `{params.variant}`: it predicts a network for each of {metrics['test_groups']:,} test groups, whose "
+        f"classes no training has seen: {metrics['accuracy']:.2f} ± {metrics['ci95']:.2f} % accuracy on other images "
+        "of these classes. Artifacts: `report.html` (the page of all stages), `plots` (figures, predicted filters), "
+        "`weights` (predicted networks)."
+    )
+    plain = {"splits": params.splits, "seed": params.seed, **asdict(params.groups)}
+    tracking.describe(run_id, note, plain, tested)
     numbers = {"test_accuracy": metrics["accuracy"], "test_ci95": metrics["ci95"]}
     numbers |= {f"test_accuracy_split_{seed}": part["accuracy"] for seed, part in metrics["splits"].items()}
     tracking.log_metrics(run_id, numbers | {k: v for k, v in timing.items() if k.endswith(("_ms", "_ratio"))})

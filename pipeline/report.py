@@ -46,7 +46,7 @@ def log_report(params: Params) -> None:
     from pipeline.runs.bench import identity
     from pipeline.tracking.runs import open_tracking
 
-    tracking = open_tracking(params)
+    tracking = open_tracking(params, "report")
     run_id = tracking.find_or_create(f"evaluate/{identity(params)}", f"evaluate-{params.variant}")
     tracking.client.log_artifact(run_id, str(RESULTS / "report.html"))
     tracking.client.log_artifacts(run_id, str(RESULTS / "plots"), "plots")

@@ -46,7 +46,7 @@ def log(tracking: Tracking, key: str, folder) -> None:
 @pytest.mark.parametrize("name", ["plain", "My%20Repo", "a?b=c", "c#d", "with space", "100%", "ü&;"])
 def test_any_folder_holds_its_own_database(name, project):
     folder = project(name)
-    log(open_tracking(load_params()), "first", folder)
+    log(open_tracking(load_params(), "search"), "first", folder)
     assert (folder / "mlflow.db").is_file() and len(list(folder.glob("mlartifacts/**/note.txt"))) == 1
     assert sorted(path.name for path in folder.parent.iterdir()) == [name]  # and nothing lies beside it
 
@@ -54,13 +54,13 @@ def test_any_folder_holds_its_own_database(name, project):
 @pytest.mark.parametrize("way", ["moved", "copied"])
 def test_a_project_that_was_moved_or_copied_logs_to_where_it_is(way, project, tmp_path):
     old = project("old")
-    log(open_tracking(load_params()), "first", old)
-    first = open_tracking(load_params()).find("first").info.run_id
+    log(open_tracking(load_params(), "search"), "first", old)
+    first = open_tracking(load_params(), "search").find("first").info.run_id
     before = sorted(path for path in old.rglob("*.txt"))
     new = tmp_path / "new"
     (shutil.move if way == "moved" else shutil.copytree)(old, new)
     project("new")
-    log(open_tracking(load_params()), "second", new)
+    log(open_tracking(load_params(), "search"), "second", new)
     assert len(list(new.glob("mlartifacts/**/note.txt"))) == 2
     client = MlflowClient(tracking_uri())
     assert client.get_run(first).info.artifact_uri.startswith(new.as_uri())
@@ -69,31 +69,31 @@ def test_a_project_that_was_moved_or_copied_logs_to_where_it_is(way, project, tm
 
 
 def test_a_moved_project_whose_database_is_held_says_so(project, tmp_path):
-    log(open_tracking(load_params()), "first", project("old"))
+    log(open_tracking(load_params(), "search"), "first", project("old"))
     shutil.move(tmp_path / "old", tmp_path / "new")
     project("new")
     with contextlib.closing(sqlite3.connect("mlflow.db")) as other:
         other.execute("BEGIN EXCLUSIVE")
         with pytest.raises(UserError, match=r"mlflow\.db: another process holds it"):
-            open_tracking(load_params())
+            open_tracking(load_params(), "search")
 
 
 def test_a_database_that_cannot_be_opened_is_said_at_once(project, capsys):
     folder = project("plain")
     (folder / "mlflow.db").mkdir()
     begun = time.monotonic()
-    open_tracking(load_params())
+    open_tracking(load_params(), "search")
     assert "cannot be written (unable to open database file)" in capsys.readouterr().out
     assert time.monotonic() - begun < 20
 
 
 def test_what_the_server_refuses_for_good_is_never_called_written(project, capsys):
     folder = project("plain")
-    tracking = open_tracking(load_params())
+    tracking = open_tracking(load_params(), "search")
     log(tracking, "first", folder)
     tracking.client.delete_experiment(tracking.experiment)
     _open.cache_clear()
-    again = open_tracking(load_params())
+    again = open_tracking(load_params(), "search")
     for key in ("second", "third"):
         again.asked_again = 0.0
         again.submit(lambda key=key: log(again, key, folder))

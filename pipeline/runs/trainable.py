@@ -7,6 +7,7 @@ reports, and never gets a checkpoint.
 
 from __future__ import annotations
 
+import resource
 import shutil
 import tempfile
 import time
@@ -32,6 +33,7 @@ from pudnet.files import replacing
 REPORTS = "reports"  # in a checkpoint, beside the trial's state
 AT = "reported_at"  # in a report: the time, in seconds
 REPLAYED = "replayed"  # in a report: it was made before this process began
+SYSTEM = ("system/cpu_cores_used", "system/peak_memory_megabytes", "system/gpu_peak_memory_megabytes")
 NOTE = "note"  # a report with only this key is a message to print
 
 Report = Callable[[dict[str, Any]], None]
@@ -85,15 +87,30 @@ def _train(config: Mapping[str, Any], checkpoint: Path | None, report: Report, r
     """Train from a checkpoint, or from the beginning, to the end. Of several workers the first writes checkpoints."""
     spec, device = TrialSpec(**config["trial"]["spec"]), own_device(config)
     trial = open_trial(spec, device) if workers == 1 else MetaTraining(spec, device, rank, workers)
-    reports = _resume(trial, checkpoint) if checkpoint else []
+    reports, usage = _resume(trial, checkpoint) if checkpoint else [], Usage()
     try:
         for metrics in trial.run():
-            reports.append(metrics | {AT: time.time()})
+            reports.append(metrics | {AT: time.time()} | usage.since_last())
             if rank == 0:
                 _save(Path(config["trial"]["folder"]), trial.state_dict() | {REPORTS: reports})
             report(reports[-1])
     except RunFailed as error:  # the loss does not stay finite; it would not another time, so this is no failure to Ray
         report({DIVERGED: str(error)})
+
+
+class Usage:
+    """What this process uses, as MLflow's "System metrics" show it; the peaks are since the process began."""
+
+    def __init__(self) -> None:
+        self.at = time.process_time(), time.monotonic()
+
+    def since_last(self) -> dict[str, float]:
+        """The numbers of `SYSTEM`, of the GPU only where one is used."""
+        before, self.at = self.at, (time.process_time(), time.monotonic())
+        cores = (self.at[0] - before[0]) / max(self.at[1] - before[1], 1e-3)
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # Linux gives KiB
+        gpu = [torch.cuda.max_memory_allocated() / 2**20] if torch.cuda.is_initialized() else []
+        return dict(zip(SYSTEM, (cores, memory, *gpu), strict=False))
 
 
 def _resume(trial: MetaTraining | FromScratch, checkpoint: Path) -> list[dict[str, Any]]:
