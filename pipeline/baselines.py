@@ -45,9 +45,8 @@ def baselines(params: Params) -> None:
     for method, key in keys.items():
         own = {seed: cells for (name, seed), cells in choices.items() if name == method and any(cells)}
         chosen = {f"chosen_split_{seed}": "; ".join(map(named, cells)) for seed, cells in own.items()}
-        tested = test_sets(
-            params, params.baselines.scratch_groups if method in SCRATCH else params.baselines.test_groups
-        )
+        groups = params.baselines.scratch_groups if method in SCRATCH else params.baselines.test_groups
+        tested = test_sets(params, groups)
         tracking.submit(partial(_log, tracking, params, method, key, measured, compared, times, chosen, tested))
     for name, numbers in compared.items():
         print(

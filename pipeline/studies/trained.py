@@ -69,9 +69,9 @@ class TrainedColumn:
     def _datasets(self, row: str, seed: int) -> list[DatasetInput]:
         """What a row is trained on, if it is, and tested on, unless only its losses are of interest."""
         trained = datasets(self.trainings[row, seed][0].spec) if self.study.rows[row].trained else []
-        return trained + (
-            [] if self.study.measure == "losses" else test_sets(replace(self.params, seed=seed, splits=1))
-        )
+        if self.study.measure == "losses":
+            return trained
+        return trained + test_sets(replace(self.params, seed=seed, splits=1))
 
     def _log(
         self,

@@ -33,8 +33,8 @@ REQUIREMENTS += ("scipy", "torch", "torchvision")
 DESCRIPTION = """Looks at labelled images that it has not seen before, and predicts a {target} that classifies others \
 like them. Trained on {setting}.
 
-A request is one task group: rows of `image` (an image file) with a `label` to predict a network from, and rows without \
-a label to classify by it.
+A request is one task group: rows of `image` (an image file) with a `label` to predict a network from, and rows \
+without a label to classify by it.
 
 - `@best`: of the versions that were judged on the same validation groups as the newest, the one whose values (`eta`, \
 `depth`, ...) had the highest accuracy there in the search; among equals, the newest. Test groups play no part.
