@@ -29,9 +29,9 @@ def write_report(params: Params, folder: Path = RESULTS) -> None:
     }
     for name, table in tables.items():
         write(plots / f"{name}.csv", table.to_csv(index=False))
-    for name in ("filters", "filter_differences"):
-        if name in pictures:
-            write(plots / f"{name}.png", figures.to_png(pictures[name]))
+    for name, picture in pictures.items():
+        if name != "curves":  # MLflow and DVC draw these themselves
+            write(plots / f"{name}.png", figures.to_png(picture))
     write(folder / "report.html", render(params, results, moved, raced, pictures))
 
 

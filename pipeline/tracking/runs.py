@@ -49,8 +49,14 @@ PLACES = (  # the columns of MLflow's database with the places of artifacts
 )
 EXPERIMENT_TAGS = {
     "mlflow.experimentKind": "custom_model_development",  # else the UI opens its pages for language models
-    "mlflow.note.content": "A search is one parent run with one child for each trial; mark the children and press "
-    "Compare. Each final training, each evaluation and each control is one run.",
+    NOTE: """Networks predicted from labelled images: the search, trainings and tests of one setting and one network.
+
+- `search-split...`: a search; its children are its trials: mark them and press *Compare*
+- `train-...`: a final training; PudNet's also registers the model (*Models*, alias `best`)
+- `evaluate-...`: the test of PudNet; among its artifacts is `report.html`, the page of all stages
+- `tune-baselines`, `baseline-...`: tuning and test of what PudNet is compared with
+
+The tag `stage` says which stage made a run, its description what it is.""",
 }
 
 
@@ -324,13 +330,8 @@ def provenance(params: Params, stage: str, report: str) -> dict[str, str]:
     """Tags that record what a run was made by, and from."""
     command = f"dvc repro {os.environ['DVC_STAGE']}" if "DVC_STAGE" in os.environ else f"python -m pipeline.{stage}"
     tags = {"mlflow.user": _user(), "mlflow.source.name": command, "mlflow.source.type": "LOCAL"}
-    tags |= {
-        "stage": stage,
-        "report": report,
-        "setting": params.setting,
-        "target": params.target,
-        "variant": params.variant,
-    }
+    tags |= {"stage": stage, "report": report}
+    tags |= {"setting": params.setting, "target": params.target, "variant": params.variant}
     commit = git_commit()
     if commit:
         tags["mlflow.source.git.commit"] = commit
