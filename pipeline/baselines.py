@@ -15,11 +15,12 @@ from mlflow.entities import DatasetInput
 from pipeline.params import Params
 from pipeline.project import BASELINES, RESULTS, read_result, write, write_json
 from pipeline.runs import cluster
-from pipeline.runs.bench import compare, images_of_a_class, test_sets
+from pipeline.runs.bench import compare, images_of_a_class
 from pipeline.runs.final import read_best, train_all, write_curves
 from pipeline.runs.measuring import measure_all, time_all
 from pipeline.runs.tuning import named, tune
 from pipeline.stage import run_stage, wants_fresh
+from pipeline.tracking.datasets import test_sets
 from pipeline.tracking.runs import Tracking, open_tracking
 from pudnet.baselines import LEARNED, SCRATCH
 from pudnet.errors import UserError

@@ -13,8 +13,9 @@ from mlflow.entities import DatasetInput
 
 from pipeline.params import Params
 from pipeline.project import RESULTS, split_model, write, write_json
-from pipeline.runs.bench import Bench, identity, open_bench, summary, test_sets
+from pipeline.runs.bench import Bench, identity, open_bench, summary
 from pipeline.stage import run_stage
+from pipeline.tracking.datasets import test_sets
 from pipeline.tracking.runs import Tracking, open_tracking
 from pudnet.data.store import whole_folder
 from pudnet.evaluation import FROM, adapt_input, time_prediction

@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from mlflow.entities import DatasetInput
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
@@ -21,7 +20,6 @@ from torch import Tensor
 from pipeline.params import Params
 from pipeline.project import STORE, TEST_STORE, group_folder, split_model
 from pipeline.runs.trial import pick_device
-from pipeline.tracking.datasets import dataset
 from pudnet.data.groups import Split, open_groups
 from pudnet.data.images import StoreImages
 from pudnet.data.store import Store, open_store
@@ -96,12 +94,6 @@ def images_of_a_class(params: Params) -> int:
     """The number of images of each class in a training group."""
     _, tables = open_groups(group_folder(params.seed))
     return tables["train"].shape[1] // params.groups.classes_per_group
-
-
-def test_sets(params: Params, test_groups: int | None = None) -> list[DatasetInput]:
-    """The first `test_groups` test groups (None: all) of each class split, as MLflow's datasets."""
-    store = TEST_STORE if params.prepare.test_source else STORE
-    return [dataset(store.resolve(), group_folder(seed).resolve(), "test", test_groups) for seed in params.split_seeds]
 
 
 def identity(params: Params) -> str:

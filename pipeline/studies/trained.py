@@ -14,7 +14,7 @@ from pipeline.groups import groups as make_groups
 from pipeline.params import Params
 from pipeline.prepare import prepare
 from pipeline.project import GROUPS, PREPARED, locked, root
-from pipeline.runs.bench import images_of_a_class, test_sets
+from pipeline.runs.bench import images_of_a_class
 from pipeline.runs.executor import Experiment, run_missing
 from pipeline.runs.finished import Finished
 from pipeline.runs.keys import digest, trial_key
@@ -22,6 +22,7 @@ from pipeline.runs.progress import datasets
 from pipeline.runs.trial import TrialSpec
 from pipeline.studies.cells import Cell
 from pipeline.studies.definition import Column, Row, Study, row_spec
+from pipeline.tracking.datasets import test_sets
 from pipeline.tracking.runs import Tracking, open_tracking
 
 

@@ -12,6 +12,8 @@ import numpy as np
 from mlflow.entities import Dataset, DatasetInput, InputTag
 from mlflow.types import ColSpec, Schema
 
+from pipeline.params import Params
+from pipeline.project import STORE, TEST_STORE, group_folder
 from pudnet.data.groups import Split, open_groups
 from pudnet.data.store import Store, open_store
 
@@ -46,6 +48,12 @@ def dataset(store_folder: Path, groups_folder: Path, table: str, groups: int | N
         profile=json.dumps(_profile(store, split, table, rows)),
     )
     return DatasetInput(logged, [InputTag("mlflow.data.context", context)])
+
+
+def test_sets(params: Params, test_groups: int | None = None) -> list[DatasetInput]:
+    """The first `test_groups` test groups (None: all) of each class split, as MLflow's datasets."""
+    store = TEST_STORE if params.prepare.test_source else STORE
+    return [dataset(store.resolve(), group_folder(seed).resolve(), "test", test_groups) for seed in params.split_seeds]
 
 
 def _profile(store: Store, split: Split, table: str, rows: np.ndarray) -> dict[str, Any]:
