@@ -41,7 +41,7 @@ def dataset(store_folder: Path, groups_folder: Path, table: str, groups: int | N
     name = Path(store.source.partition(":")[2]).stem or store.source
     logged = Dataset(
         name=f"{name}-split{split.seed}-{part}",
-        digest=digest.hexdigest()[:12],
+        digest=digest.hexdigest()[:8],
         source_type="local",
         source=json.dumps({"uri": store.source}),
         schema=SCHEMA,
