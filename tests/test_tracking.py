@@ -1,6 +1,7 @@
 """What MLflow is told stays with the project, wherever that lies, and what it does not take is said."""
 
 import contextlib
+import json
 import shutil
 import sqlite3
 import time
@@ -10,8 +11,13 @@ import pytest
 from mlflow import MlflowClient
 
 from pipeline.params import load_params
-from pipeline.tracking.runs import Tracking, _open, open_tracking, tracking_uri
+from pipeline.tracking.datasets import dataset
+from pipeline.tracking.runs import NOTE, Tracking, _open, open_tracking, tracking_uri
+from pudnet.data.groups import build_groups, split_classes, write_groups
+from pudnet.data.sources import open_source
+from pudnet.data.store import open_store, write_store
 from pudnet.errors import UserError
+from tests.conftest import SIZES
 from tests.smallest import shrink
 from tests.test_pipeline import ROOT
 
@@ -76,6 +82,50 @@ def test_a_moved_project_whose_database_is_held_says_so(project, tmp_path):
         other.execute("BEGIN EXCLUSIVE")
         with pytest.raises(UserError, match=r"mlflow\.db: another process holds it"):
             open_tracking(load_params(), "search")
+
+
+@pytest.fixture
+def groups(tmp_path):
+    """Prepared digits and their group tables: two folders."""
+    write_store(open_source("sklearn:digits", tmp_path, image_size=8, channels=1), tmp_path / "store")
+    store, split = open_store(tmp_path / "store", verify=False), split_classes(10, 6, 2, seed=3)
+    tables = build_groups(split, SIZES, store)
+    write_groups(tmp_path / "groups", split, tables, store.class_names, store.class_names)
+    return tmp_path / "store", tmp_path / "groups"
+
+
+def test_a_run_has_its_datasets_and_description_once_and_what_was_written_by_hand_stays(project, groups, monkeypatch):
+    project("plain")
+    monkeypatch.setenv("DVC_STAGE", "search")
+    tracking = open_tracking(load_params(), "search")
+    run_id = tracking.find_or_create("key", "trial")
+    used = [dataset(*groups, "search_train"), dataset(*groups, "validation", 1)]
+    tracking.describe(run_id, "A trial.", {"eta": 0.2}, used)
+    first = tracking.client.get_run(run_id)
+    tracking.client.set_tag(run_id, NOTE, "The one for the talk.")
+    tracking.describe(run_id, "A trial.", {"eta": 0.2}, used)
+    again = tracking.client.get_run(run_id)
+    assert first.data.tags[NOTE].startswith("A trial.") and again.data.tags[NOTE] == "The one for the talk."
+    assert (again.data.tags["stage"], again.data.tags["mlflow.source.name"]) == ("search", "dvc repro search")
+    found = {each.dataset.name: each for each in again.inputs.dataset_inputs}
+    assert len(again.inputs.dataset_inputs) == 2
+    assert {name: each.tags[0].value for name, each in found.items()} == {
+        "digits-split3-search": "training",
+        "digits-split3-validation": "validation",
+    }
+    profile = json.loads(found["digits-split3-search"].dataset.profile)
+    assert (profile["groups"], profile["classes"], profile["images_per_group"]) == (2, 4, 40)
+    assert json.loads(found["digits-split3-validation"].dataset.profile)["groups"] == 1
+
+
+def test_a_dataset_has_another_digest_where_its_groups_or_images_differ(groups):
+    store, tables = groups
+    digests = {dataset(store, tables, name, count).dataset.digest for name in ("train", "test") for count in (1, 2)}
+    assert len(digests) == 4
+    before = dataset(store, tables, "train").dataset.digest
+    (store / "meta.json").write_text((store / "meta.json").read_text().replace('"images.npy": "', '"images.npy": "0'))
+    dataset.cache_clear()
+    assert dataset(store, tables, "train").dataset.digest != before
 
 
 def test_a_database_that_cannot_be_opened_is_said_at_once(project, capsys):

@@ -70,11 +70,11 @@ def register(tracking: Tracking, run_id: str, path: Path, name: str, validation:
     client.update_model_version(name, str(version), _description(card, validation))
     if not client.get_registered_model(name).description:  # else somebody has changed it
         client.update_registered_model(name, DESCRIPTION.format(**card.provenance, target=card.target))
-    _point(client, name)
+    point_aliases(client, name)
     return str(version)
 
 
-def _point(client: MlflowClient, name: str) -> None:
+def point_aliases(client: MlflowClient, name: str) -> None:
     """Let `newest` and `best` point to their versions."""
     versions = client.search_model_versions(f"name = '{name}'")
     newest = max(versions, key=lambda version: int(version.version))
