@@ -155,12 +155,8 @@ def test_mlflow_has_one_finished_run_a_search_trial_training_and_evaluation(repr
 def test_registered_model_is_loaded_by_its_uri(repro, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{repro}/mlflow.db")
     expected = Predictor.load(repro / "models/pudnet.safetensors")
-    for uri in (
-        "models:/pudnet-digits-convnet3/1",
-        "models:/pudnet-digits-convnet3@newest",
-        "models:/pudnet-digits-convnet3@best",
-    ):
-        found = Predictor.load(uri)
+    for version in ("/1", "@newest", "@best"):
+        found = Predictor.load(f"models:/pudnet-digits-convnet3{version}")
         assert found.card == expected.card
         assert_close(found.model.state_dict(), expected.model.state_dict(), rtol=0, atol=0)
     with pytest.raises(UserError, match="models:/pudnet-digits-convnet3/9: cannot be downloaded from sqlite:"):
