@@ -4,7 +4,9 @@ VENV := .venv
 READY := $(VENV)/.ready
 IN_VENV := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 
-.PHONY: repro test faults gpu lint ui
+DOCS := .venv-docs
+
+.PHONY: repro test faults gpu lint ui docs notebook
 
 repro: $(READY)
 	$(IN_VENV) dvc repro
@@ -30,6 +32,16 @@ lint: $(READY)
 	$(IN_VENV) ruff format --check .
 	$(IN_VENV) lint-imports --no-cache
 
+# The documentation, as site/index.html. A link, an anchor or a name of the code that is not there is an error.
+docs: $(DOCS)/.ready
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
+	@echo "docs: site/index.html"
+
+# The notebook is made from the script, and run.
+notebook: $(READY)
+	$(IN_VENV) jupytext --to ipynb --set-kernel python3 examples/quickstart.py
+	$(IN_VENV) jupyter execute --inplace examples/quickstart.ipynb
+
 # MLflow's UI on this project's database, for this machine only. One worker and no job queue, so it starts in seconds.
 ui: $(READY)
 	@$(IN_VENV) python -c "from pipeline.tracking.runs import follow_move, tracking_uri; follow_move(tracking_uri())"
@@ -43,3 +55,11 @@ $(READY): requirements.txt pyproject.toml
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $(READY)
+
+# It reads the code without importing it, so torch is not needed: of all packages, only those of the extra `docs`.
+EXTRA := import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])
+
+$(DOCS)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --disable-pip-version-check $$($(PYTHON) -c '$(EXTRA)')
+	touch $@

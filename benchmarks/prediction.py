@@ -22,7 +22,7 @@ from benchmarks.data import CHANNELS, SIZE, make_groups, make_images
 from benchmarks.memory import peak_of, peak_so_far
 from pipeline.params import load_params
 from pipeline.project import PUDNET, STORE, write_json
-from pipeline.runs.bench import Bench, open_bench
+from pipeline.runs.class_split import Bench, open_bench
 from pipeline.runs.trial import pick_device
 from pudnet.data.images import StoreImages
 from pudnet.device import wants_bf16

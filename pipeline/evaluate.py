@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from mlflow.entities import DatasetInput
 
 from pipeline.params import Params
-from pipeline.project import RESULTS, split_model, write, write_json
-from pipeline.runs.bench import Bench, identity, open_bench, summary
+from pipeline.project import RESULTS, WEIGHTS, split_model, write, write_json
+from pipeline.runs.class_split import Bench, open_bench
+from pipeline.runs.summary import summary
 from pipeline.stage import run_stage
-from pipeline.tracking.datasets import test_sets
-from pipeline.tracking.runs import Tracking, open_tracking
+from pipeline.tracking.evaluation import log_evaluation
+from pipeline.tracking.runs import open_tracking
 from pudnet.data.store import whole_folder
 from pudnet.evaluation import FROM, adapt_input, time_prediction
 from pudnet.predictor import Predictor
-
-WEIGHTS = RESULTS / "weights"
 
 
 def evaluate(params: Params) -> None:
@@ -40,8 +37,7 @@ def evaluate(params: Params) -> None:
     write_json(RESULTS / "timing.json", timing)
     write_json(RESULTS / "metrics.json", metrics)
     tracking = open_tracking(params, "evaluate")
-    tested = test_sets(params)
-    tracking.submit(lambda: _log(tracking, params, metrics, timing, tested))
+    tracking.submit(lambda: log_evaluation(tracking, params, metrics, timing))
     print(f"evaluate: {metrics['accuracy']:.2f} +/- {metrics['ci95']:.2f} % over {len(frame)} test groups")
     print(
         f"evaluate: prediction {timing['total_ms']:.1f} ms, one epoch from scratch {timing['epoch_ratio']:.1f} x that"
@@ -70,33 +66,6 @@ def _metrics(params: Params, frame: pd.DataFrame, pairs: list[tuple[Bench, Predi
             "train_classes": [bench.train_class_names[c] for c in bench.split.train_classes],
         }
     return metrics
-
-
-def _log(
-    tracking: Tracking,
-    params: Params,
-    metrics: dict[str, Any],
-    timing: dict[str, Any],
-    tested: Sequence[DatasetInput],
-) -> None:
-    run_id = tracking.find_or_create(f"evaluate/{identity(params)}", f"evaluate-{params.variant}")
-    note = (
-        f"Test of `{params.variant}`: it predicts a network for each of {metrics['test_groups']:,} test groups, whose "
-        f"classes no training has seen: {metrics['accuracy']:.2f} ± {metrics['ci95']:.2f} % accuracy on other images "
-        "of these classes. Artifacts: `report.html` (the page of all stages), `plots` (figures, predicted filters), "
-        "`weights` (predicted networks)."
-    )
-    plain = {"splits": params.splits, "seed": params.seed, **asdict(params.groups)}
-    tracking.describe(run_id, note, plain, tested)
-    numbers = {"test_accuracy": metrics["accuracy"], "test_ci95": metrics["ci95"]}
-    numbers |= {f"test_accuracy_split_{seed}": part["accuracy"] for seed, part in metrics["splits"].items()}
-    tracking.log_metrics(run_id, numbers | {k: v for k, v in timing.items() if k.endswith(("_ms", "_ratio"))})
-    for name in ("pudnet.csv", "metrics.json", "timing.json"):
-        tracking.client.log_artifact(run_id, str(RESULTS / name))
-    tracking.client.log_artifacts(run_id, str(WEIGHTS), "weights")
-    if Path("dvc.lock").is_file():
-        tracking.client.log_artifact(run_id, "dvc.lock")
-    tracking.finish(run_id)
 
 
 if __name__ == "__main__":

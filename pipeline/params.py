@@ -75,6 +75,8 @@ class GroupsParams:
     images_per_group: Positive | None = None
     test_classes: Positive | None = None  # None: all classes that are not trained on
     test_whole: bool = False
+    test_classes_per_group: Annotated[int, Field(ge=2)] | None = None  # None: as in training groups
+    test_images_per_group: Positive | None = None
 
 
 @dataclass(frozen=True, config=STRICT)

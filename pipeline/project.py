@@ -26,6 +26,7 @@ MODELS = Path("models")
 PUDNET = MODELS / "pudnet.safetensors"  # the first split's model, for users who want just one
 BASELINES = MODELS / "baselines"
 RESULTS = Path("results")
+WEIGHTS = RESULTS / "weights"  # predicted for some test groups
 
 T = TypeVar("T")
 
@@ -67,6 +68,14 @@ def locked(path: Path, wait: bool = False) -> Iterator[None]:
         lock.truncate(0)
         print(os.getpid(), file=lock, flush=True)
         yield
+
+
+def folder_locked(name: str) -> contextlib.AbstractContextManager[None]:
+    """Hold the lock of a command that writes results into this folder.
+
+    It is not in `root`, since each workspace of `dvc exp run --queue` has results of its own.
+    """
+    return locked(Path(".pud") / f"{name}.lock")
 
 
 def git_commit() -> str:

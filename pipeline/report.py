@@ -13,6 +13,8 @@ from pipeline.reporting import figures
 from pipeline.reporting.page import draw, render
 from pipeline.reporting.results import histogram, movement, race, read_results
 from pipeline.stage import run_stage
+from pipeline.tracking.evaluation import log_report
+from pipeline.tracking.runs import open_tracking
 
 
 def write_report(params: Params, folder: Path = RESULTS) -> None:
@@ -41,22 +43,11 @@ def with_series(table: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
     return table.assign(series=[", ".join(parts) for parts in zip(*named, strict=True)])
 
 
-def log_report(params: Params) -> None:
-    """Log the page and its plots to the evaluation's MLflow run."""
-    from pipeline.runs.bench import identity
-    from pipeline.tracking.runs import open_tracking
-
-    tracking = open_tracking(params, "report")
-    run_id = tracking.find_or_create(f"evaluate/{identity(params)}", f"evaluate-{params.variant}")
-    tracking.client.log_artifact(run_id, str(RESULTS / "report.html"))
-    tracking.client.log_artifacts(run_id, str(RESULTS / "plots"), "plots")
-    tracking.finish(run_id)
-
-
 def report(params: Params) -> None:
     """Write the report and log it."""
     write_report(params)
-    log_report(params)
+    tracking = open_tracking(params, "report")
+    tracking.submit(lambda: log_report(tracking, params))
 
 
 if __name__ == "__main__":

@@ -13,9 +13,9 @@ from pipeline.params import Params
 from pipeline.project import RESULTS, write
 from pipeline.runs import cluster
 from pipeline.runs.executor import Experiment, run_missing
-from pipeline.runs.finished import Finished
 from pipeline.runs.progress import datasets
 from pipeline.runs.trial import TrialSpec, make_spec
+from pipeline.runs.trial_folder import Finished
 from pipeline.stage import run_stage, wants_fresh
 from pipeline.tracking.runs import Tracking, open_tracking
 from pudnet.errors import RunFailed
@@ -24,11 +24,9 @@ from pudnet.errors import RunFailed
 def search(params: Params) -> None:
     """Train every cell of the grid on every class split; write results/search.csv and results/best.yaml."""
     fresh, tracking = wants_fresh(), open_tracking(params, "search")
-    cells = params.grid()
-    print(
-        f"search: {len(cells)} trials of {params.groups.search_groups} groups on each of {params.splits} class splits"
-    )
-    rows: list[dict[str, Any]] = []
+    cells, groups = params.grid(), params.groups.search_groups
+    print(f"search: {len(cells)} trials of {groups} groups on each of {params.splits} class splits")
+    rows, best = [], {}
     with cluster.session():
         for seed in params.split_seeds:
             specs = [_spec(params, cell, seed) for cell in cells]
@@ -37,8 +35,8 @@ def search(params: Params) -> None:
             if not finished:
                 raise RunFailed(f"search: no trial of split {seed} ended well; change search.space or train")
             rows += [_row(trial) for trial in finished]
-            tracking.submit(partial(_close, tracking, experiment, params, seed, _best(rows, seed)))
-    best = {seed: _best(rows, seed) for seed in params.split_seeds}
+            best[seed] = _best(rows, seed)
+            tracking.submit(partial(_close, tracking, experiment, params, seed, best[seed]))
     write(RESULTS / "search.csv", pd.DataFrame(rows).to_csv(index=False, float_format="%.6g"))
     write(RESULTS / "best.yaml", yaml.safe_dump({"splits": best}, sort_keys=False))
     for seed, cell in best.items():
@@ -64,9 +62,7 @@ def _close(tracking: Tracking, experiment: Experiment, params: Params, split_see
 
 def _spec(params: Params, cell: dict[str, Any], split_seed: int) -> TrialSpec:
     name = "-".join([f"split{split_seed}", *(f"{key}{value}" for key, value in cell.items())])
-    spec = make_spec(
-        params, name, "pudnet", split_seed, cell, table="search_train", validate=params.groups.validation_groups
-    )
+    spec = make_spec(params, name, "pudnet", split_seed, cell, "search_train", params.groups.validation_groups)
     return replace(spec, train={**spec.train, "report_every": params.search.report_every})
 
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 from pipeline.params import Params, load_params
-from pipeline.project import locked
+from pipeline.project import folder_locked
 from pudnet.errors import exit_code
 
 
@@ -17,7 +16,7 @@ def run_stage(stage: Callable[[Params], None]) -> None:
 
     def run() -> None:
         params = load_params()
-        with locked(Path(".pud") / f"{stage.__name__}.lock"):
+        with folder_locked(stage.__name__):
             stage(params)
 
     sys.exit(exit_code(run))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pipeline.params import Params
 from pipeline.project import RESULTS, write
 from pipeline.runs import cluster
-from pipeline.runs.final import read_best, train_all, write_curves
+from pipeline.runs.final_training import read_best, train_all, write_curves
 from pipeline.stage import run_stage, wants_fresh
 
 

@@ -7,26 +7,16 @@ import numpy as np
 from pudnet.errors import UserError
 
 
-def canonical_correlations(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    r"""Canonical correlations of n paired points, x (n, p) and y (n, q): (min(p, q),), in 0..1, largest first.
-
-    They are the singular values of :math:`S_{xx}^{-1/2} S_{xy} S_{yy}^{-1/2}`, computed from orthonormal bases of the
-    centred columns. If p + q >= n - 1, some are 1 whatever the points are.
-
-    Raises:
-        UserError: if there are that few points, if they cannot be paired, or if columns are linearly dependent.
-    """
-    _check(x, y)
-    (x_basis, _), (y_basis, _) = _basis("x", x), _basis("y", y)
-    return np.clip(np.linalg.svd(x_basis.T @ y_basis, compute_uv=False), 0, 1)
-
-
 def held_out_correlation(x: np.ndarray, y: np.ndarray, components: int) -> float:
     """The first canonical correlation of n paired points, x (n, p) and y (n, q), on points it was not fitted to: -1..1.
 
     One half of the points gives the principal components (`components` for each side) and the first pair of canonical
     variates, whose correlation is measured on the other half; then the halves change places, and the result is the mean
-    of the two. It is about 0 if x and y are unrelated. Raises `UserError` as `canonical_correlations` does.
+    of the two. It is about 0 if x and y are unrelated.
+
+    Raises:
+        UserError: if a half has so few points that some correlations would be 1 whatever they are, if the points cannot
+            be paired, or if columns are linearly dependent.
     """
     half = len(x) // 2
     found = []

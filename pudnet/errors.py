@@ -34,6 +34,11 @@ class RunFailed(_OneLine):
     """A run that started well but could not be finished. The text says what failed and what to do. Exit code 1."""
 
 
+def one_line(error: BaseException) -> str:
+    """The type and text of an error that another's code raised, to quote in a line of ours."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
 def exit_code(command: Callable[[], object]) -> int:
     """Run a command -> its exit code (130: interrupted). An error that ends it is printed as one line."""
     warnings.filterwarnings("ignore", module="PIL")  # it warns about files that it reads anyway, or that we refuse

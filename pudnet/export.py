@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import warnings
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -13,11 +14,12 @@ from torch import Tensor, nn
 
 from pudnet.card import METADATA, Card, loaded, write_tensors
 from pudnet.cpu import plain_layers
-from pudnet.errors import RunFailed, UserError
+from pudnet.errors import RunFailed, UserError, one_line
 from pudnet.files import replacing
 
 LARGEST_DIFFERENCE = 1e-3  # between exported and original logits, which are about ten at most
 CHECKED_IMAGES = 4
+FOR_ONNX = ("onnx", "onnxscript", "onnxruntime")
 
 
 class ReadyClassifier(nn.Module):
@@ -54,12 +56,14 @@ def export(body: nn.Module, classifier: nn.Module, card: Card, path: Path) -> No
     program, with its card in the extra file `pudnet.json`. `.safetensors`: the plain target's state dict.
 
     Raises:
-        UserError: if the suffix is another one, or the path cannot be written.
+        UserError: if the suffix is another one, the path cannot be written, or what ONNX needs is not installed.
         RunFailed: if the network cannot be exported, or its export gives other logits.
     """
     writers = {".onnx": _write_onnx, ".pt2": _write_program, ".safetensors": _write_state}
     if path.suffix not in writers:
         raise UserError(f"{path}: exports end in {', '.join(writers)}")
+    if path.suffix == ".onnx" and (missing := [name for name in FOR_ONNX if not find_spec(name)]):
+        raise UserError(f"{path}: first run `pip install {' '.join(missing)}`, or export as .pt2")
     own = ReadyClassifier(body, classifier, card)
     images = torch.rand(CHECKED_IMAGES, card.channels, card.image_size, card.image_size)
     with replacing(path) as partial, warnings.catch_warnings():
@@ -69,8 +73,7 @@ def export(body: nn.Module, classifier: nn.Module, card: Card, path: Path) -> No
         except (OSError, UserError):
             raise
         except Exception as error:  # torch's exporters raise many types of error for users' own networks
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            raise RunFailed(f"{path}: this network cannot be exported in this format ({reason})") from None
+            raise RunFailed(f"{path}: this network cannot be exported in this format ({one_line(error)})") from None
         with torch.no_grad():  # on the CPU: a GPU's convolutions round more (TF32)
             # Another batch size than the exporter saw, to check that it was not fixed.
             difference = (exported(images[1:]) - own(images[1:])).abs().max().item()

@@ -176,25 +176,25 @@ def _calibrate(body: nn.Module, parts: Parts) -> None:
     calibrate(body.eval(), parts.images[spread_rows(parts.columns, count)])
 
 
-def _trainable(start: PredictedNetwork) -> nn.Sequential:
+def trainable(start: PredictedNetwork, compiled: bool = False) -> nn.Sequential:
     """A copy of a network in which all weights and the classifier are trainable."""
     body = copy.deepcopy(start.body).requires_grad_(True)
     if start.mean.device.type == "cpu":
-        accelerate(body)
+        accelerate(body, compiled)
     head = copy.deepcopy(start.classifier).requires_grad_(True)
     return nn.Sequential(OrderedDict(body=body, flat=nn.Flatten(), head=head)).to(start.mean.device)
 
 
 def _warm_up(start: PredictedNetwork, parts: Parts, config: ScratchConfig) -> None:
     """Train a copy for one epoch and throw it away."""
-    train(_trainable(start), parts.images, parts.columns, dataclasses.replace(config, epochs=1), _bf16(parts))
+    train(trainable(start), parts.images, parts.columns, dataclasses.replace(config, epochs=1), _bf16(parts))
 
 
 def _train(
     start: PredictedNetwork, name: str, parts: Parts, config: ScratchConfig, progress: Progress
 ) -> tuple[PredictedNetwork, list[Epoch]]:
     """Train a copy of `start` -> the trained network and its curve, from epoch 0."""
-    model = _trainable(start)
+    model = trainable(start)
     task = progress.add_task(f"from {name} weights", total=config.epochs, accuracy=0.0)
     curve = train_on(
         model, name, parts, config, lambda point: progress.update(task, completed=point.epoch, accuracy=point.accuracy)

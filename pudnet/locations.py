@@ -7,7 +7,9 @@ from pathlib import Path
 
 from pudnet.errors import UserError
 
-SHIPPED = Path(__file__).resolve().parent.parent / "models" / "pretrained"
+PACKAGE = Path(__file__).resolve().parent
+IN_WHEEL, IN_REPOSITORY = PACKAGE / "pretrained", PACKAGE.parent / "models" / "pretrained"
+SHIPPED = IN_WHEEL if IN_WHEEL.is_dir() else IN_REPOSITORY  # one folder: the wheel is built with the repository's
 STORES = "pudnet.stores"  # entry points: a URI's scheme -> a function from the URI to a local path
 
 
@@ -22,15 +24,18 @@ def local_file(location: str | Path) -> Path:
     `pudnet` itself knows no stores. Other packages (here `pipeline`, for MLflow) register a function for each
     scheme (`models`, `runs`) under the entry points `pudnet.stores`.
 
-    Raises `UserError` if no function is registered for the scheme.
+    Raises `UserError` if no function is registered for the scheme, or its package is not installed.
     """
     text = str(location)
     scheme, _, rest = text.partition(":")
     if isinstance(location, str) and rest.startswith("/") and len(scheme) > 1:
         found = list(entry_points(group=STORES, name=scheme))
-        if not found:
-            raise UserError(f"{text}: nothing is installed that reads {scheme}:/ (the project's set-up installs it)")
-        return found[0].load()(text)
+        try:
+            fetch = found[0].load()
+        except (IndexError, ModuleNotFoundError):  # the wheel names a store of `pipeline`, which is not in it
+            reason = f"{text}: nothing is installed that reads {scheme}:/ (the project's set-up installs it)"
+            raise UserError(reason) from None
+        return fetch(text)
     if text in (known := shipped()):
         return known[text]
     try:

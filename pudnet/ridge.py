@@ -37,12 +37,8 @@ def at_least_fp32(values: Tensor) -> Tensor:
     return values if values.dtype == torch.float64 else values.float()
 
 
-def normalized_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Subtract from rows (..., N, p) their mean (..., 1, p), divide by their root mean square norm (..., 1, 1).
-
-    Returns the rows, the mean and the norm.
-    """
-    mean = x.mean(-2, keepdim=True)
-    x = x - mean
+def normalized_rows(x: Tensor) -> Tensor:
+    """Subtract from rows (..., N, p) their mean (..., 1, p), divide by their root mean square norm (..., 1, 1)."""
+    x = x - x.mean(-2, keepdim=True)
     norm = x.square().sum(-1, keepdim=True).mean(-2, keepdim=True).clamp_min(1e-12).sqrt()
-    return x / norm, mean, norm
+    return x / norm

@@ -1,4 +1,4 @@
-"""Write the tables of ../README.md that are made from committed results: `python reference/readme.py`."""
+"""Write the tables of pages that are made from committed results: `python reference/readme.py`."""
 
 from __future__ import annotations
 
@@ -9,17 +9,29 @@ from typing import Any
 
 import pandas as pd
 
-from pipeline.studies.accuracy import overview
-from pipeline.studies.definition import load_study
+from pipeline.reporting.numbers import plus_minus
+from pipeline.studies.page import table_of
 
 HERE = Path(__file__).parent
-README, RESULTS = HERE.parent / "README.md", HERE.parent / "studies" / "results"
+RESULTS = HERE.parent / "studies" / "results"
+PAGES = {  # which parts each page has, and what leads from it to reference/
+    "README.md": (("opening",), "reference/{}/"),
+    "docs/results/index.md": (("bench",), "bench.md"),
+}
 MATTERS = "matters"
 MATTERS_TOLD = """ConvNet-3, each method trained on the same {train_groups:,} task groups, one update each, and measured
-on {test_groups:,} task groups of classes that it has never seen: accuracy in percent ± its 95% interval over test
-groups, in brackets the difference to the {reference}, paired over them (class splits: {splits};
-`dvc repro studies/dvc.yaml:study@{name}`; [times, and what each row is](studies/results/{name}.md)).
+on {test_groups:,} groups of classes that it has never seen: accuracy in percent ± its 95% interval over test groups.
+With an arrow: trained on one set, tested on another. (Class splits: {splits}; made by
+`dvc repro studies/dvc.yaml:study@{name}`; [all rows](studies/results/{name}.md).)
 """
+MATTERS_ROWS = {  # the study's name of a row -> the page's
+    "static trunk": "one network for all groups",
+    "Pretrained": "the same, trained to tell all training classes apart",
+    "R2-D2": "R2-D2: a fixed network and a classifier that is solved for",
+    "PudNet": "PudNet, the paper's",
+    "PudNet+": "**PudNet+, ours**",
+}
+MATTERS_COLUMNS = ["CIFAR-100", "CIFAR-100 → Fashion-MNIST", "Fashion-MNIST → CIFAR-100"]
 BENCHES = {"CIFAR-100": "cifar100-convnet3-bench", "Fashion-MNIST": "fashion-convnet3-bench"}
 BENCH_TOLD = """Every method on one bench with ConvNet-3, fp32 on one thread: accuracy, difference to PudNet paired over
 the same test groups, and time a group. PudNet has the losses that its search chose, L1 alone but for one split;
@@ -30,19 +42,16 @@ training from scratch has the labels of all of a group's images, the others thos
 EPOCHS_SHOWN = (1, 5, 20, 50)  # of training from scratch; reference/README.md has them all
 
 
-def opening() -> str:
-    """The table and the picture of whether the dataset matters."""
-    study, table = load_study(MATTERS), pd.read_csv(RESULTS / f"{MATTERS}.csv")
+def opening(link: str) -> str:
+    """The table of whether the dataset matters."""
+    table = pd.read_csv(RESULTS / f"{MATTERS}.csv")
     first = table.iloc[0]
     told = MATTERS_TOLD.format(
-        train_groups=first.train_groups,
-        test_groups=first.test_groups,
-        splits=first.splits,
-        reference=study.reference,
-        name=MATTERS,
+        train_groups=first.train_groups, test_groups=first.test_groups, splits=first.splits, name=MATTERS
     )
-    picture = f"![Each row beside the {study.reference}](studies/results/{MATTERS}.png)"
-    return f"{told}\n{overview(study, table)}\n{picture}\n"
+    cells = {(line.row, line.column): plus_minus(line.accuracy, line.ci95) for line in table.itertuples()}
+    columns = {column: [cells[row, column] for row in MATTERS_ROWS] for column in MATTERS_COLUMNS}
+    return f"{told}\n{table_of({'': list(MATTERS_ROWS.values()), **columns})}"
 
 
 @dataclass(frozen=True)
@@ -54,14 +63,13 @@ class Bench:
     methods: dict[str, Any]
     times: dict[str, float]
 
-    @property
-    def about(self) -> str:
-        """What it was measured on."""
+    def about(self, link: str) -> str:
+        """What it was measured on, with a link to its params."""
         metrics, scratch = self.metrics, self.methods["scratch_adam_1"]["test_groups"]
         return (
             f"- {self.title}: {metrics['train_groups']} training groups, {metrics['test_groups']} test groups, "
             f"{scratch} of them for training from scratch, class splits: {len(metrics['splits'])} "
-            f"([params, tuning, report](reference/{BENCHES[self.title]}/))"
+            f"([params and tuning]({link.format(BENCHES[self.title])}))"
         )
 
     def cells(self, method: str) -> list[str]:
@@ -72,14 +80,14 @@ class Bench:
         return [accuracy, difference, "" if time is None else _duration(time)]
 
 
-def bench() -> str:
+def bench(link: str) -> str:
     """Every method on the two benches, side by side."""
     runs = [_read(title, HERE / folder) for title, folder in BENCHES.items()]
     rows = [["", *(head for run in runs for head in (run.title, "to PudNet", "time"))]]
     rows.append(["---"] * len(rows[0]))
     for method in filter(_shown, runs[0].methods):
         rows.append([_label(method), *(cell for run in runs for cell in run.cells(method))])
-    told = BENCH_TOLD.format(about="\n".join(run.about for run in runs))
+    told = BENCH_TOLD.format(about="\n".join(run.about(link) for run in runs))
     return f"{told}\n" + "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
@@ -107,16 +115,18 @@ def _duration(milliseconds: float) -> str:
 
 
 def written(page: str) -> str:
-    """README.md with what stands between each pair of marks replaced."""
-    for name, part in {"opening": opening, "bench": bench}.items():
-        begin, end = f"<!-- {name}: python reference/readme.py -->\n", f"<!-- end of {name} -->\n"
-        before, found, rest = page.partition(begin)
+    """The text of a page of `PAGES`, with what stands between each pair of marks made anew."""
+    text, (parts, link) = (HERE.parent / page).read_text(), PAGES[page]
+    for part in parts:
+        begin, end = f"<!-- {part}: python reference/readme.py -->\n", f"<!-- end of {part} -->\n"
+        before, found, rest = text.partition(begin)
         _, ended, after = rest.partition(end)
         if not found or not ended:
-            raise SystemExit(f"error: {README.name} lacks {begin.strip()} or {end.strip()}")
-        page = before + begin + part() + end + after
-    return page
+            raise SystemExit(f"error: {page} lacks {begin.strip()} or {end.strip()}")
+        text = before + begin + {"opening": opening, "bench": bench}[part](link) + end + after
+    return text
 
 
 if __name__ == "__main__":
-    README.write_text(written(README.read_text()))
+    for page in PAGES:
+        (HERE.parent / page).write_text(written(page))

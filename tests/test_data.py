@@ -5,6 +5,7 @@ import hashlib
 import struct
 import urllib.error
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -388,6 +389,14 @@ def test_other_test_store_is_taken_whole():
     sizes = GroupSizes(2, 10, 3, 3, 3, 1, test_whole=True)
     tables = build_groups(split, sizes, make_store([20] * 10), make_store([6, 8, 10]))
     assert tables["test"].shape == (1, 2, 12)
+
+
+def test_test_groups_may_have_sizes_of_their_own():
+    store, split = make_store([40] * 10), split_classes(10, 6, 2, seed=0)
+    tables = build_groups(split, replace(SIZES, test_classes_per_group=4, test_images_per_group=24), store)
+    same = build_groups(split, SIZES, store)
+    assert tables["test"].shape == (10, 2, 24) and len(set(store.labels[tables["test"][0, 0]])) == 4
+    assert all((tables[name] == same[name]).all() for name in ("search_train", "validation", "train"))
 
 
 def test_a_class_of_one_image_has_no_halves():

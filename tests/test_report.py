@@ -11,7 +11,8 @@ import yaml
 
 from pipeline.report import write_report
 from pipeline.reporting.figures import search_figure, to_svg
-from pipeline.reporting.page import duration, label, plus_minus, verdict
+from pipeline.reporting.numbers import plus_minus, signed
+from pipeline.reporting.page import duration, label, verdict
 from pipeline.reporting.paper import load_reported, paper_figures
 from pipeline.reporting.results import PRODUCERS, histogram, read_results
 from pudnet.errors import UserError
@@ -179,7 +180,7 @@ def test_every_methods_figure_stands_with_its_interval(page):
         assert label(name) in page
         if name != "pudnet":
             assert f"{accuracy:.2f} ± 0.29" in page
-            assert f"{plus_minus(accuracy - 95.1, 0.12, sign=True)}" in page
+            assert f"{signed(accuracy - 95.1, 0.12)}" in page
 
 
 def test_the_papers_figures_stand_beside(page):
@@ -311,7 +312,7 @@ def test_histogram_counts_every_group_at_both_ends():
 def test_words_and_numbers():
     assert plus_minus(95.1, 0.3) == "95.10 ± 0.30"
     assert plus_minus(35.15, float("nan")) == "35.15"
-    assert plus_minus(-0.3, 0.12, sign=True) == "−0.30 ± 0.12"
+    assert signed(-0.3, 0.12) == "−0.30 ± 0.12"
     assert (duration(0.421), duration(37.62), duration(2140)) == ("0.42 ms", "37.6 ms", "2.14 s")
     assert verdict(-0.3, 0.12) == "0.30 ± 0.12 points below PudNet"
     assert verdict(0.1, 0.12) == "not measurably different from PudNet (+0.10 ± 0.12 points)"

@@ -213,15 +213,15 @@ def test_nothing_is_told_to_anyone_unless_the_user_asks(chosen):
     assert done.stdout.split() == ([str(bool(chosen))] * 2)
 
 
-def test_what_the_readme_has_users_start_tells_nothing_either():
+def test_what_the_pages_have_users_start_tells_nothing_either():
     config = (ROOT / ".dvc" / "config").read_text()
     assert "analytics = false" in config and "check_update = false" in config
-    for name in ("README.md", "cluster.yaml", "Makefile"):
-        blocks = re.split(r"\n\s*\n", (ROOT / name).read_text())
+    for name in (ROOT / "README.md", ROOT / "cluster.yaml", ROOT / "Makefile", *(ROOT / "docs").rglob("*.md")):
+        blocks = re.split(r"\n\s*\n", name.read_text())
         for block in blocks:
             if "ray start --head" in block:
                 assert "--disable-usage-stats" in block, name
-            if re.search(r"^\s.*mlflow (server|ui|models serve) ", block, re.MULTILINE):
+            if re.search(r"^(\s.*|\S*/|)mlflow (server|ui|models serve) ", block, re.MULTILINE):
                 assert "MLFLOW_DISABLE_TELEMETRY=true" in block, name
 
 

@@ -32,7 +32,7 @@ TINY = {
         "static trunk": {"method": "static_trunk", "variant": "pudnet_plus"},
         "PudNet+": {"variant": "pudnet_plus"},
         "another group's": {"variant": "pudnet_plus", "sketch": "shuffled"},
-        "few images": {"variant": "pudnet_plus", "sketch_images": 4},
+        "few images": {"variant": "pudnet_plus", "images": 4},
         "untrained": {"method": "random_weights"},
         "from scratch": {"method": "scratch_adam", "changes": {"epochs": 1}, "paper": "adam_1"},
     },
@@ -81,6 +81,22 @@ KINDS = {  # one of each other kind, over cells that they share with the first
         "whole": {"images": "data/raw/here", "test_images": "data/raw/there", "top": 2, "classes": 10},
         "columns": {"digits": {"setting": "digits", "paper": "imagenet1k.{row}"}},
         "rows": {"PudNet": {"paper": "pudnet"}, "PudNet+": {"variant": "pudnet_plus"}},
+    },
+    "seconds": {
+        "title": "Seconds",
+        "over": SMALL,
+        "axis": "time",
+        "columns": {
+            "digits": {"setting": "digits", "baselines.scratch_groups": 2, "groups.test_classes_per_group": 3},
+        },
+        "reference": "PudNet+ / 30 images",
+        "rows": {
+            "PudNet+ / 6 images": {"variant": "pudnet_plus", "images": 6},
+            "PudNet+ / 30 images": {"variant": "pudnet_plus", "images": 30},
+            "static trunk / 30 images": {"method": "static_trunk", "variant": "pudnet_plus", "images": 30},
+            "fine-tuned / 1 epoch": {"variant": "pudnet_plus", "images": 30, "finetune": {"epochs": 1}},
+            "from scratch / 1 epoch": {"method": "scratch_adam", "changes": {"epochs": 1}},
+        },
     },
 }
 
@@ -172,6 +188,10 @@ def _check_kinds(folder, output):
     assert chance.layer.nunique() == 3 and chance.correlation.between(-1, 1).all() and chance.p.between(0.04, 1).all()
     many, page = results(folder, "many")
     assert many.accuracy.between(40, 100).all() and (many.classes == 10).all() and "44.92" in page  # by chance: 20
+    seconds, page = results(folder, "seconds")
+    assert seconds.test_groups.tolist() == [6, 6, 6, 2, 2] and seconds.accuracy.between(34, 100).all()  # by chance: 33
+    assert seconds.milliseconds.gt(0).all() and seconds.milliseconds_all_threads.gt(0).all()
+    assert f"with {seconds.all_threads[0]} threads" in page and "less PudNet+ / 30 images" in page
     runs = MlflowClient(f"sqlite:///{folder}/mlflow.db").search_runs(["1"], "tags.study = 'start'")
     assert {(run.data.tags["row"], run.data.tags["column"], run.data.tags["seed"]) for run in runs} == {
         ("random", "digits", "0"),

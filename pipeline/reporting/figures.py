@@ -296,6 +296,42 @@ def lines_figure(points: pd.DataFrame, x_label: str, y_label: str, log: bool = F
     return figure
 
 
+@matplotlib.rc_context(STYLE)
+def times_figure(table: pd.DataFrame) -> Figure:
+    """Draw accuracy (%) over the seconds a row takes for a test group: a panel for each column, two side by side.
+
+    Rows are called `LINE / POINT`: the points of a line are joined, and the last line's are named.
+    """
+    table = table.assign(line=table.row.str.split(" / ").str[0], point=table.row.str.split(" / ").str[1])
+    columns = list(table.groupby("column", sort=False))
+    across = min(2, len(columns))
+    down = math.ceil(len(columns) / across)
+    figure = new_figure(430 * across, 40 + 300 * down)
+    panels = figure.subplots(down, across, squeeze=False).ravel()
+    for axes in panels[len(columns) :]:
+        axes.remove()
+    for axes, (column, part) in zip(panels, columns, strict=False):
+        for (line, own), color in zip(part.groupby("line", sort=False), itertools.cycle(SERIES)):
+            own = own.sort_values("milliseconds")
+            axes.errorbar(
+                own.milliseconds / 1000,
+                own.accuracy,
+                own.ci95,
+                fmt="o-",
+                ms=4,
+                elinewidth=1,
+                color=LIGHT[color],
+                label=line,
+            )
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.set(title=column, xlabel="seconds for a test group, logarithmic", ylabel="accuracy, %")
+    handles = panels[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside upper left", ncols=3, columnspacing=1.2, handletextpad=0.4, labelcolor=INK)
+    return figure
+
+
 def _series(axes: Axes, points: pd.DataFrame, label: str, color: str) -> None:
     """Draw one line with its interval and, dashed, its reference."""
     axes.plot(points.x, points.y, color=color, marker="o" if len(points) < 20 else None, ms=4, label=label)

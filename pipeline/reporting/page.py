@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from markupsafe import Markup
 from pipeline.params import Params
 from pipeline.project import git_commit
 from pipeline.reporting import figures
+from pipeline.reporting.numbers import plus_minus, signed
 from pipeline.reporting.paper import Reported, load_reported, paper_figures
 from pipeline.reporting.results import Movement, Race, Results, section
 from pudnet.settings import get_setting
@@ -91,12 +91,6 @@ def knob(name: str) -> str:
     return "η" if name == "eta" else name.replace("_", " ")
 
 
-def plus_minus(value: float, ci95: float | None = None, sign: bool = False) -> str:
-    """`95.10 ± 0.30`, or `95.10` if there is no interval (a single group)."""
-    number = f"{value:+.2f}".replace("-", "−") if sign else f"{value:.2f}"
-    return number if ci95 is None or math.isnan(ci95) else f"{number} ± {ci95:.2f}"
-
-
 def duration(milliseconds: float) -> str:
     """A time with at most three digits, in ms if below a second, else in s."""
     value, unit = (milliseconds, "ms") if milliseconds < 1000 else (milliseconds / 1000, "s")
@@ -107,10 +101,10 @@ def duration(milliseconds: float) -> str:
 def verdict(difference: float, ci95: float | None) -> str:
     """Compare a control with PudNet in words; `difference` is the control's accuracy minus PudNet's."""
     if ci95 is None:
-        return f"{plus_minus(difference, sign=True)} points relative to PudNet, on too few groups for an interval"
+        return f"{signed(difference)} points relative to PudNet, on too few groups for an interval"
     distance = plus_minus(abs(difference), ci95)
     if abs(difference) <= ci95:
-        return f"not measurably different from PudNet ({plus_minus(difference, ci95, sign=True)} points)"
+        return f"not measurably different from PudNet ({signed(difference, ci95)} points)"
     return f"{distance} points {'below' if difference < 0 else 'above'} PudNet"
 
 
@@ -137,7 +131,7 @@ def headline(results: Results, paper: Mapping[str, Reported]) -> list[dict[str, 
 
 
 def _difference(row: Mapping[str, Any]) -> str | None:
-    return plus_minus(row["difference"], row["difference_ci95"], sign=True) if "difference" in row else None
+    return signed(row["difference"], row["difference_ci95"]) if "difference" in row else None
 
 
 def _of_split(cell: Mapping[str, Any] | None) -> str | None:

@@ -14,19 +14,12 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any
 
+import ray
+from ray.exceptions import RayError, RayTaskError
+
 from pipeline.params import Params
 from pipeline.runs.keys import CODE
 from pudnet.errors import RunFailed, UserError
-
-os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # nothing reads Ray's own report files
-# With Tune's own handler, Ctrl-C would end the search as if it were finished; it should interrupt the stage.
-os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
-os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # our callback prints more than its boxes
-os.environ.setdefault("RAY_task_oom_retries", "2")  # else a measurement that needs too much memory is retried for ever
-os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")  # a trial that diverged gives ASHA no accuracy
-
-import ray
-from ray.exceptions import RayError, RayTaskError
 
 AGAIN = 5  # seconds until an interruption is repeated
 LONGEST_FOLDER = 40  # bytes of TMPDIR, since Ray's sockets are below it and their paths may have at most 107
@@ -138,6 +131,11 @@ def _reach(address: str) -> None:
 def is_lost() -> bool:
     """Whether the Ray that we started ourselves has died. (A cluster may get new nodes.)"""
     return not os.environ.get("RAY_ADDRESS") and not any(node["Alive"] for node in ray.nodes())
+
+
+def cpus_of_a_node() -> int:
+    """The CPU cores of the largest node."""
+    return int(max(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]))
 
 
 def has_room(params: Params, workers: int) -> bool:

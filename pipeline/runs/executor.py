@@ -1,8 +1,8 @@
 """Ray Tune: many meta-trainings side by side, each of which goes on where it was left.
 
 Ray schedules trials, gives them devices and starts them again when a process or a node is lost. It remembers nothing
-from one start to the next: what has ended is kept (`finished.py`), what has not goes on from the trial's own folder
-(`trainable.py`), and every start makes a new Tuner of the trials that are missing.
+from one start to the next: a trial goes on from its own folder (`trial_folder.py`), and every start makes a new Tuner
+of the trials that have not ended.
 """
 
 from __future__ import annotations
@@ -14,20 +14,18 @@ from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from typing import Any
 
-from pipeline.runs import cluster  # first: it sets Ray's environment
-
-# isort: split
 import torch
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler
 
 from pipeline.params import Params
 from pipeline.project import locked, root, write
-from pipeline.runs.finished import Finished, forget_trial, read_trial, trial_folder
+from pipeline.runs import cluster
 from pipeline.runs.keys import digest, trial_key
 from pipeline.runs.progress import TrialProgress
 from pipeline.runs.trainable import REPLAYED, run_trial
 from pipeline.runs.trial import TrialSpec, open_trial
+from pipeline.runs.trial_folder import REPORTS, Finished, forget_trial, newest_checkpoint, read_ended, trial_folder
 from pipeline.tracking.runs import Tracking
 from pudnet.errors import RunFailed, is_out_of_memory
 
@@ -52,9 +50,8 @@ class Experiment:
 
     @cached_property
     def key(self) -> str:
-        """A hash of all that the trials depend on: their specs, the data, and the method's own code."""
-        specs = [[asdict(spec), trial_key(spec)] for spec in self.specs]
-        return f"{self.stage}-{digest([self.stage, self.asha, specs], [])}"
+        """A hash of the trials' names and of all that their results depend on."""
+        return f"{self.stage}-{digest([self.asha, [[spec.name, trial_key(spec)] for spec in self.specs]], [])}"
 
     @cached_property
     def keys(self) -> dict[str, str]:
@@ -76,14 +73,19 @@ def run_missing(
         RunFailed: when a trial failed for good, or diverged where none may.
         UserError: when another process runs the same trials, or a trial cannot start; then none is.
     """
-    progress = TrialProgress(params, tracking, parent, experiment.key, experiment.keys)
+    parent_run = (experiment.key, parent) if parent else None
+    progress = TrialProgress(params, tracking, experiment.keys, parent_run)
     with locked(root() / ".pud" / "running" / f"{experiment.key}.lock"):
         for spec in experiment.specs:
+            key = experiment.keys[spec.name]
             if fresh:
-                forget_trial(experiment.keys[spec.name])
-                tracking.submit(partial(tracking.supersede, f"{experiment.key}/{spec.name}"))
-            elif ended := read_trial(experiment.keys[spec.name], spec):
+                forget_trial(key)
+                tracking.submit(partial(tracking.supersede, progress.run_key(spec)))
+            elif ended := read_ended(key, spec):
                 progress.ended[spec.name] = ended
+            elif reports := newest_checkpoint(trial_folder(key))[1][REPORTS]:
+                progress.reports[spec.name] = {report["groups"]: report for report in reports}
+                print(f"  {spec.name}: goes on from group {reports[-1]['groups']}", flush=True)
         if kept := [trial for trial in progress.ended.values() if not trial.diverged]:
             print(f"  {len(kept)} of {len(experiment.specs)} trials are finished already", flush=True)
         while len(progress.ended) < len(experiment.specs):
@@ -98,21 +100,20 @@ def run_missing(
             raise RunFailed(f"{trial.spec.name}: {trial.diverged}")
         if trial.diverged:
             print(f"  {trial.spec.name} is left out: {trial.diverged}", flush=True)
-        else:  # what an earlier experiment ran is a child of this one's parent, too
-            key = f"{experiment.key}/{trial.spec.name}" if parent else trial.run_key
-            progress.log(trial.spec, key, trial.history, "FINISHED")
+        else:  # MLflow may lack a trial of another experiment, or of a time when it did not answer
+            progress.log(trial.spec, trial.history, "FINISHED")
     return [trial for trial in trials if not trial.diverged]
 
 
 def run_trials(experiment: Experiment, params: Params, progress: TrialProgress) -> dict[str, object]:
     """Run the trials that have not ended, in a new Tuner. Returns the errors of those that failed too often, by name.
 
-    With ASHA, finished trials replay their reports too, so that the scheduler can compare the others with them.
+    With ASHA, trials that have ended replay their reports too, so that the scheduler can compare the others with them.
     """
     missing = [spec for spec in experiment.specs if spec.name not in progress.ended]
     for spec in missing:
         _check(spec)
-    known = [trial.spec for trial in progress.ended.values() if experiment.asha and trial.history]
+    known = [trial.spec for trial in progress.ended.values() if experiment.asha and trial.groups]
     trials = [
         {
             "spec": asdict(one),

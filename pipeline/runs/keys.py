@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from pipeline.project import STORE, TEST_STORE, group_folder
 from pipeline.runs.trial import TrialSpec
 from pudnet.baselines import LEARNED, SCRATCH
 from pudnet.data.groups import open_groups
@@ -23,11 +24,11 @@ VALIDATION_CODE = ("evaluation", "predictor", "network", "card", "data/user_imag
 
 
 def digest(plain: Any, files: Iterable[Path]) -> str:
-    """A short hash of plain values and of the contents of files; a missing file counts as empty."""
-    found = hashlib.sha256(json.dumps(plain, sort_keys=True).encode())
-    for path in sorted(set(files)):
-        found.update(path.read_bytes() if path.is_file() else b"")
-    return found.hexdigest()[:12]
+    """A short hash of plain values and of files' names and contents, wherever they lie; a missing file is empty."""
+    hashes = sorted(
+        (path.name, hashlib.sha256(path.read_bytes() if path.is_file() else b"").hexdigest()) for path in set(files)
+    )
+    return hashlib.sha256(json.dumps([plain, hashes], sort_keys=True).encode()).hexdigest()[:12]
 
 
 def trial_key(spec: TrialSpec) -> str:
@@ -45,6 +46,14 @@ def _trial_files(spec: TrialSpec) -> list[Path]:
     groups = Path(spec.groups)
     data = [Path(spec.store) / "meta.json", *(groups / f"{t}.npy" for t in tables)]
     return [*data, CODE / "pipeline" / "runs" / "trial.py", *code_files(names), *method_files(spec.kind, spec.target)]
+
+
+def measurement_key(kind: str, target: str, split_seed: int, plain: Any, files: Iterable[Path]) -> str:
+    """A hash of what a measurement depends on: its data and code, and `plain` values and `files` of its own."""
+    data = [STORE / "meta.json", TEST_STORE / "meta.json", *group_folder(split_seed).iterdir()]
+    code = code_files(TRAINING_CODE + VALIDATION_CODE) + method_files(kind, target)
+    code += [CODE / "pipeline" / "runs" / name for name in ("class_split.py", "measuring.py")]
+    return digest([kind, target, split_seed, plain], [*data, *code, *files])
 
 
 def code_files(names: Sequence[str]) -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -12,27 +13,24 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import ray
 import torch
 
 from pipeline.params import Params
-from pipeline.project import STORE, TEST_STORE, group_folder, split_model
+from pipeline.project import root, split_model, write
 from pipeline.runs import cluster
-from pipeline.runs.bench import Bench, open_bench
-from pipeline.runs.finished import forget_tables, keep_table, read_tables
-from pipeline.runs.keys import CODE, TRAINING_CODE, VALIDATION_CODE, code_files, digest, method_files
+from pipeline.runs.class_split import Bench, open_bench
+from pipeline.runs.keys import digest, measurement_key
 from pipeline.runs.trial import group_seed
 from pipeline.runs.tuning import Cell, Choices
 from pudnet.baselines import LEARNED, SCRATCH, Scratch, ScratchConfig, load_method
+from pudnet.baselines.finetuned import FineTuned
 from pudnet.cpu import compiling_pays
 from pudnet.device import wants_bf16
 from pudnet.evaluation import FROM, Adapts, group_sketches, shuffled, timed_adaptation
 from pudnet.predictor import Predictor
 from pudnet.targets import build_target
 
-# isort: split
-import ray  # after cluster, which sets its environment
-
-OF_PUDNET = ("constant_sketch", "shuffled_sketch")  # controls that use PudNet's model with other sketches
 PART = 5  # test groups that one task trains on from scratch; an interruption loses at most one task
 WARM_UP = 2  # adaptations that are not timed
 SCRATCH_TIMINGS = 2  # groups that training from scratch is timed on, since it takes long and hardly varies
@@ -54,14 +52,11 @@ class Job:
             own |= {"sketch_groups": params.baselines.sketch_groups}
         if self.method in SCRATCH:
             own = {"epochs": params.baselines.scratch_epochs, "cells": self.cells, "groups": self.groups}
-        plain = [self.method, self.seed, params.target, params.train.support_per_class, own]
-        plain += [params.train.precision, params.evaluate.precision]
-        needs_pudnet = self.method in OF_PUDNET or self.method == "random_weights"
+        plain = [params.train.support_per_class, params.train.precision, params.evaluate.precision, own]
+        needs_pudnet = self.method in SKETCHES or self.method == "random_weights"
         models = [] if self.method in SCRATCH else [split_model("pudnet" if needs_pudnet else self.method, self.seed)]
-        data = [STORE / "meta.json", TEST_STORE / "meta.json", *group_folder(self.seed).iterdir()]
-        code = code_files(TRAINING_CODE + VALIDATION_CODE) + method_files(self.method, params.target)
-        code += [CODE / "pipeline" / "runs" / name for name in ("bench.py", "measuring.py")]
-        return f"{self.method}-split{self.seed}-{digest(plain, [*models, *data, *code])}"
+        key = measurement_key(self.method, params.target, self.seed, plain, models)
+        return f"{self.method}-split{self.seed}-{key}"
 
 
 def measure_all(
@@ -73,9 +68,7 @@ def measure_all(
     """
     jobs = [job for method in methods for seed in params.split_seeds for job in _jobs(params, method, seed, choices)]
     keys = {job: job.key(params) for job in jobs}
-    if fresh:
-        forget_tables(keys.values())
-    tables = measure_missing(params, _measure, keys, _done)
+    tables = measure_missing(params, _measure, keys, _done, fresh)
     of_method = {method: "+".join(keys[job] for job in jobs if job.method == method) for method in methods}
     return pd.concat([tables[job] for job in jobs], ignore_index=True), {m: digest(k, []) for m, k in of_method.items()}
 
@@ -85,12 +78,18 @@ def measure_missing(
     function: Callable[..., pd.DataFrame],
     keys: Mapping[Any, str],
     done: Callable[[Any, pd.DataFrame], str],
+    fresh: bool = False,
 ) -> dict[Any, pd.DataFrame]:
-    """Measure a table for each item of `keys` by `function`, as Ray tasks. Tables kept under their keys are reused.
+    """Measure a table for each item of `keys` by `function`, as Ray tasks.
 
-    `done` gives the line to print when an item is done.
+    Tables are kept in .pud/kept under their keys, and reused unless `fresh`. `done` gives the line to print when an
+    item is done.
     """
-    tables = read_tables(keys)
+    kept = {one: root() / ".pud" / "kept" / f"{key}.parquet" for one, key in keys.items()}
+    tables = {}
+    for one in () if fresh else keys:
+        with contextlib.suppress(OSError, ValueError):  # missing or damaged; pyarrow's errors are subclasses
+            tables[one] = pd.read_parquet(kept[one])
     if tables:
         print(f"  {len(tables)} of {len(keys)} measurements are done already", flush=True)
     measure = task(params, function)
@@ -99,7 +98,7 @@ def measure_missing(
         (ended,), _ = ray.wait(list(running))
         one = running.pop(ended)
         tables[one] = cluster.result(ended)
-        keep_table(keys[one], tables[one])
+        write(kept[one], tables[one].to_parquet(index=False))
         print(f"  {done(one, tables[one])}", flush=True)
     return tables
 
@@ -110,7 +109,7 @@ def _done(job: Job, table: pd.DataFrame) -> str:
 
 def time_all(params: Params, methods: Sequence[str], choices: Choices) -> dict[str, float]:
     """Median milliseconds of adapting PudNet and each other method to a group, in turns, with nothing else running."""
-    return cluster.result(task(params, _time)([m for m in methods if m not in OF_PUDNET], choices))
+    return cluster.result(task(params, _time)([m for m in methods if m not in SKETCHES], choices))
 
 
 def task(params: Params, function: Callable[..., Any]) -> Callable[..., ray.ObjectRef]:
@@ -132,40 +131,48 @@ def _measure(folder: str, params: Params, job: Job) -> pd.DataFrame:
     """Measure one job, in a Ray task."""
     bench = open_worker(folder, params, job.seed, params.baselines.test_groups)
     if job.method in SCRATCH:
-        return _scratch_accuracies(bench, params, job)
-    if job.method in OF_PUDNET:
-        sketches = {"constant_sketch": constant_sketches, "shuffled_sketch": shuffled_sketches}[job.method]
+        return trained_accuracies(bench, open_scratch(bench, params, job.method, job.cells), range(*job.groups))
+    if job.method in SKETCHES:
         predictor = bench.load(split_model("pudnet", job.seed))
-        return bench.accuracies(job.method, predictor, sketches=sketches(bench, predictor, params))
+        return bench.accuracies(job.method, predictor, sketches=SKETCHES[job.method](bench, predictor, params))
     return bench.accuracies(job.method, open_method(bench, params, job.method))
+
+
+def trained_accuracies(bench: Bench, methods: Mapping[str, Scratch | FineTuned], groups: range) -> pd.DataFrame:
+    """Train by each method on one test group after the other, each group with its own seed."""
+    rows = []
+    for g in groups:
+        for name, method in methods.items():
+            torch.manual_seed(group_seed(bench.seed, g))
+            rows.append(bench.accuracies(name, method, range(g, g + 1)))
+    return pd.concat(rows, ignore_index=True)
 
 
 def _time(folder: str, params: Params, methods: Sequence[str], choices: Choices) -> dict[str, float]:
     bench = open_worker(folder, params, params.seed, params.evaluate.timing_groups)
-    short = {m: open_method(bench, params, m) for m in ["pudnet", *methods] if m not in SCRATCH}
-    long = {
-        f"{method}_{epochs}": scratch
-        for method in methods
-        if method in SCRATCH
-        for epochs, scratch in open_scratch(bench, params, method, choices[method, params.seed]).items()
-    }
+    opened = {m: open_method(bench, params, m) for m in ["pudnet", *methods] if m not in SCRATCH}
+    for method in [m for m in methods if m in SCRATCH]:
+        opened |= open_scratch(bench, params, method, choices[method, params.seed])
+    return median_times(bench, opened)
+
+
+def median_times(bench: Bench, methods: Mapping[str, Adapts]) -> dict[str, float]:
+    """Median milliseconds of each method's adaptation to a test group, in turns."""
     groups = bench.tables["test"][:, FROM]
-    times = in_turns(short, bench, [*groups[:WARM_UP], *groups])
+    long = {name: method for name, method in methods.items() if isinstance(method, Scratch | FineTuned)}
+    short = {name: method for name, method in methods.items() if name not in long}
+    times = _in_turns(bench, short, [*groups[:WARM_UP], *groups], WARM_UP)
     if long:
-        warm = {
-            name: scratch
-            for name, scratch in long.items()
-            if scratch.config.epochs == min(params.baselines.scratch_epochs)
-        }
-        in_turns(warm, bench, groups[:1])
-        times |= in_turns(long, bench, groups[:SCRATCH_TIMINGS], warm_up=0)
+        fewest = min(scratch.config.epochs for scratch in long.values())
+        _in_turns(bench, {name: one for name, one in long.items() if one.config.epochs == fewest}, groups[:1])
+        times |= _in_turns(bench, long, groups[:SCRATCH_TIMINGS])
     return times
 
 
-def in_turns(
-    methods: Mapping[str, Adapts], bench: Bench, groups: Sequence[np.ndarray], warm_up: int = WARM_UP
+def _in_turns(
+    bench: Bench, methods: Mapping[str, Adapts], groups: Sequence[np.ndarray], warm_up: int = 0
 ) -> dict[str, float]:
-    """Median milliseconds of each method, all adapted to one group after the other; the first ones are warm-up."""
+    """Adapt all methods to one group after the other. The first groups are not timed, if there are more."""
     rows = [
         {name: timed_adaptation(method, bench.images, group, bench.bf16)[1] for name, method in methods.items()}
         for group in groups
@@ -192,8 +199,11 @@ def open_method(bench: Bench, params: Params, method: str) -> Adapts:
     return bench.load(split_model(method, bench.seed))
 
 
-def open_scratch(bench: Bench, params: Params, method: str, cells: Sequence[Cell]) -> dict[int, Scratch]:
-    """Training from scratch for each number of epochs, with the cell that was tuned for the nearest number."""
+def open_scratch(bench: Bench, params: Params, method: str, cells: Sequence[Cell]) -> dict[str, Scratch]:
+    """Training from scratch for each number of epochs, which counts as a method of its own (`scratch_adam_30`).
+
+    Each has the cell that was tuned for the nearest number.
+    """
     device, images = bench.images.device, bench.tables["test"].shape[2]
     epochs_in_all = params.baselines.scratch_groups * sum(params.baselines.scratch_epochs)
     compiled = device.type == "cpu" and compiling_pays(epochs_in_all, images, bench.images.image_size)
@@ -202,18 +212,8 @@ def open_scratch(bench: Bench, params: Params, method: str, cells: Sequence[Cell
     for epochs in params.baselines.scratch_epochs:
         nearest = min(cells, key=lambda cell: abs(math.log(cell["epochs"] / epochs)))
         config = ScratchConfig(**{**nearest, "epochs": epochs})
-        opened[epochs] = Scratch(config, target, device, bf16, method == "scratch_gc", compiled)
+        opened[f"{method}_{epochs}"] = Scratch(config, target, device, bf16, method == "scratch_gc", compiled)
     return opened
-
-
-def _scratch_accuracies(bench: Bench, params: Params, job: Job) -> pd.DataFrame:
-    """Rows for the job's groups. Each number of epochs counts as a method of its own."""
-    runs, rows = open_scratch(bench, params, job.method, job.cells), []
-    for g in range(*job.groups):
-        for epochs, scratch in runs.items():
-            torch.manual_seed(group_seed(job.seed, g))
-            rows.append(bench.accuracies(f"{job.method}_{epochs}", scratch, range(g, g + 1)))
-    return pd.concat(rows, ignore_index=True)
 
 
 def constant_sketches(bench: Bench, predictor: Predictor, params: Params) -> list[torch.Tensor]:
@@ -228,3 +228,6 @@ def shuffled_sketches(bench: Bench, predictor: Predictor, params: Params) -> lis
     groups = bench.tables["test"][:, FROM]
     sketches = group_sketches(predictor, bench.images, groups, bench.bf16)
     return shuffled(sketches, [bench.images.block_classes(group).tolist() for group in groups])
+
+
+SKETCHES = {"constant_sketch": constant_sketches, "shuffled_sketch": shuffled_sketches}  # controls with PudNet's model

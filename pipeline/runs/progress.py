@@ -1,4 +1,4 @@
-"""What the driver does as trials report: a line in the terminal, a step in MLflow; a trial that has ended is kept."""
+"""What the driver does as trials report: a line in the terminal, a step in MLflow; a trial's end is noted at once."""
 
 from __future__ import annotations
 
@@ -10,17 +10,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipeline.runs import cluster  # first: it sets Ray's environment
-
-# isort: split
 from mlflow.entities import DatasetInput
 from ray.tune import Callback
 from ray.tune.experiment import Trial
 
 from pipeline.params import Params
-from pipeline.runs.finished import Finished, keep_trial, trial_folder
-from pipeline.runs.trainable import AT, NOTE, REPLAYED, SYSTEM, checkpoint_folder
+from pipeline.runs import cluster
+from pipeline.runs.trainable import AT, SYSTEM
 from pipeline.runs.trial import DIVERGED, TrialSpec
+from pipeline.runs.trial_folder import Finished, mark_ended
 from pipeline.tracking.datasets import dataset
 from pipeline.tracking.runs import Tracking
 from pudnet.baselines import SCRATCH
@@ -43,19 +41,18 @@ PATIENCE = 60  # seconds without a trial at work before it is said
 
 
 class TrialProgress(Callback):
-    """Prints and logs each report once, even if a resumed trial replays it, and stores trials that have ended.
+    """Prints and logs each report once, even if a resumed trial replays it, and notes which trials have ended.
 
-    `keys` are the trials' by their names; `parent` names the MLflow run that theirs are children of.
+    `keys` are the trials' by their names; `parent`: the key and name of the MLflow run that theirs are children of.
     """
 
     def __init__(
-        self, params: Params, tracking: Tracking, parent: str | None, experiment: str, keys: Mapping[str, str]
+        self, params: Params, tracking: Tracking, keys: Mapping[str, str], parent: tuple[str, str] | None
     ) -> None:
-        self.params, self.tracking, self.parent, self.experiment, self.keys = params, tracking, parent, experiment, keys
+        self.params, self.tracking, self.keys, self.parent = params, tracking, keys, parent
         self.ended: dict[str, Finished] = {}
-        self.reports: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in keys}  # by the number of groups
-        self.trained: set[str] = set()  # trials that reported something new since this process began
-        self.runs: dict[str, tuple[str, int]] = {}  # of MLflow, by key: the id, and the last step in it
+        self.reports: dict[str, dict[int, Mapping]] = {name: {} for name in keys}  # by the number of groups
+        self.runs: dict[str, tuple[str, int]] = {}  # of MLflow, by the trial's name: the id, and the last step in it
         self._is_at_work()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -66,28 +63,20 @@ class TrialProgress(Callback):
         """Print a line and log a step, unless that was done before."""
         self._is_at_work()
         spec, reports = _spec(trial), self.reports[_spec(trial).name]
-        if NOTE in result:
-            print(f"  {spec.name}: {result[NOTE]}", flush=True)
-        if "groups" not in result or spec.name in self.ended:
+        if "groups" not in result or result["groups"] in reports or spec.name in self.ended:
             return
-        if not result.get(REPLAYED):
-            self.trained.add(spec.name)
-        if result["groups"] not in reports and spec.name in self.trained:  # else an earlier process said it
-            if result["rollbacks"] > max((row["rollbacks"] for row in reports.values()), default=0):
-                print(f"  {spec.name}: the loss was not finite; went on from the last good weights")
-            print(f"  [{len(self.ended)}/{len(self.keys)} done] {spec.name}: {_words(result)}", flush=True)
+        if result["rollbacks"] > max((row["rollbacks"] for row in reports.values()), default=0):
+            print(f"  {spec.name}: the loss was not finite; went on from the last good weights")
+        print(f"  [{len(self.ended)}/{len(self.keys)} done] {spec.name}: {_words(result)}", flush=True)
         reports[result["groups"]] = {name: result[name] for name in ("groups", AT, *METRICS) if name in result}
-        self.log(spec, f"{self.experiment}/{spec.name}", reports.values())
+        self.log(spec, reports.values())
 
     def on_trial_complete(self, trial: Trial, **info: Any) -> None:
-        """Keep the trial at once, whatever becomes of the others."""
-        spec = _spec(trial)
+        """Note the trial's end at once, whatever becomes of the others."""
+        spec, diverged = _spec(trial), trial.last_result.get(DIVERGED)
         if spec.name not in self.ended:
-            key, reports = self.keys[spec.name], self.reports[spec.name]
-            last = checkpoint_folder(trial_folder(key), max(reports, default=0))
-            run_key, diverged = f"{self.experiment}/{spec.name}", trial.last_result.get(DIVERGED)
-            ended = Finished(spec, [*reports.values()], last, run_key, diverged)
-            keep_trial(key, ended)
+            ended = Finished(spec, self.keys[spec.name], max(self.reports[spec.name], default=0), diverged)
+            mark_ended(ended)
             self._end(spec, "FAILED" if diverged else "FINISHED")
             self.ended[spec.name] = ended
 
@@ -114,19 +103,19 @@ class TrialProgress(Callback):
                 print(f"  no trial is at work; waiting for a node with {wanted} free{each}", flush=True)
                 self.said_to_wait = True
 
-    def log(self, spec: TrialSpec, key: str, reports: Iterable[Mapping], status: str | None = None) -> None:
-        """Log what MLflow does not have of a trial to the run of this key, now or when it answers again."""
-        self.tracking.submit(partial(self._log, spec, key, reports, status))
-
     def _is_at_work(self) -> None:
         self.at_work, self.said_to_wait = time.monotonic(), False
 
     def _end(self, spec: TrialSpec, status: str) -> None:
-        self.log(spec, f"{self.experiment}/{spec.name}", self.reports[spec.name].values(), status)
+        self.log(spec, self.reports[spec.name].values(), status)
         print(f"  {spec.name}: {status.lower()}", flush=True)
 
-    def _log(self, spec: TrialSpec, key: str, reports: Iterable[Mapping], status: str | None) -> None:
-        run = self.runs.pop(key, None) or self._open(spec, key)  # after a failure it is found anew
+    def log(self, spec: TrialSpec, reports: Iterable[Mapping], status: str | None = None) -> None:
+        """Log what MLflow does not have of a trial, now or when it answers again."""
+        self.tracking.submit(partial(self._log, spec, reports, status))
+
+    def _log(self, spec: TrialSpec, reports: Iterable[Mapping], status: str | None) -> None:
+        run = self.runs.pop(spec.name, None) or self._open(spec)  # after a failure it is found anew
         if not run:
             return
         run_id, last = run
@@ -138,19 +127,24 @@ class TrialProgress(Callback):
         if status:
             self.tracking.finish(run_id, status)
         else:
-            self.runs[key] = run_id, last
+            self.runs[spec.name] = run_id, last
 
-    def _open(self, spec: TrialSpec, key: str) -> tuple[str, int] | None:
-        """The MLflow run of this key, found or created, and the last step in it; None where it has all there is."""
+    def _open(self, spec: TrialSpec) -> tuple[str, int] | None:
+        """A trial's MLflow run, found or created, and the last step in it; None where it has all there is."""
+        key = self.run_key(spec)
         found = self.tracking.find(key)
         if found and found.info.status == "FINISHED":
             return None
-        parent_id = self.tracking.find_or_create(self.experiment, self.parent) if self.parent else None
+        parent_id = self.tracking.find_or_create(*self.parent) if self.parent else None
         run_id = self.tracking.find_or_create(key, spec.name, parent_id)
         seeds = {"method": spec.kind, "split_seed": spec.split_seed, "seed": spec.seed}
         plain = {**spec.train, **spec.model, **asdict(self.params.groups), **seeds}
         self.tracking.describe(run_id, _about(spec, self.params), plain, datasets(spec))
         return run_id, self.tracking.last_step(run_id, "groups_per_second")
+
+    def run_key(self, spec: TrialSpec) -> str:
+        """The key of a trial's MLflow run: a trial of several experiments is a child of each one's parent."""
+        return f"{self.parent[0]}/{spec.name}" if self.parent else self.keys[spec.name]
 
 
 def _spec(trial: Trial) -> TrialSpec:

@@ -11,8 +11,8 @@ import pandas as pd
 
 from pipeline.params import Params
 from pipeline.runs.executor import Experiment, run_missing
-from pipeline.runs.finished import Finished
 from pipeline.runs.trial import TrialSpec, make_spec
+from pipeline.runs.trial_folder import Finished
 from pipeline.tracking.runs import Tracking
 from pudnet.baselines import SCRATCH
 from pudnet.errors import RunFailed

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,12 +12,15 @@ import pandas as pd
 from matplotlib.figure import Figure
 from scipy.special import stdtrit
 
-from pipeline.reporting.figures import bars_figure, differences_figure, lines_figure
+from pipeline.params import Params
+from pipeline.reporting.figures import bars_figure, differences_figure, lines_figure, times_figure
+from pipeline.reporting.numbers import plus_minus
 from pipeline.reporting.paper import load_reported
-from pipeline.runs.bench import compare, summary
-from pipeline.studies.cells import Diagnosis, diagnose_cells, measure_cells, time_cells
+from pipeline.runs import cluster
+from pipeline.runs.summary import compare, summary
 from pipeline.studies.definition import Study, point, reported
-from pipeline.studies.page import number, plus_minus, table_of
+from pipeline.studies.measuring import Diagnosis, diagnose_cells, measure_cells, time_cells
+from pipeline.studies.page import number, table_of
 from pipeline.studies.trained import TrainedColumn
 from pudnet.evaluation import mean_interval
 from pudnet.settings import SETTINGS
@@ -36,7 +39,9 @@ def measure(trained: TrainedColumn) -> pd.DataFrame:
     frames = {row: _mean(own) for row, own in by_training.items()}
     accuracies = {row: [summary(one)["accuracy"] for one in own] for row, own in by_training.items()}
     spread = Spread.of(accuracies.values())
-    times, diagnoses = _times(trained), _diagnoses(trained)
+    times, diagnoses = _times(trained, params), _diagnoses(trained)
+    everything = replace(params, resources=replace(params.resources, cpus=cluster.cpus_of_a_node()))
+    fast_times = _times(trained, everything) if study.axis == "time" else {}
     for row, seed in tables:
         _log(trained, row, seed, tables, times.get(row))
     return pd.DataFrame(
@@ -51,6 +56,9 @@ def measure(trained: TrainedColumn) -> pd.DataFrame:
                 **_over_trainings(trained, row, accuracies, spread),
                 **_paper(trained, row),
                 "milliseconds": times.get(row),
+                "threads": params.resources.cpus,
+                "milliseconds_all_threads": fast_times.get(row),
+                "all_threads": everything.resources.cpus,
                 **asdict(diagnoses.get(row, Diagnosis(math.nan, math.nan))),
             }
             for row, frame in frames.items()
@@ -115,10 +123,10 @@ def _over_both(table: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def _times(trained: TrainedColumn) -> dict[str, float]:
+def _times(trained: TrainedColumn, params: Params) -> dict[str, float]:
     """Milliseconds of adapting to a group, for the rows that use each group's own sketch."""
     own = [row for row, cell in trained.study.rows.items() if cell.sketch == "own"]
-    return time_cells(trained.params, {row: trained.cells[row, trained.params.seed] for row in own})
+    return time_cells(params, {row: trained.cells[row, params.seed] for row in own})
 
 
 def _diagnoses(trained: TrainedColumn) -> dict[str, Diagnosis]:
@@ -157,6 +165,8 @@ def _log(
 def figure(study: Study, table: pd.DataFrame) -> Figure:
     """Draw lines over the study's axis; without an axis, differences to the reference, or else accuracies."""
     table = _over_both(table)
+    if study.axis == "time":
+        return times_figure(table)
     if study.axis is None and study.reference is not None:
         return differences_figure(table, study.reference)
     if study.axis is None:
@@ -216,12 +226,18 @@ def _table(study: Study, column: str, part: pd.DataFrame) -> str:
         f"less {study.reference}": _differences(study, part),
         "deviation of a training": part.trainings_sd.map(lambda value: number(value, "{:.2f}")),
         f"the paper's, less {study.reference}": _papers_differences(study, part),
-        "time a group": part.milliseconds.map(lambda value: number(value, "{:,.0f} ms")),
+        "time a group": part.milliseconds.map(_duration),
+        f"with {first.all_threads} threads": part.milliseconds_all_threads.map(_duration),
         f"the paper's ({hardware})": part.paper_seconds.map(lambda value: number(value, "{:,.2f} s")),
         "weights move": part.movement.map(lambda value: number(value, "{:.1f} %")),
         "probe": part.probe.map(lambda value: number(value, "{:.0f}")),
     }
     return f"\n## {column}\n\n{told}\n\n{table_of(columns)}"
+
+
+def _duration(milliseconds: float | None) -> str:
+    seconds = not pd.isna(milliseconds) and milliseconds >= 10_000
+    return f"{milliseconds / 1000:,.0f} s" if seconds else number(milliseconds, "{:,.0f} ms")
 
 
 def _to_the_papers(part: pd.DataFrame) -> pd.Series:

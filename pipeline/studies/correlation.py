@@ -19,8 +19,8 @@ from torch import nn
 from pipeline.params import Params
 from pipeline.reporting.figures import correlations_figure
 from pipeline.runs.measuring import measure_missing, open_worker
-from pipeline.studies.cells import Cell, open_cell
 from pipeline.studies.definition import Study
+from pipeline.studies.measuring import Cell, open_cell
 from pipeline.studies.page import table_of
 from pipeline.studies.trained import TrainedColumn
 from pudnet.cca import held_out_correlation
@@ -65,7 +65,7 @@ def _points(folder: str, params: Params, part: Part) -> pd.DataFrame:
     """In a Ray task: the mean image of each group of the part, and the weights of each layer of its network."""
     seed = part.cell.spec.split_seed
     bench = open_worker(folder, params, seed, None)
-    adapts, images, rows = open_cell(part.cell, bench), bench.train_images, []
+    adapts, images, rows = open_cell(part.cell, bench, params), bench.train_images, []
     for g in range(part.first, part.end):
         group = bench.tables["train"][g]
         classes = tuple(images.block_classes(group).tolist())

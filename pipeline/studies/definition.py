@@ -19,6 +19,7 @@ from pipeline.runs.trial import TrialSpec, make_spec
 from pudnet.baselines import HEADS, LEARNED, SCRATCH
 from pudnet.config import STRICT, VARIANTS, ModelConfig, Positive, TrainConfig, parse
 from pudnet.errors import UserError
+from pudnet.scratch import ScratchConfig
 from pudnet.settings import SETTINGS, get_setting
 from pudnet.targets import build_target, check_target_name
 
@@ -36,15 +37,22 @@ class Row:
     variant: Literal[tuple(VARIANTS)] = "pudnet"
     changes: dict[str, Any] = field(default_factory=dict)  # keys of `model` and `train`, or a baseline's own
     sketch: Literal[("own", *OTHERS_SKETCHES)] = "own"
-    sketch_images: Positive | None = None  # at prediction
-    support_per_class: Positive | None = None  # at prediction
+    images: Positive | None = (
+        None  # labelled images of a test group that are used, of all classes; null: as in training
+    )
     head: Literal[HEADS] | None = None  # fitted to a baseline's features; replaces its own rule
+    finetune: ScratchConfig | None = None  # trains the predicted network further, on all labelled images of the group
     paper: str | None = None  # the row's name in the paper's table
 
     @property
     def trained(self) -> bool:
         """Whether the method is trained on task groups."""
         return self.method not in (*SCRATCH, "random_weights")
+
+    @property
+    def slow(self) -> bool:
+        """Whether the row trains a network on every test group, so that fewer test groups are measured."""
+        return self.method in SCRATCH or self.finetune is not None
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -75,7 +83,7 @@ class Correlation:
 
 
 @dataclass(frozen=True, config=STRICT)
-class Whole:
+class WholeSet:
     """Options of `measure: whole`, a prediction for one labelled set with far more classes than a group."""
 
     images: str  # folder with one subfolder for each class, from which the network is predicted
@@ -95,12 +103,14 @@ class Study:
     over: dict[str, Any] = field(default_factory=dict)
     text: str = ""  # what a reader should know, above the table
     measure: Literal["accuracy", "losses", "finetune", "correlation", "whole"] = "accuracy"
-    axis: Literal["rows", "columns"] | None = None  # which of them are numbers (`PANEL / NUMBER`), drawn as lines
+    # What the figure has along its axis: rows or columns that are numbers (`PANEL / NUMBER`), or the time that a row
+    # takes for a test group (rows `LINE / POINT`).
+    axis: Literal["rows", "columns", "time"] | None = None
     axis_name: str = ""
     diagnose: bool = False  # also measure how far weights move, and what a probe reads from the sketch
     finetune: FineTuning = field(default_factory=FineTuning)
     correlation: Correlation = field(default_factory=Correlation)
-    whole: Whole | None = None
+    whole: WholeSet | None = None
 
 
 def load_study(name: str) -> Study:
@@ -114,17 +124,25 @@ def load_study(name: str) -> Study:
         raise UserError(f"{path}: {odd[0]!r}: unknown key")
     for key in ("rows", "columns"):
         _check_blocks(path, key, raw.setdefault(key, {}))
-    raw["rows"] = {row: parse(Row, values, f"{path}: rows.{row}") for row, values in raw["rows"].items()}
+    raw["rows"] = {row: _row(values, f"{path}: rows.{row}") for row, values in raw["rows"].items()}
     raw["columns"] = {
         column: parse(Column, _column(values), f"{path}: columns.{column}") for column, values in raw["columns"].items()
     }
-    for key, kind in (("finetune", FineTuning), ("correlation", Correlation), ("whole", Whole)):
+    for key, kind in (("finetune", FineTuning), ("correlation", Correlation), ("whole", WholeSet)):
         if key in raw:
             _check_blocks(path, key, {"": raw[key]})
             raw[key] = parse(kind, raw[key], f"{path}: {key}")
     study = parse(Study, raw, f"{path}:")
     _check(path, study)
     return study
+
+
+def _row(values: Mapping[str, Any], where: str) -> Row:
+    """A row, from its block in the file."""
+    if "finetune" not in values:
+        return parse(Row, values, where)
+    _check_blocks(Path(where), "finetune", {"": values["finetune"]})
+    return parse(Row, {**values, "finetune": parse(ScratchConfig, values["finetune"], f"{where}.finetune")}, where)
 
 
 def _column(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -163,7 +181,7 @@ def _check(path: Path, study: Study) -> None:
 
 
 def _check_names(path: Path, study: Study) -> None:
-    """Raise `UserError` if a row's name cannot name its trials, or a name on the axis has no number."""
+    """Raise `UserError` if a row's name cannot name its trials, or a name on the axis is not of its form."""
     slugs = [_slug(row) for row in study.rows]
     for row, slug in zip(study.rows, slugs, strict=True):
         if not slug or slugs.count(slug) > 1:
@@ -173,14 +191,19 @@ def _check_names(path: Path, study: Study) -> None:
             point(name)
         except ValueError:
             raise UserError(f"{path}: axis: {study.axis}.{name}: must be called NUMBER or PANEL / NUMBER") from None
+    for name in study.rows if study.axis == "time" else ():
+        if not all(name.partition(" / ")):
+            raise UserError(f"{path}: axis: rows.{name}: must be called LINE / POINT")
 
 
 def _unfit(row: Row, measure: str) -> str | None:
     """The reason if a study's `measure` is not possible for a row, else None."""
     if row.sketch != "own" and (row.method != "pudnet" or measure != "accuracy"):
         return f"sketch: {row.sketch} is for `method: pudnet` and `measure: accuracy`"
-    if row.sketch_images is not None and row.method != "pudnet":
-        return "sketch_images: is for `method: pudnet`; other methods have no sketch"
+    if row.images is not None and row.method in SCRATCH:
+        return f"images: {row.method} trains on all labelled images of a group"
+    if row.finetune is not None and (row.method != "pudnet" or measure != "accuracy"):
+        return "finetune: is for `method: pudnet` and `measure: accuracy`"
     if row.head is not None and (row.method not in LEARNED or measure != "accuracy"):
         return f"head: is for `measure: accuracy` and one of {', '.join(LEARNED)}"
     if measure == "whole" and row.method in (*LEARNED, *SCRATCH):
@@ -320,7 +343,7 @@ def check_rows(study: Study, params: Params) -> None:
     sound, seen = set(), {}
     for name, row in study.rows.items():
         spec = row_spec(params, name, row, params.seed, ANY)
-        same = [dataclasses.replace(spec, name=""), row.sketch, row.sketch_images, row.support_per_class, row.head]
+        same = [dataclasses.replace(spec, name=""), row.sketch, row.images, row.head, row.finetune]
         if other := next((row for row, content in seen.items() if content == same), ""):
             raise UserError(f"rows.{name}: means the same as row {other}")
         seen[name] = same

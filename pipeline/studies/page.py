@@ -78,13 +78,6 @@ def table_of(columns: Mapping[str, Sequence[str] | pd.Series | None]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def plus_minus(value: float | None, half: float | None, sign: str = "") -> str:
-    """`12.34 ± 0.56`; `12.34` if there is no half-width; empty if there is no value."""
-    if pd.isna(value):
-        return ""
-    return f"{value:{sign}.2f}" + ("" if pd.isna(half) else f" ± {half:.2f}")
-
-
 def number(value: float | None, form: str) -> str:
     """A formatted number; empty if there is none."""
     return "" if pd.isna(value) else form.format(value)

@@ -14,14 +14,14 @@ from pipeline.groups import groups as make_groups
 from pipeline.params import Params
 from pipeline.prepare import prepare
 from pipeline.project import GROUPS, PREPARED, locked, root
-from pipeline.runs.bench import images_of_a_class
+from pipeline.runs.class_split import images_of_a_class
 from pipeline.runs.executor import Experiment, run_missing
-from pipeline.runs.finished import Finished
 from pipeline.runs.keys import digest, trial_key
 from pipeline.runs.progress import datasets
 from pipeline.runs.trial import TrialSpec
-from pipeline.studies.cells import Cell
+from pipeline.runs.trial_folder import Finished
 from pipeline.studies.definition import Column, Row, Study, row_spec
+from pipeline.studies.measuring import Cell
 from pipeline.tracking.datasets import test_sets
 from pipeline.tracking.runs import Tracking, open_tracking
 
@@ -133,7 +133,7 @@ def _seeded(spec: TrialSpec, n: int) -> TrialSpec:
 
 
 def _cell(row: Row, spec: TrialSpec, trained: Finished | None) -> Cell:
-    return Cell(spec, trained and trained.checkpoint, row.sketch, row.sketch_images, row.support_per_class, row.head)
+    return Cell(spec, trained and trained.checkpoint, row.sketch, row.images, row.head, row.finetune)
 
 
 def get_data(params: Params) -> None:
@@ -181,8 +181,10 @@ def _files(kind: str, place: str = "") -> list[tuple[str, int, int]]:
 def _working_in(folder: Path, link: str, to: Path) -> Iterator[None]:
     """Work in a folder with a link data/LINK to another folder; `root` still gives the project's own folder."""
     (folder / "data").mkdir(parents=True, exist_ok=True)
-    if not (folder / "data" / link).is_symlink():
-        (folder / "data" / link).symlink_to(to)
+    path, to = folder / "data" / link, Path(os.path.relpath(to, folder / "data"))  # the project may be moved
+    if not path.is_symlink() or path.readlink() != to:
+        path.unlink(missing_ok=True)
+        path.symlink_to(to)
     before, project = os.environ.get("DVC_ROOT"), root()
     os.environ["DVC_ROOT"] = str(project)
     try:

@@ -22,7 +22,7 @@ from torch.utils.data import (
     SubsetRandomSampler,
 )
 
-from pudnet.errors import UserError
+from pudnet.errors import UserError, one_line
 
 IMAGE_KEYS = ("image", "img", "images", "pixel_values")  # usual names of a column, the likeliest first
 LABEL_KEYS = ("label", "labels", "target", "fine_label", "class")
@@ -116,7 +116,7 @@ def _drawn(sampler: Iterable, count: int) -> list[int]:
         with torch.random.fork_rng(devices=[]):
             rows = [operator.index(row) for part in sampler for row in np.ravel(part).tolist()]
     except Exception as error:  # a user's own code
-        raise UserError(f"images: the DataLoader's sampler gives no rows ({_reason(error)})") from None
+        raise UserError(f"images: the DataLoader's sampler gives no rows ({one_line(error)})") from None
     finally:
         if own is not None:
             own.set_state(before)
@@ -166,11 +166,7 @@ def _item(dataset: Any, row: int) -> Any:
     try:
         return dataset[row]
     except Exception as error:  # a user's own code
-        raise UserError(f"images: item {row} of the Dataset cannot be read ({_reason(error)})") from None
-
-
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise UserError(f"images: item {row} of the Dataset cannot be read ({one_line(error)})") from None
 
 
 # Hugging Face's Datasets

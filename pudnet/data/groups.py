@@ -5,9 +5,11 @@ predicted from the first, accuracy is measured on the second, which has the same
 image in common.
 """
 
+from __future__ import annotations
+
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +49,8 @@ class GroupSizes:
     """How large groups are and how many of them each table has.
 
     `images_per_group` None: half as many images of each class as the smallest class has. `test_whole` makes the test
-    table one group of all test images, split in two halves.
+    table one group of all test images, split in two halves. Otherwise test groups may have other numbers of classes and
+    images than training groups (None: the same).
     """
 
     classes_per_group: int
@@ -57,6 +60,15 @@ class GroupSizes:
     validation_groups: int
     test_groups: int
     test_whole: bool
+    test_classes_per_group: int | None = None
+    test_images_per_group: int | None = None
+
+    @property
+    def of_test(self) -> GroupSizes:
+        """The sizes with those of a test group as the sizes of every group."""
+        classes = self.test_classes_per_group or self.classes_per_group
+        images = self.test_images_per_group or self.images_per_group
+        return replace(self, classes_per_group=classes, images_per_group=images)
 
 
 def split_classes(
@@ -165,12 +177,13 @@ def build_groups(split: Split, sizes: GroupSizes, train: Store, test: Store | No
     UserError where the sizes do not fit the classes or the images.
     """
     test = test or train
-    images_per_class = _images_per_class(split, sizes, train, test)
 
-    def sample(role: str, store: Store, classes: Sequence[int], groups: int, twins: bool) -> np.ndarray:
+    def sample(
+        role: str, store: Store, classes: Sequence[int], groups: int, twins: bool, own: GroupSizes = sizes
+    ) -> np.ndarray:
         rng = np.random.default_rng([split.seed, ROLE_STREAMS[role]])
-        k = sizes.classes_per_group
-        return sample_groups(store.labels, classes, store.class_names, groups, k, images_per_class, twins, rng)
+        k, images = own.classes_per_group, _images_per_class(split, own, train, test)
+        return sample_groups(store.labels, classes, store.class_names, groups, k, images, twins, rng)
 
     tables = {
         "search_train": sample("search_train", train, split.search_classes, sizes.search_groups, twins=False),
@@ -183,12 +196,12 @@ def build_groups(split: Split, sizes: GroupSizes, train: Store, test: Store | No
         rng = np.random.default_rng([split.seed, ROLE_STREAMS["test"]])
         tables["test"] = halve(test.labels, split.test_classes, rng)
     else:
-        tables["test"] = sample("test", test, split.test_classes, sizes.test_groups, twins=True)
+        tables["test"] = sample("test", test, split.test_classes, sizes.test_groups, twins=True, own=sizes.of_test)
     return tables
 
 
 def _images_per_class(split: Split, sizes: GroupSizes, train: Store, test: Store) -> int:
-    """Images of each class in a group, the same in every table, so that all groups have one size."""
+    """Images of each class in a group of these sizes, the same in every table that they are for."""
     k, n = sizes.classes_per_group, sizes.images_per_group
     if n is not None:
         if n < k or n % k:

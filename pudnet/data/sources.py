@@ -18,7 +18,7 @@ from pudnet.data.datasets import is_dataset
 from pudnet.data.decode import convert, read_images
 from pudnet.data.folders import look_in
 from pudnet.data.user_images import labelled_set
-from pudnet.errors import UserError
+from pudnet.errors import UserError, one_line
 
 BATCH = 256
 # Official images (training, test) of every torchvision set that can be named.
@@ -208,8 +208,7 @@ def _open_python(path: str, image_size: int, channels: int) -> Source:
         found = getattr(importlib.import_module(module), name)
         found = found if is_dataset(found) else found()
     except (Exception, SystemExit) as error:  # whatever the user's own code may raise
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise UserError(f"source 'python:{path}' gives no Dataset ({reason})") from None
+        raise UserError(f"source 'python:{path}' gives no Dataset ({one_line(error)})") from None
     if not is_dataset(found):
         raise UserError(f"source 'python:{path}' gives a {type(found).__name__}; it has to be a Dataset or DataLoader")
     images, labels, names = labelled_set(found, None, _Form(image_size, channels))

@@ -98,7 +98,7 @@ def class_filters(patches: Tensor, labels: Tensor, classes: int, ridge: Tensor |
     They are the weights of a ridge regression from the patches, centred and scaled to unit mean square norm, to the
     centred one-hot labels.
     """
-    x, _, _ = normalized_rows(patches)
+    x = normalized_rows(patches)
     y = one_hot(labels, classes).to(x.dtype)
     y = (y - y.mean(0)).expand(*x.shape[:-1], classes)
     return F.normalize(ridge_weights(x, y, ridge), dim=-1)

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from pudnet.errors import UserError
+from pudnet.errors import UserError, one_line
 from pudnet.targets.checks import (
     forward_order,
     refuse_unfit_layers,
@@ -22,7 +22,7 @@ from pudnet.targets.checks import (
 from pudnet.targets.convnet3 import ConvNet3
 from pudnet.targets.layout import give_contiguous_maps, wants_contiguous_maps
 from pudnet.targets.resnets import resnet
-from pudnet.targets.target import Target, one_line
+from pudnet.targets.target import Target
 
 TARGETS: dict[str, Callable[[int], nn.Module]] = {
     "convnet3": ConvNet3,

@@ -13,8 +13,8 @@ from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
 from pudnet.device import wants_bf16
-from pudnet.errors import UserError
-from pudnet.targets.target import ConvShape, forget_statistics, one_line, put_tensors
+from pudnet.errors import UserError, one_line
+from pudnet.targets.target import ConvShape, forget_statistics, put_tensors
 
 UNFIT = (
     nn.Conv1d,

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.overrides import TorchFunctionMode
 
-from pudnet.errors import UserError
-from pudnet.targets.target import Target, Weights, forget_statistics, one_line, own_weights
+from pudnet.errors import UserError, one_line
+from pudnet.targets.target import Target, Weights, forget_statistics, own_weights
 
 Work = Callable[[Tensor, Weights], Tensor]  # a function of one group's images (N, C, H, W) and weights
 

@@ -78,7 +78,3 @@ def put_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     state.clear()
     state.update(tensors)
     module.load_state_dict(state)
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]

@@ -144,8 +144,7 @@ def _title(process: psutil.Process) -> str:
 
 def checkpoints(project: Path) -> list[Path]:
     """The checkpoints of the one trial that has not ended, the newest last."""
-    kept = {path.stem for path in (project / ".pud/kept").glob("*.json")}
-    (folder,) = (one for one in (project / ".pud/trials").iterdir() if one.name not in kept)
+    (folder,) = (one for one in (project / ".pud/trials").iterdir() if not (one / "ended.json").exists())
     return sorted(folder.glob("*/state.pt"))
 
 

@@ -57,7 +57,7 @@ def test_a_trial_whose_checkpoint_is_damaged_goes_on_from_what_was_before(undist
     for checkpoint in found if damaged == "every" else found[-1:]:
         damage(checkpoint)
     said = start(project, "search").well()
-    assert said.count("is damaged; it goes on from what was before") == (2 if damaged == "every" else 1)
+    assert said.count("is damaged; its trial goes on from what was before") == (2 if damaged == "every" else 1)
     assert f"{TRIALS[0]}: group" not in said
     assert (f"{TRIALS[1]}: group     2" in said) == (damaged == "every")
     same(project, "search", *SEARCH)
@@ -77,8 +77,8 @@ def test_a_trial_killed_between_its_last_checkpoint_and_its_end_is_not_trained_a
 ):
     project = undisturbed.before("search", tmp_path / "last")
     start(project, "search").well()
-    for kept in (project / ".pud/kept").glob("*.json"):
-        kept.unlink()
+    for ended in (project / ".pud/trials").glob("*/ended.json"):
+        ended.unlink()
     said = start(project, "search").well()
     assert said.count("goes on from group 12") == 2 and ": group" not in said
     same(project, "search", *SEARCH)
@@ -102,7 +102,7 @@ def test_a_fresh_search_begins_all_trials_again(undisturbed, start, same):
     assert sorted(superseded) == [False, False, True, True]
 
 
-@pytest.mark.parametrize("damaged", ["trials/*/*/state.pt", "kept/*.json"])
+@pytest.mark.parametrize("damaged", ["trials/*/*/state.pt", "trials/*/ended.json"])
 def test_a_finished_training_that_is_truncated_is_trained_again(undisturbed, start, same, damaged, tmp_path):
     project = undisturbed.after("train", tmp_path / "kept")
     files = [*(project / ".pud").glob(damaged)]

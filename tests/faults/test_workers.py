@@ -34,7 +34,7 @@ def test_workers_whose_driver_is_killed_go_on_also_from_a_truncated_checkpoint(u
     start(project, "train").until("train-pudnet-split0: group     8").hit().clear()
     truncate(checkpoints(project)[-1])
     said = start(project, "train").well()
-    assert said.count("is damaged; it goes on from what was before") == 1
+    assert said.count("is damaged; its trial goes on from what was before") == 1
     assert "train-pudnet-split0: group     2" not in said  # what they had done by then stays done
     assert ends_as(whole, project)
 

@@ -1,13 +1,11 @@
-"""The bench of `evaluate` and `baselines`: measures a method's accuracy on the test groups of a class split."""
+"""A class split, opened as a bench: measures a method's accuracy on the split's test groups."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,13 +16,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from pipeline.params import Params
-from pipeline.project import STORE, TEST_STORE, group_folder, split_model
+from pipeline.project import STORE, TEST_STORE, group_folder
 from pipeline.runs.trial import pick_device
 from pudnet.data.groups import Split, open_groups
 from pudnet.data.images import StoreImages
 from pudnet.data.store import Store, open_store
 from pudnet.device import wants_bf16
-from pudnet.evaluation import FROM, Adapts, stratified_interval, twin_accuracies
+from pudnet.evaluation import FROM, Adapts, twin_accuracies
 from pudnet.predictor import Predictor
 
 
@@ -96,41 +94,11 @@ def images_of_a_class(params: Params) -> int:
     return tables["train"].shape[1] // params.groups.classes_per_group
 
 
-def identity(params: Params) -> str:
-    """A hash of an evaluation's models, test groups and params, so that repeating it continues its MLflow run."""
-    plain = [params.setting, params.target, params.variant, asdict(params.evaluate)]
-    digest = hashlib.sha256(json.dumps(plain).encode())
-    for seed in params.split_seeds:
-        digest.update(split_model("pudnet", seed).read_bytes())
-        digest.update((group_folder(seed) / "test.npy").read_bytes())
-    return digest.hexdigest()[:12]
-
-
 def _as_trained(test_store: Store, store: Store, device: torch.device) -> StoreImages:
     """Images of another set, normalised with the statistics of the training set."""
     images = StoreImages(test_store, device)
     images.mean, images.std = (torch.tensor(values, device=device) for values in (store.mean, store.std))
     return images
-
-
-def summary(frame: pd.DataFrame, column: str = "accuracy") -> dict[str, object]:
-    """Mean and 95% interval over test groups, for exactly these class splits; and the same for each split."""
-    strata = {int(seed): part[column].to_numpy() for seed, part in frame.groupby("split_seed")}
-    mean, half = stratified_interval(list(strata.values()))
-    splits = {}
-    for seed, values in strata.items():
-        own_mean, own_half = stratified_interval([values])
-        splits[str(seed)] = {"accuracy": round(own_mean, 4), "ci95": round(own_half, 4)}
-    return {"accuracy": round(mean, 4), "ci95": round(half, 4), "test_groups": len(frame), "splits": splits}
-
-
-def compare(own: pd.DataFrame, reference: pd.DataFrame) -> dict[str, object]:
-    """A method's accuracy, and its difference to a reference method's, paired over the same test groups."""
-    keys = ["split_seed", "group"]
-    paired = own.merge(reference, on=keys, suffixes=("", "_reference"), validate="one_to_one")
-    paired["difference"] = paired.accuracy - paired.accuracy_reference
-    difference = summary(paired, "difference")
-    return {**summary(own), "difference": difference["accuracy"], "difference_ci95": difference["ci95"]}
 
 
 @contextlib.contextmanager

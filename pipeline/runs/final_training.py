@@ -14,8 +14,8 @@ import yaml
 from pipeline.params import Params
 from pipeline.project import PUDNET, RESULTS, STORE, git_commit, group_folder, read_result, split_model
 from pipeline.runs.executor import Experiment, run_missing
-from pipeline.runs.finished import Finished
 from pipeline.runs.trial import card_of, make_spec
+from pipeline.runs.trial_folder import Finished
 from pipeline.tracking.datasets import dataset
 from pipeline.tracking.registry import Validation, register
 from pipeline.tracking.runs import Tracking, open_tracking
@@ -24,7 +24,7 @@ from pudnet.data.groups import open_groups
 from pudnet.data.store import open_store
 from pudnet.errors import UserError
 
-CURVES = ["groups", "loss", "metric_loss", "full_loss", "kl_loss", "train_accuracy"]
+CURVE_COLUMNS = ["groups", "loss", "metric_loss", "full_loss", "kl_loss", "train_accuracy"]
 
 Cells = Mapping[int, Mapping[str, Any]]  # split seed -> the cell that was chosen for one method
 
@@ -73,14 +73,14 @@ def train_all(params: Params, stage: str, methods: Mapping[str, Cells], fresh: b
 
 def _log(tracking: Tracking, trial: Finished, path: Path) -> None:
     """Log a baseline's model to the run of its training."""
-    run_id = tracking.find_or_create(trial.run_key, trial.spec.name)
+    run_id = tracking.find_or_create(trial.key, trial.spec.name)
     tracking.client.log_artifact(run_id, str(path), "model")
     tracking.finish(run_id)
 
 
 def _register(tracking: Tracking, params: Params, trial: Finished, path: Path, validation: Validation) -> None:
     """Log PudNet's model to the run of its training, and register it."""
-    run_id = tracking.find_or_create(trial.run_key, trial.spec.name)
+    run_id = tracking.find_or_create(trial.key, trial.spec.name)
     name = f"pudnet-{params.setting}-{params.target}".replace(":", ".")  # a model's name may have no colon
     tracking.log_tags(run_id, {"registered_version": register(tracking, run_id, path, name, validation)})
     tracking.finish(run_id)
@@ -115,7 +115,7 @@ def _write_model(params: Params, trial: Finished) -> Path:
 
 def _curve(trial: Finished) -> pd.DataFrame:
     """A trial's loss curve."""
-    frame = pd.DataFrame(trial.history)[CURVES]
+    frame = pd.DataFrame(trial.history)[CURVE_COLUMNS]
     frame.insert(0, "split_seed", trial.spec.split_seed)
     frame.insert(0, "method", trial.spec.kind)
     return frame

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -11,22 +13,14 @@ import pandas as pd
 import torch
 
 from pipeline.params import Params
-from pipeline.project import STORE, TEST_STORE, group_folder
 from pipeline.runs import cluster
-from pipeline.runs.bench import Bench
-from pipeline.runs.finished import keep_table, read_tables
-from pipeline.runs.keys import CODE, TRAINING_CODE, VALIDATION_CODE, code_files, digest, method_files, trial_key
-from pipeline.runs.measuring import (
-    SCRATCH_TIMINGS,
-    constant_sketches,
-    in_turns,
-    measure_missing,
-    open_worker,
-    shuffled_sketches,
-    task,
-)
-from pipeline.runs.trial import TrialSpec, card_of, group_seed, load_state, untrained
+from pipeline.runs.class_split import Bench
+from pipeline.runs.keys import code_files, digest, measurement_key, trial_key
+from pipeline.runs.measuring import SKETCHES, measure_missing, median_times, open_worker, task, trained_accuracies
+from pipeline.runs.trial import TrialSpec, card_of, load_state, untrained
 from pudnet.baselines import LEARNED, SCRATCH, Adapter, Scratch, ScratchConfig
+from pudnet.baselines.finetuned import FineTuned
+from pudnet.cpu import compiling_pays
 from pudnet.data.store import open_store
 from pudnet.device import wants_bf16
 from pudnet.diagnosis import movement, probe
@@ -35,7 +29,6 @@ from pudnet.predictor import Predictor
 from pudnet.targets import build_target
 
 MOVED_GROUPS = 50  # groups whose weights are compared
-SKETCHES = {"constant": constant_sketches, "shuffled": shuffled_sketches}
 HERE = Path(__file__).parent
 
 
@@ -54,21 +47,24 @@ class Cell:
     spec: TrialSpec = dataclasses.field(hash=False)
     checkpoint: Path | None
     sketch: str = "own"  # or "constant", "shuffled"
-    sketch_images: int | None = None  # at prediction; None: as in training
-    support_per_class: int | None = None  # at prediction; None: as in training
+    images: int | None = None  # labelled images of a group that are used; None: as in training
     head: str | None = None  # replaces a baseline's own rule; None: keep the rule
+    finetune: ScratchConfig | None = None  # trains the predicted network further on the group
+
+    @property
+    def slow(self) -> bool:
+        """Whether a network is trained on every test group, so that fewer test groups are measured."""
+        return self.spec.kind in SCRATCH or self.finetune is not None
 
     def key(self, params: Params, *more: object) -> str:
         """A hash of everything that the cell's results depend on; `more` comes from the kind of measurement."""
-        told = [self.sketch, self.sketch_images, self.support_per_class, self.head, self.checkpoint is None]
-        told += [params.baselines.scratch_groups] if self.spec.kind in SCRATCH else []
+        told = [self.sketch, self.images, self.head, self.checkpoint is None]
+        told += [params.baselines.scratch_groups, self.finetune and asdict(self.finetune)] if self.slow else []
         plain = [*told, *more, trial_key(self.spec), params.evaluate.precision, params.baselines.sketch_groups]
-        data = [STORE / "meta.json", TEST_STORE / "meta.json", *group_folder(self.spec.split_seed).iterdir()]
-        code = code_files(TRAINING_CODE + VALIDATION_CODE) + method_files(self.spec.kind, params.target)
-        code += [CODE / "pipeline" / "runs" / name for name in ("bench.py", "measuring.py")]
-        code += code_files(["baselines/heads"]) if self.head else []
-        code += set(HERE.glob("*.py")) - {HERE / "page.py"}  # page.py only words the results
-        return f"cell-{digest(plain, [*data, *code])}"
+        code = set(HERE.glob("*.py")) - {HERE / "page.py", HERE / "running.py"}  # which only write the results
+        code |= set(code_files(["baselines/heads"]) if self.head else [])
+        code |= set(code_files(["baselines/finetuned", "finetune", "scratch"]) if self.finetune else [])
+        return f"cell-{measurement_key(self.spec.kind, params.target, self.spec.split_seed, plain, code)}"
 
 
 def measure_cells(params: Params, cells: Sequence[Cell]) -> list[pd.DataFrame]:
@@ -81,14 +77,14 @@ def measure_cells(params: Params, cells: Sequence[Cell]) -> list[pd.DataFrame]:
 
 
 def time_cells(params: Params, cells: Mapping[str, Cell]) -> dict[str, float]:
-    """Median milliseconds of adapting each cell to a group of the first split, in turns, with nothing else running."""
+    """Median milliseconds of adapting each cell to a group of the first split, in turns, with nothing else running.
+
+    A cell has `resources.cpus` threads.
+    """
     told = [[name, cell.key(params, params.evaluate.timing_groups)] for name, cell in cells.items()]
-    key = f"time-{digest(told, [])}"
-    if not (kept := read_tables({key: key})):
-        times = cluster.result(task(params, _time)(cells))
-        kept = {key: pd.DataFrame({"row": list(times), "milliseconds": list(times.values())})}
-        keep_table(key, kept[key])
-    return dict(zip(kept[key].row, kept[key].milliseconds, strict=True))
+    items, key = tuple(cells.items()), f"time-{digest([told, params.resources.cpus], [])}"
+    tables = measure_missing(params, _time, {items: key}, lambda *_: "times are measured")
+    return dict(zip(tables[items].row, tables[items].milliseconds, strict=True))
 
 
 def diagnose_cells(params: Params, cells: Sequence[Cell]) -> list[Diagnosis]:
@@ -97,13 +93,14 @@ def diagnose_cells(params: Params, cells: Sequence[Cell]) -> list[Diagnosis]:
     return [cluster.result(ended) for ended in [diagnose(cell) for cell in cells]]
 
 
-def open_cell(cell: Cell, bench: Bench) -> Adapts:
+def open_cell(cell: Cell, bench: Bench, params: Params) -> Adapts:
     """The cell's model, ready to adapt to groups."""
     if cell.spec.kind in SCRATCH:
-        return _scratch(cell.spec, bench)
+        return _scratch(cell.spec, bench, params)
     card = card_of(cell.spec, open_store(Path(cell.spec.store), verify=False))
-    if cell.support_per_class is not None:
-        card = dataclasses.replace(card, support_per_class=cell.support_per_class)
+    if cell.images is not None and cell.spec.model.get("classifier") != "ridge":
+        classes = len(bench.images.block_classes(bench.tables["test"][0, FROM]))
+        card = dataclasses.replace(card, support_per_class=math.ceil(cell.images / classes))
     torch.manual_seed(cell.spec.split_seed)  # for untrained models
     model, target = untrained(cell.spec, card)
     if cell.checkpoint is not None:
@@ -111,37 +108,38 @@ def open_cell(cell: Cell, bench: Bench) -> Adapts:
     model.to(bench.images.device)
     if cell.spec.kind in LEARNED:
         return Adapter(model, card, target, cell.head)
-    return Predictor(model, card, target, sketch_images=cell.sketch_images)
+    predictor = Predictor(model, card, target, sketch_images=cell.images)
+    if cell.finetune is None:
+        return predictor
+    return FineTuned(predictor, cell.finetune, bench.bf16, _compiles(cell.finetune, bench, params))
 
 
-def _scratch(spec: TrialSpec, bench: Bench) -> Scratch:
-    device = bench.images.device
+def _scratch(spec: TrialSpec, bench: Bench, params: Params) -> Scratch:
+    device, config = bench.images.device, ScratchConfig(**spec.model)
     target = build_target(spec.target, len(bench.images.mean), bench.images.image_size)
     bf16 = wants_bf16(spec.train["precision"], device)
-    return Scratch(ScratchConfig(**spec.model), target, device, bf16, spec.kind == "scratch_gc")
+    return Scratch(config, target, device, bf16, spec.kind == "scratch_gc", _compiles(config, bench, params))
+
+
+def _compiles(config: ScratchConfig, bench: Bench, params: Params) -> bool:
+    """Whether compiled layers save time, over all test groups that a network is trained on."""
+    epochs, images = params.baselines.scratch_groups * config.epochs, bench.tables["test"].shape[2]
+    return bench.images.device.type == "cpu" and compiling_pays(epochs, images, bench.images.image_size)
 
 
 def _measure(folder: str, params: Params, cell: Cell) -> pd.DataFrame:
     bench = open_worker(folder, params, cell.spec.split_seed, None)
-    adapts = open_cell(cell, bench)
-    if cell.spec.kind in SCRATCH:
-        return _from_scratch(cell, adapts, bench, params)
-    sketches = SKETCHES[cell.sketch](bench, adapts, params) if cell.sketch != "own" else None
+    adapts = open_cell(cell, bench, params)
+    if cell.slow:
+        groups = range(min(params.baselines.scratch_groups, len(bench.tables["test"])))
+        return trained_accuracies(bench, {cell.spec.name: adapts}, groups)
+    sketches = SKETCHES[f"{cell.sketch}_sketch"](bench, adapts, params) if cell.sketch != "own" else None
     return bench.accuracies(cell.spec.name, adapts, sketches=sketches)
-
-
-def _from_scratch(cell: Cell, scratch: Adapts, bench: Bench, params: Params) -> pd.DataFrame:
-    """Train from scratch on the first `scratch_groups` test groups, each with its own seed."""
-    rows = []
-    for g in range(min(params.baselines.scratch_groups, len(bench.tables["test"]))):
-        torch.manual_seed(group_seed(cell.spec.split_seed, g))
-        rows.append(bench.accuracies(cell.spec.name, scratch, range(g, g + 1)))
-    return pd.concat(rows, ignore_index=True)
 
 
 def _diagnose(folder: str, params: Params, cell: Cell) -> Diagnosis:
     bench = open_worker(folder, params, cell.spec.split_seed, None)
-    predictor, groups = open_cell(cell, bench), bench.tables["test"][:, FROM]
+    predictor, groups = open_cell(cell, bench, params), bench.tables["test"][:, FROM]
     sketches = group_sketches(predictor, bench.images, groups, bench.bf16)
     with torch.no_grad():
         moved = movement([predictor.model.generate(sketch) for sketch in sketches[:MOVED_GROUPS]])
@@ -153,11 +151,7 @@ def _diagnose(folder: str, params: Params, cell: Cell) -> Diagnosis:
     return Diagnosis(share, probe(sketches, [bench.images.block_classes(group).tolist() for group in groups]))
 
 
-def _time(folder: str, params: Params, cells: Mapping[str, Cell]) -> dict[str, float]:
+def _time(folder: str, params: Params, cells: Sequence[tuple[str, Cell]]) -> pd.DataFrame:
     bench = open_worker(folder, params, params.seed, params.evaluate.timing_groups)
-    groups = bench.tables["test"][:, FROM]
-    short, long = (
-        {name: open_cell(cell, bench) for name, cell in cells.items() if (cell.spec.kind in SCRATCH) == from_scratch}
-        for from_scratch in (False, True)
-    )
-    return in_turns(short, bench, groups) | in_turns(long, bench, groups[:SCRATCH_TIMINGS], warm_up=1)
+    times = median_times(bench, {name: open_cell(cell, bench, params) for name, cell in cells})
+    return pd.DataFrame({"row": list(times), "milliseconds": list(times.values())})

@@ -15,10 +15,11 @@ from matplotlib.figure import Figure
 from pipeline.params import Params
 from pipeline.project import root
 from pipeline.reporting.figures import bars_figure
+from pipeline.reporting.numbers import plus_minus
 from pipeline.runs.measuring import measure_missing, open_worker
-from pipeline.studies.cells import Cell, open_cell
-from pipeline.studies.definition import Study, Whole, reported
-from pipeline.studies.page import number, plus_minus, table_of
+from pipeline.studies.definition import Study, WholeSet, reported
+from pipeline.studies.measuring import Cell, open_cell
+from pipeline.studies.page import number, table_of
 from pipeline.studies.trained import TrainedColumn
 from pudnet.data.images import normalize
 from pudnet.data.user_images import images_at_a_time, labelled_set
@@ -27,7 +28,7 @@ from pudnet.errors import UserError
 from pudnet.evaluation import mean_half_width
 
 
-def check(plan: Whole) -> None:
+def check(plan: WholeSet) -> None:
     """Raise `UserError` if one of the folders is missing."""
     for folder in (plan.images, plan.test_images):
         if not (root() / folder).is_dir():
@@ -68,11 +69,11 @@ def measure(trained: TrainedColumn) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
-def _accuracy(folder: str, params: Params, one: tuple[Cell, Whole]) -> pd.DataFrame:
+def _accuracy(folder: str, params: Params, one: tuple[Cell, WholeSet]) -> pd.DataFrame:
     """In a Ray task: a cell's top-k accuracy, and the seconds from the folder to the predicted network."""
     cell, plan = one
     bench = open_worker(folder, params, cell.spec.split_seed, None)
-    predictor = open_cell(cell, bench)
+    predictor = open_cell(cell, bench, params)
     start = clock(bench.images.device)
     network = predictor.predict(plan.images)
     seconds = (clock(bench.images.device) - start) / 1000

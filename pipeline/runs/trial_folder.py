@@ -1,0 +1,108 @@
+"""A trial's folder: its last two checkpoints, each with all reports so far, and whether the trial has ended.
+
+The folder is named by the trial's key and lies on storage that all nodes share, so that it does not matter which
+process trained before, nor where.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.project import root, write_json
+from pipeline.runs.trial import DIVERGED, STATE, TrialSpec, load_state
+from pudnet.errors import is_out_of_memory
+from pudnet.files import replacing
+
+REPORTS = "reports"  # in a checkpoint, beside the trial's state
+ENDED = "ended.json"
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A trial that has ended. `diverged`: why it ended early, where its loss did not stay finite."""
+
+    spec: TrialSpec
+    key: str
+    groups: int  # at its last report; 0 if it made none
+    diverged: str | None
+
+    @property
+    def checkpoint(self) -> Path:
+        """The last checkpoint."""
+        return _checkpoint(trial_folder(self.key), self.groups)
+
+    def state(self) -> dict[str, Any]:
+        """The trial's state at its end. Raises some error if it is gone or damaged."""
+        return load_state(self.checkpoint)
+
+    @cached_property
+    def history(self) -> list[dict[str, Any]]:
+        """The trial's reports."""
+        return self.state()[REPORTS] if self.groups else []
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """The last report."""
+        return self.history[-1]
+
+
+def trial_folder(key: str) -> Path:
+    """The folder of the trial with this key."""
+    return root() / ".pud" / "trials" / key
+
+
+def _checkpoint(folder: Path, groups: int) -> Path:
+    return folder / f"{groups:09}"
+
+
+def save_checkpoint(folder: Path, state: Mapping[str, Any]) -> None:
+    """Write a checkpoint, whole or not at all, and delete all older checkpoints except the most recent one."""
+    own = _checkpoint(folder, state[REPORTS][-1]["groups"])
+    with replacing(own / STATE) as path, path.open("wb") as file:  # given a path, torch.save hides a full disk
+        torch.save(state, file)
+    for before in sorted(file.parent for file in folder.glob(f"*/{STATE}") if file.parent.name < own.name)[:-1]:
+        shutil.rmtree(before, ignore_errors=True)
+
+
+def newest_checkpoint(folder: Path) -> tuple[Path | None, dict[str, Any]]:
+    """The newest checkpoint that is whole, and the state in it; None and no reports where there is none."""
+    for file in sorted(folder.glob(f"*/{STATE}"), reverse=True):
+        try:
+            return file.parent, load_state(file.parent)
+        except Exception as error:  # a damaged file can fail in nearly every way
+            if is_out_of_memory(error):
+                raise
+            print(f"  checkpoint {file} is damaged; its trial goes on from what was before", flush=True)
+    return None, {REPORTS: []}
+
+
+def mark_ended(trial: Finished) -> None:
+    """Note in the folder that the trial has ended."""
+    write_json(trial_folder(trial.key) / ENDED, {"groups": trial.groups, DIVERGED: trial.diverged})
+
+
+def read_ended(key: str, spec: TrialSpec) -> Finished | None:
+    """A trial that has ended; None if it has not, or if its last checkpoint is gone or damaged."""
+    path = trial_folder(key) / ENDED
+    if not path.is_file():
+        return None
+    with contextlib.suppress(Exception):  # a damaged file can fail in nearly every way
+        trial = Finished(spec, key, **json.loads(path.read_text()))
+        if trial.history or not trial.groups:
+            return trial
+    print(f"  {spec.name}: its last checkpoint is gone or damaged; it is trained again", flush=True)
+    return None
+
+
+def forget_trial(key: str) -> None:
+    """Let a trial run again, from its beginning."""
+    shutil.rmtree(trial_folder(key), ignore_errors=True)

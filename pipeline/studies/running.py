@@ -1,0 +1,65 @@
+"""Runs one study: trains, measures and writes one column after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import pandas as pd
+
+from pipeline.params import Params, StudyParams
+from pipeline.project import write
+from pipeline.reporting.figures import to_png
+from pipeline.studies import accuracy, correlation, finetuning, losses, page, trained, whole_set
+from pipeline.studies.definition import STUDIES, Study
+from pudnet.errors import UserError
+
+KINDS = {
+    "accuracy": accuracy,
+    "losses": losses,
+    "finetune": finetuning,
+    "correlation": correlation,
+    "whole": whole_set,
+}
+
+
+def run_study(name: str, study: Study, columns: Mapping[str, Params], left_out: Mapping[str, str]) -> None:
+    """Run a study. A column whose data is missing is left out, and the page says what is missing.
+
+    Raises `UserError` if no column is left, or, after the other columns have run, if a column does not fit its data.
+    """
+    frames, left_out, waiting, unfit = [], dict(left_out), dict.fromkeys(columns, "not yet"), None
+    for column, params in columns.items():
+        del waiting[column]
+        try:
+            trained.get_data(params)
+            if study.whole is not None:
+                whole_set.check(study.whole)
+        except UserError as error:
+            left_out[column] = str(error)
+            print(f"study: {name}, {column}: not run: {error}", flush=True)
+            continue
+        try:
+            with trained.workspace(params):
+                frames.append(KINDS[study.measure].measure(trained.train(name, study, column, params)))
+        except UserError as error:
+            left_out[column], unfit = str(error), unfit or f"study: {name}, {column}: {error}"
+            print(f"study: {name}, {column}: not run: {error}", flush=True)
+        if waiting and frames:  # write what there is so far; after the last column it is written below
+            _write(name, study, frames, left_out | waiting, params.study)
+    if not frames:
+        raise UserError(f"study: {name}: no column can be run: {next(iter(left_out.values()))}")
+    _write(name, study, frames, left_out, params.study)
+    if unfit:
+        raise UserError(unfit)
+    print(f"study: {name}: {sum(map(len, frames))} lines in {STUDIES / 'results' / name}.md")
+
+
+def _write(
+    name: str, study: Study, frames: Sequence[pd.DataFrame], left_out: Mapping[str, str], asked: StudyParams
+) -> None:
+    """Write the study as measured so far: a table, a figure, a page."""
+    table, kind, folder = pd.concat(frames, ignore_index=True), KINDS[study.measure], STUDIES / "results"
+    table.insert(0, "study", name)
+    write(folder / f"{name}.csv", table.to_csv(index=False, float_format="%.4f"))
+    write(folder / f"{name}.png", to_png(kind.figure(study, table)))
+    write(folder / f"{name}.md", page.render(name, study, kind.tables(study, table), left_out, asked))

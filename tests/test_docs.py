@@ -1,0 +1,57 @@
+"""What the pages tell users to type exists: commands, options, parameters, modules, targets of make."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pudnet.cli import main
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+@pytest.fixture(scope="module")
+def code():
+    """All blocks and pieces of code of the pages, comments left out, and continued lines joined."""
+    text = "\n".join(page.read_text() for page in PAGES)
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL) + re.findall(r"(?<!`)`([^`\n]+)`(?!`)", text)
+    blocks += re.findall(r"^    \S.*$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    return re.sub(r"\s#.*", "", re.sub(r"\\\n\s*", "", "\n".join(blocks)))
+
+
+def test_every_parameter_that_is_set_is_one_of_params_yaml(code):
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    keys = set(re.findall(r"-S '?([a-z_.0-9]+)=", code))
+    assert keys
+    for key in keys:
+        found = params
+        for name in key.split("."):
+            assert name in found, key
+            found = found[name]
+
+
+def test_every_module_that_is_run_exists(code):
+    modules = {name for name in re.findall(r"python3? -m ([a-z_.]+[a-z])", code) if name not in ("pip", "venv")}
+    assert {"pipeline.search", "docs.screenshots"} <= modules
+    for name in modules:
+        assert importlib.util.find_spec(name), name
+
+
+def test_every_target_of_make_exists(code):
+    makefile = (ROOT / "Makefile").read_text()
+    for target in set(re.findall(r"\bmake ([a-z]+)\b", code)):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_every_command_and_option_of_pudnet_exists(code, capsys):
+    calls = re.findall(r"^pudnet ([a-z]+)(.*)$", code, re.MULTILINE)
+    assert len(calls) > 5
+    for command, rest in calls:
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        told = capsys.readouterr().out
+        for option in re.findall(r"--[a-z-]+", rest):
+            assert f"{option} " in told, f"pudnet {command} {option}"
