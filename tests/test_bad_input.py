@@ -360,9 +360,9 @@ STUDY = {
     },
     "axis": "columns",
     "rows": {
-        "a": {"paper": "2", "changes": {"depth": 4}, "sketch_images": 5},
+        "a": {"paper": "2", "changes": {"depth": 4}, "images": 5},
         "b": {"method": "protonet", "changes": {"scale": 2.0, "learning_rate": 0.1}},
-        "c": {"variant": "pudnet_plus", "sketch": "constant", "support_per_class": 3},
+        "c": {"variant": "pudnet_plus", "sketch": "constant", "images": 3},
     },
     "finetune": {"epochs": 3},
     "whole": {"images": "i", "test_images": "j", "top": 5},
