@@ -28,7 +28,7 @@ from pudnet.errors import UserError
 def baselines(params: Params) -> None:
     """Tune, train, measure and time every method; write the tables, and log one run for each method."""
     params = params.for_baselines(images_of_a_class(params))
-    fresh, methods, tracking = wants_fresh(), _possible(params), open_tracking(params)
+    fresh, methods, tracking = wants_fresh(), _possible(params), open_tracking(params, "baselines")
     pudnet = read_result(RESULTS / "pudnet.csv", pd.read_csv, "evaluate")
     with cluster.session():
         tuning, choices = tune(params, [m for m in methods if m in LEARNED or m in SCRATCH], tracking, fresh)

@@ -37,7 +37,7 @@ def evaluate(params: Params) -> None:
     write(RESULTS / "pudnet.csv", frame.to_csv(index=False, float_format="%.4f"))
     write_json(RESULTS / "timing.json", timing)
     write_json(RESULTS / "metrics.json", metrics)
-    tracking = open_tracking(params)
+    tracking = open_tracking(params, "evaluate")
     tracking.submit(lambda: log_evaluation(tracking, params, metrics, timing))
     print(f"evaluate: {metrics['accuracy']:.2f} +/- {metrics['ci95']:.2f} % over {len(frame)} test groups")
     print(

@@ -31,9 +31,9 @@ def write_report(params: Params, folder: Path = RESULTS) -> None:
     }
     for name, table in tables.items():
         write(plots / f"{name}.csv", table.to_csv(index=False))
-    for name in ("filters", "filter_differences"):
-        if name in pictures:
-            write(plots / f"{name}.png", figures.to_png(pictures[name]))
+    for name, picture in pictures.items():
+        if name != "curves":  # MLflow and DVC draw these themselves
+            write(plots / f"{name}.png", figures.to_png(picture))
     write(folder / "report.html", render(params, results, moved, raced, pictures))
 
 
@@ -46,7 +46,7 @@ def with_series(table: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
 def report(params: Params) -> None:
     """Write the report and log it."""
     write_report(params)
-    tracking = open_tracking(params)
+    tracking = open_tracking(params, "report")
     tracking.submit(lambda: log_report(tracking, params))
 
 

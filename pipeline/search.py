@@ -13,6 +13,7 @@ from pipeline.params import Params
 from pipeline.project import RESULTS, write
 from pipeline.runs import cluster
 from pipeline.runs.executor import Experiment, run_missing
+from pipeline.runs.progress import datasets
 from pipeline.runs.trial import TrialSpec, make_spec
 from pipeline.runs.trial_folder import Finished
 from pipeline.stage import run_stage, wants_fresh
@@ -22,7 +23,7 @@ from pudnet.errors import RunFailed
 
 def search(params: Params) -> None:
     """Train every cell of the grid on every class split; write results/search.csv and results/best.yaml."""
-    fresh, tracking = wants_fresh(), open_tracking(params)
+    fresh, tracking = wants_fresh(), open_tracking(params, "search")
     cells, groups = params.grid(), params.groups.search_groups
     print(f"search: {len(cells)} trials of {groups} groups on each of {params.splits} class splits")
     rows, best = [], {}
@@ -35,7 +36,7 @@ def search(params: Params) -> None:
                 raise RunFailed(f"search: no trial of split {seed} ended well; change search.space or train")
             rows += [_row(trial) for trial in finished]
             best[seed] = _best(finished, params)
-            tracking.submit(partial(_close, tracking, experiment, params, best[seed]))
+            tracking.submit(partial(_close, tracking, experiment, params, seed, best[seed]))
     write(RESULTS / "search.csv", pd.DataFrame(rows).to_csv(index=False, float_format="%.6g"))
     write(RESULTS / "best.yaml", yaml.safe_dump({"splits": best}, sort_keys=False))
     for seed, cell in best.items():
@@ -43,10 +44,18 @@ def search(params: Params) -> None:
         print(f"search: best of split {seed}: {cell['accuracy']:.2f} % on validation groups{values and ': '}{values}")
 
 
-def _close(tracking: Tracking, experiment: Experiment, params: Params, best: dict[str, Any]) -> None:
+def _close(tracking: Tracking, experiment: Experiment, params: Params, split_seed: int, best: dict[str, Any]) -> None:
     """Log a split's result to its parent run, and close that."""
     run_id = tracking.find_or_create(experiment.key, experiment.stage)
-    tracking.log_params(run_id, {f"space.{name}": values for name, values in params.search.space.items()})
+    searched = [name for name in best if name != "accuracy"]
+    chosen = ", ".join(f"{name} {best[name]}" for name in searched) or "nothing, as the grid has one cell"
+    note = (
+        f"Search over {' and '.join(searched) or 'nothing'} for class split {split_seed}: {len(experiment.specs)} "
+        f"trial(s), this run's children, each trained on {params.groups.search_groups:,} task groups. Chosen by "
+        f"accuracy on {params.groups.validation_groups} validation groups: {chosen} ({best['accuracy']:.2f} %)."
+    )
+    space = {f"space.{name}": values for name, values in params.search.space.items()}
+    tracking.describe(run_id, note, space, datasets(experiment.specs[0]))
     tracking.log_metrics(run_id, {"best_validation_accuracy": best["accuracy"]})
     tracking.finish(run_id)
 

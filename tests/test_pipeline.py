@@ -140,16 +140,23 @@ def test_mlflow_has_one_finished_run_a_search_trial_training_and_evaluation(repr
         assert steps == [4, 8, 10]
         assert {"eta", "depth", "seed"} <= set(trial.data.params)
     assert client.get_model_version_by_alias("pudnet-digits-convnet3", "newest").version == 1
+    assert client.get_model_version_by_alias("pudnet-digits-convnet3", "best").version == 1
+    assert "Test groups play no part" in client.get_registered_model("pudnet-digits-convnet3").description
+    assert {run.info.run_name for run in runs if not run.inputs.dataset_inputs} == {"tune-baselines"}
+    assert all(run.data.tags["mlflow.note.content"] and run.data.tags["stage"] for run in runs)
+    assert all(run.data.metrics["system/cpu_cores_used"] > 0 for run in trials)
     evaluation = next(run for run in runs if run.info.run_name == "evaluate-pudnet")
     kept = client.list_artifacts(evaluation.info.run_id, "weights/split-0")
     assert len(kept) == 2
+    pictures = {Path(file.path).name for file in client.list_artifacts(evaluation.info.run_id, "plots")}
+    assert {"distribution.png", "race.png", "search.png", "filters.png"} <= pictures
 
 
 def test_registered_model_is_loaded_by_its_uri(repro, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{repro}/mlflow.db")
     expected = Predictor.load(repro / "models/pudnet.safetensors")
-    for uri in ("models:/pudnet-digits-convnet3/1", "models:/pudnet-digits-convnet3@newest"):
-        found = Predictor.load(uri)
+    for version in ("/1", "@newest", "@best"):
+        found = Predictor.load(f"models:/pudnet-digits-convnet3{version}")
         assert found.card == expected.card
         assert_close(found.model.state_dict(), expected.model.state_dict(), rtol=0, atol=0)
     with pytest.raises(UserError, match="models:/pudnet-digits-convnet3/9: cannot be downloaded from sqlite:"):

@@ -7,7 +7,7 @@ import mlflow
 import pandas as pd
 import pytest
 
-from pipeline.tracking.registry import example_group, hypernetwork
+from pipeline.tracking.registry import example_group, hypernetwork, point_aliases
 from pipeline.tracking.serving import PudNetModel
 from pudnet import Predictor
 from pudnet.card import Card
@@ -24,6 +24,19 @@ from pudnet.config import ModelConfig, TrainConfig, apply_variant
 def test_what_makes_the_weights_is_said_whatever_was_searched(variant, said):
     model, _ = apply_variant(variant, ModelConfig(), TrainConfig())
     assert hypernetwork(Card("pudnet", "convnet3", 1, 8, (0.5,), (0.5,), 10.0, 10, asdict(model))) == said
+
+
+def test_best_is_chosen_on_the_validation_groups_of_the_newest_version(tmp_path):
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    client.create_registered_model("model")
+    pointed = []
+    for accuracy, groups in [(90, "a"), (80, "a"), (90, "a"), (9, "a"), (70, "b")]:
+        tags = {"validation_accuracy": str(accuracy), "validation_groups": groups}
+        client.create_model_version("model", tmp_path.as_uri(), tags=tags)
+        point_aliases(client, "model")
+        found = client.get_registered_model("model").aliases
+        pointed.append((int(found["newest"]), int(found["best"])))
+    assert pointed == [(1, 1), (2, 1), (3, 3), (4, 3), (5, 5)]
 
 
 @pytest.fixture(scope="module")

@@ -230,7 +230,8 @@ def test_two_renderings_are_the_same_bytes(results):
 
 def test_plot_files(results):
     names = {file.name for file in (results / "plots").iterdir()}
-    assert names == {"search.csv", "loss_curves.csv", "accuracy_histogram.csv", "filters.png", "filter_differences.png"}
+    pictures = {"distribution.png", "race.png", "search.png", "filters.png", "filter_differences.png"}
+    assert names == {"search.csv", "loss_curves.csv", "accuracy_histogram.csv"} | pictures
     bins = pd.read_csv(results / "plots" / "accuracy_histogram.csv")
     assert (bins.groupby("method")["groups"].sum() == 120).all()
 

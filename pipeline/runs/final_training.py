@@ -16,7 +16,8 @@ from pipeline.project import PUDNET, RESULTS, STORE, git_commit, group_folder, r
 from pipeline.runs.executor import Experiment, run_missing
 from pipeline.runs.trial import card_of, make_spec
 from pipeline.runs.trial_folder import Finished
-from pipeline.tracking.registry import register
+from pipeline.tracking.datasets import dataset
+from pipeline.tracking.registry import Validation, register
 from pipeline.tracking.runs import Tracking, open_tracking
 from pudnet.card import write_tensors
 from pudnet.data.groups import open_groups
@@ -38,6 +39,13 @@ def _cells(path: Path) -> dict[int, dict[str, Any]]:
     return {int(seed): {k: v for k, v in cell.items() if k != "accuracy"} for seed, cell in splits.items()}
 
 
+def _validation(params: Params, split_seed: int) -> Validation:
+    """How well the search judged the cell that it chose for a split."""
+    groups = dataset(STORE.resolve(), group_folder(split_seed).resolve(), "validation", params.groups.validation_groups)
+    best = read_result(RESULTS / "best.yaml", lambda path: yaml.safe_load(path.read_text())["splits"], "search")
+    return Validation(best[split_seed]["accuracy"], groups.dataset.digest)
+
+
 def train_all(params: Params, stage: str, methods: Mapping[str, Cells], fresh: bool) -> pd.DataFrame:
     """Train each method on each split in an open Ray session, and write the models. Returns the loss curves."""
     for kind, cells in methods.items():
@@ -48,24 +56,33 @@ def train_all(params: Params, stage: str, methods: Mapping[str, Cells], fresh: b
         for kind, cells in methods.items()
         for seed in params.split_seeds
     ]
-    tracking = open_tracking(params)
+    tracking = open_tracking(params, stage)
     print(f"{stage}: {len(specs)} final training(s) on {params.groups.train_groups:,} groups")
     finished = run_missing(
         Experiment(f"{stage}-final", specs, workers=params.resources.workers), params, tracking, fresh=fresh
     )
     for trial in finished:
-        tracking.submit(partial(_log, tracking, params, trial, _write_model(params, trial)))
+        path = _write_model(params, trial)
+        if trial.spec.kind == "pudnet":
+            log = partial(_register, tracking, params, trial, path, _validation(params, trial.spec.split_seed))
+        else:
+            log = partial(_log, tracking, trial, path)
+        tracking.submit(log)
     return pd.concat([_curve(trial) for trial in finished], ignore_index=True)
 
 
-def _log(tracking: Tracking, params: Params, trial: Finished, path: Path) -> None:
-    """Log a model to the run of its training; PudNet's is also registered."""
+def _log(tracking: Tracking, trial: Finished, path: Path) -> None:
+    """Log a baseline's model to the run of its training."""
     run_id = tracking.find_or_create(trial.key, trial.spec.name)
-    if trial.spec.kind == "pudnet":
-        name = f"pudnet-{params.setting}-{params.target}".replace(":", ".")  # a model's name may have no colon
-        tracking.log_tags(run_id, {"registered_version": register(tracking, run_id, path, name)})
-    else:
-        tracking.client.log_artifact(run_id, str(path), "model")
+    tracking.client.log_artifact(run_id, str(path), "model")
+    tracking.finish(run_id)
+
+
+def _register(tracking: Tracking, params: Params, trial: Finished, path: Path, validation: Validation) -> None:
+    """Log PudNet's model to the run of its training, and register it."""
+    run_id = tracking.find_or_create(trial.key, trial.spec.name)
+    name = f"pudnet-{params.setting}-{params.target}".replace(":", ".")  # a model's name may have no colon
+    tracking.log_tags(run_id, {"registered_version": register(tracking, run_id, path, name, validation)})
     tracking.finish(run_id)
 
 

@@ -7,17 +7,21 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+from mlflow.entities import DatasetInput
 from ray.tune import Callback
 from ray.tune.experiment import Trial
 
 from pipeline.params import Params
 from pipeline.runs import cluster
-from pipeline.runs.trainable import AT
+from pipeline.runs.trainable import AT, SYSTEM
 from pipeline.runs.trial import DIVERGED, TOTAL, TrialSpec
 from pipeline.runs.trial_folder import Finished, mark_ended
+from pipeline.tracking.datasets import dataset
 from pipeline.tracking.runs import Tracking
+from pudnet.baselines import SCRATCH
 from pudnet.errors import RunFailed
 
 METRICS = (  # MLflow's compare page first shows the first one
@@ -31,6 +35,7 @@ METRICS = (  # MLflow's compare page first shows the first one
     "grad_norm",
     "groups_per_second",
     "rollbacks",
+    *SYSTEM,
 )
 PATIENCE = 60  # seconds without a trial at work before it is said
 
@@ -133,7 +138,8 @@ class TrialProgress(Callback):
         parent_id = self.tracking.find_or_create(*self.parent) if self.parent else None
         run_id = self.tracking.find_or_create(key, spec.name, parent_id)
         seeds = {"method": spec.kind, "split_seed": spec.split_seed, "seed": spec.seed}
-        self.tracking.log_params(run_id, {**spec.train, **spec.model, **asdict(self.params.groups), **seeds})
+        plain = {**spec.train, **spec.model, **asdict(self.params.groups), **seeds}
+        self.tracking.describe(run_id, _about(spec, self.params), plain, datasets(spec))
         return run_id, self.tracking.last_step(run_id, "groups_per_second")
 
     def run_key(self, spec: TrialSpec) -> str:
@@ -143,6 +149,25 @@ class TrialProgress(Callback):
 
 def _spec(trial: Trial) -> TrialSpec:
     return TrialSpec(**trial.config["trial"]["spec"])
+
+
+def datasets(spec: TrialSpec) -> list[DatasetInput]:
+    """What a trial trains on, and what it is judged on. (From scratch both are the two halves of validation groups.)"""
+    store, groups = Path(spec.store), Path(spec.groups)
+    found = [] if spec.kind in SCRATCH else [dataset(store, groups, spec.table)]
+    return found + ([dataset(store, groups, "validation", spec.validate)] if spec.validate else [])
+
+
+def _about(spec: TrialSpec, params: Params) -> str:
+    """The description of a trial's MLflow run."""
+    name = params.variant if spec.kind == "pudnet" else spec.kind
+    cell = ", ".join(f"{key} {value}" for key, value in spec.cell.items())
+    trained = f"Training of `{name}`{cell and f' with {cell}'} for class split {spec.split_seed}"
+    if spec.kind in SCRATCH:
+        return f"{trained}, by itself on each of {spec.validate} validation groups."
+    groups = params.groups.search_groups if spec.table == "search_train" else params.groups.train_groups
+    judged = f", judged on {spec.validate} validation groups of classes that it has not seen" if spec.validate else ""
+    return f"{trained} on {groups:,} task groups{judged}. A step is a task group."
 
 
 def _words(result: Mapping[str, Any]) -> str:

@@ -5,12 +5,14 @@ Ray is told the reports, and never gets a checkpoint.
 
 from __future__ import annotations
 
+import resource
 import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from ray import train, tune
 from ray.train.torch import TorchTrainer
 from ray.tune.integration.ray_train import TuneReportCallback
@@ -20,6 +22,7 @@ from pipeline.runs.trial_folder import REPORTS, newest_checkpoint, save_checkpoi
 from pudnet.errors import RunFailed
 
 AT = "reported_at"  # in a report: the time, in seconds
+SYSTEM = ("system/cpu_cores_used", "system/peak_memory_megabytes", "system/gpu_peak_memory_megabytes")
 REPLAYED = "replayed"  # in a report: it was made before this process began
 
 Report = Callable[[dict[str, Any]], None]
@@ -45,14 +48,30 @@ def _train(config: Mapping[str, Any], state: dict[str, Any], report: Report, ran
     if reports := state.pop(REPORTS):
         trial.load_state_dict(state)
     state.clear()  # frees what the trial has copied
+    usage = Usage()
     try:
         for metrics in trial.run():
-            reports.append(metrics | {AT: time.time()})
+            reports.append(metrics | {AT: time.time()} | usage.since_last())
             if rank == 0:
                 save_checkpoint(Path(config["trial"]["folder"]), trial.state_dict() | {REPORTS: reports})
             report(reports[-1])
     except RunFailed as error:  # the loss does not stay finite; it would not another time, so this is no failure to Ray
         report({DIVERGED: str(error)})
+
+
+class Usage:
+    """What this process uses, as MLflow's "System metrics" show it; the peaks are since the process began."""
+
+    def __init__(self) -> None:
+        self.at = time.process_time(), time.monotonic()
+
+    def since_last(self) -> dict[str, float]:
+        """The numbers of `SYSTEM`, of the GPU only where one is used."""
+        before, self.at = self.at, (time.process_time(), time.monotonic())
+        cores = (self.at[0] - before[0]) / max(self.at[1] - before[1], 1e-3)
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # Linux gives KiB
+        gpu = [torch.cuda.max_memory_allocated() / 2**20] if torch.cuda.is_initialized() else []
+        return dict(zip(SYSTEM, (cores, memory, *gpu), strict=False))
 
 
 def _train_by_workers(config: dict[str, Any]) -> None:

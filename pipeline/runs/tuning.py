@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -42,11 +43,23 @@ def tune(
     print(f"baselines: {len(specs)} trials, each method's grid on each of {params.splits} class splits")
     experiment = Experiment("baselines-tuning", specs, keep_going=True)
     finished = run_missing(experiment, params, tracking, RUN, fresh)
-    tracking.submit(lambda: tracking.finish(tracking.find_or_create(experiment.key, RUN)))
+    tracking.submit(partial(_close, tracking, experiment, params))
     rows = pd.DataFrame([_row(trial) for trial in finished], columns=COLUMNS)
     best = rows.groupby(["method", "split_seed", "epochs"], sort=False, dropna=False)["accuracy"].idxmax()
     rows["chosen"] = rows.index.isin(best)  # among equals, the first in the grid
     return rows, grids | _choices(params, specs, [finished[row] for row in best])
+
+
+def _close(tracking: Tracking, experiment: Experiment, params: Params) -> None:
+    """Describe the trials' parent run, and close it."""
+    run_id = tracking.find_or_create(experiment.key, RUN)
+    note = (
+        f"Tuning of the baselines: {len(experiment.specs)} trials, this run's children. For each method the cell with "
+        f"the best accuracy on {params.groups.validation_groups} validation groups is chosen "
+        f"(from scratch: on {params.baselines.scratch_search_groups})."
+    )
+    tracking.describe(run_id, note, {})
+    tracking.finish(run_id)
 
 
 def _choices(params: Params, specs: Sequence[TrialSpec], best: Sequence[Finished]) -> Choices:

@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
+from mlflow.entities import DatasetInput
+
 from pipeline.groups import groups as make_groups
 from pipeline.params import Params
 from pipeline.prepare import prepare
@@ -17,10 +19,12 @@ from pipeline.project import GROUPS, PREPARED, locked, root
 from pipeline.runs.class_split import images_of_a_class
 from pipeline.runs.executor import Experiment, run_missing
 from pipeline.runs.keys import digest, trial_key
+from pipeline.runs.progress import datasets
 from pipeline.runs.trial import TrialSpec
 from pipeline.runs.trial_folder import Finished
 from pipeline.studies.definition import Column, Row, Study, row_spec
 from pipeline.studies.measuring import Cell
+from pipeline.tracking.datasets import test_sets
 from pipeline.tracking.runs import Tracking, open_tracking
 
 T = TypeVar("T")
@@ -68,7 +72,15 @@ class TrainedColumn:
         key = self.trainings[row, seed][training].key(
             self.params
         )  # not later: it hashes files of this working directory
-        self.tracking.submit(lambda: self._log(key, row, seed, metrics, curve, training))
+        used = self._datasets(row, seed)
+        self.tracking.submit(lambda: self._log(key, row, seed, metrics, curve, training, used))
+
+    def _datasets(self, row: str, seed: int) -> list[DatasetInput]:
+        """What a row is trained on, if it is, and tested on, unless only its losses are of interest."""
+        trained = datasets(self.trainings[row, seed][0].spec) if self.study.rows[row].trained else []
+        if self.study.measure == "losses":
+            return trained
+        return trained + test_sets(replace(self.params, seed=seed, splits=1))
 
     def _log(
         self,
@@ -78,6 +90,7 @@ class TrainedColumn:
         metrics: Mapping[str, float],
         curve: Mapping[str, Mapping[int, float]],
         training: int,
+        used: Sequence[DatasetInput],
     ) -> None:
         label = f"{self.name}: {row}, {self.column}" + (f", split {seed}" if self.params.splits > 1 else "")
         label += f", training {training}" if len(self.trainings[row, seed]) > 1 else ""
@@ -86,7 +99,8 @@ class TrainedColumn:
         own = self.study.rows[row]
         self.tracking.log_tags(run_id, tags | {"variant": own.variant})
         plain = {"method": own.method, "variant": own.variant, **own.changes, **self.length(row)}
-        self.tracking.log_params(run_id, plain)
+        note = f"Study `{self.name}`, row *{row}*, column *{self.column}*, class split {seed}."
+        self.tracking.describe(run_id, note, plain, used)
         self.tracking.log_metrics(run_id, metrics)
         for metric, points in curve.items():
             last = self.tracking.last_step(run_id, metric)
@@ -97,7 +111,7 @@ class TrainedColumn:
 
 def train(name: str, study: Study, column: str, params: Params) -> TrainedColumn:
     """Run all trainings of a column that are not done yet. A training that several rows share is run once."""
-    tracking = open_tracking(params)
+    tracking = open_tracking(params, "study", f"studies/results/{name}.md")
     rows = study.rows.items()
     images, seeds = images_of_a_class(params), params.study.trainings or 1
     specs = {

@@ -13,6 +13,7 @@ import pandas as pd
 
 from pipeline.params import Params
 from pipeline.project import RESULTS, WEIGHTS, group_folder, split_model
+from pipeline.tracking.datasets import test_sets
 from pipeline.tracking.runs import Tracking
 from pudnet.baselines import SCRATCH
 
@@ -35,7 +36,14 @@ def _identity(params: Params) -> str:
 def log_evaluation(tracking: Tracking, params: Params, metrics: Mapping[str, Any], timing: Mapping[str, Any]) -> None:
     """Log an evaluation: its metrics and times, its tables and the kept weights."""
     run_id = evaluation_run(tracking, params)
-    tracking.log_params(run_id, {"splits": params.splits, "seed": params.seed, **asdict(params.groups)})
+    note = (
+        f"Test of `{params.variant}`: it predicts a network for each of {metrics['test_groups']:,} test groups, whose "
+        f"classes no training has seen: {metrics['accuracy']:.2f} ± {metrics['ci95']:.2f} % accuracy on other images "
+        "of these classes. Artifacts: `report.html` (the page of all stages), `plots` (figures, predicted filters), "
+        "`weights` (predicted networks)."
+    )
+    plain = {"splits": params.splits, "seed": params.seed, **asdict(params.groups)}
+    tracking.describe(run_id, note, plain, test_sets(params))
     numbers = {"test_accuracy": metrics["accuracy"], "test_ci95": metrics["ci95"]}
     numbers |= {f"test_accuracy_split_{seed}": part["accuracy"] for seed, part in metrics["splits"].items()}
     tracking.log_metrics(run_id, numbers | {k: v for k, v in timing.items() if k.endswith(("_ms", "_ratio"))})
@@ -67,7 +75,11 @@ def log_baseline(
 ) -> None:
     """Log a method's MLflow run: its chosen cells, results and rows. From scratch, steps are numbers of epochs."""
     run_id = tracking.find_or_create(f"baselines/{method}/{key}", f"baseline-{method}")
-    tracking.log_params(run_id, {"method": method, "splits": params.splits, "seed": params.seed, **chosen})
+    note = f"Test of `{method}` on the test groups of `{params.variant}`: accuracy, the difference to it, and the time"
+    note += f" for a group.{' A step is a number of epochs.' if method in SCRATCH else ''}"
+    plain = {"method": method, "splits": params.splits, "seed": params.seed, **chosen}
+    groups = params.baselines.scratch_groups if method in SCRATCH else params.baselines.test_groups
+    tracking.describe(run_id, note, plain, test_sets(params, groups))
     epochs = {f"{method}_{count}": count for count in params.baselines.scratch_epochs} if method in SCRATCH else {}
     for name, step in (epochs or {method: 0}).items():
         numbers = compared[name]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import os
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
 import mlflow
 import numpy as np
 import pandas as pd
+from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
@@ -28,26 +30,64 @@ CODE = [str(Path(__file__).resolve().parents[2] / "pudnet")]
 REQUIREMENTS = ("mlflow", "numpy", "pandas", "pillow", "pydantic", "pyyaml", "rich", "safetensors", "scikit-learn")
 REQUIREMENTS += ("scipy", "torch", "torchvision")
 
+DESCRIPTION = """Looks at labelled images that it has not seen before, and predicts a {target} that classifies others \
+like them. Trained on {setting}.
+
+A request is one task group: rows of `image` (an image file) with a `label` to predict a network from, and rows \
+without a label to classify by it.
+
+- `@best`: of the versions that were judged on the same validation groups as the newest, the one whose values (`eta`, \
+`depth`, ...) had the highest accuracy there in the search; among equals, the newest. Test groups play no part.
+- `@newest`: the version of the newest training.
+"""
 SIGNATURE = ModelSignature(
     Schema([ColSpec("binary", "image"), ColSpec(AnyType(), "label", required=False)]),  # a string, number, or null
     Schema([ColSpec(AnyType(), "label"), ColSpec("double", "probability")]),
 )
 
 
-def register(tracking: Tracking, run_id: str, path: Path, name: str) -> str:
-    """Log a trained model to a run and register it, unless the run has done so before. Returns its version."""
+@dataclass(frozen=True)
+class Validation:
+    """How well the search judged the values that a model was trained with, and the groups that it judged them on."""
+
+    accuracy: float  # percent
+    groups: str  # digest of the validation groups
+
+
+def register(tracking: Tracking, run_id: str, path: Path, name: str, validation: Validation) -> str:
+    """Log a trained model to a run and register it, unless the run has done so before. Returns its version.
+
+    The aliases `newest` and `best` then point to what `DESCRIPTION` says.
+    """
     _, card = read_tensors(path)
     client = tracking.client
     found = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
-    version = int(found[0].version) if found else _log(tracking, run_id, path, name, card)
-    newest = max(int(other.version) for other in client.search_model_versions(f"name = '{name}'"))
-    client.update_model_version(name, str(version), _description(card))
-    if version == newest:
-        client.set_registered_model_alias(name, "newest", str(version))
+    version = found[0].version if found else _log(tracking, run_id, path, name, card)
+    described = {"validation_accuracy": f"{validation.accuracy:.4f}", "validation_groups": validation.groups}
+    described |= {"variant": card.provenance["variant"], "split_seed": str(card.provenance["split_seed"])}
+    for key, value in described.items():
+        client.set_model_version_tag(name, str(version), key, value)
+    client.update_model_version(name, str(version), _description(card, validation))
+    if not client.get_registered_model(name).description:  # else somebody has changed it
+        client.update_registered_model(name, DESCRIPTION.format(**card.provenance, target=card.target))
+    point_aliases(client, name)
     return str(version)
 
 
-def _log(tracking: Tracking, run_id: str, path: Path, name: str, card: Card) -> int:
+def point_aliases(client: MlflowClient, name: str) -> None:
+    """Let `newest` and `best` point to their versions."""
+    versions = client.search_model_versions(f"name = '{name}'")
+    newest = max(versions, key=lambda version: int(version.version))
+    judged_alike = [v for v in versions if v.tags.get("validation_groups") == newest.tags.get("validation_groups")]
+    best = max(judged_alike, key=lambda v: (float(v.tags.get("validation_accuracy", 0)), int(v.version)))
+    wanted = {"newest": newest.version, "best": best.version}
+    known = client.get_registered_model(name).aliases
+    for alias, version in wanted.items():
+        if str(known.get(alias)) != str(version):
+            client.set_registered_model_alias(name, alias, str(version))
+
+
+def _log(tracking: Tracking, run_id: str, path: Path, name: str, card: Card) -> str:
     """Log and register a model. Returns its version."""
     mlflow.set_tracking_uri(tracking.uri)
     with quiet(), mlflow.start_run(run_id=run_id):
@@ -61,7 +101,7 @@ def _log(tracking: Tracking, run_id: str, path: Path, name: str, card: Card) -> 
             input_example=example_group(card),
             registered_model_name=name,
         )
-    return int(logged.registered_model_version)
+    return str(logged.registered_model_version)
 
 
 def hypernetwork(card: Card) -> str:
@@ -72,15 +112,14 @@ def hypernetwork(card: Card) -> str:
     return ", ".join(parts + (["a classifier by ridge regression"] if model.classifier == "ridge" else []))
 
 
-def _description(card: Card) -> str:
+def _description(card: Card, validation: Validation) -> str:
     """The description of a version in MLflow's UI."""
     made = card.provenance
     return (
         f"PudNet ({made['variant']}) for {card.target}, {card.image_size}x{card.image_size} px, {card.channels} "
         f"channel(s). Trained on {made['train_groups']:,} task groups of {made['setting']}, "
         f"{passed(made.get('passes', 1))}, class split {made['split_seed']}, {hypernetwork(card)}.\n\n"
-        "A request is one task group: rows of `image` (an image file) with a `label` to predict a network from, and "
-        "rows without a label to classify by it."
+        f"With these values the search had {validation.accuracy:.2f} % on validation groups."
     )
 
 

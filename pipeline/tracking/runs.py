@@ -14,7 +14,7 @@ import sqlite3
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
 
 from mlflow import MlflowClient
-from mlflow.entities import LifecycleStage, Metric, Param, Run, RunTag
+from mlflow.entities import DatasetInput, LifecycleStage, Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, ErrorCode
 from mlflow.tracking.registry import UnsupportedModelRegistryStoreURIException
@@ -38,6 +38,7 @@ from pipeline.project import git_commit, locked, root, write
 from pudnet.errors import RunFailed, UserError
 
 KEY, PROJECT = "pudnet.key", "pudnet.project"
+NOTE = "mlflow.note.content"  # the description in the UI, in Markdown
 REST = 10  # wait this many times as long as a failed call took, before trying the server again
 PLACES = (  # the columns of MLflow's database with the places of artifacts
     ("experiments", "artifact_location"),
@@ -48,8 +49,14 @@ PLACES = (  # the columns of MLflow's database with the places of artifacts
 )
 EXPERIMENT_TAGS = {
     "mlflow.experimentKind": "custom_model_development",  # else the UI opens its pages for language models
-    "mlflow.note.content": "A search is one parent run with one child for each trial; mark the children and press "
-    "Compare. Each final training, each evaluation and each control is one run.",
+    NOTE: """Networks predicted from labelled images: the search, trainings and tests of one setting and one network.
+
+- `search-split...`: a search; its children are its trials: mark them and press *Compare*
+- `train-...`: a final training; PudNet's also registers the model (*Models*, alias `best`)
+- `evaluate-...`: the test of PudNet; among its artifacts is `report.html`, the page of all stages
+- `tune-baselines`, `baseline-...`: tuning and test of what PudNet is compared with
+
+The tag `stage` says which stage made a run, its description what it is.""",
 }
 
 
@@ -171,11 +178,20 @@ class Tracking:
         """The last step at which a metric was logged; -1 if there is none."""
         return max((m.step for m in self.client.get_metric_history(run_id, metric)), default=-1)
 
-    def log_params(self, run_id: str, params: Mapping[str, Any]) -> None:
-        """Log parameters, except those that were logged before."""
-        known = self.client.get_run(run_id).data.params
-        new = [Param(key, str(value)) for key, value in params.items() if key not in known]
-        self.client.log_batch(run_id, params=new)
+    def describe(
+        self, run_id: str, note: str, params: Mapping[str, Any], datasets: Sequence[DatasetInput] = ()
+    ) -> None:
+        """Log what a run is: a description, parameters and datasets, except what it has already.
+
+        So a description that was changed by hand stays.
+        """
+        run = self.client.get_run(run_id)
+        new = [Param(key, str(value)) for key, value in params.items() if key not in run.data.params]
+        tags = [] if NOTE in run.data.tags else [RunTag(NOTE, f"{note}\n\nIts report: `{self.tags['report']}`")]
+        self.client.log_batch(run_id, params=new, tags=tags)
+        known = {(each.dataset.name, each.dataset.digest) for each in run.inputs.dataset_inputs}
+        if missing := [each for each in datasets if (each.dataset.name, each.dataset.digest) not in known]:
+            self.client.log_inputs(run_id, missing)
 
     def log_metrics(
         self, run_id: str, metrics: Mapping[str, float], step: int = 0, seconds: float | None = None
@@ -201,8 +217,8 @@ def tracking_uri() -> str:
     return os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{database}")
 
 
-def open_tracking(params: Params) -> Tracking:
-    """Open the experiment `pudnet-SETTING-TARGET` at `tracking_uri`.
+def open_tracking(params: Params, stage: str, report: str = "results/report.html") -> Tracking:
+    """Open the experiment `pudnet-SETTING-TARGET` at `tracking_uri`, for the runs of a stage that this report shows.
 
     If the server does not answer, that is printed at once. Raises `UserError` for an address that MLflow cannot use.
     """
@@ -210,7 +226,7 @@ def open_tracking(params: Params) -> Tracking:
     name = f"pudnet-{params.setting}-{params.target}"
     artifacts = None if uri.startswith("http") else (root() / "mlartifacts" / name).as_uri()
     follow_move(uri)
-    return _open(uri, name, artifacts, tuple(provenance(params).items()))
+    return _open(uri, name, artifacts, tuple(provenance(params, stage, report).items()))
 
 
 @cache  # so that a process prints only once that a server does not answer
@@ -310,9 +326,11 @@ def _reason(error: BaseException, handled: BaseException | None) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
 
 
-def provenance(params: Params) -> dict[str, str]:
-    """Tags that record what a run was made from."""
-    tags = {"mlflow.user": _user(), "mlflow.source.name": "dvc repro", "mlflow.source.type": "LOCAL"}
+def provenance(params: Params, stage: str, report: str) -> dict[str, str]:
+    """Tags that record what a run was made by, and from."""
+    command = f"dvc repro {os.environ['DVC_STAGE']}" if "DVC_STAGE" in os.environ else f"python -m pipeline.{stage}"
+    tags = {"mlflow.user": _user(), "mlflow.source.name": command, "mlflow.source.type": "LOCAL"}
+    tags |= {"stage": stage, "report": report}
     tags |= {"setting": params.setting, "target": params.target, "variant": params.variant}
     commit = git_commit()
     if commit:

@@ -21,7 +21,7 @@ from pipeline.params import load_params
 from pipeline.tracking.runs import open_tracking
 
 def log(number):
-    tracking = open_tracking(load_params())
+    tracking = open_tracking(load_params(), "search")
     run_id = tracking.find_or_create(f"key{number}", f"run{number}")
     for step in range(20):
         tracking.log_metrics(run_id, {"groups_per_second": number}, step)
