@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import sys
+import time
 from collections.abc import Iterator, Sequence
 
+from pipeline.params import load_params
 from pipeline.project import folder_locked
 from pipeline.runs import cluster
 from pipeline.studies.definition import STUDIES, check_rows, column_params, load_study, wanted
 from pipeline.studies.running import run_study
-from pudnet.errors import UserError, exit_code
+from pudnet.errors import RunFailed, UserError, exit_code
 
 
 def run(names: Sequence[str]) -> None:
@@ -30,10 +33,27 @@ def run(names: Sequence[str]) -> None:
         for column in columns.values():
             with _of(name):
                 check_rows(studies[name], column)
-    with cluster.session():
+    with _at_most(load_params().study.hours):
         for name, (columns, left_out) in chosen.items():
             with folder_locked(f"study-{name}"):
                 run_study(name, studies[name], columns, left_out)
+
+
+@contextlib.contextmanager
+def _at_most(hours: float | None) -> Iterator[None]:
+    """Run the block with Ray, and end it after so many hours, as Ctrl-C would. None: however long it takes.
+
+    Raises `RunFailed` then, since DVC would take a study that ends well to be done.
+    """
+    end = time.monotonic() + 3600 * hours if hours else math.inf
+    try:
+        with cluster.session(hours and 3600 * hours):
+            yield
+    except KeyboardInterrupt:
+        if time.monotonic() < end:
+            raise
+        line = f"study.hours: {hours:g} are over; the pages have what is done, and the same command goes on"
+        raise RunFailed(line) from None
 
 
 @contextlib.contextmanager

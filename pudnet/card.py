@@ -36,6 +36,7 @@ class Card:
     temperature: PositiveFloat  # tau of Eq. 6; the scale of the logits if there is a `ridge`
     support_per_class: Positive
     model: dict | None = None  # ModelConfig for kind "pudnet", a baseline's own configuration for a baseline
+    sketch_images: Positive | None = None  # how many images a prediction looks at; None: as many as `model` says
     # The rest up to `looked_at` is for kind "network".
     classes: tuple[Label, ...] = ()
     ridge: PositiveFloat | None = None  # the penalty, if the classifier was fitted by ridge regression

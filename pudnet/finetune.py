@@ -143,7 +143,8 @@ def _hold_out(columns: Tensor, part: float, card: Card) -> tuple[Tensor, Tensor]
             if not len(seen):
                 raise UserError(f"{has}, too few to hold {count} out")
             used = f"{len(seen)} of which the network was predicted from with their labels, too few to hold {count} out"
-            raise UserError(f"{has}, {used}; give more, or predict from fewer (--sketch)")
+            fewer = (len(rows) - count) * len(card.classes)
+            raise UserError(f"{has}, {used}; give more, or predict from fewer (--sketch {fewer})")
         rest = rest[torch.randperm(len(rest), device=rest.device)]
         tested.append(rest[:count])
         kept.append(torch.cat([seen, rest[count:]]))

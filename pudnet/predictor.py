@@ -58,7 +58,8 @@ class Predictor:
     `predict` does everything. Evaluation and timing call its steps one by one, on normalised images. Each step
     needs only some of a group's images:
 
-    - The sketch averages over `sketch_images` images, spread evenly over the classes. None: as many as in training.
+    - The sketch averages over `sketch_images` images, spread evenly over the classes. None: as many as the card says;
+      the shipped models look at up to 1,000, others at as many as in training.
     - BatchNorm's statistics come from `calibration_images` images, spread likewise. None means:
       - the sketch's images, for a class-aware model (labels enter its sketch);
       - else the support set, if it has more than 50 images and fits in one batch;
@@ -81,8 +82,8 @@ class Predictor:
         hypernetwork = isinstance(model, PudNet)  # else the trunk of a control or baseline
         self.class_aware = hypernetwork and model.class_aware
         self.regression = model.regression if hypernetwork else None
-        own = model.config.sketch_images if hypernetwork else CALIBRATION_IMAGES
-        self.sketch_images = own if sketch_images is None else sketch_images
+        in_training = model.config.sketch_images if hypernetwork else CALIBRATION_IMAGES
+        self.sketch_images = (card.sketch_images or in_training) if sketch_images is None else sketch_images
         self._calibration_images = calibration_images
         self.support_per_class = card.support_per_class
         self.device = next(model.parameters()).device
@@ -356,6 +357,7 @@ class Predictor:
             **solved,
             kind="network",
             model=None,
+            sketch_images=None,
             classes=classes,
             support_per_class=self._support_count(labels),
             labels_per_class=self._labelled(labels),

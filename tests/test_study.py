@@ -128,10 +128,14 @@ def project(tmp_path, monkeypatch):
 
 
 def run_studies(folder, *names):
-    command = [sys.executable, "-m", "pipeline.study", *names]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=500, check=False)
+    done = command(folder, *names)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def command(folder, *names):
+    started = [sys.executable, "-m", "pipeline.study", *names]
+    return subprocess.run(started, cwd=folder, capture_output=True, text=True, timeout=500, check=False)
 
 
 def results(folder, name):
@@ -173,6 +177,14 @@ def test_every_kind_of_study_runs_and_what_is_done_is_not_done_again(project, tm
     project({**TINY, "rows": {row: TINY["rows"][row] for row in ("static trunk", "PudNet+", "untrained")}})
     assert "2 of 4 trials are finished already" in run_studies(tmp_path, "tiny")
     _check_trainings(*results(tmp_path, "tiny"))
+
+
+def test_a_study_ends_after_its_hours(project, tmp_path):
+    params = (tmp_path / "params.yaml").read_text()
+    (tmp_path / "params.yaml").write_text(params.replace("hours: null", "hours: 0.0001"))
+    done = command(tmp_path, "tiny")
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1) and "study.hours: 0.0001 are over" in done.stderr
+    assert not (tmp_path / "studies" / "results").exists()
 
 
 def _check_trainings(table, page):
@@ -358,8 +370,7 @@ def test_what_params_ask_of_studies_in_vain_is_said_in_one_line(line, message, p
 
 
 def test_an_unknown_study_ends_with_the_names_of_those_there_are(project, tmp_path):
-    command = [sys.executable, "-m", "pipeline.study", "table99"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = command(tmp_path, "table99")
     assert done.returncode == 2 and done.stderr == "error: study: unknown name 'table99'; known: tiny\n"
 
 

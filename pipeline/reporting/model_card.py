@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipeline.params import Params
+from pipeline.reporting.numbers import plus_minus
 from pipeline.tracking.registry import hypernetwork
 from pudnet.card import Card
 from pudnet.config import passed
@@ -21,14 +22,18 @@ A PudNet (variant `{variant}`) that predicts {target} for images of {size}x{size
 
 | | |
 |---|---|
-| accuracy on unseen classes | {accuracy:.2f} ± {ci95:.2f} % (95% interval over {test_groups} test groups; 1 split) |
-| a group | {k} classes, {images} images; weights and classifier from one, accuracy on its twin (no image in common) |
+| accuracy on unseen classes | {accuracy:.2f} ± {ci95:.2f} % (95% interval over {test_groups} test groups; 1 split), \
+from {images} images |
+| a group | {k} classes, {group_images} images; predicted from one, accuracy on its twin (no image in common) |
 | trained on | {train_groups:,} task groups of {source}, {passed}, one update each time; L1{losses} |
 | hypernetwork | {hypernetwork} |
 | class split | seed {split_seed} |
 | training classes | {train_classes} |
 | test classes, never trained on | {test_classes} |
-| time of a prediction | {total_ms:.0f} ms on {threads} thread(s) of a {device}, from {timing_images} images |
+
+A prediction looks at {most}. What it costs to look at more, on {threads} thread(s) of a {device}:
+
+{table}
 
 **Data.** {licence} No image of it is in this repository.
 
@@ -40,8 +45,13 @@ not calibrated. Not for decisions about people.
 """
 
 
-def model_card(name: str, params: Params, card: Card, split: Mapping[str, Any], timing: Mapping[str, Any]) -> str:
-    """The card as Markdown. `split` and `timing` are what `evaluate` wrote of the model's split and its times."""
+def model_card(
+    name: str, params: Params, card: Card, split: Mapping[str, Any], measured: Sequence[Mapping[str, Any]]
+) -> str:
+    """The card as Markdown.
+
+    `split` is what `evaluate` wrote of the model's split, `measured` has accuracy and time by number of images.
+    """
     made = card.provenance
     _, train = params.configured({key: made[key] for key in params.search.space if key in made})
     weights = {"L2": train.full_weight, "L3": train.kl_weight}
@@ -55,7 +65,7 @@ def model_card(name: str, params: Params, card: Card, split: Mapping[str, Any], 
         channels=card.channels,
         commit=made["git_commit"].removesuffix("-dirty"),
         k=params.groups.classes_per_group,
-        images=params.groups.images_per_group,
+        group_images=params.groups.images_per_group,
         train_groups=made["train_groups"],
         passed=passed(made.get("passes", 1)),
         source=params.setting,
@@ -64,11 +74,20 @@ def model_card(name: str, params: Params, card: Card, split: Mapping[str, Any], 
         split_seed=made["split_seed"],
         train_classes=", ".join(split["train_classes"]),
         test_classes=", ".join(split["test_classes"]),
-        total_ms=timing["total_ms"],
-        threads=timing["threads"],
-        device=timing["device"].upper() if timing["device"] == "cpu" else timing["device"],
-        timing_images=timing["images"],
+        most=f"up to {card.sketch_images:,} images" if card.sketch_images else f"{measured[-1]['images']} images",
+        threads=measured[0]["threads"],
+        device=measured[0]["device"].upper() if measured[0]["device"] == "cpu" else measured[0]["device"],
+        table=_table(measured),
         licence=LICENCES.get(params.setting, f"As its source ({made['source']}) says."),
         setting=params.setting,
         **made["test"],
     )
+
+
+def _table(measured: Sequence[Mapping[str, Any]]) -> str:
+    """Accuracy and time by the number of images looked at, as Markdown."""
+    rows = [
+        f"| {row['images']} | {plus_minus(row['accuracy'], row['ci95'])} % | {row['total_ms']:.0f} ms |"
+        for row in measured
+    ]
+    return "\n".join(["| images looked at | accuracy | time |", "|---|---|---|", *rows])

@@ -29,14 +29,18 @@ NOT_SENT = ["/data", "/mlartifacts", "/.pud", "/.dvc", "/.venv", "/models", "/ml
 
 
 @contextlib.contextmanager
-def session() -> Iterator[None]:
-    """Start our own Ray, or connect to the cluster at RAY_ADDRESS and send it this project's code."""
+def session(seconds: float | None = None) -> Iterator[None]:
+    """Start our own Ray, or connect to the cluster at RAY_ADDRESS and send it this project's code.
+
+    After `seconds`, the block is interrupted as by Ctrl-C.
+    """
     logging.getLogger("ray").setLevel(logging.CRITICAL)  # a failed trial's traceback is in its error.txt
     with _interruptible() as interruptions:
         try:
             with interruptions.held():
                 _connect(os.environ.get("RAY_ADDRESS"))
                 signal.signal(signal.SIGTERM, interruptions)  # replaces Ray's, which ends the process with a dump
+            signal.setitimer(signal.ITIMER_REAL, seconds or 0)
             yield
         finally:
             with interruptions.held():
