@@ -177,6 +177,14 @@ def test_a_support_set_of_more_than_the_images_that_calibrate_calibrates_itself(
     assert many.adapt(images, labels, (0, 1)).card.provenance["calibration_images"] == 50
 
 
+def test_a_card_says_how_many_images_are_looked_at_and_the_caller_has_the_last_word(predictor):
+    card = replace(predictor.card, sketch_images=8)
+    network = Predictor(predictor.model, card, predictor.target).predict(IMAGES, LABELS)
+    assert network.card.provenance["sketch_images"] == 8 and network.card.sketch_images is None
+    assert Predictor(predictor.model, card, predictor.target, sketch_images=4).sketch_images == 4
+    assert predictor.sketch_images == predictor.model.config.sketch_images
+
+
 @pytest.mark.parametrize("count", [0, -1, "10", 2.5])
 def test_how_many_images_are_looked_at_is_a_count(count, predictor):
     few = Predictor(predictor.model, predictor.card, predictor.target, sketch_images=count)
