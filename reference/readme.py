@@ -9,26 +9,28 @@ from typing import Any
 
 import pandas as pd
 
-from pipeline.reporting.numbers import plus_minus
+from pipeline.reporting.numbers import plus_minus, signed
 from pipeline.studies.page import table_of
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "studies" / "results"
 PAGES = {"README.md": "opening", "docs/results/index.md": "bench"}  # a page -> the part of it that is made here
-MATTERS = "matters"
-MATTERS_TOLD = """ConvNet-3, each method trained on the same {train_groups:,} task groups, one update each, and measured
-on {test_groups:,} groups of classes that it has never seen: accuracy in percent ± its 95% interval over test groups.
-With an arrow: trained on one set, tested on another. (Class splits: {splits}; made by
-`dvc repro studies/dvc.yaml:study@{name}`; [all rows](studies/results/{name}.md).)
+STUDY = "instead_of_training"
+TOLD = """A ConvNet-3 for all labelled images of a test group: accuracy in percent ± its 95% interval over test groups.
+In brackets: the difference to PudNet+, on the same groups. (Test groups: {test_groups:,}, of which a network is trained
+on the first {fewer} each; class splits: {splits}; trainings: 1, on {train_groups:,} groups; made by
+`python -m pipeline.study {name}`; [all rows](studies/results/{name}.md).)
 """
-MATTERS_ROWS = {  # the study's name of a row -> the page's
-    "static trunk": "one network for all groups",
-    "Pretrained": "the same, trained to tell all training classes apart",
-    "R2-D2": "R2-D2: a fixed network and a classifier that is solved for",
-    "PudNet": "PudNet, the paper's",
-    "PudNet+": "**PudNet+, ours**",
+COLUMNS_SHOWN = 3  # and the time
+ROWS = {  # the study's name of a row -> the page's
+    "from scratch / 1 epoch": "trained from scratch, 1 epoch",
+    "from scratch / 50 epochs": "trained from scratch, 50 epochs, tuned",
+    "Pretrained, logistic / all images": "pretrained on the training classes, logistic regression",
+    "R2-D2 / all images": "R2-D2: meta-learned, the classifier is solved for",
+    "PudNet+ / all images": "**PudNet+: predicted**",
+    "PudNet+, fine-tuned / 20 epochs": "PudNet+, then trained for 20 epochs",
 }
-MATTERS_COLUMNS = ["CIFAR-100", "CIFAR-100 → Fashion-MNIST", "Fashion-MNIST → CIFAR-100"]
+REFERENCE = "PudNet+ / all images"
 BENCHES = {"CIFAR-100": "cifar100-convnet3-bench", "Fashion-MNIST": "fashion-convnet3-bench"}
 BENCH_TOLD = """Every method on one bench with ConvNet-3, fp32 on one thread: accuracy, difference to PudNet paired over
 the same test groups, and time a group. PudNet has the losses that its search chose, L1 alone but for one split;
@@ -40,15 +42,30 @@ EPOCHS_SHOWN = (1, 5, 20, 50)  # of training from scratch; reference/README.md h
 
 
 def opening() -> str:
-    """The table of whether the dataset matters."""
-    table = pd.read_csv(RESULTS / f"{MATTERS}.csv")
-    first = table.iloc[0]
-    told = MATTERS_TOLD.format(
-        train_groups=first.train_groups, test_groups=first.test_groups, splits=first.splits, name=MATTERS
+    """The table of prediction beside training."""
+    table = pd.read_csv(RESULTS / f"{STUDY}.csv")
+    first, columns = table.iloc[0], table.column.unique()[:COLUMNS_SHOWN]
+    told = TOLD.format(
+        test_groups=table.test_groups.max(),
+        fewer=table.test_groups.min(),
+        splits=first.splits,
+        train_groups=table.train_groups.max(),
+        name=STUDY,
     )
-    cells = {(line.row, line.column): plus_minus(line.accuracy, line.ci95) for line in table.itertuples()}
-    columns = {column: [cells[row, column] for row in MATTERS_ROWS] for column in MATTERS_COLUMNS}
-    return f"{told}\n{table_of({'': list(MATTERS_ROWS.values()), **columns})}"
+    lines = {(line.row, line.column): line for line in table.itertuples()}
+    cells = {column: [_cell(lines[row, column]) for row in ROWS] for column in columns}
+    cells[f"time, {columns[0].partition(',')[0]}, one core"] = [
+        _duration(lines[row, columns[0]].milliseconds) for row in ROWS
+    ]
+    return f"{told}\n{table_of({'': list(ROWS.values()), **cells})}"
+
+
+def _cell(line: Any) -> str:
+    """A row's accuracy and, in brackets, its difference to PudNet+."""
+    accuracy = plus_minus(line.accuracy, line.ci95)
+    if line.row == REFERENCE:
+        return accuracy
+    return f"{accuracy} ({signed(line.difference, line.difference_ci95)})"
 
 
 @dataclass(frozen=True)
