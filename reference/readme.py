@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from pipeline.reporting.numbers import plus_minus
+from pipeline.reporting.numbers import duration, plus_minus
 from pipeline.studies.page import table_of
 
 HERE = Path(__file__).parent
@@ -72,10 +72,10 @@ class Bench:
 
     def cells(self, method: str) -> list[str]:
         """Accuracy, difference to PudNet and time of a method."""
-        own, time = self.methods[method], self.times.get(method)
+        own = self.methods[method]
         accuracy = f"{own['accuracy']:.2f} ± {own['ci95']:.2f}"
         difference = f"{own['difference']:+.2f} ± {own['difference_ci95']:.2f}" if "difference" in own else ""
-        return [accuracy, difference, "" if time is None else _duration(time)]
+        return [accuracy, difference, duration(self.times.get(method))]
 
 
 def bench() -> str:
@@ -106,10 +106,6 @@ def _label(method: str) -> str:
         return "PudNet" if method == "pudnet" else f"`{method}`"
     name, _, epochs = method.rpartition("_")
     return f"`{name}`, {epochs} epoch{'s' if epochs != '1' else ''}"
-
-
-def _duration(milliseconds: float) -> str:
-    return f"{milliseconds:.0f} ms" if milliseconds < 1000 else f"{milliseconds / 1000:.1f} s"
 
 
 def written(page: str) -> str:

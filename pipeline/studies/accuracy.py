@@ -14,7 +14,7 @@ from scipy.special import stdtrit
 
 from pipeline.params import Params
 from pipeline.reporting.figures import bars_figure, differences_figure, lines_figure, times_figure
-from pipeline.reporting.numbers import plus_minus
+from pipeline.reporting.numbers import duration, plus_minus
 from pipeline.reporting.paper import load_reported
 from pipeline.runs import cluster
 from pipeline.runs.summary import compare, summary
@@ -228,18 +228,13 @@ def _table(study: Study, column: str, part: pd.DataFrame) -> str:
         f"less {study.reference}": _differences(study, part),
         "deviation of a training": part.trainings_sd.map(lambda value: number(value, "{:.2f}")),
         f"the paper's, less {study.reference}": _papers_differences(study, part),
-        "time a group": part.milliseconds.map(_duration),
-        f"with {first.all_threads} threads": part.milliseconds_all_threads.map(_duration),
-        f"the paper's ({hardware})": part.paper_seconds.map(lambda value: number(value, "{:,.2f} s")),
+        "time a group": part.milliseconds.map(duration),
+        f"with {first.all_threads} threads": part.milliseconds_all_threads.map(duration),
+        f"the paper's ({hardware})": (1000 * part.paper_seconds.astype(float)).map(duration),
         "weights move": part.movement.map(lambda value: number(value, "{:.1f} %")),
         "probe": part.probe.map(lambda value: number(value, "{:.0f}")),
     }
     return f"\n## {column}\n\n{told}\n\n{table_of(columns)}"
-
-
-def _duration(milliseconds: float | None) -> str:
-    seconds = not pd.isna(milliseconds) and milliseconds >= 10_000
-    return f"{milliseconds / 1000:,.0f} s" if seconds else number(milliseconds, "{:,.0f} ms")
 
 
 def _to_the_papers(part: pd.DataFrame) -> pd.Series:
