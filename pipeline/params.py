@@ -290,6 +290,12 @@ def resolve(raw: Mapping[str, Any]) -> Params:
         values[name] = parse(kind, {**own.get(name, {}), **given}, name)
     params = parse(Params, values, "")
     _check_spaces(params)
+    for name in ("test_classes_per_group", "test_images_per_group"):
+        if params.groups.test_whole and getattr(params.groups, name) is not None:
+            raise UserError(
+                f"groups.{name}: with groups.test_whole (null means true if there is a prepare.test_source), all test "
+                "images are one group; set groups.test_whole to false, or leave this null"
+            )
     if params.resources.workers > params.train.groups_per_step:
         raise UserError(
             f"resources.workers: {params.resources.workers} workers cannot split the {params.train.groups_per_step} "
@@ -314,11 +320,19 @@ def _check_keys(raw: Mapping[str, Any]) -> None:
         if key not in raw:
             raise UserError(f"{key}: missing in params.yaml")
     for name in BLOCKS:
-        if not isinstance(raw[name], dict) or not all(isinstance(key, str) for key in raw[name]):
-            raise UserError(f"{name}: must be a block of keys in params.yaml, got {raw[name]!r}")
+        check_block(name, raw[name], "a block of keys in params.yaml")
     for name, kind in SCALARS.items():
         if type(raw[name]) is not kind:
             raise UserError(f"{name}: must be of type {kind.__name__}, got {raw[name]!r}")
+
+
+def check_block(where: str, block: Any, what: str = "a block of keys") -> None:
+    """Raise `UserError` unless a value of a YAML file maps names to values; `what` says what it has to be."""
+    if not isinstance(block, dict):
+        raise UserError(f"{where}: must be {what}, got {block!r}")
+    for key in block:
+        if not isinstance(key, str):
+            raise UserError(f"{where}: {key}: a key must be text; put it in quotes")
 
 
 def _of_setting(setting: Setting, target: str) -> dict[str, dict[str, Any]]:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from pipeline.params import PARAMS, Params, changed, outline, read_yaml, resolve
+from pipeline.params import PARAMS, Params, changed, check_block, outline, read_yaml, resolve
 from pipeline.reporting.paper import Reported, paper_figure
 from pipeline.runs.trial import TrialSpec, make_spec
 from pudnet.baselines import HEADS, LEARNED, SCRATCH
@@ -113,8 +113,7 @@ def load_study(name: str) -> Study:
         raise UserError(f"study: unknown name {name!r}; known: {', '.join(known)}")
     path = STUDIES / f"{name}.yaml"
     raw = read_yaml(path)
-    if odd := [key for key in raw if not isinstance(key, str)]:
-        raise UserError(f"{path}: {odd[0]!r}: unknown key")
+    check_block(str(path), raw)
     for key in ("rows", "columns"):
         _check_blocks(path, key, raw.setdefault(key, {}))
     raw["rows"] = {row: _row(values, f"{path}: rows.{row}") for row, values in raw["rows"].items()}
@@ -146,11 +145,9 @@ def _column(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check_blocks(path: Path, where: str, blocks: Any) -> None:
     """Raise `UserError` unless `blocks` maps names to blocks."""
-    if not isinstance(blocks, dict) or not all(isinstance(name, str) for name in blocks):
-        raise UserError(f"{path}: {where}: must be a block of named {where}, got {blocks!r}")
+    check_block(f"{path}: {where}", blocks, f"a block of named {where}")
     for name, values in blocks.items():
-        if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-            raise UserError(f"{path}: {'.'.join(filter(None, (where, name)))}: must be a block of keys, got {values!r}")
+        check_block(f"{path}: {'.'.join(filter(None, (where, name)))}", values)
 
 
 def _check(path: Path, study: Study) -> None:
