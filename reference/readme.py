@@ -16,7 +16,8 @@ HERE = Path(__file__).parent
 RESULTS = HERE.parent / "studies" / "results"
 PAGES = {"README.md": "opening", "docs/results/index.md": "bench"}  # a page -> the part of it that is made here
 MATTERS = "matters"
-MATTERS_TOLD = """ConvNet-3, each method trained on the same {train_groups:,} task groups, one update each, and measured
+MATTERS_CAPTION = """\
+ConvNet-3, each method trained on the same {train_groups:,} task groups, one update each, and measured
 on {test_groups:,} groups of classes that it has never seen: accuracy in percent ± its 95% interval over test groups.
 With an arrow: trained on one set, tested on another. (Class splits: {splits}; made by
 `dvc repro studies/dvc.yaml:study@{name}`; [all rows](studies/results/{name}.md).)
@@ -30,7 +31,8 @@ MATTERS_ROWS = {  # the study's name of a row -> the page's
 }
 MATTERS_COLUMNS = ["CIFAR-100", "CIFAR-100 → Fashion-MNIST", "Fashion-MNIST → CIFAR-100"]
 BENCHES = {"CIFAR-100": "cifar100-convnet3-bench", "Fashion-MNIST": "fashion-convnet3-bench"}
-BENCH_TOLD = """Every method on one bench with ConvNet-3, fp32 on one thread: accuracy, difference to PudNet paired over
+BENCH_CAPTION = """\
+Every method on one bench with ConvNet-3, fp32 on one thread: accuracy, difference to PudNet paired over
 the same test groups, and time a group. PudNet has the losses that its search chose, L1 alone but for one split;
 training from scratch has the labels of all of a group's images, the others those of 10 a class.
 
@@ -43,12 +45,12 @@ def opening() -> str:
     """The table of whether the dataset matters."""
     table = pd.read_csv(RESULTS / f"{MATTERS}.csv")
     first = table.iloc[0]
-    told = MATTERS_TOLD.format(
+    caption = MATTERS_CAPTION.format(
         train_groups=first.train_groups, test_groups=first.test_groups, splits=first.splits, name=MATTERS
     )
     cells = {(line.row, line.column): plus_minus(line.accuracy, line.ci95) for line in table.itertuples()}
     columns = {column: [cells[row, column] for row in MATTERS_ROWS] for column in MATTERS_COLUMNS}
-    return f"{told}\n{table_of({'': list(MATTERS_ROWS.values()), **columns})}"
+    return f"{caption}\n{table_of({'': list(MATTERS_ROWS.values()), **columns})}"
 
 
 @dataclass(frozen=True)
@@ -85,8 +87,8 @@ def bench() -> str:
     rows.append(["---"] * len(rows[0]))
     for method in filter(_shown, runs[0].methods):
         rows.append([_label(method), *(cell for run in runs for cell in run.cells(method))])
-    told = BENCH_TOLD.format(about="\n".join(run.about for run in runs))
-    return f"{told}\n" + "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    caption = BENCH_CAPTION.format(about="\n".join(run.about for run in runs))
+    return f"{caption}\n" + "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 def _read(title: str, folder: Path) -> Bench:

@@ -77,18 +77,7 @@ def run_missing(
     parent_run = (experiment.key, parent) if parent else None
     progress = TrialProgress(params, tracking, experiment.keys, parent_run)
     with locked(root() / ".pud" / "running" / f"{experiment.key}.lock"):
-        for spec in experiment.specs:
-            key = experiment.keys[spec.name]
-            if fresh:
-                forget_trial(key)
-                tracking.submit(partial(tracking.supersede, progress.run_key(spec)))
-            elif ended := read_ended(key, spec):
-                progress.ended[spec.name] = ended
-            elif reports := newest_checkpoint(trial_folder(key))[1][REPORTS]:
-                progress.reports[spec.name] = {report["groups"]: report for report in reports}
-                print(f"  {spec.name}: goes on from group {reports[-1]['groups']}", flush=True)
-        if done := [trial for trial in progress.ended.values() if not trial.diverged]:
-            print(f"  {len(done)} of {len(experiment.specs)} trials are finished already", flush=True)
+        _read_earlier(experiment, progress, fresh)
         for spec in experiment.specs:
             if spec.name not in progress.ended:
                 _check_fits(spec)
@@ -107,6 +96,22 @@ def run_missing(
         else:  # MLflow may lack a trial that another experiment ran, or that ended while it did not answer
             progress.log(trial.spec, trial.history, "FINISHED")
     return [trial for trial in trials if not trial.diverged]
+
+
+def _read_earlier(experiment: Experiment, progress: TrialProgress, fresh: bool) -> None:
+    """Tell `progress` what earlier starts have done: the trials that have ended, and the reports of the others."""
+    for spec in experiment.specs:
+        key = experiment.keys[spec.name]
+        if fresh:
+            forget_trial(key)
+            progress.tracking.submit(partial(progress.tracking.supersede, progress.run_key(spec)))
+        elif ended := read_ended(key, spec):
+            progress.ended[spec.name] = ended
+        elif reports := newest_checkpoint(trial_folder(key))[1][REPORTS]:
+            progress.reports[spec.name] = {report["groups"]: report for report in reports}
+            print(f"  {spec.name}: goes on from group {reports[-1]['groups']}", flush=True)
+    if done := [trial for trial in progress.ended.values() if not trial.diverged]:
+        print(f"  {len(done)} of {len(experiment.specs)} trials are finished already", flush=True)
 
 
 def run_trials(experiment: Experiment, params: Params, progress: TrialProgress) -> dict[str, object]:

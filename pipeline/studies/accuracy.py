@@ -214,7 +214,7 @@ def _overview_cell(study: Study, line: Any) -> str:
 
 def _table(study: Study, column: str, part: pd.DataFrame) -> str:
     first, hardware = part.iloc[0], load_reported()["hardware"]
-    told = (
+    caption = (
         f"{trained_on(part)} (the paper: {first.paper_groups:,} groups), "
         f"{part.test_groups.max():,} test groups, {first.splits} class split(s)."
     )
@@ -234,7 +234,7 @@ def _table(study: Study, column: str, part: pd.DataFrame) -> str:
         "weights move": part.movement.map(lambda value: number(value, "{:.1f} %")),
         "probe": part.probe.map(lambda value: number(value, "{:.0f}")),
     }
-    return f"\n## {column}\n\n{told}\n\n{table_of(columns)}"
+    return f"\n## {column}\n\n{caption}\n\n{table_of(columns)}"
 
 
 def _to_the_papers(part: pd.DataFrame) -> pd.Series:
@@ -269,7 +269,7 @@ def _grid(study: Study, panel: str, part: pd.DataFrame) -> str:
         columns[row] = [plus_minus(line.accuracy, line.ci95) for line in own.itertuples()]
         columns[f"{row}, the paper's"] = [plus_minus(line.paper, line.paper_ci95) for line in own.itertuples()]
         columns[f"{row}, less the paper's"] = _to_the_papers(own)
-    told = f"{part.test_groups.iloc[0]:,} test groups, {part.splits.iloc[0]} class split(s)."
+    caption = f"{part.test_groups.iloc[0]:,} test groups, {part.splits.iloc[0]} class split(s)."
     passes = part.passes.dropna()
-    told += f" Training groups are {passed(*passes)}." if len(passes) else ""
-    return f"\n## {panel or 'All'}\n\n{told}\n\n{table_of(columns)}"
+    caption += f" Training groups are {passed(*passes)}." if len(passes) else ""
+    return f"\n## {panel or 'All'}\n\n{caption}\n\n{table_of(columns)}"

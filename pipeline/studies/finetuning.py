@@ -124,9 +124,9 @@ def tables(study: Study, table: pd.DataFrame) -> str:
         columns["less the paper's"] = [
             number(line.accuracy - line.paper if line.paper else None, "{:+.2f}") for line in at_end.itertuples()
         ]
-        told = (
+        caption = (
             f"{trained_on(part)}, for methods that are trained on groups; fine-tuned on "
             f"{first.images:,} images, measured on {first.test_images:,}, {first.splits} class split(s)."
         )
-        page += f"\n## {column}\n\n{told}\n\n{table_of(columns)}"
+        page += f"\n## {column}\n\n{caption}\n\n{table_of(columns)}"
     return page

@@ -122,8 +122,8 @@ def train(name: str, study: Study, column: str, params: Params) -> TrainedColumn
     }
     finals = {at: spec for at, spec in specs.items() if study.rows[at[0]].trained}
     if validating := {at: _validating(spec, params) for at, spec in finals.items() if spec.train["patience"]}:
-        told = _run_once(f"study: {name}, {column}: {{}} validation run(s)", name, validating, params, tracking)
-        for at, trial in told.items():
+        validated = _run_once(f"study: {name}, {column}: {{}} validation run(s)", name, validating, params, tracking)
+        for at, trial in validated.items():
             passes = trial.passes(params.groups.search_groups)
             finals[at] = replace(finals[at], train={**finals[at].train, **passes, "patience": None})
     what = f"study: {name}, {column}: {{}} training(s) on {params.groups.train_groups:,} groups"

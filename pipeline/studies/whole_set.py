@@ -101,7 +101,7 @@ def tables(study: Study, table: pd.DataFrame) -> str:
     page = ""
     for column, part in table.groupby("column", sort=False):
         first, lines = part.iloc[0], list(part.itertuples())
-        told = (
+        caption = (
             f"{trained_on(part)}, {first.classes:,} classes, {first.images:,} test images, "
             f"{first.splits} class split(s)."
         )
@@ -112,5 +112,5 @@ def tables(study: Study, table: pd.DataFrame) -> str:
             "time": [duration(1000 * line.seconds) for line in lines],
             "the paper's, on its GPU": (1000 * part.paper_seconds.astype(float)).map(duration),
         }
-        page += f"\n## {column}\n\n{told}\n\n{table_of(columns)}"
+        page += f"\n## {column}\n\n{caption}\n\n{table_of(columns)}"
     return page
