@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -148,7 +149,8 @@ def run_trials(experiment: Experiment, params: Params, progress: TrialProgress) 
                 failure_config=tune.FailureConfig(max_failures=FAILURES),
             ),
         )
-        return {result.config["trial"]["spec"]["name"]: result.error for result in tuner.fit() if result.error}
+        # By their folders, since Ray knows no config of a trial that failed before its first report.
+        return {Path(result.path).name: result.error for result in tuner.fit() if result.error}
 
 
 def _check_fits(spec: TrialSpec) -> None:
