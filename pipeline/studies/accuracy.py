@@ -144,7 +144,7 @@ def _numbers(frame: pd.DataFrame, reference: pd.DataFrame | None) -> dict[str, A
 
 
 def _paper(trained: TrainedColumn, row: str) -> dict[str, float | None]:
-    figure = reported(trained.own, trained.study.rows[row])
+    figure = reported(trained.definition, trained.study.rows[row])
     if figure is None:
         return dict.fromkeys(("paper", "paper_ci95", "paper_seconds"))
     return {"paper": figure.accuracy, "paper_ci95": figure.ci95, "paper_seconds": figure.seconds}

@@ -307,15 +307,15 @@ def row_spec(params: Params, name: str, row: Row, seed: int, images: int) -> Tri
     return dataclasses.replace(spec, train=own["train"], model=own["model"] if spec.model else {})
 
 
-def _why_not(study: Study, own: Params) -> str | None:
+def _why_not(study: Study, params: Params) -> str | None:
     """The reason if a column is not to be run, else None."""
-    asked, limit, groups = own.study, budget(study, own), own.groups.train_groups
-    paper = SETTINGS[own.setting].train_groups
-    if own.setting not in (asked.settings or [own.setting]) or own.target not in (asked.targets or [own.target]):
+    asked, limit, groups = params.study, budget(study, params), params.groups.train_groups
+    setting, target, paper = params.setting, params.target, SETTINGS[params.setting].train_groups
+    if setting not in (asked.settings or [setting]) or target not in (asked.targets or [target]):
         return "not among study.settings and study.targets"
     if limit < 1:
         return (
-            f"study.budget: {asked.budget} of the {paper:,} groups of {own.setting} leaves none; "
+            f"study.budget: {asked.budget} of the {paper:,} groups of {setting} leaves none; "
             f"give at least {1 / paper:g}"
         )
     if groups > limit:

@@ -41,7 +41,7 @@ def measure(trained: TrainedColumn) -> pd.DataFrame:
         curves = [tables[trained.cells[row, seed], plan] for seed in trained.params.split_seeds]
         for seed, curve in zip(trained.params.split_seeds, curves, strict=True):
             trained.log(row, seed, {}, {"test_accuracy": dict(zip(curve.epoch, curve.accuracy, strict=True))})
-        figure = reported(trained.own, own)
+        figure = reported(trained.definition, own)
         for points in zip(*(curve.itertuples() for curve in curves), strict=True):
             last = points[0].epoch == plan.epochs
             rows.append(

@@ -48,8 +48,8 @@ class TrainedColumn:
         return {at: first for at, (first, *_) in self.trainings.items()}
 
     @property
-    def own(self) -> Column:
-        """The column as the study's file has it."""
+    def definition(self) -> Column:
+        """The column as it is in the study's file."""
         return self.study.columns[self.column]
 
     def length(self, row: str) -> dict[str, float]:

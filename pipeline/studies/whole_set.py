@@ -49,7 +49,7 @@ def measure(trained: TrainedColumn) -> pd.DataFrame:
         found = pd.concat([tables[trained.cells[row, seed], there] for seed in trained.params.split_seeds])
         for seed, accuracy in zip(trained.params.split_seeds, found.accuracy, strict=True):
             trained.log(row, seed, {f"top{plan.top}_accuracy": accuracy}, {})
-        figure = reported(trained.own, own)
+        figure = reported(trained.definition, own)
         lines.append(
             {
                 "row": row,
