@@ -177,7 +177,10 @@ class Params:
         )
 
     def for_baselines(self, images: int) -> Params:
-        """Params for the baselines: trained as the variant is, with as many labels as it uses of a class's `images`."""
+        """Params by which baselines are trained like the variant, with as many labels of each class as it uses.
+
+        `images`: how many images of each class a group has.
+        """
         model, train = apply_variant(self.variant, self.model, self.train)
         labelled = model.labelled(self.groups.classes_per_group, images) if model.class_filters else 0
         return replace(self, train=replace(train, support_per_class=max(train.support_per_class, labelled)))

@@ -60,7 +60,10 @@ class Finished:
         return bool(self.spec.validate and self.spec.train["patience"])
 
     def passes(self, of_a_pass: int) -> dict[str, float]:
-        """The `passes` that the trial's result took, over a table of so many groups; nothing without `patience`."""
+        """With `train.patience`: how often the groups had been passed at the trial's result, under the key `passes`.
+
+        `of_a_pass` is the number of groups in one pass. Without `patience` the dict is empty.
+        """
         return {"passes": self.metrics["groups"] / of_a_pass} if self.patient else {}
 
 

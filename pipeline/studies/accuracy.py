@@ -98,7 +98,8 @@ def _over_trainings(
 ) -> dict[str, Any]:
     """What the training seed changes: a row's accuracies, their deviation, and intervals.
 
-    If a row uses the reference's own models, the difference to it is paired over trainings, else it is one of means.
+    If a row uses the reference's own models, its difference to the reference is paired over trainings; else it is a
+    difference of means.
     """
     own, reference, split = accuracies[row], trained.study.reference, trained.params.seed
     several, half = len(own) > 1, math.nan

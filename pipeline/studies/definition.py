@@ -286,7 +286,8 @@ def _slug(row: str) -> str:
 def row_spec(params: Params, name: str, row: Row, seed: int, images: int) -> TrialSpec:
     """The trial of a row on one class split. The row's own changes override its variant's.
 
-    Other methods than PudNet are trained as the variant is, with as many labels as it uses of a class's `images`.
+    Other methods than PudNet are trained like the variant, with as many labels of each class as it uses. `images`: how
+    many images of each class a group has.
     """
     where = f"rows.{name}.changes"
     params = dataclasses.replace(params, variant=row.variant)

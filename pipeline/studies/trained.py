@@ -53,7 +53,7 @@ class TrainedColumn:
         return self.study.columns[self.column]
 
     def length(self, row: str) -> dict[str, float]:
-        """The number of groups that a row is trained on, and how often it passes them (their mean)."""
+        """The number of groups that a row is trained on, and how often it passes them (mean over its trainings)."""
         if not self.study.rows[row].trained:
             return {"train_groups": 0, "passes": math.nan}
         cells = [cell for seed in self.params.split_seeds for cell in self.trainings[row, seed]]
