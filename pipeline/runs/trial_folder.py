@@ -86,7 +86,7 @@ def save_checkpoint(folder: Path, state: Mapping[str, Any]) -> None:
 
 
 def newest_checkpoint(folder: Path) -> tuple[Path | None, dict[str, Any]]:
-    """The newest checkpoint that is whole, and the state in it; None and no reports where there is none."""
+    """The newest checkpoint that is not damaged, and the state in it. If there is none: None, and no reports."""
     for file in sorted(folder.glob(f"*/{STATE}"), reverse=True):
         try:
             return file.parent, load_state(file.parent)
