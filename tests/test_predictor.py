@@ -178,9 +178,9 @@ def test_a_support_set_of_more_than_the_images_that_calibrate_calibrates_itself(
 
 
 def test_a_card_says_how_many_images_are_looked_at_and_the_caller_has_the_last_word(predictor):
-    card = replace(predictor.card, sketch_images=8)
+    card = replace(predictor.card, sketch_images=9)
     network = Predictor(predictor.model, card, predictor.target).predict(IMAGES, LABELS)
-    assert network.card.provenance["sketch_images"] == 8 and network.card.sketch_images is None
+    assert network.card.provenance["sketch_images"] == 9 and network.card.sketch_images is None
     assert Predictor(predictor.model, card, predictor.target, sketch_images=4).sketch_images == 4
     assert predictor.sketch_images == predictor.model.config.sketch_images
 

@@ -311,33 +311,48 @@ def lines_figure(points: pd.DataFrame, x_label: str, y_label: str, log: bool = F
 
 
 @matplotlib.rc_context(STYLE)
-def times_figure(table: pd.DataFrame) -> Figure:
+def times_figure(table: pd.DataFrame, reference: str | None) -> Figure:
     """Draw accuracy (%) over the seconds a row takes for a test group: a panel for each column, two side by side.
 
-    Rows are called `LINE / POINT`; the points of a line are joined.
+    Rows are called `LINE / POINT`; the points of a line are joined. The line of the row `reference` is thick.
     """
-    table = table.assign(line=table.row.str.split(" / ").str[0])
+    table = table.join(table.row.str.partition(" / ")[[0, 2]].set_axis(["line", "point"], axis=1))
+    main = (reference or "").partition(" / ")[0]
     columns = list(table.groupby("column", sort=False))
     across = min(2, len(columns))
     figure, panels = _panels(len(columns), across, (430 * across, 300), above=40)
     for axes, (column, part) in zip(panels, columns, strict=True):
         for (line, own), color in zip(part.groupby("line", sort=False), itertools.cycle(SERIES)):
-            own = own.sort_values("milliseconds")
+            own, wide = own.sort_values("milliseconds"), 2.6 if line == main else 1.3
             axes.errorbar(
                 own.milliseconds / 1000,
                 own.accuracy,
                 own.ci95,
                 fmt="o-",
-                ms=4,
+                ms=2.5 * wide,
+                lw=wide,
                 elinewidth=1,
                 color=LIGHT[color],
                 label=line,
+                zorder=2 + wide,
             )
+        _name_ends(axes, part)
         _over_seconds(axes)
         axes.set_title(column)
     handles = panels[0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside upper left", ncols=3, columnspacing=1.2, handletextpad=0.4, labelcolor=INK)
+    figure.legend(
+        *handles, loc="outside upper left", ncols=1 + across, columnspacing=1.2, handletextpad=0.4, labelcolor=INK
+    )
     return figure
+
+
+def _name_ends(axes: Axes, part: pd.DataFrame) -> None:
+    """Write their names beside the fastest and the slowest point of the line that takes longest."""
+    slowest = part[part.line == part.line[part.milliseconds.idxmax()]].sort_values("milliseconds")
+    for at, shift in ((0, (6, -3)), (-1, (-2, -17))):
+        point, place = slowest.iloc[at], "left" if at == 0 else "center"
+        where = (point.milliseconds / 1000, point.accuracy)
+        axes.annotate(point.point, where, shift, textcoords="offset points", ha=place, fontsize=8, color=SOFT)
 
 
 def _series(axes: Axes, points: pd.DataFrame, label: str, color: str) -> None:

@@ -168,12 +168,26 @@ def figure(study: Study, table: pd.DataFrame) -> Figure:
     """Draw lines over the study's axis; without an axis, differences to the reference, or else accuracies."""
     table = _over_both(table)
     if study.axis == "time":
-        return times_figure(table)
+        return times_figure(_on_all_groups(table, study.reference), study.reference)
     if study.axis is None and study.reference is not None:
         return differences_figure(table, study.reference)
     if study.axis is None:
         return bars_figure(table, "accuracy, %")
     return lines_figure(_points(study, table), study.axis_name, "accuracy, %", log=study.axis == "columns")
+
+
+def _on_all_groups(table: pd.DataFrame, reference: str | None) -> pd.DataFrame:
+    """Estimate what rows that were measured on fewer groups than the reference would have on all of its groups.
+
+    It is the reference's accuracy plus their difference to it, which is paired over the groups that both have.
+    """
+    if reference is None:
+        return table
+    of_reference = table[table.row == reference].set_index("column").loc[table.column].set_axis(table.index)
+    fewer = table.test_groups < of_reference.test_groups
+    estimate = of_reference.accuracy + table.difference
+    half = np.hypot(of_reference.ci95, table.difference_ci95)
+    return table.assign(accuracy=estimate.where(fewer, table.accuracy), ci95=half.where(fewer, table.ci95))
 
 
 def _points(study: Study, table: pd.DataFrame) -> pd.DataFrame:
