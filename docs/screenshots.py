@@ -45,7 +45,7 @@ def main() -> None:
         client = MlflowClient(address)
         (experiment,) = client.search_experiments(filter_string="name LIKE 'pudnet-%'", max_results=1)
         trials = trials_of_newest_search(client, experiment.experiment_id)
-        runs = f"{address}/#/experiments/{experiment.experiment_id}/runs"
+        runs = f"{address}/#/experiments/{experiment.experiment_id}/runs?workflowType=machine_learning"
         take(browser, runs, "mlflow-runs", ASSISTANT)
         listed = "[" + ",".join(f'"{trial}"' for trial in trials) + "]"
         compare = f'{address}/#/compare-runs?runs={listed}&experiments=["{experiment.experiment_id}"]'

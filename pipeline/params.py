@@ -119,7 +119,7 @@ class StudyParams:
 
     sources: dict[str, str]  # where your copy of a source is: torchvision:CIFAR100 -> npz:data/raw/cifar100.npz
     budget: Annotated[float, Field(gt=0, le=1)] | None = None  # training groups, as a fraction of the paper's number
-    hours: PositiveFloat | None = None  # the command ends after this many; the same one goes on where it ended
+    hours: PositiveFloat | None = None  # the command ends after so many hours; the same command continues
     test_groups: Annotated[int, Field(ge=2)] | None = None
     trainings: Annotated[int, Field(ge=2)] | None = None  # seeds for each row and class split, in studies of accuracies
     settings: Annotated[list[str], Field(min_length=1)] | None = None  # columns of other settings are left out
@@ -177,7 +177,10 @@ class Params:
         )
 
     def for_baselines(self, images: int) -> Params:
-        """Params for the baselines: trained as the variant is, with as many labels as it uses of a class's `images`."""
+        """Params by which baselines are trained like the variant, with as many labels of each class as it uses.
+
+        `images`: how many images of each class a group has.
+        """
         model, train = apply_variant(self.variant, self.model, self.train)
         labelled = model.labelled(self.groups.classes_per_group, images) if model.class_filters else 0
         return replace(self, train=replace(train, support_per_class=max(train.support_per_class, labelled)))
@@ -290,6 +293,12 @@ def resolve(raw: Mapping[str, Any]) -> Params:
         values[name] = parse(kind, {**own.get(name, {}), **given}, name)
     params = parse(Params, values, "")
     _check_spaces(params)
+    for name in ("test_classes_per_group", "test_images_per_group"):
+        if params.groups.test_whole and getattr(params.groups, name) is not None:
+            raise UserError(
+                f"groups.{name}: with groups.test_whole (null means true if there is a prepare.test_source), all test "
+                "images are one group; set groups.test_whole to false, or leave this null"
+            )
     if params.resources.workers > params.train.groups_per_step:
         raise UserError(
             f"resources.workers: {params.resources.workers} workers cannot split the {params.train.groups_per_step} "
@@ -314,11 +323,19 @@ def _check_keys(raw: Mapping[str, Any]) -> None:
         if key not in raw:
             raise UserError(f"{key}: missing in params.yaml")
     for name in BLOCKS:
-        if not isinstance(raw[name], dict) or not all(isinstance(key, str) for key in raw[name]):
-            raise UserError(f"{name}: must be a block of keys in params.yaml, got {raw[name]!r}")
+        check_block(name, raw[name], "a block of keys in params.yaml")
     for name, kind in SCALARS.items():
         if type(raw[name]) is not kind:
             raise UserError(f"{name}: must be of type {kind.__name__}, got {raw[name]!r}")
+
+
+def check_block(where: str, block: Any, what: str = "a block of keys") -> None:
+    """Raise `UserError` unless a value of a YAML file maps names to values; `what` says what it has to be."""
+    if not isinstance(block, dict):
+        raise UserError(f"{where}: must be {what}, got {block!r}")
+    for key in block:
+        if not isinstance(key, str):
+            raise UserError(f"{where}: {key}: a key must be text; put it in quotes")
 
 
 def _of_setting(setting: Setting, target: str) -> dict[str, dict[str, Any]]:

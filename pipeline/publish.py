@@ -22,7 +22,7 @@ from pudnet.locations import SHIPPED
 from pudnet.predictor import Predictor
 
 MOST_IMAGES = 1000  # a published model that reads labels looks at all images that it is given, up to this many
-BETWEEN = 250  # the card says what that brings, and costs, beside fewer images
+BETWEEN = 250  # the card has accuracy and time also from this many images
 
 
 def publish(params: Params) -> None:

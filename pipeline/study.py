@@ -27,11 +27,11 @@ def run(names: Sequence[str]) -> None:
     studies = {name: load_study(name) for name in names}
     chosen = {}
     for name, study in studies.items():
-        with _of(name):
+        with _naming_file(name):
             chosen[name] = wanted(study, {column: column_params(study, column) for column in study.columns})
     for name, (columns, _) in chosen.items():
         for column in columns.values():
-            with _of(name):
+            with _naming_file(name):
                 check_rows(studies[name], column)
     with _at_most(load_params().study.hours):
         for name, (columns, left_out) in chosen.items():
@@ -52,12 +52,12 @@ def _at_most(hours: float | None) -> Iterator[None]:
     except KeyboardInterrupt:
         if time.monotonic() < end:
             raise
-        line = f"study.hours: {hours:g} are over; the pages have what is done, and the same command goes on"
+        line = f"study.hours: {hours:g} hours are over; the pages show what is done, and the same command continues"
         raise RunFailed(line) from None
 
 
 @contextlib.contextmanager
-def _of(name: str) -> Iterator[None]:
+def _naming_file(name: str) -> Iterator[None]:
     """Name the study's file in errors from the block."""
     try:
         yield

@@ -40,7 +40,7 @@ class Card:
     # The rest up to `looked_at` is for kind "network".
     classes: tuple[Label, ...] = ()
     ridge: PositiveFloat | None = None  # the penalty, if the classifier was fitted by ridge regression
-    labels_per_class: int = 0  # how many images of each class, the first ones, the prediction used with their labels
+    labels_per_class: int = 0  # the first so many images of each class were used with their labels
     predicted: tuple[str, ...] = ()  # names of the predicted tensors, in the order of the forward pass
     looked_at: tuple[str, ...] = ()  # checksums of the images that the network was predicted from or trained on
     provenance: dict = dataclasses.field(default_factory=dict)  # setting, class split, seeds, commit, ...

@@ -108,7 +108,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "depth": 1,
         "class_filters": True,
         "classifier": "ridge",
-        "sketch_images": 90,  # a prediction then takes about 1.4 times as long as one by `pudnet`
+        "sketch_images": 90,  # docs/method/plus.md says what a prediction then costs
         "full_weight": 0.0,
         "kl_weight": 0.0,
         "learning_rate": 6e-3,

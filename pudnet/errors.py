@@ -35,7 +35,7 @@ class RunFailed(_OneLine):
 
 
 def one_line(error: BaseException) -> str:
-    """The type and text of an error that another's code raised, to quote in a line of ours."""
+    """The type and text of an error that foreign code raised, in one line, to quote in our own errors."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 

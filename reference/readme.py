@@ -9,14 +9,14 @@ from typing import Any
 
 import pandas as pd
 
-from pipeline.reporting.numbers import plus_minus, signed
+from pipeline.reporting.numbers import duration, plus_minus, signed
 from pipeline.studies.page import table_of
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "studies" / "results"
 PAGES = {"README.md": "opening", "docs/results/index.md": "bench"}  # a page -> the part of it that is made here
 STUDY = "instead_of_training"
-TOLD = """A ConvNet-3 for all labelled images of a test group: accuracy in percent ± its 95% interval over test groups.
+CAPTION = """A ConvNet-3 for all labelled images of a test group: accuracy in percent ± its 95% interval over test groups.
 In brackets: the difference to PudNet+, on the same groups. (Test groups: {test_groups:,}, of which a network is trained
 on the first {fewer} each; class splits: {splits}; trainings: 1, on {train_groups:,} groups; made by
 `python -m pipeline.study {name}`; [all rows](studies/results/{name}.md).)
@@ -32,7 +32,8 @@ ROWS = {  # the study's name of a row -> the page's
 }
 REFERENCE = "PudNet+ / all images"
 BENCHES = {"CIFAR-100": "cifar100-convnet3-bench", "Fashion-MNIST": "fashion-convnet3-bench"}
-BENCH_TOLD = """Every method on one bench with ConvNet-3, fp32 on one thread: accuracy, difference to PudNet paired over
+BENCH_CAPTION = """\
+Every method on one bench with ConvNet-3, fp32 on one thread: accuracy, difference to PudNet paired over
 the same test groups, and time a group. PudNet has the losses that its search chose, L1 alone but for one split;
 training from scratch has the labels of all of a group's images, the others those of 10 a class.
 
@@ -45,7 +46,7 @@ def opening() -> str:
     """The table of prediction beside training."""
     table = pd.read_csv(RESULTS / f"{STUDY}.csv")
     first, columns = table.iloc[0], table.column.unique()[:COLUMNS_SHOWN]
-    told = TOLD.format(
+    caption = CAPTION.format(
         test_groups=table.test_groups.max(),
         fewer=table.test_groups.min(),
         splits=first.splits,
@@ -55,9 +56,9 @@ def opening() -> str:
     lines = {(line.row, line.column): line for line in table.itertuples()}
     cells = {column: [_cell(lines[row, column]) for row in ROWS] for column in columns}
     cells[f"time, {columns[0].partition(',')[0]}, one core"] = [
-        _duration(lines[row, columns[0]].milliseconds) for row in ROWS
+        duration(lines[row, columns[0]].milliseconds) for row in ROWS
     ]
-    return f"{told}\n{table_of({'': list(ROWS.values()), **cells})}"
+    return f"{caption}\n{table_of({'': list(ROWS.values()), **cells})}"
 
 
 def _cell(line: Any) -> str:
@@ -89,10 +90,10 @@ class Bench:
 
     def cells(self, method: str) -> list[str]:
         """Accuracy, difference to PudNet and time of a method."""
-        own, time = self.methods[method], self.times.get(method)
+        own = self.methods[method]
         accuracy = f"{own['accuracy']:.2f} ± {own['ci95']:.2f}"
         difference = f"{own['difference']:+.2f} ± {own['difference_ci95']:.2f}" if "difference" in own else ""
-        return [accuracy, difference, "" if time is None else _duration(time)]
+        return [accuracy, difference, duration(self.times.get(method))]
 
 
 def bench() -> str:
@@ -102,8 +103,8 @@ def bench() -> str:
     rows.append(["---"] * len(rows[0]))
     for method in filter(_shown, runs[0].methods):
         rows.append([_label(method), *(cell for run in runs for cell in run.cells(method))])
-    told = BENCH_TOLD.format(about="\n".join(run.about for run in runs))
-    return f"{told}\n" + "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    caption = BENCH_CAPTION.format(about="\n".join(run.about for run in runs))
+    return f"{caption}\n" + "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 def _read(title: str, folder: Path) -> Bench:
@@ -123,10 +124,6 @@ def _label(method: str) -> str:
         return "PudNet" if method == "pudnet" else f"`{method}`"
     name, _, epochs = method.rpartition("_")
     return f"`{name}`, {epochs} epoch{'s' if epochs != '1' else ''}"
-
-
-def _duration(milliseconds: float) -> str:
-    return f"{milliseconds:.0f} ms" if milliseconds < 1000 else f"{milliseconds / 1000:.1f} s"
 
 
 def written(page: str) -> str:

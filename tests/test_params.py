@@ -40,6 +40,12 @@ def test_another_set_is_one_test_group_unless_groups_are_asked_for(raw):
     assert not resolve(raw).sizes.test_whole
     raw["prepare"]["test_source"] = "folder:photos"
     assert resolve(raw).sizes.test_whole
+    for name in ("test_classes_per_group", "test_images_per_group"):  # which one group of all images cannot have
+        asked = {**raw, "groups": {**raw["groups"], name: 4}}
+        with pytest.raises(UserError, match=rf"groups.{name}: .* all test images are one group"):
+            resolve(asked)
+        asked["groups"]["test_whole"] = False
+        assert getattr(resolve(asked).sizes, name) == 4
     raw["groups"]["test_whole"] = False
     assert not resolve(raw).sizes.test_whole
 

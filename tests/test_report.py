@@ -11,8 +11,8 @@ import yaml
 
 from pipeline.report import write_report
 from pipeline.reporting.figures import search_figure, to_svg
-from pipeline.reporting.numbers import plus_minus, signed
-from pipeline.reporting.page import duration, label, verdict
+from pipeline.reporting.numbers import duration, plus_minus, signed
+from pipeline.reporting.page import label, verdict
 from pipeline.reporting.paper import load_reported, paper_figures
 from pipeline.reporting.results import PRODUCERS, histogram, read_results
 from pudnet.errors import UserError

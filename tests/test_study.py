@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 
 import numpy as np
@@ -183,7 +184,7 @@ def test_a_study_ends_after_its_hours(project, tmp_path):
     params = (tmp_path / "params.yaml").read_text()
     (tmp_path / "params.yaml").write_text(params.replace("hours: null", "hours: 0.0001"))
     done = command(tmp_path, "tiny")
-    assert (done.returncode, done.stderr.count("\n")) == (1, 1) and "study.hours: 0.0001 are over" in done.stderr
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1) and "study.hours: 0.0001 hours are over" in done.stderr
     assert not (tmp_path / "studies" / "results").exists()
 
 
@@ -287,6 +288,8 @@ def test_a_baseline_beside_a_variant_is_trained_as_it_is_and_given_as_many_label
         ({"axis": "columns"}, "columns.digits: must be called NUMBER or PANEL / NUMBER"),
         ({"rows": {"static trunk": {"paper": "best"}}, "columns": {"a": {"paper": "table9.{row}"}}}, "'table9.best'"),
         ({"size": 3}, "size: unknown key"),
+        ({date(2026, 1, 2): 3}, "tiny.yaml: 2026-01-02: a key must be text; put it in quotes"),
+        ({"rows": {"a": {0.2: 3}}}, "rows.a: 0.2: a key must be text; put it in quotes"),
     ],
 )
 def test_what_is_wrong_in_a_study_is_said_in_one_line(changes, message, project):

@@ -14,7 +14,7 @@ from markupsafe import Markup
 from pipeline.params import Params
 from pipeline.project import git_commit
 from pipeline.reporting import figures
-from pipeline.reporting.numbers import plus_minus, signed
+from pipeline.reporting.numbers import duration, plus_minus, signed
 from pipeline.reporting.paper import Reported, load_reported, paper_figures
 from pipeline.reporting.results import Movement, Race, Results, section
 from pudnet.config import passed
@@ -90,13 +90,6 @@ def label(method: str) -> str:
 def knob(name: str) -> str:
     """The name on the page of a searched key of params.yaml."""
     return "η" if name == "eta" else name.replace("_", " ")
-
-
-def duration(milliseconds: float) -> str:
-    """A time with at most three digits, in ms if below a second, else in s."""
-    value, unit = (milliseconds, "ms") if milliseconds < 1000 else (milliseconds / 1000, "s")
-    digits = 2 if value < 10 else 1 if value < 100 else 0
-    return f"{value:,.{digits}f} {unit}"
 
 
 def verdict(difference: float, ci95: float | None) -> str:

@@ -1,4 +1,4 @@
-"""Trials and measurements: what a process runs, Ray that runs many, and what is kept of them."""
+"""Runs trials (trainings) and measurements with Ray, many at a time, and keeps their results."""
 
 import os
 

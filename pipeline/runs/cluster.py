@@ -65,9 +65,7 @@ def _connect(address: str | None) -> None:
                 log_to_driver=False,  # our callback prints what matters
             )
     except Exception as error:  # Ray raises a plain Exception if a busy machine does not start it in time
-        hint = (
-            "" if not address or "RAY_AUTH_MODE" in os.environ else "; where it wants a token, set RAY_AUTH_MODE=token"
-        )
+        hint = "" if not address or "RAY_AUTH_MODE" in os.environ else "; if it wants a token, set RAY_AUTH_MODE=token"
         raise RunFailed(f"Ray at {address or 'this machine'} does not answer ({reason(error)}){hint}") from None
 
 

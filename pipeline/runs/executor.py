@@ -1,8 +1,8 @@
-"""Ray Tune: many meta-trainings side by side, each of which goes on where it was left.
+"""Runs many trainings side by side with Ray Tune. Each continues from its last checkpoint.
 
-Ray schedules trials, gives them devices and starts them again when a process or a node is lost. It remembers nothing
-from one start to the next: a trial goes on from its own folder (`trial_folder.py`), and every start makes a new Tuner
-of the trials that have not ended.
+Ray schedules the trials, gives them devices, and starts them again when a process or a node is lost. It remembers
+nothing from one start of the program to the next: a trial continues from the checkpoint in its own folder
+(`trial_folder.py`), and every start makes a new Tuner, of the trials that have not ended.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ from pudnet.config import TrainConfig
 from pudnet.errors import RunFailed, is_out_of_memory
 
 FAILURES = 2  # Ray restarts a failed trial this often. If it made progress by then, another Tuner tries it again.
-# What a multi-worker trial's own process requests: its workers request the cores, but Tune needs at least one resource.
+# What the process of a trial with several workers requests. The workers request the cores, but Tune wants something.
 DRIVER = {"memory": 2**28}
 
 
@@ -47,7 +48,7 @@ class Experiment:
     specs: Sequence[TrialSpec]
     asha: bool = False
     keep_going: bool = False
-    workers: int = 1  # processes of one trial
+    workers: int = 1
 
     @cached_property
     def key(self) -> str:
@@ -66,65 +67,72 @@ class Experiment:
 def run_missing(
     experiment: Experiment, params: Params, tracking: Tracking, parent: str | None = None, fresh: bool = False
 ) -> list[Finished]:
-    """Run the trials that have not ended, in an open Ray session. Returns all that ended well, in the specs' order.
+    """Run the trials that have not ended, in an open Ray session. Returns all that ended well, in the order of specs.
 
-    `parent` names the MLflow run that the trials' runs are children of; `fresh`: what was before is forgotten.
+    `parent` names the MLflow run that the trials' runs are children of. `fresh` forgets all earlier checkpoints.
 
     Raises:
-        RunFailed: when a trial failed for good, or diverged where none may.
-        UserError: when another process runs the same trials, or a trial cannot start; then none is.
+        RunFailed: if a trial fails for good, does not fit in memory, or diverges without `keep_going`.
+        UserError: if another process runs the same trials, or the configurations of a trial do not fit together.
     """
     parent_run = (experiment.key, parent) if parent else None
     progress = TrialProgress(params, tracking, experiment.keys, parent_run)
     with locked(root() / ".pud" / "running" / f"{experiment.key}.lock"):
+        _read_earlier(experiment, progress, fresh)
         for spec in experiment.specs:
-            key = experiment.keys[spec.name]
-            if fresh:
-                forget_trial(key)
-                tracking.submit(partial(tracking.supersede, progress.run_key(spec)))
-            elif ended := read_ended(key, spec):
-                progress.ended[spec.name] = ended
-            elif reports := newest_checkpoint(trial_folder(key))[1][REPORTS]:
-                progress.reports[spec.name] = {report["groups"]: report for report in reports}
-                print(f"  {spec.name}: goes on from group {reports[-1]['groups']}", flush=True)
-        if kept := [trial for trial in progress.ended.values() if not trial.diverged]:
-            print(f"  {len(kept)} of {len(experiment.specs)} trials are finished already", flush=True)
+            if spec.name not in progress.ended:
+                _check_fits(spec)
         while len(progress.ended) < len(experiment.specs):
             before = {name: len(reports) for name, reports in progress.reports.items()}
             errors = run_trials(experiment, params, progress)
-            got_on = any(len(progress.reports[name]) > before[name] for name in errors)
-            if len(progress.ended) < len(experiment.specs) and not got_on:
-                raise RunFailed(_why(experiment, len(progress.ended), errors))
+            progressed = any(len(progress.reports[name]) > before[name] for name in errors)
+            if len(progress.ended) < len(experiment.specs) and not progressed:
+                raise RunFailed(_why_unfinished(experiment, len(progress.ended), errors))
     trials = [progress.ended[spec.name] for spec in experiment.specs]
     for trial in trials:
         if trial.diverged and not experiment.keep_going:
             raise RunFailed(f"{trial.spec.name}: {trial.diverged}")
         if trial.diverged:
             print(f"  {trial.spec.name} is left out: {trial.diverged}", flush=True)
-        else:  # MLflow may lack a trial of another experiment, or of a time when it did not answer
+        else:  # MLflow may lack a trial that another experiment ran, or that ended while it did not answer
             progress.log(trial.spec, trial.history, "FINISHED")
     return [trial for trial in trials if not trial.diverged]
+
+
+def _read_earlier(experiment: Experiment, progress: TrialProgress, fresh: bool) -> None:
+    """Tell `progress` what earlier starts have done: the trials that have ended, and the reports of the others."""
+    for spec in experiment.specs:
+        key = experiment.keys[spec.name]
+        if fresh:
+            forget_trial(key)
+            progress.tracking.submit(partial(progress.tracking.supersede, progress.run_key(spec)))
+        elif ended := read_ended(key, spec):
+            progress.ended[spec.name] = ended
+        elif reports := newest_checkpoint(trial_folder(key))[1][REPORTS]:
+            progress.reports[spec.name] = {report["groups"]: report for report in reports}
+            print(f"  {spec.name}: goes on from group {reports[-1]['groups']}", flush=True)
+    if done := [trial for trial in progress.ended.values() if not trial.diverged]:
+        print(f"  {len(done)} of {len(experiment.specs)} trials are finished already", flush=True)
 
 
 def run_trials(experiment: Experiment, params: Params, progress: TrialProgress) -> dict[str, object]:
     """Run the trials that have not ended, in a new Tuner. Returns the errors of those that failed too often, by name.
 
-    With ASHA, trials that have ended replay their reports too, so that the scheduler can compare the others with them.
+    With ASHA, trials that have ended take part too, and only replay their reports, since ASHA compares the others with
+    them.
     """
     missing = [spec for spec in experiment.specs if spec.name not in progress.ended]
-    for spec in missing:
-        _check(spec)
-    known = [trial.spec for trial in progress.ended.values() if experiment.asha and trial.groups]
+    replayed = [trial.spec for trial in progress.ended.values() if experiment.asha and trial.groups]
     trials = [
         {
-            "spec": asdict(one),
-            "folder": str(trial_folder(experiment.keys[one.name])),
-            "ended": one.name in progress.ended,
+            "spec": asdict(spec),
+            "folder": str(trial_folder(experiment.keys[spec.name])),
+            "ended": spec.name in progress.ended,
         }
-        for one in (*known, *missing)
+        for spec in (*replayed, *missing)
     ]
     share = cluster.share(params, experiment.workers)
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:  # for Ray's own notes; none is read again
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:  # for Ray's own files; none is read again
         tuner = tune.Tuner(
             tune.with_resources(run_trial, share if experiment.workers == 1 else DRIVER),
             param_space={"trial": tune.grid_search(trials), "share": share, "workers": experiment.workers},
@@ -141,11 +149,12 @@ def run_trials(experiment: Experiment, params: Params, progress: TrialProgress) 
                 failure_config=tune.FailureConfig(max_failures=FAILURES),
             ),
         )
-        return {result.config["trial"]["spec"]["name"]: result.error for result in tuner.fit() if result.error}
+        # By their folders, since Ray knows no config of a trial that failed before its first report.
+        return {Path(result.path).name: result.error for result in tuner.fit() if result.error}
 
 
-def _check(spec: TrialSpec) -> None:
-    """Build a trial to check it before any runs, and free it: all together they may not fit in memory."""
+def _check_fits(spec: TrialSpec) -> None:
+    """Build a trial once, and throw it away, so that a mistake in one trial is found before any of them runs."""
     try:
         open_trial(spec, torch.device("cpu"))
     except (MemoryError, RuntimeError) as error:
@@ -154,8 +163,8 @@ def _check(spec: TrialSpec) -> None:
         raise RunFailed(f"{spec.name}: cannot start ({cluster.reason(error)})") from None
 
 
-def _why(experiment: Experiment, done: int, errors: Mapping[str, object]) -> str:
-    """What is not done and why, in one line; the whole of the first error goes to a file."""
+def _why_unfinished(experiment: Experiment, done: int, errors: Mapping[str, object]) -> str:
+    """Say in one line how many trials are done, and why the others are not. The first error is written to a file."""
     state = f"{done} of {len(experiment.specs)} trials are done"
     if not errors:
         return f"{state}, the others were interrupted; the same command continues"
@@ -163,11 +172,11 @@ def _why(experiment: Experiment, done: int, errors: Mapping[str, object]) -> str
     path = trial_folder(experiment.keys[name]) / "error.txt"
     with contextlib.suppress(OSError):  # a full disk, which may be the error itself
         write(path, str(error))
-    return f"{state}; {name}: {cluster.reason(error)} (all of it in {path}); the same command continues"
+    return f"{state}; {name}: {cluster.reason(error)} (the whole error is in {path}); the same command continues"
 
 
 class Asha(ASHAScheduler):
-    """ASHA that records replayed reports but never stops a trial because of one: it did not when they were new."""
+    """ASHA that does not stop a trial at a replayed report, since it did not stop it when the report was new."""
 
     def on_trial_result(self, tune_controller: object, trial: object, result: dict[str, Any]) -> str:
         decision = super().on_trial_result(tune_controller, trial, result)

@@ -24,7 +24,10 @@ VALIDATION_CODE = ("evaluation", "predictor", "network", "card", "data/user_imag
 
 
 def digest(plain: Any, files: Iterable[Path]) -> str:
-    """A short hash of plain values and of files' names and contents, wherever they lie; a missing file is empty."""
+    """A short hash of plain values, and of the names and contents of files.
+
+    The folders of the files do not matter. A missing file counts as an empty one.
+    """
     hashes = sorted(
         (path.name, hashlib.sha256(path.read_bytes() if path.is_file() else b"").hexdigest()) for path in set(files)
     )

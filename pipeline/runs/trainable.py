@@ -21,7 +21,7 @@ from pipeline.runs.trial import DIVERGED, MetaTraining, TrialSpec, load_state, o
 from pipeline.runs.trial_folder import REPORTS, newest_checkpoint, save_checkpoint
 from pudnet.errors import RunFailed
 
-AT = "reported_at"  # in a report: the time, in seconds
+AT = "reported_at"  # in a report: when it was made, in seconds since 1970
 SYSTEM = ("system/cpu_cores_used", "system/peak_memory_megabytes", "system/gpu_peak_memory_megabytes")
 REPLAYED = "replayed"  # in a report: it was made before this process began
 
@@ -29,11 +29,11 @@ Report = Callable[[dict[str, Any]], None]
 
 
 def run_trial(config: dict[str, Any]) -> None:
-    """Ray Tune's trainable: repeat the reports of before, then train on, in this process or in several workers."""
+    """Ray Tune's trainable: repeat the checkpoint's reports, then train on, in this process or in several workers."""
     checkpoint, state = newest_checkpoint(Path(config["trial"]["folder"]))
     for report in state[REPORTS]:
         tune.report(report | {REPLAYED: True})
-    if config["trial"]["ended"]:  # it is here for the scheduler to compare others with
+    if config["trial"]["ended"]:  # it only runs so that the scheduler can compare others with it
         return
     if config["workers"] == 1:
         _train(config, state, tune.report)
@@ -47,7 +47,7 @@ def _train(config: Mapping[str, Any], state: dict[str, Any], report: Report, ran
     trial = open_trial(spec, device) if workers == 1 else MetaTraining(spec, device, rank, workers)
     if reports := state.pop(REPORTS):
         trial.load_state_dict(state)
-    state.clear()  # frees what the trial has copied
+    state.clear()  # free it, since the trial has copied all of it
     usage = Usage()
     try:
         for metrics in trial.run():
@@ -55,18 +55,18 @@ def _train(config: Mapping[str, Any], state: dict[str, Any], report: Report, ran
             if rank == 0:
                 save_checkpoint(Path(config["trial"]["folder"]), trial.state_dict() | {REPORTS: reports})
             report(reports[-1])
-    except RunFailed as error:  # the loss does not stay finite; it would not another time, so this is no failure to Ray
+    except RunFailed as error:  # the loss did not stay finite; Ray must not try again, so for Ray the trial ends well
         report({DIVERGED: str(error)})
 
 
 class Usage:
-    """What this process uses, as MLflow's "System metrics" show it; the peaks are since the process began."""
+    """Measures what this process uses, for MLflow's "System metrics". Peaks are since the process began."""
 
     def __init__(self) -> None:
         self.at = time.process_time(), time.monotonic()
 
     def since_last(self) -> dict[str, float]:
-        """The numbers of `SYSTEM`, of the GPU only where one is used."""
+        """The numbers of `SYSTEM` since the last call; those of a GPU only if it is used."""
         before, self.at = self.at, (time.process_time(), time.monotonic())
         cores = (self.at[0] - before[0]) / max(self.at[1] - before[1], 1e-3)
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # Linux gives KiB
@@ -77,9 +77,9 @@ class Usage:
 def _train_by_workers(config: dict[str, Any]) -> None:
     """Train by Ray Train: several processes, each with a trial's share, split the groups of each step."""
     share = config["share"]
-    with tempfile.TemporaryDirectory() as scratch:  # Ray Train's own notes, which nobody reads again
+    with tempfile.TemporaryDirectory() as scratch:  # for Ray Train's own files; none is read again
         TorchTrainer(
-            _work,
+            _run_worker,
             train_loop_config=config,
             scaling_config=train.ScalingConfig(
                 num_workers=config["workers"],
@@ -90,8 +90,8 @@ def _train_by_workers(config: dict[str, Any]) -> None:
         ).fit()
 
 
-def _work(config: dict[str, Any]) -> None:
-    """One worker of Ray Train."""
+def _run_worker(config: dict[str, Any]) -> None:
+    """Ray Train's training function, which each worker runs."""
     context, checkpoint = train.get_context(), config["checkpoint"]
     state = load_state(checkpoint) if checkpoint else {REPORTS: []}
     _train(config, state, train.report, context.get_world_rank(), context.get_world_size())

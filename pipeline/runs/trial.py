@@ -231,4 +231,4 @@ def load_state(folder: Path) -> dict:
     with zipfile.ZipFile(folder / STATE) as records:
         if damaged := records.testzip():
             raise zipfile.BadZipFile(f"{folder / STATE}: {damaged} is damaged")
-    return torch.load(folder / STATE, map_location="cpu", weights_only=True)
+    return torch.load(folder / STATE, map_location="cpu", weights_only=True, mmap=True)  # tensors are read when used

@@ -60,7 +60,10 @@ class Finished:
         return bool(self.spec.validate and self.spec.train["patience"])
 
     def passes(self, of_a_pass: int) -> dict[str, float]:
-        """The `passes` that the trial's result took, over a table of so many groups; nothing without `patience`."""
+        """With `train.patience`: how often the groups had been passed at the trial's result, under the key `passes`.
+
+        `of_a_pass` is the number of groups in one pass. Without `patience` the dict is empty.
+        """
         return {"passes": self.metrics["groups"] / of_a_pass} if self.patient else {}
 
 
@@ -83,7 +86,7 @@ def save_checkpoint(folder: Path, state: Mapping[str, Any]) -> None:
 
 
 def newest_checkpoint(folder: Path) -> tuple[Path | None, dict[str, Any]]:
-    """The newest checkpoint that is whole, and the state in it; None and no reports where there is none."""
+    """The newest checkpoint that is not damaged, and the state in it. If there is none: None, and no reports."""
     for file in sorted(folder.glob(f"*/{STATE}"), reverse=True):
         try:
             return file.parent, load_state(file.parent)

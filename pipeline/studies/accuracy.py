@@ -14,7 +14,7 @@ from scipy.special import stdtrit
 
 from pipeline.params import Params
 from pipeline.reporting.figures import bars_figure, differences_figure, lines_figure, times_figure
-from pipeline.reporting.numbers import plus_minus
+from pipeline.reporting.numbers import duration, plus_minus
 from pipeline.reporting.paper import load_reported
 from pipeline.runs import cluster
 from pipeline.runs.summary import compare, summary
@@ -98,7 +98,8 @@ def _over_trainings(
 ) -> dict[str, Any]:
     """What the training seed changes: a row's accuracies, their deviation, and intervals.
 
-    If a row uses the reference's own models, the difference to it is paired over trainings, else it is one of means.
+    If a row uses the reference's own models, its difference to the reference is paired over trainings; else it is a
+    difference of means.
     """
     own, reference, split = accuracies[row], trained.study.reference, trained.params.seed
     several, half = len(own) > 1, math.nan
@@ -144,7 +145,7 @@ def _numbers(frame: pd.DataFrame, reference: pd.DataFrame | None) -> dict[str, A
 
 
 def _paper(trained: TrainedColumn, row: str) -> dict[str, float | None]:
-    figure = reported(trained.own, trained.study.rows[row])
+    figure = reported(trained.definition, trained.study.rows[row])
     if figure is None:
         return dict.fromkeys(("paper", "paper_ci95", "paper_seconds"))
     return {"paper": figure.accuracy, "paper_ci95": figure.ci95, "paper_seconds": figure.seconds}
@@ -228,7 +229,7 @@ def _overview_cell(study: Study, line: Any) -> str:
 
 def _table(study: Study, column: str, part: pd.DataFrame) -> str:
     first, hardware = part.iloc[0], load_reported()["hardware"]
-    told = (
+    caption = (
         f"{trained_on(part)} (the paper: {first.paper_groups:,} groups), "
         f"{part.test_groups.max():,} test groups, {first.splits} class split(s)."
     )
@@ -242,18 +243,13 @@ def _table(study: Study, column: str, part: pd.DataFrame) -> str:
         f"less {study.reference}": _differences(study, part),
         "deviation of a training": part.trainings_sd.map(lambda value: number(value, "{:.2f}")),
         f"the paper's, less {study.reference}": _papers_differences(study, part),
-        "time a group": part.milliseconds.map(_duration),
-        f"with {first.all_threads} threads": part.milliseconds_all_threads.map(_duration),
-        f"the paper's ({hardware})": part.paper_seconds.map(lambda value: number(value, "{:,.2f} s")),
+        "time a group": part.milliseconds.map(duration),
+        f"with {first.all_threads} threads": part.milliseconds_all_threads.map(duration),
+        f"the paper's ({hardware})": (1000 * part.paper_seconds.astype(float)).map(duration),
         "weights move": part.movement.map(lambda value: number(value, "{:.1f} %")),
         "probe": part.probe.map(lambda value: number(value, "{:.0f}")),
     }
-    return f"\n## {column}\n\n{told}\n\n{table_of(columns)}"
-
-
-def _duration(milliseconds: float | None) -> str:
-    seconds = not pd.isna(milliseconds) and milliseconds >= 10_000
-    return f"{milliseconds / 1000:,.0f} s" if seconds else number(milliseconds, "{:,.0f} ms")
+    return f"\n## {column}\n\n{caption}\n\n{table_of(columns)}"
 
 
 def _to_the_papers(part: pd.DataFrame) -> pd.Series:
@@ -288,7 +284,7 @@ def _grid(study: Study, panel: str, part: pd.DataFrame) -> str:
         columns[row] = [plus_minus(line.accuracy, line.ci95) for line in own.itertuples()]
         columns[f"{row}, the paper's"] = [plus_minus(line.paper, line.paper_ci95) for line in own.itertuples()]
         columns[f"{row}, less the paper's"] = _to_the_papers(own)
-    told = f"{part.test_groups.iloc[0]:,} test groups, {part.splits.iloc[0]} class split(s)."
+    caption = f"{part.test_groups.iloc[0]:,} test groups, {part.splits.iloc[0]} class split(s)."
     passes = part.passes.dropna()
-    told += f" Training groups are {passed(*passes)}." if len(passes) else ""
-    return f"\n## {panel or 'All'}\n\n{told}\n\n{table_of(columns)}"
+    caption += f" Training groups are {passed(*passes)}." if len(passes) else ""
+    return f"\n## {panel or 'All'}\n\n{caption}\n\n{table_of(columns)}"

@@ -134,9 +134,9 @@ def tables(study: Study, table: pd.DataFrame) -> str:
             ],
             "p": [f"{line.p:.3f}" for line in lines],
         }
-        told = (
+        caption = (
             f"{part.groups.iloc[0]:,} training groups, half of them to fit and half to test, in turn; each side "
             f"reduced to {part.components.iloc[0]} principal components."
         )
-        page += f"\n## {column}\n\n{told}\n\n{table_of(columns)}"
+        page += f"\n## {column}\n\n{caption}\n\n{table_of(columns)}"
     return page

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from pipeline.params import PARAMS, Params, changed, outline, read_yaml, resolve
+from pipeline.params import PARAMS, Params, changed, check_block, outline, read_yaml, resolve
 from pipeline.reporting.paper import Reported, paper_figure
 from pipeline.runs.trial import TrialSpec, make_spec
 from pudnet.baselines import HEADS, LEARNED, SCRATCH
@@ -113,8 +113,7 @@ def load_study(name: str) -> Study:
         raise UserError(f"study: unknown name {name!r}; known: {', '.join(known)}")
     path = STUDIES / f"{name}.yaml"
     raw = read_yaml(path)
-    if odd := [key for key in raw if not isinstance(key, str)]:
-        raise UserError(f"{path}: {odd[0]!r}: unknown key")
+    check_block(str(path), raw)
     for key in ("rows", "columns"):
         _check_blocks(path, key, raw.setdefault(key, {}))
     raw["rows"] = {row: _row(values, f"{path}: rows.{row}") for row, values in raw["rows"].items()}
@@ -146,11 +145,9 @@ def _column(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check_blocks(path: Path, where: str, blocks: Any) -> None:
     """Raise `UserError` unless `blocks` maps names to blocks."""
-    if not isinstance(blocks, dict) or not all(isinstance(name, str) for name in blocks):
-        raise UserError(f"{path}: {where}: must be a block of named {where}, got {blocks!r}")
+    check_block(f"{path}: {where}", blocks, f"a block of named {where}")
     for name, values in blocks.items():
-        if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-            raise UserError(f"{path}: {'.'.join(filter(None, (where, name)))}: must be a block of keys, got {values!r}")
+        check_block(f"{path}: {'.'.join(filter(None, (where, name)))}", values)
 
 
 def _check(path: Path, study: Study) -> None:
@@ -289,7 +286,8 @@ def _slug(row: str) -> str:
 def row_spec(params: Params, name: str, row: Row, seed: int, images: int) -> TrialSpec:
     """The trial of a row on one class split. The row's own changes override its variant's.
 
-    Other methods than PudNet are trained as the variant is, with as many labels as it uses of a class's `images`.
+    Other methods than PudNet are trained like the variant, with as many labels of each class as it uses. `images`: how
+    many images of each class a group has.
     """
     where = f"rows.{name}.changes"
     params = dataclasses.replace(params, variant=row.variant)
@@ -310,15 +308,15 @@ def row_spec(params: Params, name: str, row: Row, seed: int, images: int) -> Tri
     return dataclasses.replace(spec, train=own["train"], model=own["model"] if spec.model else {})
 
 
-def _why_not(study: Study, own: Params) -> str | None:
+def _why_not(study: Study, params: Params) -> str | None:
     """The reason if a column is not to be run, else None."""
-    asked, limit, groups = own.study, budget(study, own), own.groups.train_groups
-    paper = SETTINGS[own.setting].train_groups
-    if own.setting not in (asked.settings or [own.setting]) or own.target not in (asked.targets or [own.target]):
+    asked, limit, groups = params.study, budget(study, params), params.groups.train_groups
+    setting, target, paper = params.setting, params.target, SETTINGS[params.setting].train_groups
+    if setting not in (asked.settings or [setting]) or target not in (asked.targets or [target]):
         return "not among study.settings and study.targets"
     if limit < 1:
         return (
-            f"study.budget: {asked.budget} of the {paper:,} groups of {own.setting} leaves none; "
+            f"study.budget: {asked.budget} of the {paper:,} groups of {setting} leaves none; "
             f"give at least {1 / paper:g}"
         )
     if groups > limit:

@@ -41,7 +41,7 @@ def measure(trained: TrainedColumn) -> pd.DataFrame:
         curves = [tables[trained.cells[row, seed], plan] for seed in trained.params.split_seeds]
         for seed, curve in zip(trained.params.split_seeds, curves, strict=True):
             trained.log(row, seed, {}, {"test_accuracy": dict(zip(curve.epoch, curve.accuracy, strict=True))})
-        figure = reported(trained.own, own)
+        figure = reported(trained.definition, own)
         for points in zip(*(curve.itertuples() for curve in curves), strict=True):
             last = points[0].epoch == plan.epochs
             rows.append(
@@ -124,9 +124,9 @@ def tables(study: Study, table: pd.DataFrame) -> str:
         columns["less the paper's"] = [
             number(line.accuracy - line.paper if line.paper else None, "{:+.2f}") for line in at_end.itertuples()
         ]
-        told = (
+        caption = (
             f"{trained_on(part)}, for methods that are trained on groups; fine-tuned on "
             f"{first.images:,} images, measured on {first.test_images:,}, {first.splits} class split(s)."
         )
-        page += f"\n## {column}\n\n{told}\n\n{table_of(columns)}"
+        page += f"\n## {column}\n\n{caption}\n\n{table_of(columns)}"
     return page

@@ -42,8 +42,8 @@ def tables(study: Study, table: pd.DataFrame) -> str:
         for row, own in part.set_index("groups").groupby("row", sort=False):
             for loss, name in NAMES.items():
                 columns[f"{row}: {name}"] = [number(own[loss].get(groups), "{:.3f}") for groups in shown]
-        told = f"{trained_on(table[table.column == column])}, {table.seed.nunique()} class split(s)."
-        page += f"\n## {column}\n\n{told}\n\n{table_of(columns)}"
+        caption = f"{trained_on(table[table.column == column])}, {table.seed.nunique()} class split(s)."
+        page += f"\n## {column}\n\n{caption}\n\n{table_of(columns)}"
     return page
 
 

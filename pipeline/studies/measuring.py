@@ -65,9 +65,9 @@ class Cell:
 
     def key(self, params: Params, *more: object) -> str:
         """A hash of everything that the cell's results depend on; `more` comes from the kind of measurement."""
-        told = [self.sketch, self.images, self.head, self.checkpoint is None]
-        told += [params.baselines.scratch_groups, self.finetune and asdict(self.finetune)] if self.slow else []
-        plain = [*told, *more, trial_key(self.spec), params.evaluate.precision, params.baselines.sketch_groups]
+        how = [self.sketch, self.images, self.head, self.checkpoint is None]
+        how += [params.baselines.scratch_groups, self.finetune and asdict(self.finetune)] if self.slow else []
+        plain = [*how, *more, trial_key(self.spec), params.evaluate.precision, params.baselines.sketch_groups]
         code = set(HERE.glob("*.py")) - {HERE / "page.py", HERE / "running.py"}  # which only write the results
         code |= set(code_files(["baselines/heads"]) if self.head else [])
         code |= set(code_files(["baselines/finetuned", "finetune", "scratch"]) if self.finetune else [])
@@ -88,8 +88,8 @@ def time_cells(params: Params, cells: Mapping[str, Cell]) -> dict[str, float]:
 
     A cell has `resources.cpus` threads.
     """
-    told = [[name, cell.key(params, params.evaluate.timing_groups)] for name, cell in cells.items()]
-    items, key = tuple(cells.items()), f"time-{digest([told, params.resources.cpus], [])}"
+    keys = [[name, cell.key(params, params.evaluate.timing_groups)] for name, cell in cells.items()]
+    items, key = tuple(cells.items()), f"time-{digest([keys, params.resources.cpus], [])}"
     tables = measure_missing(params, _time, {items: key}, lambda *_: "times are measured")
     return dict(zip(tables[items].row, tables[items].milliseconds, strict=True))
 

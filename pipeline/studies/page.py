@@ -60,10 +60,10 @@ def render(name: str, study: Study, tables: str, left_out: Mapping[str, str], as
 
 def _command(name: str, asked: StudyParams) -> str:
     """The command that runs the study as it was run, except for the places of data sets."""
-    told = {key: value for key, value in asdict(asked).items() if value is not None and key != "sources"}
-    if not told:
+    changed = {key: value for key, value in asdict(asked).items() if value is not None and key != "sources"}
+    if not changed:
         return f"python -m pipeline.study {name}"
-    lists = {key: f"[{','.join(value)}]" if isinstance(value, list) else value for key, value in told.items()}
+    lists = {key: f"[{','.join(value)}]" if isinstance(value, list) else value for key, value in changed.items()}
     changes = " ".join(f"-S 'study.{key}={value}'" for key, value in lists.items())
     return f"dvc exp run {changes} studies/dvc.yaml:study@{name}"
 

@@ -48,12 +48,12 @@ class TrainedColumn:
         return {at: first for at, (first, *_) in self.trainings.items()}
 
     @property
-    def own(self) -> Column:
-        """The column as the study's file has it."""
+    def definition(self) -> Column:
+        """The column as it is in the study's file."""
         return self.study.columns[self.column]
 
     def length(self, row: str) -> dict[str, float]:
-        """The number of groups that a row is trained on, and how often it passes them (their mean)."""
+        """The number of groups that a row is trained on, and how often it passes them (mean over its trainings)."""
         if not self.study.rows[row].trained:
             return {"train_groups": 0, "passes": math.nan}
         cells = [cell for seed in self.params.split_seeds for cell in self.trainings[row, seed]]
@@ -122,8 +122,8 @@ def train(name: str, study: Study, column: str, params: Params) -> TrainedColumn
     }
     finals = {at: spec for at, spec in specs.items() if study.rows[at[0]].trained}
     if validating := {at: _validating(spec, params) for at, spec in finals.items() if spec.train["patience"]}:
-        told = _run_once(f"study: {name}, {column}: {{}} validation run(s)", name, validating, params, tracking)
-        for at, trial in told.items():
+        validated = _run_once(f"study: {name}, {column}: {{}} validation run(s)", name, validating, params, tracking)
+        for at, trial in validated.items():
             passes = trial.passes(params.groups.search_groups)
             finals[at] = replace(finals[at], train={**finals[at].train, **passes, "patience": None})
     what = f"study: {name}, {column}: {{}} training(s) on {params.groups.train_groups:,} groups"

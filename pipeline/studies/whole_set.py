@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from pipeline.params import Params
 from pipeline.project import root
 from pipeline.reporting.figures import bars_figure
-from pipeline.reporting.numbers import plus_minus
+from pipeline.reporting.numbers import duration, plus_minus
 from pipeline.runs.measuring import measure_missing, open_worker
 from pipeline.studies.definition import Study, WholeSet, reported
 from pipeline.studies.measuring import Cell, open_cell
@@ -49,7 +49,7 @@ def measure(trained: TrainedColumn) -> pd.DataFrame:
         found = pd.concat([tables[trained.cells[row, seed], there] for seed in trained.params.split_seeds])
         for seed, accuracy in zip(trained.params.split_seeds, found.accuracy, strict=True):
             trained.log(row, seed, {f"top{plan.top}_accuracy": accuracy}, {})
-        figure = reported(trained.own, own)
+        figure = reported(trained.definition, own)
         lines.append(
             {
                 "row": row,
@@ -101,7 +101,7 @@ def tables(study: Study, table: pd.DataFrame) -> str:
     page = ""
     for column, part in table.groupby("column", sort=False):
         first, lines = part.iloc[0], list(part.itertuples())
-        told = (
+        caption = (
             f"{trained_on(part)}, {first.classes:,} classes, {first.images:,} test images, "
             f"{first.splits} class split(s)."
         )
@@ -109,8 +109,8 @@ def tables(study: Study, table: pd.DataFrame) -> str:
             "": [line.row for line in lines],
             f"top-{first.top} accuracy": [plus_minus(line.accuracy, line.ci95) for line in lines],
             "the paper's": [number(line.paper, "{:.2f}") for line in lines],
-            "time": [number(line.seconds, "{:,.2f} s") for line in lines],
-            "the paper's, on its GPU": [number(line.paper_seconds, "{:,.2f} s") for line in lines],
+            "time": [duration(1000 * line.seconds) for line in lines],
+            "the paper's, on its GPU": (1000 * part.paper_seconds.astype(float)).map(duration),
         }
-        page += f"\n## {column}\n\n{told}\n\n{table_of(columns)}"
+        page += f"\n## {column}\n\n{caption}\n\n{table_of(columns)}"
     return page

@@ -1,1 +1,4 @@
-"""MLflow: runs, the registered model, and serving it."""
+"""MLflow: runs, datasets, the registered model, and serving it.
+
+Which metrics of a training it shows: `METRICS` in `pipeline/runs/progress.py`. Of a test: `evaluation.py`, here.
+"""

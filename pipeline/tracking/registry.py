@@ -124,10 +124,13 @@ def _description(card: Card, validation: Validation) -> str:
 
 
 def example_group(card: Card) -> pd.DataFrame:
-    """An example request: two labelled images of each of two shades, and two queries, as PNG files."""
+    """An example request: two labelled images of each of two shades, and two queries, as PNG files.
+
+    Images have the model's own size and channels, since it warns of others.
+    """
     rng = np.random.default_rng(0)
     colours, labels = (60, 180), ("dark", "bright", "dark", "bright", None, None)
-    shape = (card.image_size, card.image_size, 3)
+    shape = (card.image_size, card.image_size, *([card.channels] if card.channels > 1 else []))
     images = [np.clip(rng.normal(colours[row % 2], 20, shape), 0, 255).astype(np.uint8) for row, _ in enumerate(labels)]
     return pd.DataFrame({"image": [png(image) for image in images], "label": labels})
 

@@ -1,4 +1,4 @@
-"""Datasets and DataLoaders, torch's and Hugging Face's, as rows of images and their labels."""
+"""Reads images and labels from Datasets and DataLoaders, of torch and of Hugging Face."""
 
 from __future__ import annotations
 
@@ -30,32 +30,32 @@ LABEL_KEYS = ("label", "labels", "target", "fine_label", "class")
 
 @dataclass(frozen=True)
 class Rows:
-    """A Dataset's images and labels, each read when it is asked for."""
+    """A Dataset's images and labels. Each is read only when it is needed."""
 
     count: int
     image: Callable[[int], Any]  # row -> a PIL image, array or tensor
-    labels: Callable[[], Sequence]  # of all rows; `UserError` where it has none
+    labels: Callable[[], Sequence]  # of all rows; raises `UserError` if there are none
 
 
 def is_dataset(images: object) -> bool:
-    """Whether it is a torch Dataset or DataLoader, or works as a Hugging Face Dataset does."""
+    """Whether this is a torch Dataset or DataLoader, or a Hugging Face Dataset (or a class that works like one)."""
     return isinstance(images, Dataset | DataLoader) or _is_table(images)
 
 
 def _is_table(images: object) -> bool:
-    """Hugging Face's Dataset: items are dicts, and `features` says what each of their values is."""
+    """Whether this is a Hugging Face Dataset: its items are dicts, and `features` gives the type of each value."""
     return isinstance(getattr(images, "features", None), Mapping) and hasattr(images, "column_names")
 
 
 def rows_of(dataset: object) -> Rows:
-    """The rows of a Dataset in its own order, or those that a DataLoader's sampler picks of its Dataset, drawn once.
+    """Open a Dataset, in its own order, or the Dataset of a DataLoader, with the rows that its sampler picks.
 
-    Raises `UserError` for one without a length, without rows, or without a column of images.
+    The sampler is asked once. Raises `UserError` for a Dataset without a length, rows, or a column of images.
     """
     if isinstance(dataset, DataLoader):
         return _of_loader(dataset)
     if not hasattr(dataset, "__len__"):
-        raise UserError("images: a Dataset must have a length (and items by their row); an iterable one has not")
+        raise UserError("images: a Dataset must have a length and give items by number; this one has no length")
     if not len(dataset):
         raise UserError("images: the Dataset has none")
     if type(dataset) is Subset:
@@ -89,9 +89,9 @@ def _joined(parts: Sequence[Rows]) -> Rows:
 
 
 def _of_loader(loader: DataLoader) -> Rows:
-    """The sampler's rows in its order. If it only shuffles, the Dataset's order.
+    """The rows that the sampler picks, in its order; or all rows in the Dataset's order, if it only shuffles them.
 
-    Images are as the Dataset has them: neither batches nor `collate_fn` matter.
+    Images are those of the Dataset: batches and `collate_fn` do not matter.
     """
     own, batches = rows_of(loader.dataset), loader.batch_sampler
     sampler = batches.sampler if type(batches) is BatchSampler else loader.sampler
@@ -109,7 +109,7 @@ def _of_loader(loader: DataLoader) -> Rows:
 
 
 def _drawn(sampler: Iterable, count: int) -> list[int]:
-    """Draw row numbers below `count` from a sampler, or one of batches. The caller's random state does not advance."""
+    """Draw row numbers below `count` from a sampler or batch sampler. The caller's random state stays as it was."""
     own = getattr(sampler, "generator", None)
     before = own.get_state() if own is not None else None
     try:
@@ -143,7 +143,7 @@ def _label_of(item: Any, row: int) -> Any:
 
 
 def _labels(dataset: Dataset) -> Sequence:
-    """A Dataset's labels: its `targets` if it has any, as class names if its `classes` are names (torchvision's)."""
+    """A Dataset's labels: its `targets`, if it has any. As in torchvision, its `classes` may give them names."""
     if getattr(dataset, "target_transform", None) is not None:
         return [_label_of(_item(dataset, row), row) for row in range(len(dataset))]
     labels = getattr(dataset, "targets", None)
@@ -153,7 +153,7 @@ def _labels(dataset: Dataset) -> Sequence:
 
 
 def _named(labels: Sequence, names: object) -> Sequence:
-    """Replace integer labels by the names they index; keep all others."""
+    """Replace integer labels by the names that they are the positions of; keep all other labels."""
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
         return labels
     plain = labels.tolist() if isinstance(labels, np.ndarray | Tensor) else labels
@@ -175,16 +175,16 @@ def _item(dataset: Any, row: int) -> Any:
 def _of_table(table: Any) -> Rows:
     def image(row: int) -> Any:
         item, name = _item(table, row), _image_column(table)
-        return item[name] if name in item else _image_of(item)  # a transform may have renamed it
+        return item[name] if name in item else _image_of(item)  # a transform may have renamed the column
 
     return Rows(len(table), image, lambda: _table_labels(table))
 
 
 def _table_labels(table: Any) -> list:
-    """A column of labels, without reading an image; integers become the names that the features give them.
+    """A column of labels, without reading an image. If the features have names for integer labels, gives the names.
 
-    If a transform changes labels, its labels are used. It is called for one row of each label, and for every row if
-    one of those labels changes.
+    If the Dataset's transform changes labels, the changed labels are used. To find out, the transform is called for
+    one row of each label, and if one of these labels changes, for every row.
     """
     name = _label_column(table)
     column = table.select_columns([name]).with_format(None)[name]
@@ -200,7 +200,7 @@ def _table_labels(table: Any) -> list:
 
 
 def _transformed(table: Any, row: int, name: str) -> Any:
-    """A row's label as a transform gives it, None where it gives none (or a vector, as for a loss)."""
+    """The label that the transform gives a row; None if it gives none, or a vector (which some losses need)."""
     item = _item(table, row)
     label = next((item[key] for key in (name, *LABEL_KEYS) if key in item), None)
     label = label.item() if hasattr(label, "item") and label.ndim == 0 else label
@@ -208,7 +208,7 @@ def _transformed(table: Any, row: int, name: str) -> Any:
 
 
 def _image_column(table: Any) -> str:
-    """The column that holds images by its kind, or else by its name."""
+    """The column of images: the one whose type says so, or else the one with a usual name."""
     kind, named = _of_kind(table, "Image"), [name for name in IMAGE_KEYS if name in table.features]
     return _only(table, "image", [name for name in kind if name in named], kind, named)
 
@@ -224,7 +224,7 @@ def _of_kind(table: Any, kind: str) -> list[str]:
 
 
 def _only(table: Any, what: str, *candidates: list[str]) -> str:
-    """The column of the first of these lists that holds just one."""
+    """Of these lists, take the first that has exactly one column, and return that column."""
     found = next((names[0] for names in candidates if len(names) == 1), None)
     if found is None:
         raise _not_clear(table.features, IMAGE_KEYS if what == "image" else LABEL_KEYS, what)

@@ -1,4 +1,4 @@
-"""Image files and arrays of any kind -> uint8 arrays of one size and number of channels."""
+"""Converts image files and arrays of any kind to uint8 arrays of one size and number of channels."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from pudnet.errors import RunFailed, UserError, is_out_of_memory, not_its_fault
 
-PIXELS_IN_FLIGHT = 2**26  # decoded side by side, whatever the number of cores
-ALONE = 2**25  # pixels of an image from which on it is decoded with no other beside it
-MOST_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # that Pillow opens
+PIXELS_IN_FLIGHT = 2**26  # at most so many are decoded at once, whatever the number of cores
+ALONE = 2**25  # an image with more pixels is decoded alone
+MOST_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # Pillow opens no larger image
 BYTES_A_PIXEL = 24  # at most, with a WebP's canvases and what transparency takes
-TURNS = {  # EXIF's orientation -> what sets the image upright
+TURNS = {  # EXIF orientation -> what turns the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -28,19 +28,19 @@ TURNS = {  # EXIF's orientation -> what sets the image upright
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-LARGE = 2**22  # pixels of a JPEG from which on it is decoded smaller
+LARGE = 2**22  # a JPEG with more pixels is decoded at a smaller size
 
 
 class UnreadableImage(UserError):
-    """A file that is damaged, or no image at all."""
+    """Raised for a file that is damaged, or no image at all."""
 
 
 def to_array(image: Image.Image, image_size: int, channels: int) -> np.ndarray:
-    """Any PIL image as uint8 (image_size, image_size, channels).
+    """Convert any PIL image to uint8 (image_size, image_size, channels).
 
-    Turned as its EXIF orientation says; centre-cropped to a square, so that shapes keep their proportions,
-    and resized with antialiased bilinear. Transparent pixels become white, as a viewer shows them: the colour
-    stored under them is arbitrary. Raises ValueError where the pixels have no known range (floating point).
+    The image is turned upright by its EXIF orientation, cropped to a square at its centre (so that shapes keep their
+    proportions) and resized, bilinear with antialiasing. Transparent pixels become white, as in an image viewer, since
+    the colour stored under them is arbitrary. Raises ValueError if the range of the pixels is not known (floats).
     """
     image = _to_eight_bits(_upright(image))
     if image.has_transparency_data:
@@ -54,19 +54,19 @@ def to_array(image: Image.Image, image_size: int, channels: int) -> np.ndarray:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """The image turned as its EXIF orientation says; the other entries of its EXIF do not matter."""
-    image.load()  # first: Pillow turns a TIFF itself then, and takes its orientation away
+    """Turn the image upright by its EXIF orientation."""
+    image.load()  # first, since Pillow itself turns a TIFF when it loads it, and then removes its orientation
     try:
         turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
     except MemoryError:
         raise
-    except Exception:  # what stands there is no EXIF
+    except Exception:  # the EXIF data are damaged
         return image
     return image if turn is None else image.transpose(turn)
 
 
 def _to_eight_bits(image: Image.Image) -> Image.Image:
-    """Scale 16-bit grey to 8 bits, which PIL's own conversion would clip instead; leave other modes alone."""
+    """Scale 16-bit grey images to 8 bits, where PIL would clip them. Images of other modes stay as they are."""
     if image.mode == "F":
         raise ValueError("floating-point pixels have no known range; save it with 8 or 16 bits")
     if not image.mode.startswith("I"):
@@ -83,7 +83,7 @@ def eight_bits(wide: np.ndarray) -> np.ndarray:
 
 
 class _Gate:
-    """Lets images be decoded side by side as long as they have so many pixels together."""
+    """Lets several threads decode images at once, as long as the images together have at most so many pixels."""
 
     def __init__(self, pixels: int) -> None:
         self.pixels, self.inside, self.changed = pixels, 0, threading.Condition()
@@ -102,13 +102,14 @@ class _Gate:
 
 
 def read_image(path: Path, image_size: int, channels: int) -> np.ndarray:
-    """The image file as uint8 (image_size, image_size, channels).
+    """Read an image file as uint8 (image_size, image_size, channels).
 
-    A JPEG of more than `LARGE` pixels is decoded at an eighth to a half of its size, still four times what is wanted.
+    A JPEG of more than `LARGE` pixels is decoded at an eighth to a half of its size, but at least at four times the
+    size that is needed.
 
     Raises:
-        UserError: for a file that cannot be read as an image (`UnreadableImage`), or that may not be read.
-        RunFailed: when the machine fails: too little memory, too many open files, an I/O error.
+        UserError: if the file is no image (`UnreadableImage`), or the user has no permission to read it.
+        RunFailed: if the machine fails: too little memory, too many open files, an I/O error.
     """
     try:
         return _decode(path, image_size, channels, lambda pixels: contextlib.nullcontext())
@@ -117,22 +118,22 @@ def read_image(path: Path, image_size: int, channels: int) -> np.ndarray:
 
 
 def _decode(path: Path, image_size: int, channels: int, hold: Callable[[int], AbstractContextManager]) -> np.ndarray:
-    """`read_image` without translated errors. `hold(pixels)` is entered before that memory is allocated."""
-    if pixels := _webp_pixels(path):  # Pillow makes a WebP's canvases when it opens it
+    """`read_image`, but with Pillow's own errors. Enters `hold(pixels)` before it allocates memory for the pixels."""
+    if pixels := _webp_pixels(path):  # Pillow allocates them when it opens a WebP
         with hold(pixels), Image.open(path) as image:
             return to_array(image, image_size, channels)
     with Image.open(path) as image:
         pixels = image.width * image.height
         if pixels > LARGE:
             image.draft(None, (4 * image_size, 4 * image_size))
-        if not image.info.get("progressive"):  # such a JPEG takes memory for its full size all the same
+        if not image.info.get("progressive"):  # a progressive JPEG needs memory for its full size anyway
             pixels = image.width * image.height
         with hold(pixels):
             return to_array(image, image_size, channels)
 
 
 def _webp_pixels(path: Path) -> int:
-    """Width times height of a WebP file, by its header; 0 for any other."""
+    """Width times height of a WebP file, from its header; 0 for any other file."""
     with path.open("rb") as file:
         head = file.read(30)
     if head[:4] != b"RIFF" or head[8:12] != b"WEBP" or len(head) < 30:
@@ -146,7 +147,7 @@ def _webp_pixels(path: Path) -> int:
 
 
 def _reason(path: Path, error: Exception) -> Exception:
-    """Why a file was not decoded, in one line: by its own fault, or by the machine's."""
+    """Make the error for a file that was not decoded: `UnreadableImage`, or another if the machine failed."""
     if isinstance(error, OSError) and (reason := not_its_fault(path, error)):
         return reason
     unknown = isinstance(error, UnidentifiedImageError)  # its text holds the path
@@ -156,7 +157,7 @@ def _reason(path: Path, error: Exception) -> Exception:
 
 
 def _memory_is_short(path: Path) -> bool:
-    """Whether an image's pixels do not fit in memory. Some decoders report that as another error."""
+    """Whether an image's pixels do not fit in memory. (Some decoders raise another error then.)"""
     pixels = 0
     with contextlib.suppress(Exception):
         pixels = _webp_pixels(path)
@@ -170,10 +171,10 @@ def _memory_is_short(path: Path) -> bool:
 
 
 def _side_by_side(paths: Sequence[Path], image_size: int, channels: int) -> list[np.ndarray | None]:
-    """The images, decoded in several threads. Returns None for images to decode one at a time.
+    """Decode images in several threads. Returns None for those that have to be decoded alone.
 
-    Those are images above `ALONE` pixels, which would take memory in every thread's arena, and those that failed,
-    maybe for lack of memory.
+    These are images of more than `ALONE` pixels, since every thread would keep memory for one, and images that failed,
+    perhaps because memory was short.
     """
     gate = _Gate(PIXELS_IN_FLIGHT)
 
@@ -185,7 +186,7 @@ def _side_by_side(paths: Sequence[Path], image_size: int, channels: int) -> list
     def read(path: Path) -> np.ndarray | None:
         try:
             return _decode(path, image_size, channels, hold)
-        except Exception:  # said when it fails again
+        except Exception:  # if it fails again alone, that error is reported
             return None
 
     with ThreadPoolExecutor() as pool:  # Pillow decodes outside Python's lock
@@ -196,13 +197,13 @@ def _side_by_side(paths: Sequence[Path], image_size: int, channels: int) -> list
 
 
 def read_images(paths: Sequence[Path], image_size: int, channels: int) -> np.ndarray:
-    """`read_image` of several files: uint8 (B, image_size, image_size, channels)."""
+    """Read several files as `read_image` does: uint8 (B, image_size, image_size, channels)."""
     found = zip(paths, _side_by_side(paths, image_size, channels), strict=True)
     return np.stack([read_image(path, image_size, channels) if image is None else image for path, image in found])
 
 
 def unreadable(paths: Sequence[Path]) -> set[Path]:
-    """The files that cannot be read as images. What is not a file's own fault is raised, as by `read_image`."""
+    """The files that are no images. Raises the other errors of `read_image`."""
     found = zip(paths, _side_by_side(paths, 8, 1), strict=True)
     return {path for path, image in found if image is None and _is_unreadable(path)}
 
@@ -216,7 +217,7 @@ def _is_unreadable(path: Path) -> bool:
 
 
 def convert(images: np.ndarray, image_size: int, channels: int) -> np.ndarray:
-    """uint8 (B, H, W) or (B, H, W, C) with C 1 or 3 as uint8 (B, image_size, image_size, channels)."""
+    """Convert uint8 (B, H, W) or (B, H, W, C), with C 1 or 3, to uint8 (B, image_size, image_size, channels)."""
     if images.ndim == 3:
         images = images[..., None]
     if images.shape[1:] == (image_size, image_size, channels):

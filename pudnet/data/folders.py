@@ -1,4 +1,4 @@
-"""Which image files lie in a folder that has one subfolder for each class."""
+"""Finds the image files of a folder that has one subfolder for each class."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pudnet.errors import UserError, not_its_fault
 
 HEIC = {".heic", ".heics", ".heif", ".heifs", ".hif"}
 LET_HEIC_BE_READ = "`pip install 'pillow-heif==1.8.1'` lets HEIC be read"
-PART = re.compile(  # what the parts of a data set are usually called
+PART = re.compile(  # usual names of the parts of a data set
     r"(train|training|val|valid|validation|dev|test|testing|eval|evaluation|holdout|fold|split)"
     r"([ _-]?(set|split|data|images))?[ _-]?\d*",
     re.IGNORECASE,
@@ -27,13 +27,13 @@ Identity = tuple[int, int]
 
 @dataclass(frozen=True)
 class Found:
-    """What lies in a folder, hidden files and folders left aside."""
+    """The files of a folder, without hidden ones."""
 
     folder: Path
-    classes: dict[Path, list[Path]]  # its subfolders, by sorted name, and the sorted images of each, at any depth
+    classes: dict[Path, list[Path]]  # subfolder -> all images below it; both sorted
     loose: list[Path]  # images beside the subfolders
-    passed_over: list[Path]  # files of a type that is not read
-    shared: str = ""  # which folder lies in two subfolders, as a message; empty if none does
+    passed_over: list[Path]  # files of a type that cannot be read
+    shared: str = ""  # a message if two subfolders share a folder (by links); else empty
 
     @property
     def files(self) -> list[Path]:
@@ -41,11 +41,11 @@ class Found:
 
     @property
     def labels(self) -> list[str | None]:
-        """The subfolder's name of each of `files`; None for one beside the subfolders."""
+        """The name of each file's subfolder, in the order of `files`; None for files beside the subfolders."""
         return [child.name for child, files in self.classes.items() for _ in files] + [None] * len(self.loose)
 
     def without(self, bad: set[Path]) -> Found:
-        """The same without some files. Raises `UserError` where none of a class is left."""
+        """The same folder without some files. Raises `UserError` if a class loses all of its files."""
         classes = {child: [file for file in files if file not in bad] for child, files in self.classes.items()}
         left = replace(self, classes=classes, loose=[file for file in self.loose if file not in bad])
         for lost in [child.name for child, files in classes.items() if not files] or ["it"] * (not left.files):
@@ -53,7 +53,7 @@ class Found:
         return left
 
     def class_names(self) -> list[str]:
-        """The class of each of `files`. Raises `UserError` where the subfolders are no classes."""
+        """The class of each of `files`. Raises `UserError` if the subfolders cannot be classes."""
         if not self.classes:
             raise UserError(f"{self.folder}: has no subfolders; it needs one subfolder of images for each class")
         _refuse_parts(self.folder, self.classes)
@@ -65,10 +65,10 @@ class Found:
 
 
 def look_in(folder: Path) -> Found:
-    """The images of a folder; links are followed, except back up.
+    """Find the images of a folder. Links are followed, unless they lead to a folder above.
 
-    Raises `UserError` for no folder or one that may not be read, for a subfolder without images, or no images at
-    all, and for a broken link. A broken link with an image's suffix counts as an unreadable image.
+    Raises `UserError` if there is no such folder or no permission to read it, if the folder or one of its subfolders
+    has no images, and for a broken link. (A broken link with the suffix of an image counts as an unreadable image.)
     """
     try:
         return _look_in(folder)
@@ -100,13 +100,14 @@ def _look_in(folder: Path) -> Found:
 
 @dataclass
 class _Walk:
-    """Lists files below one subfolder after the other.
+    """Lists the files below one subfolder after the other, also through links.
 
-    Enters each folder at most once for a subfolder, and never the whole folder or a parent of it.
+    For one subfolder it enters each folder at most once. It never enters `above`: the whole folder and its parents.
     """
 
     above: set[Identity]
-    entered: dict[Identity, tuple[Path, Path]] = field(default_factory=dict)  # with the subfolder it was entered for
+    # folder -> the subfolder from which it was first reached, and its path there
+    entered: dict[Identity, tuple[Path, Path]] = field(default_factory=dict)
     shared: list[str] = field(default_factory=list)
 
     def below(self, child: Path) -> list[Path]:
@@ -127,13 +128,13 @@ class _Walk:
 
 
 def _children(folder: Path) -> list[Path]:
-    """What lies in a folder and is not hidden, links last."""
+    """The visible files and folders in a folder, links last."""
     children = [child for child in folder.iterdir() if not child.name.startswith(".")]
     return sorted(children, key=lambda path: (path.is_symlink(), path.name))
 
 
 def _is_file(path: Path) -> bool:
-    """Whether it is a file, or an image by its name. Raises `UserError` for another link that leads nowhere."""
+    """Whether this is a file; a broken link counts if it has the name of an image, else it raises `UserError`."""
     if path.is_file() or not path.is_symlink() or path.exists():
         return path.is_file()
     if not _is_image(path):
@@ -146,20 +147,20 @@ def _is_image(file: Path) -> bool:
 
 
 def _by_kind(files: Iterable[Path]) -> tuple[list[Path], list[Path]]:
-    """Image files, and those of a type that is not read."""
+    """Split files into images and files of a type that cannot be read."""
     files = list(files)
     return [file for file in files if _is_image(file)], [file for file in files if not _is_image(file)]
 
 
 def by_type(files: Sequence[Path]) -> str:
-    """How many files there are of each type: `50 .heic, 1 .txt`; what lets HEIC be read, where that is among them."""
+    """Count files by type, as text: `50 .heic, 1 .txt`. If there are HEIC files, says what to install for them."""
     counts = Counter(file.suffix.lower() or "without an ending" for file in files)
     said = ", ".join(f"{count} {suffix}" for suffix, count in counts.most_common())
     return f"{said} ({LET_HEIC_BE_READ})" if HEIC & set(counts) else said
 
 
 def _no_images(folder: Path, others: Sequence[Path]) -> UserError:
-    """The error for a folder in which no file is of a type that is read."""
+    """Make the error for a folder without images."""
     held = f", only files that are not read as such: {by_type(others)}" if others else ""
     return UserError(f"folder {folder} has no images{held}; add some or remove the folder")
 
@@ -171,7 +172,7 @@ def _identity(folder: Path) -> Identity:
 
 @cache
 def image_suffixes() -> frozenset[str]:
-    """The endings of the files that Pillow reads, and where pillow-heif is installed, HEIC's."""
+    """The suffixes of the files that Pillow can read, with those of HEIC if pillow-heif is installed."""
     with contextlib.suppress(ImportError):
         import pillow_heif
 
@@ -183,11 +184,11 @@ def image_suffixes() -> frozenset[str]:
 
 
 def _refuse_parts(folder: Path, classes: Mapping[Path, Sequence[Path]]) -> None:
-    """Raise `UserError` where subfolders look like the parts of a data set (`train`, `val`), or hold such parts.
+    """Raise `UserError` if subfolders look like the parts of a data set (`train`, `val`) or contain such parts.
 
-    Parts are known by their names, or because they hold nothing but subfolders of the same names (`a/cat`, `b/cat`).
+    Parts are recognised by their names, or because their own subfolders have the same names (`a/cat`, `b/cat`).
     """
-    while len(classes) == 1 and not PART.fullmatch(min(classes).name):  # the data set may lie further down
+    while len(classes) == 1 and not PART.fullmatch(min(classes).name):  # the data set may be further down
         ((folder, files),) = classes.items()
         classes = _by_subfolder(folder, files)
     parts = [child for child in classes if PART.fullmatch(child.name)]
@@ -211,7 +212,7 @@ def _refuse_parts(folder: Path, classes: Mapping[Path, Sequence[Path]]) -> None:
 
 
 def _refuse_repeated(folder: Path, classes: Mapping[Path, Sequence[Path]]) -> None:
-    """Raise `UserError` if no subfolder has images directly and two or more inner names repeat.
+    """Raise `UserError` if all images are in folders inside the subfolders, and two or more names of these repeat.
 
     Numeric names may repeat: they may be years and months inside a class.
     """
@@ -231,7 +232,7 @@ def _refuse_repeated(folder: Path, classes: Mapping[Path, Sequence[Path]]) -> No
 
 
 def _by_subfolder(folder: Path, files: Sequence[Path]) -> dict[Path, list[Path]]:
-    """The files that lie below subfolders of a folder, by subfolder."""
+    """Sort those files of a folder that are in subfolders by subfolder."""
     below: dict[Path, list[Path]] = {}
     for file in files:
         if file.parent != folder:

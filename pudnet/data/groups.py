@@ -1,8 +1,8 @@
 """Task groups: small labelled datasets, kept as tables of image indices into a store.
 
-A group's row holds one block of images for each class. A table of twins has two rows for each group: weights are
-predicted from the first, accuracy is measured on the second, which has the same classes in the same order and no
-image in common.
+A row of a table is a group: one block of images for each class. In a table of twins, each group has two rows. Weights
+are predicted from the first row. Accuracy is measured on the second, which has other images of the same classes, in
+the same order.
 """
 
 from __future__ import annotations
@@ -19,18 +19,17 @@ from pudnet.errors import UserError
 
 LARGEST_TABLE = 10**9  # indices, 4 GB; the paper's largest, 100,000 groups of 500 images, is a twentieth of it
 
-# Streams of random numbers, all of one seed: changing one table's size leaves the others as they are.
+# Each table has its own stream of random numbers, so that changing the size of one does not change the others.
 SPLIT_STREAM = 0
 ROLE_STREAMS = {"search_train": 1, "validation": 2, "train": 3, "test": 4}
 
 
 @dataclass(frozen=True)
 class Split:
-    """The class split: it decides how hard a set is, so it is part of every result.
+    """Which classes are for training and which for testing. It decides how hard a set is, so every result states it.
 
-    Class ids are sorted. `train_classes` and `validation_classes`, a subset of them that the search validates
-    on, belong to the training store; `test_classes` to the test store, and are disjoint from the training
-    classes where that is the same store.
+    Class ids are sorted. `validation_classes` are those of the `train_classes` on which the search validates.
+    `test_classes` are ids in the test store. If that is also the training store, no test class is a training class.
     """
 
     seed: int
@@ -40,17 +39,17 @@ class Split:
 
     @property
     def search_classes(self) -> tuple[int, ...]:
-        """The training classes that the search trains on: those it does not validate on."""
+        """The training classes that the search trains on, which are all but the validation classes."""
         return tuple(sorted(set(self.train_classes) - set(self.validation_classes)))
 
 
 @dataclass(frozen=True)
 class GroupSizes:
-    """How large groups are and how many of them each table has.
+    """The size of groups, and how many of them each table has.
 
-    `images_per_group` None: half as many images of each class as the smallest class has. `test_whole` makes the test
-    table one group of all test images, split in two halves. Otherwise test groups may have other numbers of classes and
-    images than training groups (None: the same).
+    `images_per_group` None: each class gets half as many images as the smallest class has. With `test_whole`, all test
+    images are one test group, of two halves. Otherwise, test groups may have other numbers of classes and images than
+    training groups (None: the same).
     """
 
     classes_per_group: int
@@ -65,7 +64,7 @@ class GroupSizes:
 
     @property
     def of_test(self) -> GroupSizes:
-        """The sizes with those of a test group as the sizes of every group."""
+        """The same, but with the sizes of a test group for all groups."""
         classes = self.test_classes_per_group or self.classes_per_group
         images = self.test_images_per_group or self.images_per_group
         return replace(self, classes_per_group=classes, images_per_group=images)
@@ -81,9 +80,10 @@ def split_classes(
 ) -> Split:
     """Split `classes` class ids at random into `train_classes` for training and the rest for test.
 
-    With `test_store_classes` the test classes are all those of another store instead. `test_classes` keeps only the
-    last that many of the test classes (None: all), so that they do not change with `train_classes`. About a
-    fifth of the training classes validates the search. Raises UserError where a part has fewer classes than a group.
+    With `test_store_classes`, the number of classes in another store, all of these are the test classes instead. Of the
+    test classes only the last `test_classes` are kept (None: all), so that they do not change with `train_classes`.
+    The search validates on about a fifth of the training classes. Raises `UserError` if a part has fewer classes than
+    a group.
     """
     order = np.random.default_rng([seed, SPLIT_STREAM]).permutation(classes).tolist()
     train, rest = order[:train_classes], order[train_classes:]
@@ -117,11 +117,11 @@ def sample_groups(
     twins: bool,
     rng: np.random.Generator,
 ) -> np.ndarray:
-    """Draw groups: indices into `labels`, (groups, N), or (groups, 2, N) with twins.
+    """Draw groups -> indices into `labels`: (groups, N), or (groups, 2, N) with twins.
 
-    N = classes_per_group x images_per_class: class blocks in the order drawn, images within a block in random
-    order. With the same generator state, a longer table starts with the rows of a shorter one. Raises UserError for
-    a class with too few images, and for a table that is too large.
+    N = classes_per_group x images_per_class. A row has a block for each class; classes, and images within a block, are
+    in the random order in which they were drawn. From the same generator state, a longer table starts with the rows of
+    a shorter one. Raises `UserError` if a class has too few images, or the table is too large.
     """
     sides = 2 if twins else 1
     drawn = sides * images_per_class
@@ -148,9 +148,9 @@ def sample_groups(
 
 
 def halve(labels: np.ndarray, classes: Sequence[int], rng: np.random.Generator) -> np.ndarray:
-    """One group of twins, (1, 2, N), from all images of the classes; an odd count leaves one image out.
+    """Make one group of twins, (1, 2, N), from all images of the classes. Of an odd number, one image is left out.
 
-    Blocks stand in the order of `classes` and differ in size where the classes do.
+    Blocks are in the order of `classes`, and as large as half of their class.
     """
     halves = []
     for label in classes:
@@ -160,21 +160,21 @@ def halve(labels: np.ndarray, classes: Sequence[int], rng: np.random.Generator) 
 
 
 def whole_class_images(labels: np.ndarray, classes: Sequence[int]) -> int:
-    """The most images of each class that a group can have if its twin gets as many: half of the smallest class."""
+    """How many images of each class a group can have if its twin gets as many: half of the smallest class."""
     counts = np.bincount(labels, minlength=max(classes) + 1)
     return int(counts[list(classes)].min()) // 2
 
 
 def _index_type(labels: np.ndarray) -> type[np.unsignedinteger]:
-    """The smallest type that holds every image index: tables of 100,000 groups are large."""
+    """The smallest integer type that can hold every image index, since tables of 100,000 groups are large."""
     return np.uint16 if len(labels) < 65_536 else np.uint32
 
 
 def build_groups(split: Split, sizes: GroupSizes, train: Store, test: Store | None = None) -> dict[str, np.ndarray]:
-    """The tables `search_train`, `validation` (twins), `train` and `test` (twins), from the split's seed.
+    """Draw the tables `search_train`, `validation` (twins), `train` and `test` (twins), with the split's seed.
 
-    Indices of `test` refer to the test store, which is the training store where `test` is None. Raises
-    UserError where the sizes do not fit the classes or the images.
+    The table `test` has indices into the store `test`, or into the training store if `test` is None. Raises `UserError`
+    if there are too few classes or images for these sizes.
     """
     test = test or train
 
@@ -201,7 +201,7 @@ def build_groups(split: Split, sizes: GroupSizes, train: Store, test: Store | No
 
 
 def _images_per_class(split: Split, sizes: GroupSizes, train: Store, test: Store) -> int:
-    """Images of each class in a group of these sizes, the same in every table that they are for."""
+    """How many images of each class a group has. It is the same in all of the given tables."""
     k, n = sizes.classes_per_group, sizes.images_per_group
     if n is not None:
         if n < k or n % k:
@@ -219,7 +219,7 @@ def _images_per_class(split: Split, sizes: GroupSizes, train: Store, test: Store
 
 
 def _smallest(store: Store, classes: Sequence[int]) -> str:
-    """Which class has the fewest images, and how many."""
+    """Name the class with the fewest images, and say how many it has."""
     counts = np.bincount(store.labels, minlength=len(store.class_names))
     label = min(classes, key=lambda each: counts[each])
     return f"class '{store.class_names[label]}' has {counts[label]} image(s)"
@@ -232,7 +232,7 @@ def write_groups(
     train_class_names: Sequence[str],
     test_class_names: Sequence[str],
 ) -> None:
-    """Write NAME.npy for each table, and split.json with the split's seed, class ids and names; all or nothing."""
+    """Write each table as NAME.npy, and the split's seed, class ids and names as split.json; all or nothing."""
     names = {
         "train_class_names": [train_class_names[label] for label in split.train_classes],
         "validation_class_names": [train_class_names[label] for label in split.validation_classes],
@@ -246,7 +246,7 @@ def write_groups(
 
 
 def open_groups(folder: Path) -> tuple[Split, dict[str, np.ndarray]]:
-    """The split and its tables, memory-mapped and read-only; UserError where they are missing or damaged."""
+    """Open a split and its tables, memory-mapped and read-only. Raises `UserError` if they are missing or damaged."""
     path = folder / "split.json"
     if not path.is_file():
         raise UserError(f"{folder} has no task groups; run `dvc repro` to make them")

@@ -1,4 +1,4 @@
-"""Images on their way into a network: gathered by index, normalised on the device, no DataLoader."""
+"""Reads a store's images by index and normalises them on the device, without a DataLoader."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from pudnet.data.store import Store
 
 
 def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """uint8 (..., N, H, W, C) -> float (..., N, C, H, W), each channel of zero mean and unit variance over the store.
+    """Normalise images: uint8 (..., N, H, W, C) -> float (..., N, C, H, W), less `mean`, divided by `std`.
 
-    The result is channels_last in memory, as the images were stored: nothing is moved.
+    In memory the result is channels_last, as the images were, so that nothing is moved.
     """
     width = images.shape[-2]
-    scale, shift = (1 / (255 * std)).repeat(width), (-mean / std).repeat(width)  # (W * C,): long rows are fast
+    scale, shift = (1 / (255 * std)).repeat(width), (-mean / std).repeat(width)  # (W * C,), since long rows are fast
     scaled = torch.addcmul(shift, images.flatten(-2).float(), scale)
     return scaled.unflatten(-1, images.shape[-2:]).movedim(-1, -3)
 
 
 class StoreImages:
-    """A store's images by index, on a device.
+    """Gives a store's images by index, on a device.
 
-    A GPU gets the whole uint8 array once; on a CPU it stays memory-mapped, so that all processes share it. Indices
-    are arrays; on a GPU pass tensors from `beside`, so that no step waits for a copy.
+    A GPU gets a copy of the whole uint8 array. On a CPU the array stays memory-mapped, so that all processes share it.
+    Indices may be arrays; on a GPU they should be tensors made by `beside`, so that no step waits for a copy.
     """
 
     def __init__(self, store: Store, device: torch.device) -> None:
@@ -38,7 +38,7 @@ class StoreImages:
         self._mapped = store.images
 
     def beside(self, indices: np.ndarray) -> np.ndarray | Tensor:
-        """Put an index table, such as a table of groups, beside the images.
+        """Put a table of indices, such as group tables, on the device that holds the images.
 
         On a GPU it becomes an int32 tensor (int64 if needed); on a CPU it stays the same array.
         """
@@ -60,6 +60,6 @@ class StoreImages:
         return self._resident[indices]
 
     def block_classes(self, indices: np.ndarray) -> np.ndarray:
-        """Class ids (k,) of a group's blocks, in the order in which they stand in `indices`."""
+        """The class id of each block of a group (N,), in order: (k,)."""
         labels = self.labels[indices]
         return labels[np.sort(np.unique(labels, return_index=True)[1])]

@@ -1,4 +1,4 @@
-"""Where labelled images come from: scikit-learn, torchvision, folders, .npz files, Datasets: each as a `Source`."""
+"""Opens labelled images from scikit-learn, torchvision, folders, .npz files and Datasets, each as a `Source`."""
 
 import contextlib
 import gzip
@@ -21,7 +21,7 @@ from pudnet.data.user_images import labelled_set
 from pudnet.errors import UserError, one_line
 
 BATCH = 256
-# Official images (training, test) of every torchvision set that can be named.
+# The official numbers of training and test images of each torchvision set that can be used.
 TORCHVISION_COUNTS = {
     "FashionMNIST": (60_000, 10_000),
     "MNIST": (60_000, 10_000),
@@ -35,7 +35,7 @@ TORCHVISION_COUNTS = {
 class Source:
     """Labelled images that are read in order, a batch at a time, already at their final size.
 
-    `labels` is (N,) int64, an index into `class_names`; `batches()` starts a new pass that yields uint8
+    `labels` (N,) int64 are indices into `class_names`. `batches()` starts a new pass over the images, and yields uint8
     arrays (B, image_size, image_size, channels) in the order of `labels`.
     """
 
@@ -43,15 +43,15 @@ class Source:
     class_names: tuple[str, ...]
     labels: np.ndarray
     batches: Callable[[], Iterator[np.ndarray]]
-    passed_over: tuple[Path, ...] = ()  # files of a folder whose type is not read
+    passed_over: tuple[Path, ...] = ()  # files of a folder whose type cannot be read
 
 
 def open_source(spec: str, raw: Path, image_size: int, channels: int) -> Source:
     """Open `sklearn:digits`, `torchvision:NAME`, `folder:PATH`, `npz:PATH` or `python:MODULE:NAME`.
 
-    `python:` names a Dataset (torch's or Hugging Face's) or DataLoader of your own, or a function that gives one.
-    `raw` keeps what torchvision downloads; a relative PATH is relative to the current directory; `channels`
-    is 1 (grey) or 3 (RGB). Raises UserError for an unknown spec and for files that are missing or damaged.
+    `python:` names your own Dataset (torch's or Hugging Face's) or DataLoader, or a function that returns one.
+    torchvision downloads to the folder `raw`. A relative PATH starts at the current directory. `channels` is 1 (grey)
+    or 3 (RGB). Raises `UserError` for an unknown spec, and for files that are missing or damaged.
     """
     kind, _, rest = spec.partition(":")
     try:
@@ -79,7 +79,7 @@ def _array_source(
     image_size: int,
     channels: int,
 ) -> Source:
-    """A source over uint8 images (N, H, W) or (N, H, W, C) in memory."""
+    """Make a source of uint8 images (N, H, W) or (N, H, W, C) that are in memory."""
 
     def batches() -> Iterator[np.ndarray]:
         for start in range(0, len(images), BATCH):
@@ -92,7 +92,7 @@ def _array_source(
 
 
 def _open_digits(image_size: int, channels: int) -> Source:
-    """scikit-learn's 1,797 handwritten digits of 8x8 pixels, values 0..16 scaled to 0..255."""
+    """scikit-learn's 1,797 handwritten digits of 8x8 pixels. Their values 0..16 are scaled to 0..255."""
     from sklearn.datasets import load_digits  # here: slow to import, and needed for this source alone
 
     digits = load_digits()
@@ -105,7 +105,7 @@ def _open_digits(image_size: int, channels: int) -> Source:
 
 
 def _open_torchvision(name: str, raw: Path, image_size: int, channels: int) -> Source:
-    """All official images of a torchvision set, training images first; downloads what `raw` does not hold."""
+    """All official images of a torchvision set, training images first. Downloads what is missing in `raw`."""
     if name not in TORCHVISION_COUNTS:
         raise UserError(f"torchvision:{name} is not known; use one of {', '.join(TORCHVISION_COUNTS)}")
     from torchvision import datasets  # here: slow to import, and needed for this source alone
@@ -127,14 +127,14 @@ def _open_torchvision(name: str, raw: Path, image_size: int, channels: int) -> S
 
 
 def _quiet_unless_tty() -> contextlib.AbstractContextManager:
-    """Drop torchvision's progress bars, which fill a log with thousands of lines, where no one watches."""
+    """Hide torchvision's progress bars outside a terminal: they would fill a log with thousands of lines."""
     if sys.stderr.isatty():
         return contextlib.nullcontext()
     return contextlib.redirect_stderr(io.StringIO())
 
 
 def _check_idx_files(folder: Path, counts: tuple[int, int]) -> None:
-    """UserError naming an unpacked IDX file that is damaged: torchvision checks only the .gz it unpacks."""
+    """Raise `UserError` if an unpacked IDX file is damaged, since torchvision only checks the .gz file."""
     for part, count in zip(("train", "t10k"), counts, strict=True):
         image_header = struct.pack(">4I", 0x803, count, 28, 28)
         label_header = struct.pack(">2I", 0x801, count)
@@ -143,7 +143,7 @@ def _check_idx_files(folder: Path, counts: tuple[int, int]) -> None:
 
 
 def _check_idx(path: Path, header: bytes, body: int, highest: int) -> None:
-    """Compare an unpacked IDX file, where there is one, with its header, size, range of values and .gz."""
+    """Check an unpacked IDX file, if there is one: its header, size and values, and whether it equals its .gz."""
     if not path.exists():
         return
     content = path.read_bytes()
@@ -162,7 +162,7 @@ def _check_idx(path: Path, header: bytes, body: int, highest: int) -> None:
 
 
 def _how_to_get(dataset_class: type, raw: Path, error: Exception) -> str:
-    """One line: what could not be had, which files to put where, and what else can be done."""
+    """Say in one line what could not be downloaded, which files to put where, and what else can be done."""
     from torchvision.datasets.utils import check_integrity
 
     name = dataset_class.__name__
@@ -185,7 +185,7 @@ def _how_to_get(dataset_class: type, raw: Path, error: Exception) -> str:
 
 
 def _open_folder(folder: Path, image_size: int, channels: int) -> Source:
-    """One subfolder for each class, by sorted name; images are found at any depth and decoded batch by batch."""
+    """A folder with one subfolder for each class, sorted by name. Images may be at any depth."""
     found = look_in(folder)
     names, files = tuple(child.name for child in found.classes), found.files
     position = {name: label for label, name in enumerate(names)}
@@ -198,11 +198,11 @@ def _open_folder(folder: Path, image_size: int, channels: int) -> Source:
     return Source(f"folder:{folder}", names, labels, batches, tuple(found.passed_over))
 
 
-# What a user's own code gives
+# Datasets of the user's own
 
 
 def _open_python(path: str, image_size: int, channels: int) -> Source:
-    """`package.module:name`: a Dataset or DataLoader of the user's own, or a function that gives one."""
+    """The user's own Dataset or DataLoader at `package.module:name`, or what a function of that name returns."""
     module, _, name = path.partition(":")
     try:
         found = getattr(importlib.import_module(module), name)
@@ -230,7 +230,7 @@ class _Form:
 
 
 def _open_npz(path: Path, image_size: int, channels: int) -> Source:
-    """`images` uint8 (N, H, W) or (N, H, W, C), `labels` (N,), optional `class_names`; all held in memory."""
+    """An .npz file with `images`, uint8 (N, H, W) or (N, H, W, C), `labels` (N,), and perhaps `class_names`."""
     arrays = _read_npz(path)
     for key in ("images", "labels"):
         if key not in arrays:
@@ -249,7 +249,7 @@ def _open_npz(path: Path, image_size: int, channels: int) -> Source:
 
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
-    """All arrays of the file, never unpickled; UserError names a file that is missing, damaged or no .npz."""
+    """Read all arrays of the file, and unpickle nothing. Raises `UserError` if it is missing, damaged or no .npz."""
     if not path.is_file():
         raise UserError(f"npz:{path} does not exist; give the path of an .npz file")
     try:
@@ -257,11 +257,13 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
             found = {key: archive[key] for key in archive.files}
     except Exception as error:  # zipfile, zlib and numpy raise many types for a damaged file
         raise UserError(f"{path} cannot be read as an .npz of plain arrays ({error}); write it again") from error
-    return {key: value for key, value in found.items() if isinstance(value, np.ndarray)}  # numpy gives others as bytes
+    return {
+        key: value for key, value in found.items() if isinstance(value, np.ndarray)
+    }  # numpy gives files that are no arrays as bytes
 
 
 def _npz_class_names(path: Path, labels: np.ndarray, names: np.ndarray | None) -> tuple[str, ...]:
-    """The class names, or "0", "1", ... without any; UserError where labels and names do not fit."""
+    """The class names; "0", "1", ... if there are none. Raises `UserError` if labels and names do not fit."""
     present = np.unique(labels).tolist()
     if names is None:
         names = np.array([str(label) for label in range(len(present))])

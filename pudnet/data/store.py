@@ -1,4 +1,4 @@
-"""A prepared store: a source's images as a memory-mapped uint8 array, with labels, statistics, checksums."""
+"""Writes and opens prepared stores: a source's images as one uint8 array, with labels, statistics and checksums."""
 
 import contextlib
 import hashlib
@@ -21,8 +21,8 @@ ONE_GREY_LEVEL = 1 / 255
 class Store:
     """A source on disk, memory-mapped and read-only.
 
-    Images are uint8 (N, S, S, C), labels int64 (N,); mean and std (C) are those of pixels in 0..1, computed
-    over all classes; nothing else about test classes reaches training.
+    Images are uint8 (N, S, S, C), labels int64 (N,). `mean` and `std` (C) are of pixels in 0..1, over all classes. They
+    are the only thing about test classes that training sees.
     """
 
     images: np.ndarray
@@ -43,12 +43,12 @@ class Store:
 
 @contextlib.contextmanager
 def whole_folder(destination: Path) -> Iterator[Path]:
-    """A new folder to write into, which takes the place of `destination` only when the block ends well.
+    """Yield a new folder to write to. It replaces `destination` if the block ends without an error.
 
-    Raises `UserError` where it cannot be written.
+    Raises `UserError` if it cannot be written.
     """
     partial = destination.with_name(f".{destination.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
+    shutil.rmtree(partial, ignore_errors=True)  # which a killed process may have left
     try:
         partial.mkdir(parents=True)
         yield partial
@@ -66,7 +66,7 @@ def whole_folder(destination: Path) -> Iterator[Path]:
 
 
 def write_store(source: Source, destination: Path) -> None:
-    """Write the source as a store; the same source gives the same bytes, an error leaves nothing behind."""
+    """Write a source as a store, all or nothing. The same source always gives the same bytes."""
     with whole_folder(destination) as folder:
         counts, shape = _write_images(source, folder / "images.npy")
         np.save(folder / "labels.npy", source.labels.astype(np.int64))
@@ -85,9 +85,9 @@ def write_store(source: Source, destination: Path) -> None:
 
 
 def _write_images(source: Source, path: Path) -> tuple[np.ndarray, tuple[int, ...]]:
-    """Write all batches as one .npy; returns how often each value occurs, (C, 256), and the array's shape.
+    """Write all batches as one .npy file. Returns how often each pixel value occurs, (C, 256), and the array's shape.
 
-    No memory map is used: with one, a full disk would kill the process (SIGBUS).
+    It does not write through a memory map, since a full disk would then kill the process (SIGBUS).
     """
     counts, shape, row = None, (), 0
     with path.open("wb") as file:
@@ -107,9 +107,9 @@ def _write_images(source: Source, path: Path) -> tuple[np.ndarray, tuple[int, ..
 
 
 def _mean_and_std(counts: np.ndarray) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation (C) in 0..1 of channels given as counts of their values (C, 256).
+    """Mean and standard deviation (C) of pixels in 0..1, from how often each value occurs in each channel (C, 256).
 
-    A constant channel's deviation is one grey level, so that dividing by it is always possible.
+    The deviation of a constant channel is set to one grey level, so that it is never zero.
     """
     values = np.arange(256) / 255
     weights = counts / counts.sum(axis=1, keepdims=True)
@@ -124,9 +124,9 @@ def _sha256(path: Path) -> str:
 
 
 def open_store(path: Path, verify: bool) -> Store:
-    """Open a store; `verify` reads every byte against its checksum.
+    """Open a store. With `verify`, all files are read and compared with their checksums.
 
-    Raises UserError for a store that is missing or damaged, naming the file.
+    Raises `UserError`, which names the file, if the store is missing or damaged.
     """
     if not (path / "meta.json").is_file():
         raise UserError(f"{path} is no prepared store; run `dvc repro` to prepare it")
@@ -146,7 +146,7 @@ def open_store(path: Path, verify: bool) -> Store:
 
 
 def _load(path: Path, shape: tuple[int, ...]) -> np.ndarray:
-    """Map an array of the given shape, read-only."""
+    """Memory-map an array read-only, and check its shape."""
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:

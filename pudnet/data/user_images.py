@@ -23,40 +23,40 @@ from pudnet.data.decode import convert, eight_bits, read_images, to_array, unrea
 from pudnet.data.folders import by_type, look_in
 from pudnet.errors import UserError
 
-AT_A_TIME = 500  # images of 32 px in one batch; fewer of larger ones
+AT_A_TIME = 500  # images of 32 px in one batch; of larger images fewer
 CHANNELS = (1, 2, 3, 4)  # grey, grey and alpha, RGB, RGB and alpha
 
-Label = bool | int | float | str  # what a file can hold; other labels are converted by `str`
+Label = bool | int | float | str  # what a file can store; other labels are converted by `str`
 Pixels = np.ndarray | Tensor
 Images = Pixels | Sequence[Pixels | Image.Image] | str | Path | Dataset | DataLoader
 
 
 class Form(Protocol):
-    """What a model takes; a `Card` is one."""
+    """The form of images that a model takes. A `Card` has these attributes."""
 
     image_size: int
     channels: int
 
 
 class ConvertedImages(UserWarning):
-    """Images of another size or mode than the model's were converted as its training data was."""
+    """Warns that images were converted to the model's size and channels, as its training data was."""
 
 
 class PassedOver(UserWarning):
-    """Files of a folder were passed over, since their type is not read."""
+    """Warns that files of a folder were passed over, since their type cannot be read."""
 
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
-    """Images that are read by their row, already in the form that a model takes."""
+    """A user's images, read row by row when they are needed, in the form that a model takes."""
 
     count: int
     read: Callable[[list[int]], Pixels]  # rows -> (n, S, S, C) of 0..255
-    own_labels: Callable[[], Sequence] | None = None  # of a folder or Dataset; `UserError` where it has none
+    own_labels: Callable[[], Sequence] | None = None  # of a folder or Dataset; raises `UserError` if it has none
     labels: Sequence[str | None] | None = None  # of a folder that has subfolders
     files: tuple[Path, ...] = ()  # of a folder
     skipped: tuple[Path, ...] = ()  # files that cannot be read
-    passed_over: tuple[Path, ...] = ()  # files of a folder whose type is not read
+    passed_over: tuple[Path, ...] = ()  # files of a folder whose type cannot be read
 
     def chunks(self, at_a_time: int) -> Iterator[Tensor]:
         """All images, in order, (n, S, S, C) of 0..255."""
@@ -65,19 +65,23 @@ class ImageSet:
 
 
 def images_at_a_time(image_size: int) -> int:
-    """How many images of this size go through a network at once: their maps stay within a few hundred MB."""
+    """How many images of this size go through a network at once, so that its maps take at most a few hundred MB."""
     return min(AT_A_TIME, max(1, AT_A_TIME * 32**2 // image_size**2))
 
 
 def image_set(images: Images | ImageSet, form: Form) -> ImageSet:
-    """A user's images as an `ImageSet`, converted to the model's size and channels as its training data was.
+    """Open a user's images as an `ImageSet`. They are converted to the model's size and channels, as its training data.
 
-    Takes an array or tensor: integers (N, H, W, C) or (N, H, W), uint8 or uint16, or floats (N, C, H, W) in 0..1
-    (the channels may stand in the other place, where that is clear); a list of PIL images or arrays of any
-    sizes; a Dataset of images or of (image, label), torch's or Hugging Face's, or a DataLoader of one; a folder.
+    `images` may be:
+
+    - an array or tensor: uint8 or uint16 (N, H, W, C) or (N, H, W), or floats (N, C, H, W) in 0..1 (the axis of
+      channels may be in the other place, if it is clear which one it is);
+    - a list of PIL images or arrays of any sizes;
+    - a Dataset of images or of (image, label), torch's or Hugging Face's, or a DataLoader of one;
+    - a folder.
 
     Raises:
-        UserError: for anything else, floats that are not in 0..1, no images, or a folder without any.
+        UserError: for anything else, for floats outside 0..1, and if there are no images.
     """
     if isinstance(images, ImageSet):
         return images
@@ -98,10 +102,10 @@ def image_set(images: Images | ImageSet, form: Form) -> ImageSet:
 def labelled_set(
     images: Images | ImageSet, labels: Sequence | Pixels | None, form: Form
 ) -> tuple[ImageSet, Tensor, tuple[Label, ...]]:
-    """Labelled images: the `ImageSet`, the labels (N,) in 0..k-1, and the k classes.
+    """Open labelled images: the `ImageSet`, the labels (N,) in 0..k-1, and the k classes.
 
-    A folder (a subfolder of images for each class) and a Dataset of (image, label) bring their labels, other images
-    need them.
+    A folder (with a subfolder of images for each class) and a Dataset of (image, label) have their own labels. For
+    other images, `labels` must be given.
 
     Raises `UserError`:
 
@@ -116,7 +120,7 @@ def labelled_set(
 
 
 def noting(images: ImageSet, seen: dict[int, str]) -> ImageSet:
-    """The same images; `seen` gets the checksum of each that is read, by its row."""
+    """The same images. The checksum of each image that is read is noted in `seen`, under its row."""
 
     def read(rows: list[int]) -> Pixels:
         pixels = images.read(rows)
@@ -127,7 +131,7 @@ def noting(images: ImageSet, seen: dict[int, str]) -> ImageSet:
 
 
 def checksums(pixels: Pixels) -> list[str]:
-    """A short checksum of each image (n, S, S, C) of 0..255: it tells whether an image was seen before."""
+    """A short checksum of each image (n, S, S, C) of 0..255, by which to tell whether an image was seen before."""
     plain = torch.as_tensor(pixels)
     whole = plain.round().to(torch.uint8) if plain.is_floating_point() else plain
     return [f"{zlib.crc32(image):08x}" for image in np.ascontiguousarray(whole.cpu().numpy())]
@@ -143,7 +147,7 @@ def _of_array(images: Pixels, form: Form) -> ImageSet:
             raise UserError(f"images: these are the parts of a data set ({', '.join(images)}); give one, [{first!r}]")
         raise UserError(f"images: must be an array, a list of images, a Dataset or a folder, got {_kind(images)}")
     if isinstance(images, Tensor) and images.dtype == torch.uint16:
-        images = images.cpu().numpy()  # torch cannot take rows of these
+        images = images.cpu().numpy()  # torch cannot index rows of this type
     _check_array(images)
     size, channels = _image_shape(images)
     _say_converted(*size, channels, form)
@@ -151,7 +155,7 @@ def _of_array(images: Pixels, form: Form) -> ImageSet:
 
 
 def _say_converted(height: int, width: int, channels: int, form: Form) -> None:
-    """Warn of images of another form than the model's."""
+    """Warn if images have another size or other channels than the model."""
     if (height, width, channels) == (form.image_size, form.image_size, form.channels):
         return
     _warn(
@@ -162,7 +166,7 @@ def _say_converted(height: int, width: int, channels: int, form: Form) -> None:
 
 
 def _warn(message: str, kind: type[UserWarning]) -> None:
-    """Warn at the user's line."""
+    """Warn, and name the line of the user's code."""
     frame, level = sys._getframe(1), 2
     while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("pudnet", "torch"):
         frame, level = frame.f_back, level + 1
@@ -170,7 +174,7 @@ def _warn(message: str, kind: type[UserWarning]) -> None:
 
 
 def _check_array(images: Pixels) -> None:
-    """Raise `UserError` for an array that holds no images; floats are looked at a part at a time."""
+    """Raise `UserError` if an array does not hold images. Floats are checked in parts, to save memory."""
     if not _is_float(images) and str(images.dtype).removeprefix("torch.") not in ("uint8", "uint16"):
         raise UserError(f"images: must be uint8 (N, H, W, C) or float (N, C, H, W), got {images.dtype}")
     if images.ndim == 3 and images.shape[0 if _is_float(images) else 2] in (3, 4):
@@ -191,7 +195,7 @@ def _is_float(images: Pixels) -> bool:
 
 
 def _channel_axis(images: Pixels) -> int | None:
-    """Which axis of (N, ...) holds the channels, 3 for grey images without one; None where it is not clear."""
+    """The axis of (N, ...) that holds the channels; 3 for grey images, which have none; None if it is not clear."""
     if images.ndim == 3:
         return 3
     if images.ndim != 4:
@@ -209,7 +213,7 @@ def _image_shape(images: Pixels) -> tuple[tuple[int, int], int]:
 
 
 def _pixels(images: Pixels, form: Form) -> Tensor:
-    """An array of images that `_check_array` has passed -> (n, S, S, C) of 0..255."""
+    """Convert an array of images, checked by `_check_array`, to (n, S, S, C) of 0..255."""
     axis = _channel_axis(images)
     if isinstance(images, np.ndarray):  # of any byte order, read-only or not
         narrowed = eight_bits(images) if images.dtype == np.uint16 else images
@@ -233,7 +237,7 @@ def _of_list(images: Sequence, form: Form) -> ImageSet:
 
 
 def _one(image: Pixels | Image.Image, row: int, form: Form) -> Tensor:
-    """One image, (H, W, C), (H, W) or float (C, H, W), or a PIL image -> (S, S, C) of 0..255."""
+    """Convert one image, (H, W, C), (H, W), float (C, H, W) or a PIL image, to (S, S, C) of 0..255."""
     try:
         if isinstance(image, Image.Image):
             _say_converted(image.height, image.width, len(image.getbands()), form)
@@ -250,20 +254,20 @@ def _one(image: Pixels | Image.Image, row: int, form: Form) -> Tensor:
 
 
 def open_folder(folder: Path, form: Form, skip_bad: bool = False) -> ImageSet:
-    """All images of a folder, hidden ones left aside; their labels are the names of its subfolders, if it has any.
+    """Open all images of a folder, except hidden ones. Their labels are the names of its subfolders, if it has any.
 
-    An image beside the subfolders has no label (None). `skip_bad`: files that cannot be read as images are left
-    out, and counted, which reads every file once.
+    An image beside the subfolders has no label (None). With `skip_bad`, every file is read once, and files that are no
+    images are left out and listed in `skipped`.
 
     Raises:
-        UserError: for a folder, or a subfolder, without images; when a file that is looked at cannot be read;
-            with `skip_bad`, when none of a class can.
+        UserError: if a folder or subfolder has no images, or a file that is needed cannot be read; with `skip_bad`, if
+            no file of a class can be read.
     """
     found = look_in(folder)
     bad = unreadable(found.files) if skip_bad else set()
     found = found.without(bad)
     files = found.files
-    with contextlib.suppress(Exception), Image.open(files[0]) as first:  # one that cannot be read is named when read
+    with contextlib.suppress(Exception), Image.open(files[0]) as first:  # a damaged file is reported when it is needed
         _say_converted(first.height, first.width, len(first.getbands()), form)
     if found.passed_over:
         _warn(f"files passed over, since their type is not read: {by_type(found.passed_over)}, in {folder}", PassedOver)
@@ -281,10 +285,10 @@ def open_folder(folder: Path, form: Form, skip_bad: bool = False) -> ImageSet:
 
 
 def encode_labels(labels: Sequence | Pixels | None, images: int) -> tuple[Tensor, tuple[Label, ...]]:
-    """Labels of any type -> (N,) in 0..k-1 and the k classes, sorted.
+    """Encode labels of any type: (N,) in 0..k-1, and the k classes, sorted.
 
-    Values other than numbers and strings are converted by `str`. Raises `UserError` when there are fewer than two
-    classes or not one label for each image.
+    Values other than numbers and strings are converted by `str`. Raises `UserError` if there are fewer than two
+    classes, or not exactly one label for each image.
     """
     if labels is None:
         raise UserError("labels: give one label for each image")
@@ -294,7 +298,7 @@ def encode_labels(labels: Sequence | Pixels | None, images: int) -> tuple[Tensor
     lacking = next((row for row, value in enumerate(values) if is_missing(value)), None)
     if lacking is not None:
         raise UserError(f"labels: image {lacking} has none ({values[lacking]})")
-    keys = [(type(value), value) for value in values]  # 1 and True are two labels
+    keys = [(type(value), value) for value in values]  # so that 1 and True are different labels
     distinct = _sorted_distinct(keys)
     names = tuple(value if isinstance(value, Label) else str(value) for _, value in distinct)
     if len(names) < 2:
@@ -306,9 +310,9 @@ def encode_labels(labels: Sequence | Pixels | None, images: int) -> tuple[Tensor
 
 
 def plain_labels(labels: Sequence | Pixels) -> list:
-    """Labels as a list of Python's own values; a missing one (`is_missing`) stays missing.
+    """Labels as a list of plain Python values. Missing labels (`is_missing`) stay missing.
 
-    Raises `UserError` for what is not one label for each image.
+    Raises `UserError` if there is not one label for each image.
     """
     if isinstance(labels, np.ndarray | Tensor):
         if labels.ndim != 1:
@@ -330,16 +334,16 @@ def _plain_label(label: Any) -> Any:
         return None if np.isnat(label) else str(label)
     if isinstance(label, np.generic | Tensor) and not label.ndim:
         return label.item()
-    if hasattr(label, "as_py"):  # a scalar of pyarrow's
+    if hasattr(label, "as_py"):  # a pyarrow scalar
         return label.as_py()
     return label.decode(errors="replace") if isinstance(label, bytes) else label
 
 
 def is_missing(value: Any) -> bool:
-    """Whether a label is none: None, NaN, NaT, or pandas' NA, whatever the column's type."""
+    """Whether a label is missing: None, NaN, NaT or pandas' NA."""
     try:
         return value is None or bool(value != value)  # NaN and NaT are not equal to themselves
-    except (TypeError, ValueError):  # pandas' NA is neither equal nor unequal; an array is several values
+    except (TypeError, ValueError):  # pandas' NA cannot be compared; an array gives several values
         return type(value).__name__ == "NAType"
 
 
@@ -352,7 +356,7 @@ def _sorted_distinct(keys: list[tuple[type, Any]]) -> list[tuple[type, Any]]:
         ) from None
     try:
         return sorted(distinct, key=lambda key: key[1])
-    except TypeError:  # of several types
+    except TypeError:  # labels of several types cannot be sorted
         return sorted(distinct, key=lambda key: (key[0].__name__, str(key[1])))
 
 

@@ -64,7 +64,10 @@ class _Convolutions(TorchFunctionMode):
 
 @torch.no_grad()
 def forward_order(network: nn.Module, name: str, images: Tensor) -> tuple[tuple[ConvShape, ...], int]:
-    """The convolutions, in the order of their first use by `images`, and the size d of a feature vector."""
+    """Run `images` through the network -> its convolutions in the order of use, and the size d of a feature vector.
+
+    Raises `UserError` if the way in which layers are used makes it impossible to predict them.
+    """
     paths = {m: path for path, m in network.named_modules() if isinstance(m, nn.Conv2d | _BatchNorm)}
     calls: dict[nn.Module, int] = {}
 
@@ -92,7 +95,10 @@ def forward_order(network: nn.Module, name: str, images: Tensor) -> tuple[tuple[
 
 @torch.no_grad()
 def refuse_what_only_training_does(network: nn.Module, name: str, images: Tensor) -> None:
-    """Refuse buffers (except BatchNorm's) that a forward pass in training changes, and run its checks in that mode."""
+    """Repeat the checks of `forward_order` in training mode, and refuse a network that changes buffers there.
+
+    BatchNorm's buffers may change.
+    """
     trained = copy.deepcopy(network).train()
     forget_statistics(trained)
     before = {path: buffer.clone() for path, buffer in trained.named_buffers()}
@@ -103,7 +109,7 @@ def refuse_what_only_training_does(network: nn.Module, name: str, images: Tensor
 
 
 def refuse_what_cannot_be_trained(network: nn.Module, name: str, images: Tensor) -> None:
-    """Run forward and backward once as training does, with its memory layout and precision."""
+    """Run forward and backward once, with the memory layout and precision of training."""
     trained = copy.deepcopy(network).to(memory_format=torch.channels_last).train()
     forget_statistics(trained)
     with torch.enable_grad():
@@ -117,11 +123,14 @@ def refuse_what_cannot_be_trained(network: nn.Module, name: str, images: Tensor)
 
 @torch.no_grad()
 def refuse_what_a_file_loses(network: nn.Module, again: nn.Module, name: str, images: Tensor) -> None:
-    """Refuse a network that a file would not restore: it must equal `again`, built anew, with its tensors loaded."""
+    """Refuse a network that a file cannot restore.
+
+    `again` is the same network, newly built. With the tensors of the first, it must give the same features.
+    """
     for path, value in network.state_dict().items():
         if not isinstance(value, Tensor):
             raise UserError(
-                f"target {name}: {path} is state that is no tensor, but a file of weights holds only tensors"
+                f"target {name}: {path} in its state dict is no tensor; a file of weights can only hold tensors"
             )
     try:
         put_tensors(again, network.state_dict())
@@ -130,13 +139,13 @@ def refuse_what_a_file_loses(network: nn.Module, again: nn.Module, name: str, im
     features = [features_of(copy.deepcopy(one).eval(), name, images.contiguous()) for one in (network, again)]
     if not torch.equal(*features):
         raise UserError(
-            f"target {name}: built again with the same state dict, it gives other features; "
+            f"target {name}: newly built and with the same state dict loaded, it gives other features; "
             "everything that its features depend on has to be in the state dict"
         )
 
 
 def features_of(network: nn.Module, name: str, images: Tensor) -> Tensor:
-    """The network's output; `UserError` if that is not one tensor (N, ...)."""
+    """The network's output. Raises `UserError` if that is not one tensor (N, ...)."""
     try:
         features = network(images)
     except Exception as error:  # whatever the user's own code may raise
@@ -144,5 +153,5 @@ def features_of(network: nn.Module, name: str, images: Tensor) -> Tensor:
         raise UserError(f"target {name}: cannot take images of {what} ({one_line(error)})") from None
     if not isinstance(features, Tensor) or features.ndim < 2 or len(features) != len(images):
         mode = "training" if network.training else "evaluation"
-        raise UserError(f"target {name}: must return one tensor (N, d), which it does not in {mode} mode")
+        raise UserError(f"target {name}: must return one tensor (N, d); in {mode} mode it does not")
     return features

@@ -44,7 +44,10 @@ def test_repro_on_a_cluster_runs_the_code_that_it_is_started_from(undisturbed, s
         code.write(f"\nwith open({str(ran)!r}, 'a') as file:\n    print(__file__, file=file)\n")
     for _ in range(2):
         cluster.add(PYTHONPATH="")
-    Run(project, "dvc", "repro", PYTHONPATH=str(project), **cluster.joining).well()
+    run = Run(project, "dvc", "repro", PYTHONPATH=str(project), **cluster.joining)
+    for stage in ("train", "baselines"):  # all stages together may take longer than a test is patient at once
+        run.until(f"Running stage '{stage}'")
+    run.well()
     places = {Path(line).parents[2] for line in ran.read_text().splitlines()}
     assert {place for place in places if "runtime_resources" in place.parts} == places - {project}
     assert len(places) > 1

@@ -3,15 +3,32 @@
 import shutil
 
 import pandas as pd
-import psutil
 import pytest
 from mlflow import MlflowClient
 
 from tests.faults.harness import change, checkpoints, runs_of, truncate
+from tests.test_pipeline import ROOT
 
 SEARCH = ("results/search.csv", "results/best.yaml")
 TRIALS = ("split0-eta0.0-depth1", "split0-eta0.2-depth1")
 STEPS = [2, 4, 6, 8, 10, 12]
+HUNGRY = """
+
+class Hungry(MetaLearner):
+    def losses(self, *arguments):
+        try:
+            os.rename({wanted!r}, {refused!r})
+        except FileNotFoundError:
+            return super().losses(*arguments)
+        with open({refused!r}, "w") as file:
+            print(os.getpid(), file=file)
+        torch.empty(2**50)  # more than any process can have
+
+
+import os
+
+MetaLearner = Hungry
+"""
 
 
 def blank(path):
@@ -160,11 +177,18 @@ def test_a_trial_that_gets_on_between_its_failures_is_never_given_up(undisturbed
 
 
 def test_a_trial_that_gets_no_more_memory_goes_on_in_another_process(undisturbed, start, same, tmp_path):
+    """The project's own copy of the code asks once for more memory than there is, when the test says so."""
     project = undisturbed.before("search", tmp_path / "no-more")
-    run = start(project, "search").until(f"{TRIALS[0]}: group     4")
-    for worker in run.workers():
-        worker.rlimit(psutil.RLIMIT_AS, (worker.memory_info().vms, psutil.RLIM_INFINITY))
-    run.until(lambda: run.workers() and all(one.rlimit(psutil.RLIMIT_AS)[0] < 0 for one in run.workers()))
+    wanted, refused = tmp_path / "wanted", tmp_path / "refused"
+    for package in ("pudnet", "pipeline"):
+        shutil.copytree(ROOT / package, project / package, ignore=shutil.ignore_patterns("__pycache__"))
+    with (project / "pudnet/learner.py").open("a") as code:
+        code.write(HUNGRY.format(wanted=str(wanted), refused=str(refused)))
+    run = start(project, "search", PYTHONPATH=str(project)).until(f"{TRIALS[0]}: group     4")
+    wanted.touch()
+    run.until(lambda: refused.exists() and refused.read_text())
+    hungry = int(refused.read_text())
+    run.until(lambda: run.workers() and hungry not in [one.pid for one in run.workers()])
     said = run.well()
     assert all(said.count(f"{trial}: group     4") == 1 for trial in TRIALS)
     same(project, "search", *SEARCH)
