@@ -9,16 +9,18 @@ from typing import Any
 
 import pandas as pd
 
-from pipeline.reporting.numbers import duration, plus_minus, signed
+from pipeline.reporting.numbers import duration, plus_minus
+from pipeline.studies.accuracy import on_all_groups
 from pipeline.studies.page import table_of
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "studies" / "results"
 PAGES = {"README.md": "opening", "docs/results/index.md": "bench"}  # a page -> the part of it that is made here
 STUDY = "instead_of_training"
-CAPTION = """A ConvNet-3 for all labelled images of a test group: accuracy in percent ± its 95% interval over test groups.
-In brackets: the difference to PudNet+, on the same groups. (Test groups: {test_groups:,}, of which a network is trained
-on the first {fewer} each; class splits: {splits}; trainings: 1, on {train_groups:,} groups; made by
+CAPTION = """\
+A ConvNet-3 for all labelled images of a test group: accuracy in percent ± its 95% interval over {test_groups:,} test
+groups. (Where a network is trained on each group, it is on the first {fewer}, and the table has PudNet+'s accuracy plus
+the difference to it on these. Class splits: {splits}; trainings: 1, on {train_groups:,} groups; made by
 `python -m pipeline.study {name}`; [all rows](studies/results/{name}.md).)
 """
 COLUMNS_SHOWN = 3  # and the time
@@ -53,20 +55,14 @@ def opening() -> str:
         train_groups=table.train_groups.max(),
         name=STUDY,
     )
-    lines = {(line.row, line.column): line for line in table.itertuples()}
-    cells = {column: [_cell(lines[row, column]) for row in ROWS] for column in columns}
+    lines = {(line.row, line.column): line for line in on_all_groups(table, REFERENCE).itertuples()}
+    cells = {
+        column: [plus_minus(lines[row, column].accuracy, lines[row, column].ci95) for row in ROWS] for column in columns
+    }
     cells[f"time, {columns[0].partition(',')[0]}, one core"] = [
         duration(lines[row, columns[0]].milliseconds) for row in ROWS
     ]
     return f"{caption}\n{table_of({'': list(ROWS.values()), **cells})}"
-
-
-def _cell(line: Any) -> str:
-    """A row's accuracy and, in brackets, its difference to PudNet+."""
-    accuracy = plus_minus(line.accuracy, line.ci95)
-    if line.row == REFERENCE:
-        return accuracy
-    return f"{accuracy} ({signed(line.difference, line.difference_ci95)})"
 
 
 @dataclass(frozen=True)

@@ -168,7 +168,7 @@ def figure(study: Study, table: pd.DataFrame) -> Figure:
     """Draw lines over the study's axis; without an axis, differences to the reference, or else accuracies."""
     table = _over_both(table)
     if study.axis == "time":
-        return times_figure(_on_all_groups(table, study.reference), study.reference)
+        return times_figure(on_all_groups(table, study.reference), study.reference)
     if study.axis is None and study.reference is not None:
         return differences_figure(table, study.reference)
     if study.axis is None:
@@ -176,7 +176,7 @@ def figure(study: Study, table: pd.DataFrame) -> Figure:
     return lines_figure(_points(study, table), study.axis_name, "accuracy, %", log=study.axis == "columns")
 
 
-def _on_all_groups(table: pd.DataFrame, reference: str | None) -> pd.DataFrame:
+def on_all_groups(table: pd.DataFrame, reference: str | None) -> pd.DataFrame:
     """Estimate what rows that were measured on fewer groups than the reference would have on all of its groups.
 
     It is the reference's accuracy plus their difference to it, which is paired over the groups that both have.
