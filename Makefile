@@ -10,6 +10,7 @@ DOCS := .venv-docs
 
 repro: $(READY)
 	$(IN_VENV) dvc repro
+	@$(IN_VENV) python -m pipeline.answer
 
 # The numeric tests run a second time with the kernels that torch uses on a processor without AVX-512.
 WITHOUT_AVX512 := ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/$(VENV)/kernels-avx2

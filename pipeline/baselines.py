@@ -10,7 +10,7 @@ from functools import partial
 
 import pandas as pd
 
-from pipeline.params import Params
+from pipeline.params import PLUS, Params
 from pipeline.project import BASELINES, RESULTS, read_result, write, write_json
 from pipeline.runs import cluster
 from pipeline.runs.class_split import images_of_a_class
@@ -53,11 +53,13 @@ def baselines(params: Params) -> None:
 
 
 def _possible(params: Params) -> list[str]:
-    """The methods to run; without the shuffled sketch, if there is no other group to take it from."""
+    """The methods to run: PudNet+ only beside another variant, the shuffled sketch only if another group has one."""
     methods, one = list(params.baselines.methods), 1 in (params.groups.test_groups, params.baselines.test_groups)
     if one and "shuffled_sketch" in methods:
         print("baselines: shuffled_sketch is left out: there is one test group")
         methods.remove("shuffled_sketch")
+    if params.variant == PLUS and PLUS in methods:
+        methods.remove(PLUS)  # it is in PudNet's place
     if not methods:
         raise UserError("baselines.methods: no method is left; add another, or use more test groups")
     return methods
@@ -71,6 +73,8 @@ def _train(
     cells = {m: {seed: choices[m, seed][0] for seed in params.split_seeds} for m in methods if m in LEARNED}
     if "static_trunk" in methods:
         cells["static_trunk"] = read_best()  # the search's choice for PudNet, of which only training keys apply
+    if PLUS in methods:
+        cells[PLUS] = dict.fromkeys(params.split_seeds, {})  # the variant sets all that is searched
     BASELINES.mkdir(parents=True, exist_ok=True)  # DVC expects this output even if nothing is trained
     return pd.concat([curves, train_all(params, "baselines", cells, fresh)]) if cells else curves
 

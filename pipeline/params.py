@@ -40,7 +40,8 @@ MOST_SPLITS = 1000
 LARGEST = 10**9  # parameters of a hypernetwork: 4 GB, or 16 GB in training
 MUCH_LARGER = 8.0  # generator parameters per predicted weight; with generator_hidden 16: 3x3 layers 4, 1x1 layers 33
 CONTROLS = ("static_trunk", "constant_sketch", "shuffled_sketch", "random_weights")
-METHODS = (*LEARNED, *SCRATCH, *CONTROLS)
+PLUS = "pudnet_plus"  # our variant, which is a method of the bench too, so that it is measured whatever `variant` is
+METHODS = (*LEARNED, *SCRATCH, PLUS, *CONTROLS)
 # Keys that must not differ between methods.
 THE_SAME_FOR_ALL = ("support_per_class", "report_every", "epochs", "groups_per_step", "patience")
 OF_PUDNET = (

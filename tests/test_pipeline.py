@@ -32,7 +32,7 @@ from tests.smallest import shrink
 
 ROOT = Path(__file__).parent.parent
 SCRATCH = {f"scratch_{name}_{epochs}" for name in ("adam", "gc") for epochs in (1, 2)}
-METHODS = {*LEARNED, "static_trunk", "constant_sketch", "shuffled_sketch", "random_weights"}
+METHODS = {*LEARNED, "pudnet_plus", "static_trunk", "constant_sketch", "shuffled_sketch", "random_weights"}
 
 
 def environment(project: Path) -> dict[str, str]:
@@ -125,7 +125,7 @@ def test_mlflow_has_one_finished_run_a_search_trial_training_and_evaluation(repr
         if run.data.tags.get("mlflow.parentRunId") == parents["tune-baselines"]
     }
     assert tuned == {"protonet", "scratch_gc"}  # the others' grids have one cell
-    trained = {f"train-{method}-split0" for method in ("pudnet", "static_trunk", *LEARNED)}
+    trained = {f"train-{method}-split0" for method in ("pudnet", "pudnet_plus", "static_trunk", *LEARNED)}
     measured = {f"baseline-{method}" for method in (*METHODS, "scratch_adam", "scratch_gc")}
     assert {name for name, parent in children.items() if parent is None} == {
         *parents,

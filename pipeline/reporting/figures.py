@@ -169,9 +169,9 @@ def distribution_figure(
 
 @matplotlib.rc_context(STYLE)
 def race_figure(race: Race, labels: Mapping[str, str]) -> Figure:
-    """Draw accuracy (%) over the seconds spent on a test group: a point for PudNet, curves for training from scratch.
+    """Draw accuracy (%) over the seconds for a test group: points for predictions, curves for training from scratch.
 
-    `labels` name the curves and `pudnet`. Bars are 95% intervals over the same test groups; numbers are epochs.
+    `labels` name the curves, `pudnet` and `plus`. Bars are 95% intervals over the same test groups; numbers are epochs.
     """
     figure = new_figure(560, 330)
     axes = figure.subplots()
@@ -192,16 +192,10 @@ def race_figure(race: Race, labels: Mapping[str, str]) -> Figure:
     for epochs, accuracy, elapsed in zip(lowest["epochs"], lowest["accuracy"], lowest["elapsed_ms"], strict=True):
         axes.annotate(f"{epochs}", (elapsed / 1000, accuracy), (6, -14), textcoords="offset points", color=SOFT)
     axes.axhline(race.pudnet, color=LIGHT["s0"], lw=0.9, alpha=0.6)
-    axes.errorbar(
-        race.pudnet_ms / 1000,
-        race.pudnet,
-        race.pudnet_ci95,
-        fmt="D",
-        ms=8,
-        color=LIGHT["s0"],
-        label=labels["pudnet"],
-        **bars,
-    )
+    predicted = {"pudnet": (race.pudnet, race.pudnet_ci95, race.pudnet_ms)} | ({"plus": race.plus} if race.plus else {})
+    for (name, (accuracy, ci95, elapsed)), color in zip(predicted.items(), (SERIES[0], SERIES[-1]), strict=False):
+        at, wanted = (elapsed / 1000, accuracy, ci95), {"color": LIGHT[color], "label": labels[name]}
+        axes.errorbar(*at, fmt="D", ms=8, **wanted, **bars)
     _over_seconds(axes)
     low, high = axes.get_ylim()
     axes.set_ylim(max(low, 0), min(high, 100.8))

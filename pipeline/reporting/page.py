@@ -11,9 +11,11 @@ import numpy as np
 import pandas as pd
 from markupsafe import Markup
 
-from pipeline.params import Params
+from pipeline.params import PLUS, Params
 from pipeline.project import git_commit
 from pipeline.reporting import figures
+from pipeline.reporting.answer import answer_rows
+from pipeline.reporting.methods import METHODS, label, target_name
 from pipeline.reporting.numbers import duration, plus_minus, signed
 from pipeline.reporting.paper import Reported, load_reported, paper_figures
 from pipeline.reporting.results import Movement, Race, Results, section
@@ -21,44 +23,7 @@ from pudnet.config import passed
 from pudnet.settings import get_setting
 
 HERE = Path(__file__).parent
-TARGETS = {"convnet3": "ConvNet-3", "resnet18": "ResNet-18", "resnet34": "ResNet-34"}
 
-# Method -> its name on the page, and what it is. A method that is not listed keeps its own name.
-METHODS = {
-    "pudnet": ("PudNet", "weights predicted from the group’s images, in one forward pass"),
-    "pudnet_plus": (
-        "PudNet+",
-        "one learned set of weights; filters of the last convolution and the classifier are solved for the group",
-    ),
-    "static_trunk": (
-        "Static trunk",
-        "trained on the same groups with PudNet’s losses; one set of convolution weights, the same for every group",
-    ),
-    "constant_sketch": ("Constant sketch", "the trained PudNet, given the mean sketch of the training groups"),
-    "shuffled_sketch": ("Shuffled sketch", "the trained PudNet, given the sketch of another test group"),
-    "random_weights": ("Random weights", "untrained weights, He-initialised"),
-    "without_context": (
-        "Without context",
-        "ablation: no recurrent unit; every weight generator gets the sketch itself",
-    ),
-    "random_hidden": ("Random hidden state", "ablation: the recurrent unit starts from noise, not the sketch"),
-    "without_initial_residual": ("Without initial residual", "ablation: η = 0"),
-    "metric_only": ("Metric loss only", "ablation: without the full-classification and KL losses"),
-    "without_kl": ("Without KL", "ablation: without the KL loss"),
-    "pretrained": (
-        "Pretrained",
-        "one trunk, trained with a linear head on all training classes; classifies by cosines to class centroids",
-    ),
-    "matchnet": ("MatchNet", "one trunk, trained on episodes; attention over the support images"),
-    "protonet": ("ProtoNet", "one trunk, trained on episodes; squared distances to class means"),
-    "meta_baseline": ("Meta-Baseline", "Pretrained, then trained on episodes; cosines to class centroids"),
-    "meta_deepbdc": ("Meta-DeepBDC", "the same two stages on Brownian distance covariances of a feature map"),
-    "musml": ("MUSML", "weights from one of a few learned subspaces, found by gradient steps on the support images"),
-    "r2d2": ("R2-D2", "one trunk, trained on episodes; a classifier by ridge regression on the support images"),
-    "scratch_adam": ("Adam from scratch", ""),
-    "scratch_gc": ("GC from scratch", ""),
-}
-SCRATCH = {"adam": "Adam", "gc": "GC"}
 SECTIONS = {
     "learned": "Trained on the same groups as PudNet",
     "scratch": "Trained from scratch on all images of the test group itself (GC: Adam with gradient centralization)",
@@ -75,16 +40,6 @@ CURVES = {
 
 FILTERS_SHOWN = 16
 GROUPS_SHOWN = 6
-
-
-def label(method: str) -> str:
-    """A method's name on the page. `scratch_adam_30` (`adam_30` in the paper's tables) is training for 30 epochs."""
-    if method in METHODS:
-        return METHODS[method][0]
-    name, _, epochs = method.removeprefix("scratch_").rpartition("_")
-    if name in SCRATCH and epochs.isdigit():
-        return f"{SCRATCH[name]}, {epochs} epoch{'s' if epochs != '1' else ''}"
-    return method.replace("_", " ").capitalize()
 
 
 def knob(name: str) -> str:
@@ -154,7 +109,8 @@ def draw(results: Results, moved: Movement | None, raced: Race | None, bins: pd.
     }
     if raced:
         pictures["race"] = figures.race_figure(
-            raced, {"pudnet": label(results.variant)} | {name: label(name) for name in raced.curves}
+            raced,
+            {"pudnet": label(results.variant), "plus": label(PLUS)} | {name: label(name) for name in raced.curves},
         )
     if results.knobs:
         across, lines = [*results.knobs, None][:2]
@@ -202,11 +158,12 @@ def render(
     svg = {name: _inline(picture, name) for name, picture in pictures.items()}
     return environment.get_template("page.html").render(
         params=params,
-        target=TARGETS.get(params.target, params.target),
+        target=target_name(params.target),
         results=results,
         metrics=results.metrics,
         static=results.baselines.get("static_trunk"),
         verdict=verdict,
+        answer=answer_rows(results),
         headline=headline(results, paper),
         paper=paper,
         reported=paper.get(results.variant),

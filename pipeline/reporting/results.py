@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from pipeline.params import CONTROLS
+from pipeline.params import CONTROLS, PLUS
 from pipeline.project import read_result
 from pudnet import diagnosis
 from pudnet.card import read_tensors
@@ -165,14 +165,16 @@ def section(method: str) -> str | None:
 class Race:
     """Training from scratch against PudNet on the same test groups. Accuracies are in %, times are medians in ms.
 
-    `curves`: optimizer -> a row for each number of epochs, with epochs, accuracy, ci95, elapsed_ms and `ahead`, which
-    says whether it is measurably above PudNet, paired over groups.
+    `plus` has PudNet+'s accuracy, ci95 and time, if it was run beside another variant. `curves`: optimizer -> a row for
+    each number of epochs, with epochs, accuracy, ci95, elapsed_ms and `ahead`, which says whether it is measurably
+    above PudNet, paired over groups.
     """
 
     groups: int
     pudnet: float
     pudnet_ci95: float
     pudnet_ms: float
+    plus: tuple[float, float, float] | None
     curves: dict[str, pd.DataFrame]
 
     def passed(self, name: str) -> Mapping[str, Any] | None:
@@ -195,9 +197,10 @@ def race(results: Results) -> Race | None:
     first = next(method for method in results.baselines if section(method) == "scratch")
     frame = results.accuracies
     pairs = frame.loc[frame["method"] == first, ["split_seed", "group"]]
-    own = frame[frame["method"] == "pudnet"].merge(pairs, on=["split_seed", "group"])
+    own, plus = (frame[frame["method"] == method].merge(pairs) for method in ("pudnet", PLUS))
+    raced_plus = None if plus.empty else (*interval(plus), results.adaptation[PLUS])
     curves = {name: pd.DataFrame(rows) for name, rows in points.items()}
-    return Race(len(pairs), *interval(own), results.adaptation["pudnet"], curves)
+    return Race(len(pairs), *interval(own), results.adaptation["pudnet"], raced_plus, curves)
 
 
 def interval(frame: pd.DataFrame) -> tuple[float, float]:

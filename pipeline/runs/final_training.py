@@ -11,10 +11,10 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from pipeline.params import Params
+from pipeline.params import PLUS, Params
 from pipeline.project import PUDNET, RESULTS, STORE, git_commit, group_folder, read_result, split_model
 from pipeline.runs.executor import Experiment, run_missing
-from pipeline.runs.trial import card_of, make_spec
+from pipeline.runs.trial import TrialSpec, card_of, make_spec
 from pipeline.runs.trial_folder import Finished
 from pipeline.tracking.datasets import dataset
 from pipeline.tracking.registry import Validation, register
@@ -51,24 +51,28 @@ def train_all(params: Params, stage: str, methods: Mapping[str, Cells], fresh: b
     for kind, cells in methods.items():
         if lacking := set(params.split_seeds) - set(cells):
             raise UserError(f"{kind}: nothing was chosen for split {min(lacking)}; run the search again (`dvc repro`)")
-    specs = [
-        make_spec(params, f"train-{kind}-split{seed}", kind, seed, dict(cells[seed]), table="train", validate=0)
-        for kind, cells in methods.items()
-        for seed in params.split_seeds
-    ]
+    named = [(method, seed) for method in methods for seed in params.split_seeds]
+    specs = [_spec(params, method, seed, methods[method][seed]) for method, seed in named]
     tracking = open_tracking(params, stage)
     print(f"{stage}: {len(specs)} final training(s) on {params.groups.train_groups:,} groups")
     finished = run_missing(
         Experiment(f"{stage}-final", specs, workers=params.resources.workers), params, tracking, fresh=fresh
     )
-    for trial in finished:
-        path = _write_model(params, trial)
-        if trial.spec.kind == "pudnet":
+    for (method, _), trial in zip(named, finished, strict=True):
+        path = _write_model(params, method, trial)
+        if method == "pudnet":
             log = partial(_register, tracking, params, trial, path, _validation(params, trial.spec.split_seed))
         else:
             log = partial(_log, tracking, trial, path)
         tracking.submit(log)
-    return pd.concat([_curve(trial) for trial in finished], ignore_index=True)
+    curves = [_curve(method, trial) for (method, _), trial in zip(named, finished, strict=True)]
+    return pd.concat(curves, ignore_index=True)
+
+
+def _spec(params: Params, method: str, split_seed: int, cell: Mapping[str, Any]) -> TrialSpec:
+    """The final training of a method. PudNet+ on the bench is PudNet by its own variant."""
+    kind, own = ("pudnet", dataclasses.replace(params, variant=PLUS)) if method == PLUS else (method, params)
+    return make_spec(own, f"train-{method}-split{split_seed}", kind, split_seed, dict(cell), table="train", validate=0)
 
 
 def _log(tracking: Tracking, trial: Finished, path: Path) -> None:
@@ -86,14 +90,14 @@ def _register(tracking: Tracking, params: Params, trial: Finished, path: Path, v
     tracking.finish(run_id)
 
 
-def _write_model(params: Params, trial: Finished) -> Path:
+def _write_model(params: Params, method: str, trial: Finished) -> Path:
     """Write the model with a card of what it was trained on; PudNet's first split also as `PUDNET`."""
     store = open_store(STORE, verify=False)
     split, tables = open_groups(group_folder(trial.spec.split_seed))
     provenance = {
         "setting": params.setting,
         "source": store.source,
-        "variant": params.variant,
+        "variant": PLUS if method == PLUS else params.variant,
         "split_seed": trial.spec.split_seed,
         "seed": params.seed,
         "train_classes": [store.class_names[c] for c in split.train_classes],
@@ -107,18 +111,18 @@ def _write_model(params: Params, trial: Finished) -> Path:
     learned = state["trainer"]["learner"].get("objective.temperature")  # with train.learn_temperature
     if learned is not None:
         card = dataclasses.replace(card, temperature=learned.item())
-    path = split_model(trial.spec.kind, trial.spec.split_seed)
+    path = split_model(method, trial.spec.split_seed)
     write_tensors(path, state["model"], card)
-    if trial.spec.kind == "pudnet" and trial.spec.split_seed == params.seed:
+    if method == "pudnet" and trial.spec.split_seed == params.seed:
         write_tensors(PUDNET, state["model"], card)
     return path
 
 
-def _curve(trial: Finished) -> pd.DataFrame:
+def _curve(method: str, trial: Finished) -> pd.DataFrame:
     """A trial's loss curve."""
     frame = pd.DataFrame(trial.history)[CURVE_COLUMNS]
     frame.insert(0, "split_seed", trial.spec.split_seed)
-    frame.insert(0, "method", trial.spec.kind)
+    frame.insert(0, "method", method)
     return frame
 
 

@@ -160,9 +160,7 @@ def datasets(spec: TrialSpec) -> list[DatasetInput]:
 
 def _about(spec: TrialSpec, params: Params) -> str:
     """The description of a trial's MLflow run."""
-    name = params.variant if spec.kind == "pudnet" else spec.kind
-    cell = ", ".join(f"{key} {value}" for key, value in spec.cell.items())
-    trained = f"Training of `{name}`{cell and f' with {cell}'} for class split {spec.split_seed}"
+    trained = f"Training `{spec.name}`, of `{spec.kind}` for class split {spec.split_seed}"
     if spec.kind in SCRATCH:
         return f"{trained}, by itself on each of {spec.validate} validation groups."
     groups = params.groups.search_groups if spec.table == "search_train" else params.groups.train_groups

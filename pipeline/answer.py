@@ -1,0 +1,45 @@
+"""Says what the last run found, and what to do with it: `python -m pipeline.answer`. `make repro` ends with it."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from pipeline.params import PLUS, Params
+from pipeline.project import PUDNET, RESULTS, split_model
+from pipeline.reporting.answer import Row, answer_rows
+from pipeline.reporting.methods import target_name
+from pipeline.reporting.numbers import duration, plus_minus
+from pipeline.reporting.results import read_results
+from pipeline.stage import run_stage
+
+
+def answer(params: Params) -> None:
+    """Print five rows of results, where the report is, and how to use the model."""
+    results = read_results(RESULTS)
+    rows, groups = answer_rows(results), results.metrics["test_groups"]
+    model = split_model(PLUS, params.seed) if any(row.method == PLUS for row in rows) else PUDNET
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(
+        f"\n{params.setting}, {target_name(params.target)}: {groups:,} test groups of classes never trained on\n"
+    )
+    console.print(_table(rows))
+    console.print(f"\nthe whole report   {RESULTS / 'report.html'}")
+    console.print("all runs           make ui (MLflow)")
+    console.print("your own images    source .venv/bin/activate")
+    console.print(f"                   pudnet predict --model {model} --data photos/ --out mine.safetensors")
+
+
+def _table(rows: list[Row]) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 4, 0, 0), header_style="bold")
+    table.add_column("method")
+    table.add_column("accuracy, %", justify="right")
+    table.add_column("time a group", justify="right")
+    for row in rows:
+        time = "" if row.milliseconds is None else duration(row.milliseconds)
+        table.add_row(row.label, plus_minus(row.accuracy, row.ci95), time)
+    return table
+
+
+if __name__ == "__main__":
+    run_stage(answer)

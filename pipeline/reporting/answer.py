@@ -1,0 +1,45 @@
+"""The run in five rows: how accurate PudNet and PudNet+ are beside other methods, and how long each takes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from pipeline.params import PLUS
+from pipeline.reporting.methods import label
+from pipeline.reporting.results import Results, section
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method of the answer. Accuracy and its 95% interval are in %."""
+
+    method: str
+    label: str
+    accuracy: float
+    ci95: float | None  # None: too few groups
+    milliseconds: float | None  # to adapt to a group; None: not timed
+
+
+def answer_rows(results: Results) -> list[Row]:
+    """PudNet+, PudNet, the best other learned method, the longest training from scratch, and random weights.
+
+    Those that were not run are left out.
+    """
+    learned = [m for m in results.baselines if section(m) == "learned" and m != PLUS]
+    scratch = [m for m in results.baselines if section(m) == "scratch"]
+    best = max(learned, key=lambda m: results.baselines[m]["accuracy"], default=None)
+    longest = max(scratch, key=lambda m: int(m.rpartition("_")[2]), default=None)
+    wanted = [PLUS, "pudnet", best, longest, "random_weights"]
+    return [_row(results, method) for method in wanted if method in results.methods]
+
+
+def _row(results: Results, method: str) -> Row:
+    """A method's row. If it has fewer test groups than PudNet, it is PudNet's accuracy plus their paired difference."""
+    own, pudnet = results.methods[method], results.metrics
+    accuracy, ci95 = own["accuracy"], own["ci95"]
+    if own["test_groups"] < pudnet["test_groups"]:
+        halves = (pudnet["ci95"], own["difference_ci95"])
+        accuracy, ci95 = pudnet["accuracy"] + own["difference"], None if None in halves else math.hypot(*halves)
+    name = results.variant if method == "pudnet" else method
+    return Row(method, label(name), accuracy, ci95, results.adaptation.get(method))
