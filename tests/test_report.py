@@ -1,7 +1,10 @@
 """The report stage on a synthetic results folder."""
 
+import html
 import json
 import re
+import shutil
+import subprocess
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -10,9 +13,11 @@ import pytest
 import yaml
 
 from pipeline.report import write_report
+from pipeline.reporting.answer import answer_rows
 from pipeline.reporting.figures import search_figure, to_svg
+from pipeline.reporting.methods import label
 from pipeline.reporting.numbers import duration, plus_minus, signed
-from pipeline.reporting.page import label, verdict
+from pipeline.reporting.page import verdict
 from pipeline.reporting.paper import load_reported, paper_figures
 from pipeline.reporting.results import PRODUCERS, histogram, read_results
 from pudnet.errors import UserError
@@ -186,6 +191,41 @@ def test_every_methods_figure_stands_with_its_interval(page):
 def test_the_papers_figures_stand_beside(page):
     assert "96.64 ± 0.34" in page
     assert "Adam, 30 epochs" in page and "99.97 ± 0.02" in page
+
+
+def test_the_answer_has_each_method_that_was_run_and_scratch_on_the_level_of_all_groups(results):
+    read = read_results(results)
+    few = {"test_groups": 10, "accuracy": 70.0}  # the first ten are harder
+    read.baselines["scratch_adam_5"] |= few
+    found = {row.method: row for row in answer_rows(read)}
+    assert list(found) == ["pudnet", "protonet", "scratch_adam_5", "random_weights"]
+    assert (found["pudnet"].accuracy, found["pudnet"].milliseconds) == (95.1, 9.4)
+    assert found["scratch_adam_5"].accuracy == pytest.approx(96.4)  # PudNet's accuracy plus the paired difference
+    assert found["scratch_adam_5"].ci95 == pytest.approx(np.hypot(0.31, 0.12))
+
+
+MEASURE = """<iframe id="page" width="{width}" height="4000" srcdoc="{page}"></iframe><script>
+onload = () => {{
+  const body = document.getElementById("page").contentDocument.body
+  body.querySelectorAll("details").forEach(part => part.open = true)
+  const said = part => part.tagName + " " + part.textContent.slice(0, 40)
+  const wide = [...body.querySelectorAll("*")].filter(part =>
+    !part.closest(".scroll") && part.getBoundingClientRect().right > body.ownerDocument.documentElement.clientWidth + 1)
+  const drawn = picture => picture.getBoundingClientRect().height > 40 && picture.querySelectorAll("path, image").length > 3
+  const empty = [...body.querySelectorAll("figure")].filter(one => ![...one.querySelectorAll("svg")].some(drawn))
+  document.title = JSON.stringify({{wide: wide.map(said), empty: empty.map(said)}})
+}}</script>"""
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium is installed")
+@pytest.mark.parametrize("width", [390, 1200])  # a phone, a screen
+def test_nothing_of_the_page_is_cut_off_and_no_figure_is_empty(width, page, tmp_path):
+    (tmp_path / "measure.html").write_text(MEASURE.format(width=width, page=html.escape(page)))
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    command += ["--virtual-time-budget=5000", "--dump-dom", (tmp_path / "measure.html").as_uri()]
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    found = json.loads(html.unescape(re.search("<title>(.*?)</title>", dom)[1]))
+    assert found == {"wide": [], "empty": []}
 
 
 def test_the_race_says_when_training_from_scratch_passes_a_prediction(page):
