@@ -211,7 +211,8 @@ onload = () => {{
   const said = part => part.tagName + " " + part.textContent.slice(0, 40)
   const wide = [...body.querySelectorAll("*")].filter(part =>
     !part.closest(".scroll") && part.getBoundingClientRect().right > body.ownerDocument.documentElement.clientWidth + 1)
-  const drawn = picture => picture.getBoundingClientRect().height > 40 && picture.querySelectorAll("path, image").length > 3
+  const parts = picture => picture.querySelectorAll("path, image").length
+  const drawn = picture => picture.getBoundingClientRect().height > 40 && parts(picture) > 3
   const empty = [...body.querySelectorAll("figure")].filter(one => ![...one.querySelectorAll("svg")].some(drawn))
   document.title = JSON.stringify({{wide: wide.map(said), empty: empty.map(said)}})
 }}</script>"""

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from pipeline.params import Params
 from pipeline.project import STORE, TEST_STORE, group_folder
+from pipeline.runs.display import progress
 from pipeline.runs.trial import pick_device
 from pudnet.data.groups import Split, open_groups
 from pudnet.data.images import StoreImages
@@ -99,14 +96,3 @@ def _as_trained(test_store: Store, store: Store, device: torch.device) -> StoreI
     images = StoreImages(test_store, device)
     images.mean, images.std = (torch.tensor(values, device=device) for values in (store.mean, store.std))
     return images
-
-
-@contextlib.contextmanager
-def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Show a progress bar in a terminal, or one line at the end in a log. Yields a function of the number done."""
-    columns = (TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(file=sys.stdout)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(title, total=total)
-        yield lambda done: bar.update(task, completed=done)
-    print(f"  {title}: {total} test groups done", flush=True)

@@ -84,7 +84,8 @@ def run_missing(
                 _check_fits(spec)
         while len(progress.ended) < len(experiment.specs):
             before = {name: len(reports) for name, reports in progress.reports.items()}
-            errors = run_trials(experiment, params, progress)
+            with progress.bars:
+                errors = run_trials(experiment, params, progress)
             progressed = any(len(progress.reports[name]) > before[name] for name in errors)
             if len(progress.ended) < len(experiment.specs) and not progressed:
                 raise RunFailed(_why_unfinished(experiment, len(progress.ended), errors))

@@ -15,7 +15,9 @@ from ray.tune import Callback
 from ray.tune.experiment import Trial
 
 from pipeline.params import Params
+from pipeline.project import root
 from pipeline.runs import cluster
+from pipeline.runs.display import TrialBars
 from pipeline.runs.trainable import AT, SYSTEM
 from pipeline.runs.trial import DIVERGED, TOTAL, TrialSpec
 from pipeline.runs.trial_folder import Finished, mark_ended
@@ -53,6 +55,7 @@ class TrialProgress(Callback):
         self.ended: dict[str, Finished] = {}
         self.reports: dict[str, dict[int, Mapping]] = {name: {} for name in keys}  # by the number of groups
         self.runs: dict[str, tuple[str, int]] = {}  # of MLflow, by the trial's name: the id, and the last step in it
+        self.bars = TrialBars(len(keys), root() / ".pud" / "log" / f"{time.strftime('%Y-%m-%d-%H%M%S')}.txt")
         self._is_at_work()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -67,7 +70,8 @@ class TrialProgress(Callback):
             return
         if result["rollbacks"] > max((row["rollbacks"] for row in reports.values()), default=0):
             print(f"  {spec.name}: the loss was not finite; went on from the last good weights")
-        print(f"  [{len(self.ended)}/{len(self.keys)} done] {spec.name}: {_words(result)}", flush=True)
+        line = f"  [{len(self.ended)}/{len(self.keys)} done] {spec.name}: {_words(result)}"
+        self.bars.report(spec.name, result["groups"], result[TOTAL], line)
         reports[result["groups"]] = {name: result[name] for name in ("groups", AT, *METRICS) if name in result}
         self.log(spec, reports.values())
 
@@ -108,7 +112,7 @@ class TrialProgress(Callback):
 
     def _end(self, spec: TrialSpec, status: str) -> None:
         self.log(spec, self.reports[spec.name].values(), status)
-        print(f"  {spec.name}: {status.lower()}", flush=True)
+        self.bars.end(spec.name, f"  {spec.name}: {status.lower()}")
 
     def log(self, spec: TrialSpec, reports: Iterable[Mapping], status: str | None = None) -> None:
         """Log what MLflow does not have of a trial, now or when it answers again."""
