@@ -45,8 +45,9 @@ def test_repro_on_a_cluster_runs_the_code_that_it_is_started_from(undisturbed, s
     for _ in range(2):
         cluster.add(PYTHONPATH="")
     run = Run(project, "dvc", "repro", PYTHONPATH=str(project), **cluster.joining)
-    for stage in ("train", "baselines"):  # all stages together may take longer than a test is patient at once
-        run.until(f"Running stage '{stage}'")
+    parts = ("stage 'train'", "stage 'baselines'", "2 final training(s)", "protonet, split 0", "stage 'report'")
+    for part in parts:  # a test is patient with each, since all stages together take long
+        run.until(part)
     run.well()
     places = {Path(line).parents[2] for line in ran.read_text().splitlines()}
     assert {place for place in places if "runtime_resources" in place.parts} == places - {project}
