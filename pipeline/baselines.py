@@ -10,7 +10,7 @@ from functools import partial
 
 import pandas as pd
 
-from pipeline.params import PLUS, Params
+from pipeline.params import CONTROLS, PLUS, Params
 from pipeline.project import BASELINES, RESULTS, read_result, write, write_json
 from pipeline.runs import cluster
 from pipeline.runs.class_split import images_of_a_class
@@ -21,7 +21,7 @@ from pipeline.runs.tuning import named, tune
 from pipeline.stage import run_stage, wants_fresh
 from pipeline.tracking.evaluation import log_baseline
 from pipeline.tracking.runs import open_tracking
-from pudnet.baselines import LEARNED, SCRATCH
+from pudnet.baselines import LEARNED
 from pudnet.errors import UserError
 
 
@@ -31,7 +31,7 @@ def baselines(params: Params) -> None:
     fresh, methods, tracking = wants_fresh(), _possible(params), open_tracking(params, "baselines")
     pudnet = read_result(RESULTS / "pudnet.csv", pd.read_csv, "evaluate")
     with cluster.session():
-        tuning, choices = tune(params, [m for m in methods if m in LEARNED or m in SCRATCH], tracking, fresh)
+        tuning, choices = tune(params, [m for m in methods if m not in CONTROLS], tracking, fresh)
         curves = _train(params, methods, choices, fresh)
         measured, keys = measure_all(params, methods, choices, fresh)
         times = time_all(params, methods, choices)
@@ -70,11 +70,10 @@ def _train(
 ) -> pd.DataFrame:
     """Train the learned methods and write their models; returns the loss curves, PudNet's first."""
     curves = read_result(RESULTS / "train_curves.csv", pd.read_csv, "train")
-    cells = {m: {seed: choices[m, seed][0] for seed in params.split_seeds} for m in methods if m in LEARNED}
+    learned = [m for m in methods if m in LEARNED or m == PLUS]
+    cells = {m: {seed: choices[m, seed][0] for seed in params.split_seeds} for m in learned}
     if "static_trunk" in methods:
         cells["static_trunk"] = read_best()  # the search's choice for PudNet, of which only training keys apply
-    if PLUS in methods:
-        cells[PLUS] = dict.fromkeys(params.split_seeds, {})  # the variant sets all that is searched
     BASELINES.mkdir(parents=True, exist_ok=True)  # DVC expects this output even if nothing is trained
     return pd.concat([curves, train_all(params, "baselines", cells, fresh)]) if cells else curves
 

@@ -14,7 +14,7 @@ import yaml
 from pipeline.params import PLUS, Params
 from pipeline.project import PUDNET, RESULTS, STORE, git_commit, group_folder, read_result, split_model
 from pipeline.runs.executor import Experiment, run_missing
-from pipeline.runs.trial import TrialSpec, card_of, make_spec
+from pipeline.runs.trial import card_of, make_spec
 from pipeline.runs.trial_folder import Finished
 from pipeline.tracking.datasets import dataset
 from pipeline.tracking.registry import Validation, register
@@ -52,7 +52,10 @@ def train_all(params: Params, stage: str, methods: Mapping[str, Cells], fresh: b
         if lacking := set(params.split_seeds) - set(cells):
             raise UserError(f"{kind}: nothing was chosen for split {min(lacking)}; run the search again (`dvc repro`)")
     named = [(method, seed) for method in methods for seed in params.split_seeds]
-    specs = [_spec(params, method, seed, methods[method][seed]) for method, seed in named]
+    specs = [
+        make_spec(params, f"train-{method}-split{seed}", method, seed, dict(methods[method][seed]), "train", validate=0)
+        for method, seed in named
+    ]
     tracking = open_tracking(params, stage)
     print(f"{stage}: {len(specs)} final training(s) on {params.groups.train_groups:,} groups")
     finished = run_missing(
@@ -67,12 +70,6 @@ def train_all(params: Params, stage: str, methods: Mapping[str, Cells], fresh: b
         tracking.submit(log)
     curves = [_curve(method, trial) for (method, _), trial in zip(named, finished, strict=True)]
     return pd.concat(curves, ignore_index=True)
-
-
-def _spec(params: Params, method: str, split_seed: int, cell: Mapping[str, Any]) -> TrialSpec:
-    """The final training of a method. PudNet+ on the bench is PudNet by its own variant."""
-    kind, own = ("pudnet", dataclasses.replace(params, variant=PLUS)) if method == PLUS else (method, params)
-    return make_spec(own, f"train-{method}-split{split_seed}", kind, split_seed, dict(cell), table="train", validate=0)
 
 
 def _log(tracking: Tracking, trial: Finished, path: Path) -> None:
