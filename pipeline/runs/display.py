@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Callable, Iterator, Sized
 from pathlib import Path
@@ -46,7 +47,7 @@ class TrialBars:
         self.shares, self.tasks = {}, {}
         self.all = self.bars.add_task("all trials", total=self.trials, completed=len(self.ended))
         self.bars.start()
-        print(f"  every report: {self.log}", flush=True)
+        print(f"  every report: {os.path.relpath(self.log)}", flush=True)
         return self
 
     def __exit__(self, *error: object) -> None:
