@@ -5,23 +5,21 @@ Every finished part is kept (in `.pud/`), so that the stage, run again, only doe
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from functools import partial
 
 import pandas as pd
 
 from pipeline.params import CONTROLS, PLUS, Params
-from pipeline.project import BASELINES, RESULTS, read_result, write, write_json
+from pipeline.project import RESULTS, read_result, write, write_json
 from pipeline.runs import cluster
 from pipeline.runs.class_split import images_of_a_class
-from pipeline.runs.final_training import read_best, train_all, write_curves
+from pipeline.runs.final_training import train_baselines, write_curves
 from pipeline.runs.measuring import measure_all, time_all
 from pipeline.runs.summary import compare
 from pipeline.runs.tuning import named, tune
 from pipeline.stage import run_stage, wants_fresh
 from pipeline.tracking.evaluation import log_baseline
 from pipeline.tracking.runs import open_tracking
-from pudnet.baselines import LEARNED
 from pudnet.errors import UserError
 
 
@@ -32,7 +30,7 @@ def baselines(params: Params) -> None:
     pudnet = read_result(RESULTS / "pudnet.csv", pd.read_csv, "evaluate")
     with cluster.session():
         tuning, choices = tune(params, [m for m in methods if m not in CONTROLS], tracking, fresh)
-        curves = _train(params, methods, choices, fresh)
+        curves = train_baselines(params, methods, choices, fresh)
         measured, keys = measure_all(params, methods, choices, fresh)
         times = time_all(params, methods, choices)
     compared = {name: compare(rows, pudnet) for name, rows in measured.groupby("method", sort=False)}
@@ -63,19 +61,6 @@ def _possible(params: Params) -> list[str]:
     if not methods:
         raise UserError("baselines.methods: no method is left; add another, or use more test groups")
     return methods
-
-
-def _train(
-    params: Params, methods: Sequence[str], choices: Mapping[tuple[str, int], list], fresh: bool
-) -> pd.DataFrame:
-    """Train the learned methods and write their models; returns the loss curves, PudNet's first."""
-    curves = read_result(RESULTS / "train_curves.csv", pd.read_csv, "train")
-    learned = [m for m in methods if m in LEARNED or m == PLUS]
-    cells = {m: {seed: choices[m, seed][0] for seed in params.split_seeds} for m in learned}
-    if "static_trunk" in methods:
-        cells["static_trunk"] = read_best()  # the search's choice for PudNet, of which only training keys apply
-    BASELINES.mkdir(parents=True, exist_ok=True)  # DVC expects this output even if nothing is trained
-    return pd.concat([curves, train_all(params, "baselines", cells, fresh)]) if cells else curves
 
 
 if __name__ == "__main__":

@@ -13,11 +13,11 @@ from pipeline.params import Params
 from pipeline.project import RESULTS, write
 from pipeline.runs import cluster
 from pipeline.runs.executor import Experiment, run_missing
-from pipeline.runs.progress import datasets
+from pipeline.runs.parents import close_search
 from pipeline.runs.trial import TrialSpec, make_spec
 from pipeline.runs.trial_folder import Finished
 from pipeline.stage import run_stage, wants_fresh
-from pipeline.tracking.runs import Tracking, open_tracking
+from pipeline.tracking.runs import open_tracking
 from pudnet.errors import RunFailed
 
 
@@ -36,28 +36,12 @@ def search(params: Params) -> None:
                 raise RunFailed(f"search: no trial of split {seed} ended well; change search.space or train")
             rows += [_row(trial) for trial in finished]
             best[seed] = _best(finished, params)
-            tracking.submit(partial(_close, tracking, experiment, params, seed, best[seed]))
+            tracking.submit(partial(close_search, tracking, experiment, params, seed, best[seed]))
     write(RESULTS / "search.csv", pd.DataFrame(rows).to_csv(index=False, float_format="%.6g"))
     write(RESULTS / "best.yaml", yaml.safe_dump({"splits": best}, sort_keys=False))
     for seed, cell in best.items():
         values = ", ".join(f"{key} {value}" for key, value in cell.items() if key != "accuracy")
         print(f"search: best of split {seed}: {cell['accuracy']:.2f} % on validation groups{values and ': '}{values}")
-
-
-def _close(tracking: Tracking, experiment: Experiment, params: Params, split_seed: int, best: dict[str, Any]) -> None:
-    """Log a split's result to its parent run, and close that."""
-    run_id = tracking.find_or_create(experiment.key, experiment.stage)
-    searched = [name for name in best if name != "accuracy"]
-    chosen = ", ".join(f"{name} {best[name]}" for name in searched) or "nothing, as the grid has one cell"
-    note = (
-        f"Search over {' and '.join(searched) or 'nothing'} for class split {split_seed}: {len(experiment.specs)} "
-        f"trial(s), this run's children, each trained on {params.groups.search_groups:,} task groups. Chosen by "
-        f"accuracy on {params.groups.validation_groups} validation groups: {chosen} ({best['accuracy']:.2f} %)."
-    )
-    space = {f"space.{name}": values for name, values in params.search.space.items()}
-    tracking.describe(run_id, note, space, datasets(experiment.specs[0]))
-    tracking.log_metrics(run_id, {"best_validation_accuracy": best["accuracy"]})
-    tracking.finish(run_id)
 
 
 def _spec(params: Params, cell: dict[str, Any], split_seed: int) -> TrialSpec:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,14 @@ import pandas as pd
 import yaml
 
 from pipeline.params import PLUS, Params
-from pipeline.project import PUDNET, RESULTS, STORE, git_commit, group_folder, read_result, split_model
+from pipeline.project import BASELINES, PUDNET, RESULTS, STORE, git_commit, group_folder, read_result, split_model
 from pipeline.runs.executor import Experiment, run_missing
 from pipeline.runs.trial import card_of, make_spec
 from pipeline.runs.trial_folder import Finished
 from pipeline.tracking.datasets import dataset
 from pipeline.tracking.registry import Validation, register
 from pipeline.tracking.runs import Tracking, open_tracking
+from pudnet.baselines import LEARNED
 from pudnet.card import write_tensors
 from pudnet.data.groups import open_groups
 from pudnet.data.store import open_store
@@ -70,6 +71,19 @@ def train_all(params: Params, stage: str, methods: Mapping[str, Cells], fresh: b
         tracking.submit(log)
     curves = [_curve(method, trial) for (method, _), trial in zip(named, finished, strict=True)]
     return pd.concat(curves, ignore_index=True)
+
+
+def train_baselines(
+    params: Params, methods: Sequence[str], choices: Mapping[tuple[str, int], Sequence[Mapping[str, Any]]], fresh: bool
+) -> pd.DataFrame:
+    """Train those methods of the bench that are trained on groups. Returns the loss curves, PudNet's first."""
+    curves = read_result(RESULTS / "train_curves.csv", pd.read_csv, "train")
+    learned = [m for m in methods if m in LEARNED or m == PLUS]
+    cells = {m: {seed: choices[m, seed][0] for seed in params.split_seeds} for m in learned}
+    if "static_trunk" in methods:
+        cells["static_trunk"] = read_best()  # the search's choice for PudNet, of which only training keys apply
+    BASELINES.mkdir(parents=True, exist_ok=True)  # DVC expects this output even if nothing is trained
+    return pd.concat([curves, train_all(params, "baselines", cells, fresh)]) if cells else curves
 
 
 def _log(tracking: Tracking, trial: Finished, path: Path) -> None:

@@ -11,6 +11,7 @@ import pandas as pd
 
 from pipeline.params import PLUS, Params
 from pipeline.runs.executor import Experiment, run_missing
+from pipeline.runs.parents import close_tuning
 from pipeline.runs.trial import TrialSpec, make_spec
 from pipeline.runs.trial_folder import Finished
 from pipeline.tracking.runs import Tracking
@@ -43,23 +44,11 @@ def tune(
     print(f"baselines: {len(specs)} trials, each method's grid on each of {params.splits} class splits")
     experiment = Experiment("baselines-tuning", specs, keep_going=True)
     finished = run_missing(experiment, params, tracking, RUN, fresh)
-    tracking.submit(partial(_close, tracking, experiment, params))
+    tracking.submit(partial(close_tuning, tracking, experiment, params, RUN))
     rows = pd.DataFrame([_row(trial) for trial in finished], columns=COLUMNS)
     best = rows.groupby(["method", "split_seed", "epochs"], sort=False, dropna=False)["accuracy"].idxmax()
     rows["chosen"] = rows.index.isin(best)  # among equals, the first in the grid
     return rows, grids | _choices(params, specs, [finished[row] for row in best])
-
-
-def _close(tracking: Tracking, experiment: Experiment, params: Params) -> None:
-    """Describe the trials' parent run, and close it."""
-    run_id = tracking.find_or_create(experiment.key, RUN)
-    note = (
-        f"Tuning of the baselines: {len(experiment.specs)} trials, this run's children. For each method the cell with "
-        f"the best accuracy on {params.groups.validation_groups} validation groups is chosen "
-        f"(from scratch: on {params.baselines.scratch_search_groups})."
-    )
-    tracking.describe(run_id, note, {})
-    tracking.finish(run_id)
 
 
 def _choices(params: Params, specs: Sequence[TrialSpec], best: Sequence[Finished]) -> Choices:
