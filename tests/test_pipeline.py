@@ -263,7 +263,7 @@ def test_baselines_run_again_do_only_what_is_missing(repro, tmp_path):
 
 
 def test_with_patience_the_final_training_passes_its_groups_as_often_as_the_searchs_best_report(repro, tmp_path):
-    """The same for a method of the bench with nothing else to tune. A trial that ended early is not trained on, kept or not."""
+    """Of the bench, too, with nothing else to tune. A trial that ended early is not trained on, kept or not."""
     project = tmp_path / "patient"
     shutil.copytree(repro, project, ignore=shutil.ignore_patterns("mlflow.db", "mlartifacts"))
     params = yaml.safe_load((project / "params.yaml").read_text())
