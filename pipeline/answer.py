@@ -7,7 +7,7 @@ from rich.table import Table
 
 from pipeline.params import PLUS, Params
 from pipeline.project import PUDNET, RESULTS, split_model
-from pipeline.reporting.answer import Row, answer_rows
+from pipeline.reporting.answer import Row, answer_rows, labels_note
 from pipeline.reporting.methods import target_name
 from pipeline.reporting.numbers import duration, plus_minus
 from pipeline.reporting.results import read_results
@@ -24,10 +24,15 @@ def answer(params: Params) -> None:
         f"\n{params.setting}, {target_name(params.target)}: {groups:,} test groups of classes never trained on\n"
     )
     console.print(_table(rows))
+    console.print(f"\n± is a 95 % interval over test groups. {labels_note(results)}")
     console.print(f"\nthe whole report   {RESULTS / 'report.html'}")
     console.print("all runs           make ui (MLflow)")
-    console.print("your own images    source .venv/bin/activate")
-    console.print(f"                   pudnet predict --model {model} --data photos/ --out mine.safetensors")
+    size, colour = params.prepare.image_size, "grey" if params.prepare.channels == 1 else "colour"
+    console.print(f"your own images    .venv/bin/pudnet predict --model {model} --data FOLDER --out mine.safetensors")
+    console.print(
+        f"                   FOLDER has a folder of images for each class; they are made {size}x{size} px, {colour}"
+    )
+    console.print("                   without --model: a model that ships with the project, for photographs")
 
 
 def _table(rows: list[Row]) -> Table:

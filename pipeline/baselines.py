@@ -9,7 +9,7 @@ from functools import partial
 
 import pandas as pd
 
-from pipeline.params import PLUS, Params
+from pipeline.params import CONTROLS, PLUS, Params
 from pipeline.project import RESULTS, read_result, write, write_json
 from pipeline.runs import cluster
 from pipeline.runs.class_split import images_of_a_class
@@ -20,7 +20,6 @@ from pipeline.runs.tuning import named, tune
 from pipeline.stage import run_stage, wants_fresh
 from pipeline.tracking.evaluation import log_baseline
 from pipeline.tracking.runs import open_tracking
-from pudnet.baselines import LEARNED, SCRATCH
 from pudnet.errors import UserError
 
 
@@ -30,7 +29,7 @@ def baselines(params: Params) -> None:
     fresh, methods, tracking = wants_fresh(), _possible(params), open_tracking(params, "baselines")
     pudnet = read_result(RESULTS / "pudnet.csv", pd.read_csv, "evaluate")
     with cluster.session():
-        tuning, choices = tune(params, [m for m in methods if m in LEARNED or m in SCRATCH], tracking, fresh)
+        tuning, choices = tune(params, [m for m in methods if m not in CONTROLS], tracking, fresh)
         curves = train_baselines(params, methods, choices, fresh)
         measured, keys = measure_all(params, methods, choices, fresh)
         times = time_all(params, methods, choices)

@@ -48,6 +48,7 @@ def report(params: Params) -> None:
     write_report(params)
     tracking = open_tracking(params, "report")
     tracking.submit(lambda: log_report(tracking, params))
+    print(f"report: {RESULTS / 'report.html'}; `python -m pipeline.answer` says the same in five rows")
 
 
 if __name__ == "__main__":

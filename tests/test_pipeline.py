@@ -263,12 +263,12 @@ def test_baselines_run_again_do_only_what_is_missing(repro, tmp_path):
 
 
 def test_with_patience_the_final_training_passes_its_groups_as_often_as_the_searchs_best_report(repro, tmp_path):
-    """The same for a baseline with nothing else to tune. A trial that ended early is not trained on, kept or not."""
+    """Of the bench, too, with nothing else to tune. A trial that ended early is not trained on, kept or not."""
     project = tmp_path / "patient"
     shutil.copytree(repro, project, ignore=shutil.ignore_patterns("mlflow.db", "mlartifacts"))
     params = yaml.safe_load((project / "params.yaml").read_text())
     params["train"] |= {"passes": 3, "patience": 1}
-    params["baselines"] |= {"methods": ["r2d2", "static_trunk"], "scratch_search_groups": 2}
+    params["baselines"] |= {"methods": ["r2d2", "pudnet_plus", "static_trunk"], "scratch_search_groups": 2}
     (project / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
 
     def stages(*names: str) -> str:
@@ -281,17 +281,18 @@ def test_with_patience_the_final_training_passes_its_groups_as_often_as_the_sear
     search = pd.read_csv(project / "results/search.csv")
     assert best["passes"] == search.groups[search.accuracy.idxmax()] / 10
     assert best["accuracy"] == pytest.approx(search.accuracy.max(), abs=1e-3)
-    for trial in ("split0-eta0.0-depth1", "split0-eta0.2-depth1", "r2d2-split0"):
+    for trial in ("split0-eta0.0-depth1", "split0-eta0.2-depth1", "r2d2-split0", "pudnet_plus-split0"):
         told = re.findall(rf" {trial}: group +(\d+) of 30, .* validation +([\d.]+)", said)
         groups, accuracies = zip(*((int(groups), float(accuracy)) for groups, accuracy in told), strict=True)
         rises = [later > max(accuracies[:at]) for at, later in enumerate(accuracies) if at]
         assert all(rises[:-1]) and (not rises[-1] or groups[-1] == 30)  # one report without a rise, or the end
-    (tuned,) = pd.read_csv(project / "results/tuning.csv").groups
+    tuned = pd.read_csv(project / "results/tuning.csv").set_index("method").groups
     curves = pd.read_csv(project / "results/loss_curves.csv").groupby("method")["groups"].max()
     assert curves.to_dict() == {
         "pudnet": round(best["passes"] * 19),
         "static_trunk": round(best["passes"] * 19),
-        "r2d2": round(tuned / 10 * 19),
+        "r2d2": round(tuned.r2d2 / 10 * 19),
+        "pudnet_plus": round(tuned.pudnet_plus / 10 * 19),
     }
     assert "2 of 2 trials are finished already" in stages("search")
     for ended in (project / ".pud/trials").glob("pudnet-split0-*/ended.json"):

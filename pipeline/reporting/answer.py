@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pipeline.params import PLUS
 from pipeline.reporting.methods import label
 from pipeline.reporting.results import Results, section
+from pudnet.config import VARIANTS
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,14 @@ def answer_rows(results: Results) -> list[Row]:
     return [_row(results, method) for method in wanted if method in results.methods]
 
 
+def labels_note(results: Results) -> str:
+    """How many labels PudNet+ uses beside another variant. (Beside PudNet+, all methods are given as many as it.)"""
+    if PLUS not in results.baselines:
+        return ""
+    images = VARIANTS[PLUS]["sketch_images"]
+    return f"PudNet+ uses the labels of up to {images} images of a group, which is more than other predictions do."
+
+
 def _row(results: Results, method: str) -> Row:
     """A method's row. If it has fewer test groups than PudNet, it is PudNet's accuracy plus their paired difference."""
     own, pudnet = results.methods[method], results.metrics
@@ -41,5 +50,9 @@ def _row(results: Results, method: str) -> Row:
     if own["test_groups"] < pudnet["test_groups"]:
         halves = (pudnet["ci95"], own["difference_ci95"])
         accuracy, ci95 = pudnet["accuracy"] + own["difference"], None if None in halves else math.hypot(*halves)
-    name = results.variant if method == "pudnet" else method
-    return Row(method, label(name), accuracy, ci95, results.adaptation.get(method))
+    name = label(results.variant if method == "pudnet" else method)
+    if section(method) == "scratch":
+        name = f"from scratch: {name}"
+    return Row(
+        method, "PudNet, the paper’s" if name == "PudNet" else name, accuracy, ci95, results.adaptation.get(method)
+    )

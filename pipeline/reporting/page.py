@@ -14,7 +14,7 @@ from markupsafe import Markup
 from pipeline.params import PLUS, Params
 from pipeline.project import git_commit
 from pipeline.reporting import figures
-from pipeline.reporting.answer import answer_rows
+from pipeline.reporting.answer import answer_rows, labels_note
 from pipeline.reporting.methods import METHODS, label, target_name
 from pipeline.reporting.numbers import duration, plus_minus, signed
 from pipeline.reporting.paper import Reported, load_reported, paper_figures
@@ -164,6 +164,7 @@ def render(
         static=results.baselines.get("static_trunk"),
         verdict=verdict,
         answer=answer_rows(results),
+        labels_note=labels_note(results),
         headline=headline(results, paper),
         paper=paper,
         reported=paper.get(results.variant),

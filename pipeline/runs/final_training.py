@@ -14,7 +14,7 @@ import yaml
 from pipeline.params import PLUS, Params
 from pipeline.project import BASELINES, PUDNET, RESULTS, STORE, git_commit, group_folder, read_result, split_model
 from pipeline.runs.executor import Experiment, run_missing
-from pipeline.runs.trial import TrialSpec, card_of, make_spec
+from pipeline.runs.trial import card_of, make_spec
 from pipeline.runs.trial_folder import Finished
 from pipeline.tracking.datasets import dataset
 from pipeline.tracking.registry import Validation, register
@@ -53,7 +53,10 @@ def train_all(params: Params, stage: str, methods: Mapping[str, Cells], fresh: b
         if lacking := set(params.split_seeds) - set(cells):
             raise UserError(f"{kind}: nothing was chosen for split {min(lacking)}; run the search again (`dvc repro`)")
     named = [(method, seed) for method in methods for seed in params.split_seeds]
-    specs = [_spec(params, method, seed, methods[method][seed]) for method, seed in named]
+    specs = [
+        make_spec(params, f"train-{method}-split{seed}", method, seed, dict(methods[method][seed]), "train", validate=0)
+        for method, seed in named
+    ]
     tracking = open_tracking(params, stage)
     print(f"{stage}: {len(specs)} final training(s) on {params.groups.train_groups:,} groups")
     finished = run_missing(
@@ -75,19 +78,12 @@ def train_baselines(
 ) -> pd.DataFrame:
     """Train those methods of the bench that are trained on groups. Returns the loss curves, PudNet's first."""
     curves = read_result(RESULTS / "train_curves.csv", pd.read_csv, "train")
-    cells = {m: {seed: choices[m, seed][0] for seed in params.split_seeds} for m in methods if m in LEARNED}
+    learned = [m for m in methods if m in LEARNED or m == PLUS]
+    cells = {m: {seed: choices[m, seed][0] for seed in params.split_seeds} for m in learned}
     if "static_trunk" in methods:
         cells["static_trunk"] = read_best()  # the search's choice for PudNet, of which only training keys apply
-    if PLUS in methods:
-        cells[PLUS] = dict.fromkeys(params.split_seeds, {})  # the variant sets all that is searched
     BASELINES.mkdir(parents=True, exist_ok=True)  # DVC expects this output even if nothing is trained
     return pd.concat([curves, train_all(params, "baselines", cells, fresh)]) if cells else curves
-
-
-def _spec(params: Params, method: str, split_seed: int, cell: Mapping[str, Any]) -> TrialSpec:
-    """The final training of a method. PudNet+ on the bench is PudNet by its own variant."""
-    kind, own = ("pudnet", dataclasses.replace(params, variant=PLUS)) if method == PLUS else (method, params)
-    return make_spec(own, f"train-{method}-split{split_seed}", kind, split_seed, dict(cell), table="train", validate=0)
 
 
 def _log(tracking: Tracking, trial: Finished, path: Path) -> None:

@@ -20,6 +20,7 @@ from pipeline.params import Params
 from pipeline.project import root, split_model, write
 from pipeline.runs import cluster
 from pipeline.runs.class_split import Bench, open_bench
+from pipeline.runs.display import bars
 from pipeline.runs.keys import digest, measurement_key
 from pipeline.runs.trial import group_seed
 from pipeline.runs.tuning import Cell, Choices
@@ -93,12 +94,15 @@ def measure_missing(
         print(f"  {len(tables)} of {len(keys)} measurements are done already", flush=True)
     measure = task(params, function)
     running = {measure(one): one for one in keys if one not in tables}
-    while running:
-        (ended,), _ = ray.wait(list(running))
-        one = running.pop(ended)
-        tables[one] = cluster.result(ended)
-        write(kept[one], tables[one].to_parquet(index=False))
-        print(f"  {done(one, tables[one])}", flush=True)
+    with bars() as bar:
+        task_bar = bar.add_task("all measurements", total=len(keys), completed=len(tables))
+        while running:
+            (ended,), _ = ray.wait(list(running))
+            one = running.pop(ended)
+            tables[one] = cluster.result(ended)
+            write(kept[one], tables[one].to_parquet(index=False))
+            print(f"  {done(one, tables[one])}", flush=True)
+            bar.update(task_bar, completed=len(tables))
     return tables
 
 

@@ -55,7 +55,8 @@ class TrialProgress(Callback):
         self.ended: dict[str, Finished] = {}
         self.reports: dict[str, dict[int, Mapping]] = {name: {} for name in keys}  # by the number of groups
         self.runs: dict[str, tuple[str, int]] = {}  # of MLflow, by the trial's name: the id, and the last step in it
-        self.bars = TrialBars(len(keys), root() / ".pud" / "log" / f"{time.strftime('%Y-%m-%d-%H%M%S')}.txt")
+        log = root() / ".pud" / "log" / f"{time.strftime('%Y-%m-%d-%H%M%S')}.txt"
+        self.bars = TrialBars(len(keys), self.ended, log)
         self._is_at_work()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -81,8 +82,8 @@ class TrialProgress(Callback):
         if spec.name not in self.ended:
             ended = Finished(spec, self.keys[spec.name], max(self.reports[spec.name], default=0), diverged)
             mark_ended(ended)
-            self._end(spec, "FAILED" if diverged else "FINISHED")
             self.ended[spec.name] = ended
+            self._end(spec, "FAILED" if diverged else "FINISHED")
 
     def on_trial_error(self, trial: Trial, **info: Any) -> None:
         """Close the trial's MLflow run as failed."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import zipfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from pipeline.params import Params
+from pipeline.params import PLUS, Params
 from pipeline.project import STORE, group_folder
 from pudnet.baselines import LEARNED, SCRATCH, Adapter, Scratch, ScratchConfig, make_method
 from pudnet.card import Card
@@ -55,9 +55,10 @@ class TrialSpec:
 
 
 def make_spec(
-    params: Params, name: str, kind: str, split_seed: int, cell: dict[str, Any], table: str, validate: int
+    params: Params, name: str, method: str, split_seed: int, cell: dict[str, Any], table: str, validate: int
 ) -> TrialSpec:
-    """The trial of `params` with one cell of the grid applied."""
+    """The trial of `params` with one cell of the grid applied. The method `pudnet_plus` is PudNet by that variant."""
+    kind, params = ("pudnet", replace(params, variant=PLUS)) if method == PLUS else (method, params)
     baseline = kind in LEARNED or kind in SCRATCH
     model, train = params.baseline(kind, cell) if baseline else params.configured(cell)
     static = kind == "static_trunk"  # of PudNet's cell only the training keys apply

@@ -9,13 +9,13 @@ from typing import Any
 
 import pandas as pd
 
-from pipeline.params import Params
+from pipeline.params import PLUS, Params
 from pipeline.runs.executor import Experiment, run_missing
 from pipeline.runs.parents import close_tuning
 from pipeline.runs.trial import TrialSpec, make_spec
 from pipeline.runs.trial_folder import Finished
 from pipeline.tracking.runs import Tracking
-from pudnet.baselines import LEARNED, SCRATCH
+from pudnet.baselines import SCRATCH
 from pudnet.errors import RunFailed
 
 Cell = dict[str, Any]
@@ -36,7 +36,7 @@ def tune(
     specs = [
         _spec(params, method, seed, cell)
         for (method, seed), cells in grids.items()
-        if len(params.baseline_grid(method)) > 1 or (params.train.patience and method in LEARNED)
+        if len(params.baseline_grid(method)) > 1 or (params.train.patience and method not in SCRATCH)
         for cell in cells
     ]
     if not specs:
@@ -55,11 +55,12 @@ def _choices(params: Params, specs: Sequence[TrialSpec], best: Sequence[Finished
     """The chosen cells of every method and split that was tuned."""
     choices: Choices = {}
     for spec in specs:
-        same = (t for t in best if (t.spec.kind, t.spec.split_seed) == (spec.kind, spec.split_seed))
+        of = _method(spec), spec.split_seed
+        same = (trial for trial in best if (_method(trial.spec), trial.spec.split_seed) == of)
         own = [trial.spec.cell | trial.passes(params.groups.search_groups) for trial in same]
         if not any(cell.get("epochs") == spec.cell.get("epochs") for cell in own):
             raise RunFailed(f"baselines: no trial like {spec.name} finished; the same command tries again")
-        choices[spec.kind, spec.split_seed] = own
+        choices[of] = own
     return choices
 
 
@@ -76,7 +77,7 @@ def _spec(params: Params, method: str, seed: int, cell: Cell) -> TrialSpec:
     name = "-".join([f"{method}-split{seed}", *(f"{key}{value}" for key, value in cell.items())])
     validate = params.baselines.scratch_search_groups if method in SCRATCH else params.groups.validation_groups
     spec = make_spec(params, name, method, seed, cell, "search_train", validate)
-    patience = spec.train["patience"] if method in LEARNED else None  # from scratch, each report has more groups
+    patience = None if method in SCRATCH else spec.train["patience"]  # from scratch, each report has more groups
     every = params.search.report_every if patience else params.groups.search_groups
     return replace(spec, train={**spec.train, "patience": patience, "report_every": every})
 
@@ -84,7 +85,7 @@ def _spec(params: Params, method: str, seed: int, cell: Cell) -> TrialSpec:
 def _row(trial: Finished) -> dict[str, Any]:
     cell = dict(trial.spec.cell)
     return {
-        "method": trial.spec.kind,
+        "method": _method(trial.spec),
         "split_seed": trial.spec.split_seed,
         "epochs": cell.pop("epochs", None),
         "cell": named(cell),
@@ -92,6 +93,11 @@ def _row(trial: Finished) -> dict[str, Any]:
         "accuracy": trial.metrics["validation_accuracy"],
         "ci95": trial.metrics["validation_ci95"],
     }
+
+
+def _method(spec: TrialSpec) -> str:
+    """The method of a trial: PudNet itself is not tuned here."""
+    return PLUS if spec.kind == "pudnet" else spec.kind
 
 
 def named(cell: Mapping[str, Any]) -> str:
