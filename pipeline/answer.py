@@ -17,12 +17,10 @@ from pipeline.stage import run_stage
 def answer(params: Params) -> None:
     """Print five rows of results, where the report is, and how to use the model."""
     results = read_results(RESULTS)
-    rows, groups = answer_rows(results), results.metrics["test_groups"]
+    rows = answer_rows(results)
     model = split_model(PLUS, params.seed) if any(row.method == PLUS for row in rows) else PUDNET
     console = Console(highlight=False, soft_wrap=True)
-    console.print(
-        f"\n{params.setting}, {target_name(params.target)}: {groups:,} test groups of classes never trained on\n"
-    )
+    console.print(f"\n{params.setting}, {target_name(params.target)}: accuracy on classes that were never trained on\n")
     console.print(_table(rows))
     console.print(f"\n± is a 95 % interval over test groups. {labels_note(results)}")
     console.print(f"\nthe whole report   {RESULTS / 'report.html'}")
@@ -39,10 +37,11 @@ def _table(rows: list[Row]) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 4, 0, 0), header_style="bold")
     table.add_column("method")
     table.add_column("accuracy, %", justify="right")
+    table.add_column("test groups", justify="right")
     table.add_column("time a group", justify="right")
     for row in rows:
         time = "" if row.milliseconds is None else duration(row.milliseconds)
-        table.add_row(row.label, plus_minus(row.accuracy, row.ci95), time)
+        table.add_row(row.label, plus_minus(row.accuracy, row.ci95), f"{row.groups:,}", time)
     return table
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from pipeline.params import PLUS
@@ -19,6 +18,7 @@ class Row:
     label: str
     accuracy: float
     ci95: float | None  # None: too few groups
+    groups: int  # test groups
     milliseconds: float | None  # to adapt to a group; None: not timed
 
 
@@ -44,15 +44,9 @@ def labels_note(results: Results) -> str:
 
 
 def _row(results: Results, method: str) -> Row:
-    """A method's row. If it has fewer test groups than PudNet, it is PudNet's accuracy plus their paired difference."""
-    own, pudnet = results.methods[method], results.metrics
-    accuracy, ci95 = own["accuracy"], own["ci95"]
-    if own["test_groups"] < pudnet["test_groups"]:
-        halves = (pudnet["ci95"], own["difference_ci95"])
-        accuracy, ci95 = pudnet["accuracy"] + own["difference"], None if None in halves else math.hypot(*halves)
-    name = label(results.variant if method == "pudnet" else method)
+    own, name = results.methods[method], label(results.variant if method == "pudnet" else method)
     if section(method) == "scratch":
         name = f"from scratch: {name}"
-    return Row(
-        method, "PudNet, the paper’s" if name == "PudNet" else name, accuracy, ci95, results.adaptation.get(method)
-    )
+    if name == "PudNet":
+        name = "PudNet, the paper’s"
+    return Row(method, name, own["accuracy"], own["ci95"], own["test_groups"], results.adaptation.get(method))
