@@ -46,7 +46,8 @@ def labels_note(results: Results) -> str:
 def _row(results: Results, method: str) -> Row:
     own, name = results.methods[method], label(results.variant if method == "pudnet" else method)
     if section(method) == "scratch":
-        name = f"from scratch: {name}"
+        base, _, epochs = method.rpartition("_")
+        name = f"{label(base)}, {epochs} epoch{'s' if epochs != '1' else ''}"
     if name == "PudNet":
         name = "PudNet, the paper’s"
     return Row(method, name, own["accuracy"], own["ci95"], own["test_groups"], results.adaptation.get(method))

@@ -104,7 +104,7 @@ def search_figure(
     axes.plot(*zip(*chosen, strict=True), "o", ms=13, mfc="none", mec=INK, mew=1.3, label="chosen")
     title = "η, the share of the sketch in each step" if across == "eta" else across
     axes.set(xlabel=title, ylabel="validation accuracy, %")
-    figure.legend(loc="outside upper left", ncols=6, columnspacing=1.2, handletextpad=0.4, labelcolor=INK)
+    figure.legend(loc="outside upper left", ncols=4, columnspacing=1.2, handletextpad=0.4, labelcolor=INK)
     return figure
 
 
@@ -199,7 +199,7 @@ def race_figure(race: Race, labels: Mapping[str, str]) -> Figure:
     _over_seconds(axes)
     low, high = axes.get_ylim()
     axes.set_ylim(max(low, 0), min(high, 100.8))
-    figure.legend(loc="outside upper left", ncols=4, columnspacing=1.2, handletextpad=0.4, labelcolor=INK)
+    figure.legend(loc="outside upper left", ncols=2, columnspacing=1.2, handletextpad=0.4, labelcolor=INK)
     return figure
 
 
