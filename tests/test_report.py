@@ -205,8 +205,9 @@ onload = () => {{
   const body = document.getElementById("page").contentDocument.body
   body.querySelectorAll("details").forEach(part => part.open = true)
   const said = part => part.tagName + " " + part.textContent.slice(0, 40)
-  const wide = [...body.querySelectorAll("*")].filter(part =>
-    (!part.closest(".scroll") || part.closest(".methods")) && part.getBoundingClientRect().right > body.ownerDocument.documentElement.clientWidth + 1)
+  const edge = body.ownerDocument.documentElement.clientWidth + 1
+  const whole = part => !part.closest(".scroll") || part.closest(".methods")
+  const wide = [...body.querySelectorAll("*")].filter(part => whole(part) && part.getBoundingClientRect().right > edge)
   const parts = picture => picture.querySelectorAll("path, image").length
   const drawn = picture => picture.getBoundingClientRect().height > 40 && parts(picture) > 3
   const empty = [...body.querySelectorAll("figure")].filter(one => ![...one.querySelectorAll("svg")].some(drawn))
