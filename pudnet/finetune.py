@@ -144,7 +144,9 @@ def _hold_out(columns: Tensor, part: float, card: Card) -> tuple[Tensor, Tensor]
                 raise UserError(f"{has}, too few to hold {count} out")
             used = f"{len(seen)} of which the network was predicted from with their labels, too few to hold {count} out"
             fewer = (len(rows) - count) * len(card.classes)
-            raise UserError(f"{has}, {used}; give more, or predict from fewer (--sketch {fewer})")
+            raise UserError(
+                f"{has}, {used}; give more, or predict from fewer (--sketch {fewer}; in Python sketch_images)"
+            )
         rest = rest[torch.randperm(len(rest), device=rest.device)]
         tested.append(rest[:count])
         kept.append(torch.cat([seen, rest[count:]]))

@@ -40,7 +40,9 @@ def labels_note(results: Results) -> str:
     if PLUS not in results.baselines:
         return ""
     images = VARIANTS[PLUS]["sketch_images"]
-    return f"PudNet+ uses the labels of up to {images} images of a group, which is more than other predictions do."
+    return (
+        f"PudNet+ uses the labels of up to {images} images of a group, the other predictions those of 10 of each class."
+    )
 
 
 def _row(results: Results, method: str) -> Row:
