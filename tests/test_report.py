@@ -197,7 +197,7 @@ def test_the_answer_has_each_method_that_was_run(results):
     found = {row.method: row for row in answer_rows(read_results(results))}
     assert list(found) == ["pudnet", "protonet", "scratch_adam_5", "random_weights"]
     assert (found["pudnet"].accuracy, found["pudnet"].milliseconds) == (95.1, 9.4)
-    assert found["scratch_adam_5"].label == "from scratch: Adam, 5 epochs" and found["scratch_adam_5"].groups == 300
+    assert found["scratch_adam_5"].label == "Adam from scratch, 5 epochs" and found["scratch_adam_5"].groups == 300
 
 
 MEASURE = """<iframe id="page" width="{width}" height="4000" srcdoc="{page}"></iframe><script>
