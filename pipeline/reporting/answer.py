@@ -27,7 +27,7 @@ def answer_rows(results: Results) -> list[Row]:
 
     Those that were not run are left out.
     """
-    learned = [m for m in results.baselines if section(m) == "learned" and m != PLUS]
+    learned = [m for m in results.baselines if section(m) == "learned"]
     scratch = [m for m in results.baselines if section(m) == "scratch"]
     best = max(learned, key=lambda m: results.baselines[m]["accuracy"], default=None)
     longest = max(scratch, key=lambda m: int(m.rpartition("_")[2]), default=None)

@@ -199,7 +199,7 @@ def race_figure(race: Race, labels: Mapping[str, str]) -> Figure:
     _over_seconds(axes)
     low, high = axes.get_ylim()
     axes.set_ylim(max(low, 0), min(high, 100.8))
-    figure.legend(loc="outside upper left", ncols=2, columnspacing=1.2, handletextpad=0.4, labelcolor=INK)
+    figure.legend(loc="outside upper left", ncols=2, columnspacing=3, handletextpad=0.4, labelcolor=INK)
     return figure
 
 

@@ -62,8 +62,9 @@ class Results:
 
     @property
     def methods(self) -> dict[str, dict[str, Any]]:
-        """Every method's summary, PudNet's first."""
-        return {"pudnet": self.metrics, **self.baselines}
+        """Every method's summary, first those of PudNet and, if it was run, PudNet+."""
+        plus = {PLUS: self.baselines[PLUS]} if PLUS in self.baselines else {}
+        return {"pudnet": self.metrics, **plus, **self.baselines}
 
     @property
     def variant(self) -> str:
@@ -155,8 +156,8 @@ def movement(predicted: list[Predicted]) -> Movement | None:
 
 
 def section(method: str) -> str | None:
-    """The section of the main table that a method belongs to; None for PudNet."""
-    if method == "pudnet":
+    """The section of the main table that a method belongs to; None for PudNet and PudNet+."""
+    if method in ("pudnet", PLUS):
         return None
     return "control" if method in CONTROLS else "scratch" if method.startswith("scratch_") else "learned"
 

@@ -12,13 +12,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 COLUMNS = (TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+AWHILE = 3600  # seconds of the past from which the time left is estimated: reports may be minutes apart
 LINES = 10  # that a trial has at most without a terminal
 
 
 def bars() -> Progress:
     """Progress bars that go when they are done. Without a terminal there are none."""
     console = Console(file=sys.stdout)
-    return Progress(*COLUMNS, console=console, transient=True, disable=not console.is_terminal)
+    often = {"refresh_per_second": 2, "speed_estimate_period": AWHILE}
+    return Progress(*COLUMNS, console=console, transient=True, disable=not console.is_terminal, **often)
 
 
 @contextlib.contextmanager
