@@ -166,7 +166,7 @@ def test_every_kind_of_study_runs_and_what_is_done_is_not_done_again(project, tm
     assert table.accuracy.nunique() >= 4 and table.accuracy.between(50, 100).all()
     assert table.set_index("row").milliseconds.notna().tolist() == [True, True, False, True, True, True]
     assert all(f"| {row} | " in page for row in TINY["rows"])
-    assert "| 91.07 ± 1.11 |" in page and "| 0.87 s |" in page
+    assert "| 91.07 ± 1.11 |" in page and "| 870 ms |" in page
     _check_kinds(tmp_path, first)
     project({**TINY, "rows": {row: own for row, own in TINY["rows"].items() if row != "untrained"}})
     again = run_studies(tmp_path, "tiny")
