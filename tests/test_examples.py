@@ -24,7 +24,9 @@ def test_own_images(tmp_path):
     assert right > 70
     for name in ("filters.png", "confusion.png"):
         assert min(Image.open(tmp_path / name).size) > 200
-    assert PredictedNetwork.load(tmp_path / "weights.safetensors").card.provenance["support_images"] == 90
+    assert (
+        PredictedNetwork.load(tmp_path / "weights.safetensors").card.provenance["support_images"] == 100
+    )  # all there are
 
 
 @pytest.fixture(scope="module")
