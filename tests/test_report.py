@@ -20,6 +20,7 @@ from pipeline.reporting.numbers import duration, plus_minus, signed
 from pipeline.reporting.page import verdict
 from pipeline.reporting.paper import load_reported, paper_figures
 from pipeline.reporting.results import PRODUCERS, histogram, read_results
+from pudnet.config import TrainConfig
 from pudnet.errors import UserError
 from pudnet.predictor import Predictor
 
@@ -46,6 +47,7 @@ class FakeParams:
     target: str = "convnet3"
     split_seeds: tuple[int, ...] = SPLITS
     seed: int = 0
+    train: TrainConfig = TrainConfig()
 
 
 def write_search(folder, rng):

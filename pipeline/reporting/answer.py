@@ -35,21 +35,22 @@ def answer_rows(results: Results) -> list[Row]:
     return [_row(results, method) for method in wanted if method in results.methods]
 
 
-def labels_note(results: Results) -> str:
-    """How many labels PudNet+ uses beside another variant. (Beside PudNet+, all methods are given as many as it.)"""
+def labels_note(results: Results, support_per_class: int) -> str:
+    """How many labels PudNet+ uses beside another variant. (Beside PudNet+, all methods are given as many as it.)
+
+    `support_per_class`: how many images of each class the others are given with their labels.
+    """
     if PLUS not in results.baselines:
         return ""
     images = VARIANTS[PLUS]["sketch_images"]
-    return (
-        f"PudNet+ uses the labels of up to {images} images of a group, the other predictions those of 10 of each class."
-    )
+    others = f"the other predictions those of {support_per_class} of each class"
+    return f"PudNet+ uses the labels of up to {images} images of a group, {others}."
 
 
 def _row(results: Results, method: str) -> Row:
     own, name = results.methods[method], label(results.variant if method == "pudnet" else method)
     if section(method) == "scratch":
-        base, _, epochs = method.rpartition("_")
-        name = f"{label(base)}, {epochs} epoch{'s' if epochs != '1' else ''}"
+        name = name.replace(",", " from scratch,", 1)  # Adam, 50 epochs
     if name == "PudNet":
         name = "PudNet, the paper’s"
     return Row(method, name, own["accuracy"], own["ci95"], own["test_groups"], results.adaptation.get(method))

@@ -74,7 +74,7 @@ def model_card(
         split_seed=made["split_seed"],
         train_classes=", ".join(split["train_classes"]),
         test_classes=", ".join(split["test_classes"]),
-        most=f"up to {card.sketch_images:,} images" if card.sketch_images else f"{measured[-1]['images']} images",
+        most=f"up to {card.sketch_images:,} images",
         threads=measured[0]["threads"],
         device=measured[0]["device"].upper() if measured[0]["device"] == "cpu" else measured[0]["device"],
         table=_table(measured),
