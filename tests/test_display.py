@@ -12,11 +12,19 @@ ended = []
 with TrialBars(2, ended, Path("log.txt")) as bars:
     for name in ("first", "second"):
         for groups in (4, 8):
-            bars.report(name, groups, 8, f"  {name}: group {groups} of 8")
+            report = {"groups": groups, "total": 8, "loss": 1.5, "train_accuracy": 90.0, "groups_per_second": 2.0}
+            bars.report(name, report)
         ended.append(name)
-        bars.end(name, f"  {name}: finished")
+        bars.end(name, report, failed=name == "second")
 """
-LINES = [f"{name}: group {groups} of 8" for name in ("first", "second") for groups in (4, 8)]
+LINES = [
+    "[0/2 done] first: group     4 of 8, loss 1.500, training 90.00 %, 2.00 groups/s",
+    "[0/2 done] first: group     8 of 8, loss 1.500, training 90.00 %, 2.00 groups/s",
+    "first: finished, training 90.00 %",
+    "[1/2 done] second: group     4 of 8, loss 1.500, training 90.00 %, 2.00 groups/s",
+    "[1/2 done] second: group     8 of 8, loss 1.500, training 90.00 %, 2.00 groups/s",
+    "second: failed",
+]
 
 
 def test_in_a_terminal_bars_move_and_the_reports_go_to_a_file(tmp_path):
@@ -28,8 +36,8 @@ def test_in_a_terminal_bars_move_and_the_reports_go_to_a_file(tmp_path):
     shown = b""
     while chunk := _read(reader):
         shown += chunk
-    assert all(words in shown for words in (b"log.txt", b"all trials", b"2/2", b"first: finished"))
-    assert b"group 4 of 8" not in shown
+    assert all(words in shown for words in (b"log.txt", b"all trials", b"2/2", b"second: failed"))
+    assert b"4 of 8" not in shown and b"finished" not in shown
     assert (tmp_path / "log.txt").read_text().splitlines() == LINES
 
 
@@ -40,18 +48,20 @@ def _read(reader: int) -> bytes:
         return b""
 
 
-def test_elsewhere_there_are_ten_lines_a_trial_at_most(tmp_path):
+def test_elsewhere_there_are_twenty_reports_at_most_and_a_line_for_each_end(tmp_path):
     done = subprocess.run([sys.executable, "-c", TRIALS], cwd=tmp_path, capture_output=True, text=True, check=True)
-    told = [line.strip() for line in done.stdout.splitlines()]
-    assert [line for line in told if "group" in line] == LINES and "second: finished" in told
+    assert [line.strip() for line in done.stdout.splitlines()][1:] == LINES
     many = """
 from pathlib import Path
 from pipeline.runs.display import TrialBars
-with TrialBars(1, [], Path("many.txt")) as bars:
+with TrialBars(3, [], Path("many.txt")) as bars:
     for groups in range(1, 501):
-        bars.report("long", groups, 500, f"  long: group {groups} of 500")
+        for name in ("a", "b", "c"):
+            report = {"groups": groups, "total": 500, "train_accuracy": 90.0, "groups_per_second": 2.0}
+            bars.report(name, report)
 """
     done = subprocess.run([sys.executable, "-c", many], cwd=tmp_path, capture_output=True, text=True, check=True)
-    told = [line.strip() for line in done.stdout.splitlines() if "group" in line]
-    assert told == [f"long: group {groups} of 500" for groups in range(50, 501, 50)]
-    assert len((tmp_path / "many.txt").read_text().splitlines()) == 500
+    assert [line.split(":")[1].split(" of")[0] for line in done.stdout.splitlines()[1:]] == [
+        f" group {groups:>5}" for groups in range(25, 501, 25)
+    ]
+    assert len((tmp_path / "many.txt").read_text().splitlines()) == 1500

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Callable, Iterator, Mapping, Sized
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from pipeline.runs.trial import TOTAL
+
 COLUMNS = (TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
 AWHILE = 3600  # seconds of the past from which the time left is estimated: reports may be minutes apart
-LINES = 10  # that a trial has at most without a terminal
+LINES = 20  # with reports that an experiment prints at most without a terminal
 
 
 def bars() -> Progress:
@@ -33,10 +37,10 @@ def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 class TrialBars:
-    """In a terminal, a bar for all trials together and one for each that runs; elsewhere, up to `LINES` lines a trial.
+    """In a terminal, a bar for all trials together and one for each that runs; elsewhere, a line now and then.
 
-    All reports go to the file `log`. Use it as a context manager, around the time in which trials run. `ended` has the
-    trials that have ended, of so many `trials`.
+    The file `log` gets a line for every report and every end. Use it as a context manager, around the time in which
+    trials run. `ended` has the trials that have ended, of so many `trials`.
     """
 
     def __init__(self, trials: int, ended: Sized, log: Path) -> None:
@@ -55,29 +59,49 @@ class TrialBars:
     def __exit__(self, *error: object) -> None:
         self.bars.stop()
 
-    def report(self, name: str, groups: int, total: int, line: str) -> None:
-        """Show that a trial has passed so many of its groups; `line` says more."""
+    def report(self, name: str, report: Mapping[str, Any]) -> None:
+        """Show a trial's report."""
+        line = f"  [{len(self.ended)}/{self.trials} done] {name}: {_words(report)}"
+        before = self._passed()
+        self.shares[name] = report["groups"] / report[TOTAL]
+        if self.bars.disable and int(LINES * self._passed() + 1e-6) > int(LINES * before + 1e-6):
+            print(line, flush=True)
+        if name not in self.tasks:
+            self.tasks[name] = self.bars.add_task(name, total=report[TOTAL])
+        self.bars.update(self.tasks[name], completed=report["groups"])
+        self._note(line)
+
+    def end(self, name: str, report: Mapping[str, Any] | None, failed: bool) -> None:
+        """Take a trial's bar away. `report` is the trial's last."""
+        self.shares.pop(name, None)
+        if name in self.tasks:
+            self.bars.remove_task(self.tasks.pop(name))
+        line = f"  {name}: failed" if failed else f"  {name}: finished, {_accuracy(report)}"
+        if failed or self.bars.disable:
+            print(line, flush=True)
+        self._note(line)
+
+    def _note(self, line: str) -> None:
+        self.bars.update(self.all, completed=self.trials * self._passed())
         with contextlib.suppress(OSError):  # a full disk ends the run elsewhere, with a better message
             self.log.parent.mkdir(parents=True, exist_ok=True)
             with self.log.open("a") as file:
                 file.write(f"{line.strip()}\n")
-        before, self.shares[name] = self.shares.get(name, 0.0), groups / total
-        if self.bars.disable:
-            if int(LINES * self.shares[name]) > int(LINES * before):
-                print(line, flush=True)
-            return
-        if name not in self.tasks:
-            self.tasks[name] = self.bars.add_task(name, total=total)
-        self.bars.update(self.tasks[name], completed=groups)
-        self._move_all()
 
-    def end(self, name: str, line: str) -> None:
-        """Take a trial's bar away, and print a line."""
-        self.shares.pop(name, None)
-        if name in self.tasks:
-            self.bars.remove_task(self.tasks.pop(name))
-            self._move_all()
-        print(line, flush=True)
+    def _passed(self) -> float:
+        """The share of all trials' groups that has been passed."""
+        return (len(self.ended) + sum(self.shares.values())) / self.trials
 
-    def _move_all(self) -> None:
-        self.bars.update(self.all, completed=len(self.ended) + sum(self.shares.values()))
+
+def _words(report: Mapping[str, Any]) -> str:
+    """A report as it is printed."""
+    loss = [f"loss {report['loss']:.3f}"] if "loss" in report else []
+    speed = f"{report['groups_per_second']:.2f} groups/s"
+    return ", ".join([f"group {report['groups']:>5} of {report[TOTAL]}", *loss, _accuracy(report), speed])
+
+
+def _accuracy(report: Mapping[str, Any]) -> str:
+    if "validation_accuracy" not in report:
+        return f"training {report['train_accuracy']:5.2f} %"
+    interval = f" +/- {report['validation_ci95']:.2f}" if math.isfinite(report["validation_ci95"]) else ""
+    return f"validation {report['validation_accuracy']:5.2f}{interval} %"

@@ -11,7 +11,7 @@ import contextlib
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from pipeline.runs.progress import TrialProgress
 from pipeline.runs.trainable import REPLAYED, run_trial
 from pipeline.runs.trial import TrialSpec, open_trial
 from pipeline.runs.trial_folder import REPORTS, Finished, forget_trial, newest_checkpoint, read_ended, trial_folder
+from pipeline.runs.trial_log import TrialLog
 from pipeline.tracking.runs import Tracking
 from pudnet.config import TrainConfig
 from pudnet.errors import RunFailed, is_out_of_memory
@@ -75,8 +76,8 @@ def run_missing(
         RunFailed: if a trial fails for good, does not fit in memory, or diverges without `keep_going`.
         UserError: if another process runs the same trials, or the configurations of a trial do not fit together.
     """
-    parent_run = (experiment.key, parent) if parent else None
-    progress = TrialProgress(params, tracking, experiment.keys, parent_run)
+    log = TrialLog(params, tracking, experiment.keys, (experiment.key, parent) if parent else None)
+    progress = TrialProgress(params, log, experiment.keys)
     with locked(root() / ".pud" / "running" / f"{experiment.key}.lock"):
         _read_earlier(experiment, progress, fresh)
         for spec in experiment.specs:
@@ -96,7 +97,7 @@ def run_missing(
         if trial.diverged:
             print(f"  {trial.spec.name} is left out: {trial.diverged}", flush=True)
         else:  # MLflow may lack a trial that another experiment ran, or that ended while it did not answer
-            progress.log(trial.spec, trial.history, "FINISHED")
+            log.write(trial.spec, trial.history, "FINISHED")
     return [trial for trial in trials if not trial.diverged]
 
 
@@ -106,7 +107,7 @@ def _read_earlier(experiment: Experiment, progress: TrialProgress, fresh: bool) 
         key = experiment.keys[spec.name]
         if fresh:
             forget_trial(key)
-            progress.tracking.submit(partial(progress.tracking.supersede, progress.run_key(spec)))
+            progress.log.supersede(spec)
         elif ended := read_ended(key, spec):
             progress.ended[spec.name] = ended
         elif reports := newest_checkpoint(trial_folder(key))[1][REPORTS]:

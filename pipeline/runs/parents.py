@@ -6,7 +6,7 @@ from typing import Any
 
 from pipeline.params import Params
 from pipeline.runs.executor import Experiment
-from pipeline.runs.progress import datasets
+from pipeline.runs.trial_log import datasets
 from pipeline.tracking.runs import Tracking
 
 

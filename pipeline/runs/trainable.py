@@ -5,24 +5,22 @@ Ray is told the reports, and never gets a checkpoint.
 
 from __future__ import annotations
 
-import resource
 import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from ray import train, tune
 from ray.train.torch import TorchTrainer
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from pipeline.runs.trial import DIVERGED, MetaTraining, TrialSpec, load_state, open_trial, own_device
 from pipeline.runs.trial_folder import REPORTS, newest_checkpoint, save_checkpoint
+from pipeline.runs.usage import Usage
 from pudnet.errors import RunFailed
 
 AT = "reported_at"  # in a report: when it was made, in seconds since 1970
-SYSTEM = ("system/cpu_cores_used", "system/peak_memory_megabytes", "system/gpu_peak_memory_megabytes")
 REPLAYED = "replayed"  # in a report: it was made before this process began
 
 Report = Callable[[dict[str, Any]], None]
@@ -57,21 +55,6 @@ def _train(config: Mapping[str, Any], state: dict[str, Any], report: Report, ran
             report(reports[-1])
     except RunFailed as error:  # the loss did not stay finite; Ray must not try again, so for Ray the trial ends well
         report({DIVERGED: str(error)})
-
-
-class Usage:
-    """Measures what this process uses, for MLflow's "System metrics". Peaks are since the process began."""
-
-    def __init__(self) -> None:
-        self.at = time.process_time(), time.monotonic()
-
-    def since_last(self) -> dict[str, float]:
-        """The numbers of `SYSTEM` since the last call; those of a GPU only if it is used."""
-        before, self.at = self.at, (time.process_time(), time.monotonic())
-        cores = (self.at[0] - before[0]) / max(self.at[1] - before[1], 1e-3)
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # Linux gives KiB
-        gpu = [torch.cuda.max_memory_allocated() / 2**20] if torch.cuda.is_initialized() else []
-        return dict(zip(SYSTEM, (cores, memory, *gpu), strict=False))
 
 
 def _train_by_workers(config: dict[str, Any]) -> None:

@@ -19,9 +19,9 @@ from pipeline.project import GROUPS, PREPARED, locked, root
 from pipeline.runs.class_split import images_of_a_class
 from pipeline.runs.executor import Experiment, run_missing
 from pipeline.runs.keys import digest, trial_key
-from pipeline.runs.progress import datasets
 from pipeline.runs.trial import TrialSpec
 from pipeline.runs.trial_folder import Finished
+from pipeline.runs.trial_log import datasets
 from pipeline.studies.definition import Column, Row, Study, row_spec
 from pipeline.studies.measuring import Cell
 from pipeline.tracking.datasets import test_sets
