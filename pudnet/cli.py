@@ -10,13 +10,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pudnet.errors import UserError, exit_code
+from pudnet.errors import UnreadableImage, UserError, exit_code
 from pudnet.files import check_writable, replacing
 
 if TYPE_CHECKING:
     from pudnet.card import Card
     from pudnet.data.user_images import ImageSet
     from pudnet.network import PredictedNetwork
+
+OTHER_FORMATS = {".pt", ".pth", ".pt2", ".bin", ".ckpt", ".onnx"}  # endings that promise another format
 
 # Each command imports what is slow to import (torch) itself, so that --help is quick.
 
@@ -28,7 +30,14 @@ def main(arguments: list[str] | None = None) -> int:
         sys.path.insert(0, "")  # find the user's own network in the current folder, as `python -m` does
     for said in ("images of .* as the model's training data", "files passed over"):  # the commands print these
         warnings.filterwarnings("ignore", message=said)
-    return exit_code(lambda: options.run(options))
+    return exit_code(lambda: _run(options))
+
+
+def _run(options: argparse.Namespace) -> None:
+    try:
+        options.run(options)
+    except UnreadableImage as error:
+        raise UserError(f"{error}, or leave such files out with --skip-bad") from None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -100,6 +109,7 @@ def _predict(options: argparse.Namespace) -> None:
     from pudnet.data.user_images import open_folder
     from pudnet.predictor import Predictor
 
+    _check_ending(options.out)
     predictor = Predictor.load(options.model, target=options.target)
     if options.support is not None:
         predictor.support_per_class = options.support
@@ -142,6 +152,7 @@ def _finetune(options: argparse.Namespace) -> None:
     from pudnet.finetune import Epoch, finetune
     from pudnet.network import PredictedNetwork
 
+    _check_ending(options.out)
     network = PredictedNetwork.load(options.weights, options.target)
     images = open_folder(options.data, network.card, options.skip_bad)
     for path in (options.out, options.curve):
@@ -183,6 +194,14 @@ def _info(options: argparse.Namespace) -> None:
     values["looked_at"] = f"{len(card.looked_at)} images, by their checksums"
     print(yaml.safe_dump(values, sort_keys=False).rstrip())
     print(f"tensors: {len(tensors)}, {sum(t.numel() for t in tensors.values()):,} numbers")
+
+
+def _check_ending(path: Path) -> None:
+    """Raise `UserError` if a file that is written as .safetensors has the ending of another format."""
+    if path.suffix in OTHER_FORMATS:
+        raise UserError(
+            f"{path}: this command writes .safetensors, so give that ending; `pudnet export` makes .onnx and .pt2 of it"
+        )
 
 
 def _looked_at(network: PredictedNetwork) -> int:

@@ -30,6 +30,10 @@ class UserError(_OneLine):
     """A mistake in usage, configuration or input. The text says where, what is wrong and what to do. Exit code 2."""
 
 
+class UnreadableImage(UserError):
+    """A file that should be an image cannot be decoded."""
+
+
 class RunFailed(_OneLine):
     """A run that started well but could not be finished. The text says what failed and what to do. Exit code 1."""
 

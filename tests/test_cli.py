@@ -110,7 +110,8 @@ def test_skip_bad_goes_on_and_counts(photos, weights, tmp_path, capsys):
     command = ["--data", str(folder), "--out", str(tmp_path / "out")]
     for start in (["predict"], ["classify", "--weights", str(weights)]):
         assert main([*start, *command]) == 2
-        assert f"{folder / '0' / '0000.png'} cannot be read as an image" in capsys.readouterr().err
+        told = capsys.readouterr().err
+        assert f"{folder / '0' / '0000.png'} cannot be read as an image" in told and "--skip-bad" in told
         assert not (tmp_path / "out").exists()
         assert main([*start, *command, "--skip-bad"]) == 0
         assert f"1 file(s) that cannot be read were left out, the first {folder / '0' / '0000.png'}" in (
@@ -183,6 +184,8 @@ CLASSIFY = "classify --weights {weights} --data {data}"
         ),
         ("predict --data {data} --out .", ".: cannot be written (it is a folder)"),
         ("predict --data {data} --out {tmp}/none", "none: cannot be written (it is a folder)"),
+        ("predict --data {data} --out {tmp}/o.pth", "o.pth: this command writes .safetensors"),
+        ("finetune --weights {weights} --data {data} --out {tmp}/o.onnx", "o.onnx: this command writes .safetensors"),
         (PREDICT + " --model {tmp}", "is a folder, not a file"),
         (PREDICT + " --model " + 300 * "x", "xxx: no such file, nor a model"),
         ("finetune --weights {weights} --data {data} --out {tmp}/o --curve {tmp}/none", "none: cannot be written"),

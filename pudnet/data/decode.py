@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from pudnet.errors import RunFailed, UserError, is_out_of_memory, not_its_fault
+from pudnet.errors import RunFailed, UnreadableImage, is_out_of_memory, not_its_fault
 
 PIXELS_IN_FLIGHT = 2**26  # at most so many are decoded at once, whatever the number of cores
 ALONE = 2**25  # an image with more pixels is decoded alone
@@ -29,10 +29,6 @@ TURNS = {  # EXIF orientation -> what turns the image upright
     8: Image.Transpose.ROTATE_90,
 }
 LARGE = 2**22  # a JPEG with more pixels is decoded at a smaller size
-
-
-class UnreadableImage(UserError):
-    """Raised for a file that is damaged, or no image at all."""
 
 
 def to_array(image: Image.Image, image_size: int, channels: int) -> np.ndarray:
