@@ -193,7 +193,7 @@ def race_figure(race: Race, labels: Mapping[str, str]) -> Figure:
         axes.annotate(f"{epochs}", (elapsed / 1000, accuracy), (6, -14), textcoords="offset points", color=SOFT)
     axes.axhline(race.pudnet, color=LIGHT["s0"], lw=0.9, alpha=0.6)
     predicted = {"pudnet": (race.pudnet, race.pudnet_ci95, race.pudnet_ms)} | ({"plus": race.plus} if race.plus else {})
-    for (name, (accuracy, ci95, elapsed)), color in zip(predicted.items(), (SERIES[0], SERIES[-1]), strict=False):
+    for (name, (accuracy, ci95, elapsed)), color in zip(predicted.items(), ("s0", "s3"), strict=False):
         at, wanted = (elapsed / 1000, accuracy, ci95), {"color": LIGHT[color], "label": labels[name]}
         axes.errorbar(*at, fmt="D", ms=8, **wanted, **bars)
     _over_seconds(axes)
