@@ -6,11 +6,14 @@ IN_VENV := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 
 DOCS := .venv-docs
 
-.PHONY: repro test faults gpu lint ui docs notebook
+.PHONY: setup repro test faults gpu lint ui docs notebook
 
 repro: $(READY)
 	$(IN_VENV) dvc repro
 	@$(IN_VENV) python -m pipeline.answer
+
+# The virtual environment .venv, with everything that the project needs.
+setup: $(READY)
 
 # The numeric tests run a second time with the kernels that torch uses on a processor without AVX-512.
 WITHOUT_AVX512 := ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/$(VENV)/kernels-avx2

@@ -49,9 +49,11 @@ def measure(
     own: int,
     new: int,
     epochs: int,
+    augment: str,
 ) -> dict[str, float]:
     """One five: percent right of its new images, as predicted and after fine-tuning, and of those held out in it.
 
+    Both the prediction and fine-tuning are given four fifths of the user's images; the fifth that is left is held out.
     The first `own` images (uint8, N, H, W, C) of each class are the user's, the next `new` are new. Raises `UserError`
     where a class has fewer.
     """
@@ -59,10 +61,11 @@ def measure(
         raise UserError(f"--images {own} and --new {new}: a class has {there} images; ask for fewer")
     rows = np.stack([np.flatnonzero(labels == number)[: own + new] for number in classes])
     mine, others = rows[:, :own].ravel(), rows[:, own:].ravel()
-    all_images = Predictor(predictor.model, predictor.card, predictor.target, sketch_images=len(mine))
+    predictor.sketch_images = len(mine)
+    everything = predictor.predict(images[mine], labels[mine])
+    predictor.sketch_images = looked_at(len(mine))
     network = predictor.predict(images[mine], labels[mine])
-    everything = all_images.predict(images[mine], labels[mine])
-    tuned = predictor.finetune(network, images[mine], labels[mine], epochs=epochs)
+    tuned = predictor.finetune(network, images[mine], labels[mine], epochs, augment=augment)
     right = {
         name: 100 * float(np.mean(np.array(of.classify(images[others])) == labels[others]))
         for name, of in (("predicted", network), ("of_all_images", everything), ("finetuned", tuned.network))
@@ -72,13 +75,18 @@ def measure(
     return right | {f"held_out_{start}_{epoch}": float(value) for (start, epoch), value in points.items()}
 
 
-def show(rows: pd.DataFrame, looked_at: int, own: int, epochs: int) -> None:
+def looked_at(images: int) -> int:
+    """Four fifths of so many images: the others can be held out of fine-tuning."""
+    return images * 4 // 5
+
+
+def show(rows: pd.DataFrame, own: int, epochs: int) -> None:
     """Print the mean over fives."""
     mean = rows.mean()
     table = Table(f"percent right, mean of {len(rows)} times {CLASSES} classes", Column("", justify="right"))
-    table.add_row(f"new images, as predicted from {looked_at}", f"{mean.predicted:.1f}")
+    table.add_row(f"new images, as predicted from {looked_at(CLASSES * own)}", f"{mean.predicted:.1f}")
     table.add_row(f"  as predicted from all {CLASSES * own}", f"{mean.of_all_images:.1f}")
-    table.add_row(f"  after {epochs} epochs on four fifths of them", f"{mean.finetuned:.1f}")
+    table.add_row(f"  after {epochs} epochs on {looked_at(CLASSES * own)}", f"{mean.finetuned:.1f}")
     for start in ("predicted", "random"):
         first, last = (mean[f"held_out_{start}_{epoch}"] for epoch in (0, epochs))
         table.add_row(f"the fifth held out, from {start} weights", f"{first:.1f} to {last:.1f}")
@@ -93,6 +101,7 @@ def main() -> None:
     parser.add_argument("--images", type=positive, default=100, help="of each class, to predict from and train on")
     parser.add_argument("--new", type=positive, default=400, help="of each class, new ones")
     parser.add_argument("--epochs", type=positive, default=20)
+    parser.add_argument("--augment", default="shift_mirror", help="as for `pudnet finetune` (%(default)s)")
     parser.add_argument("--out", type=Path, default=Path("results/benchmarks/finetuning.json"))
     options = parser.parse_args()
     check_writable(options.out)
@@ -100,10 +109,10 @@ def main() -> None:
     source = open_source(options.source, Path("data/raw"), predictor.card.image_size, predictor.card.channels)
     images = np.concatenate(list(source.batches()))
     rows = pd.DataFrame(
-        measure(predictor, images, source.labels, classes, options.images, options.new, options.epochs)
+        measure(predictor, images, source.labels, classes, options.images, options.new, options.epochs, options.augment)
         for classes in unseen_classes(predictor, source)
     )
-    show(rows, predictor.sketch_images, options.images, options.epochs)
+    show(rows, options.images, options.epochs)
     write_json(options.out, {"fives": rows.to_dict("records")})
     print(f"written: {options.out}")
 

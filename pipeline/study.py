@@ -41,9 +41,9 @@ def run(names: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def _at_most(hours: float | None) -> Iterator[None]:
-    """Run the block with Ray, and end it after so many hours, as Ctrl-C would. None: however long it takes.
+    """Open Ray for the block. After so many hours (None: no limit) end it with `RunFailed`.
 
-    Raises `RunFailed` then, since DVC would take a study that ends well to be done.
+    (DVC would take a study that ends without an error to be done.)
     """
     end = time.monotonic() + 3600 * hours if hours else math.inf
     try:

@@ -38,8 +38,8 @@ def _check(x: np.ndarray, y: np.ndarray) -> None:
         raise UserError(f"cca: {len(x)} points cannot be paired with {len(y)}")
     if x.shape[1] + y.shape[1] >= len(x) - 1:
         raise UserError(
-            f"cca: {len(x)} points are too few for {x.shape[1]} + {y.shape[1]} columns, whose correlations would be "
-            "perfect whatever they hold; reduce the columns (by PCA) or take more points"
+            f"cca: {len(x)} points are too few for {x.shape[1]} + {y.shape[1]} columns: every correlation would "
+            "be 1; reduce the columns (by PCA) or take more points"
         )
 
 

@@ -74,6 +74,11 @@ def _parser() -> argparse.ArgumentParser:
     finetune.add_argument("--epochs", type=int, default=10, help="(%(default)s)")
     finetune.add_argument("--learning-rate", type=float, default=3e-3, help="its highest value (%(default)s)")
     finetune.add_argument("--held-out", type=float, default=0.2, help="share of each class to test on (%(default)s)")
+    finetune.add_argument(
+        "--augment",
+        default="shift",
+        help="how training images are changed at random: none, shift, or, for photographs, shift_mirror (%(default)s)",
+    )
     finetune.add_argument("--out", type=Path, required=True, help="the .safetensors file to write")
     finetune.add_argument("--curve", type=Path, help="write both runs' loss and accuracy by epoch as CSV")
     finetune.set_defaults(run=_finetune)
@@ -158,7 +163,9 @@ def _finetune(options: argparse.Namespace) -> None:
     for path in (options.out, options.curve):
         if path:
             check_writable(path)
-    found = finetune(network, images, None, options.epochs, options.held_out, options.learning_rate)
+    found = finetune(
+        network, images, None, options.epochs, options.held_out, options.learning_rate, augment=options.augment
+    )
     found.network.save(options.out)
     if options.curve:
         _write_csv(options.curve, [field.name for field in fields(Epoch)], [astuple(point) for point in found.curve])

@@ -160,7 +160,7 @@ def patches(images: Tensor, kernel: tuple[int, int], stride: tuple[int, int], pa
 
 
 def _step(weight: Tensor, stride: tuple[int, int], padding: tuple[int, int]) -> tuple[int, int]:
-    """The spacing of the only pixels that a kernel (d_out, d_in, kh, kw) sees: its stride if it is 1x1, else (1, 1)."""
+    """The spacing of the pixels that a kernel (d_out, d_in, kh, kw) reads: its stride if it is 1x1, else (1, 1)."""
     return stride if weight.shape[2:] == (1, 1) and padding == (0, 0) else (1, 1)
 
 

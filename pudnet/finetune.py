@@ -23,7 +23,7 @@ from pudnet.data.user_images import Images, ImageSet, Pixels, images_at_a_time, 
 from pudnet.device import clock, wants_bf16
 from pudnet.errors import UserError
 from pudnet.network import PredictedNetwork, features_in_parts
-from pudnet.scratch import ScratchConfig, train
+from pudnet.scratch import AUGMENTATIONS, ScratchConfig, train
 from pudnet.targets import calibrate
 
 
@@ -66,22 +66,24 @@ def finetune(
     held_out: float = 0.2,
     learning_rate: float = 3e-3,
     seed: int = 0,
+    augment: str = "shift",
 ) -> FineTuned:
     """Train a predicted network's weights and classifier on labelled images, and the same target from random weights.
 
     The share `held_out` of each class, at least one image, is kept from training and gives the accuracies. For both
     starts, BatchNorm and the classifier are first fitted to the training images; then both are trained on the same
     batches, with the same loss (cross-entropy) and schedule (`ScratchConfig`: AdamW, with a rate that rises and then
-    falls to zero).
+    falls to zero). `augment` is one of `AUGMENTATIONS`. It matters: without it the fitted classifier is right about nearly
+    all training images, and there is little left to learn.
 
     The prediction may have seen images that are held out here, but never their labels: images whose labels it used
     (PudNet+) always become training images. All images are kept in memory at the network's size.
 
     Raises:
         UserError: if images cannot be used, a label is unknown to the network, a class has no images or too few to
-            hold any out, or `epochs`, `held_out` or `learning_rate` is out of range.
+            hold any out, `epochs`, `held_out` or `learning_rate` is out of range, or `augment` is unknown.
     """
-    config = _config(epochs, held_out, learning_rate)
+    config = _config(epochs, held_out, learning_rate, augment)
     network, seen = copy.deepcopy(network).float(), {}
     normalized, columns = _all_images(network, images, labels, seen)
     with torch.random.fork_rng():
@@ -102,7 +104,7 @@ def finetune(
     return FineTuned(tuned, tuple(curve), len(kept), len(tested))
 
 
-def _config(epochs: int, held_out: float, learning_rate: float) -> ScratchConfig:
+def _config(epochs: int, held_out: float, learning_rate: float, augment: str) -> ScratchConfig:
     """Check the arguments and make the training run's configuration."""
     if isinstance(epochs, bool) or not isinstance(epochs, Integral) or epochs < 1:
         raise UserError(f"epochs: must be an integer of at least 1, got {epochs!r}")
@@ -110,7 +112,9 @@ def _config(epochs: int, held_out: float, learning_rate: float) -> ScratchConfig
         raise UserError(f"held_out: must lie between 0 and 1, got {held_out!r}")
     if not isinstance(learning_rate, Real) or not 0 < learning_rate < math.inf:
         raise UserError(f"learning_rate: must be positive, got {learning_rate!r}")
-    return ScratchConfig(epochs=int(epochs), learning_rate=float(learning_rate))
+    if augment not in AUGMENTATIONS:
+        raise UserError(f"augment: must be one of {', '.join(AUGMENTATIONS)}, got {augment!r}")
+    return ScratchConfig(epochs=int(epochs), learning_rate=float(learning_rate), augment=augment)
 
 
 def _all_images(

@@ -175,11 +175,12 @@ class Predictor:
         epochs: int = 10,
         held_out: float = 0.2,
         learning_rate: float = 3e-3,
+        augment: str = "shift",
     ) -> FineTuned:
         """Train a predicted network on labelled images, and for comparison from random weights (`pudnet.finetune`)."""
         from pudnet.finetune import finetune  # here: a prediction does not need it
 
-        return finetune(network, images, labels, epochs, held_out, learning_rate)
+        return finetune(network, images, labels, epochs, held_out, learning_rate, augment=augment)
 
     def predict_many(
         self, groups: Sequence[tuple[Images | ImageSet, Sequence | Pixels | None]]

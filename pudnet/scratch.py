@@ -7,7 +7,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,10 @@ from pudnet.device import flushing_denormals
 from pudnet.gradient_centralization import Where, centralized
 from pudnet.network import Classifier
 from pudnet.targets import Target, calibrate
+
+
+Augmentation = Literal["none", "shift", "shift_mirror"]
+AUGMENTATIONS = get_args(Augmentation)
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -37,7 +41,7 @@ class ScratchConfig:
     warm_up: Fraction = 0.2
     batch: Positive = 50
     weight_decay: Weight = 0.01
-    augment: Literal["none", "shift", "shift_mirror"] = "none"
+    augment: Augmentation = "none"
     centralize: Where = "update"
 
 

@@ -16,13 +16,15 @@ TABLES = {"convnet3": "table1", "resnet18": "table2", "resnet34": "table8"}
 HEAD = """# Measured results
 
 Each folder holds what one run of the pipeline left: its `params.yaml`, the search, metrics and times.
-Made by `python reference/table.py` from those files; the runs by `dvc repro` with the `params.yaml` of the folder, at a
-commit of its day: today's code names the keys that came since, and takes them as today's `params.yaml` has them
-(`prepare.source: npz:data/raw/cifar100.npz` is torchvision's CIFAR100 as arrays, training part and test part together,
-`labels` of its 100 fine classes; `prepare.source: null` downloads the same),
-on 2 CPU cores (bf16, AMX, unless the run says otherwise), no GPU. Accuracy in percent, ± its 95% interval over test
-groups with the class splits held fixed; differences to PudNet are paired over the same test groups (the first ones,
-where a method has fewer).
+`python reference/table.py` makes this page from those files.
+
+The runs were made by `dvc repro` with the `params.yaml` of the folder, on 2 CPU cores (bf16, AMX, unless the run says
+otherwise), no GPU. Each was made at a commit of its day. If you run it with today's code, keys of `params.yaml` that
+came later have today's values. `prepare.source: npz:data/raw/cifar100.npz` is torchvision's CIFAR100 as arrays,
+training and test part together, its 100 fine classes as `labels`; `prepare.source: null` downloads the same images.
+
+Accuracy is in percent, ± its 95% interval over test groups with the class splits held fixed. Differences to PudNet are
+paired over the same test groups (the first ones, where a method has fewer).
 
 Defaults that were decided by measurement, on validation groups of CIFAR-100 (split 0, ConvNet-3, 200 training groups,
 `search.space` over the key; ± over 40 validation groups, 60 for the first):

@@ -150,6 +150,7 @@ def test_same_seed_gives_the_same_weights(predictor, digits):
         ({"labels": [0, 1, 2] * 26 + [3, 0]}, r"labels: class 3 has 1 image\(s\), too few"),
         ({"labels": [0, 1, 2, 1] * 20}, "labels: no images of class '3', which the network knows"),
         ({"epochs": True}, "epochs: must be an integer"),
+        ({"augment": "mirror"}, "augment: must be one of none, shift, shift_mirror, got 'mirror'"),
         ({"held_out": "x"}, "held_out: must lie between 0 and 1, got 'x'"),
     ],
 )

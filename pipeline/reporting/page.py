@@ -138,7 +138,7 @@ def method_colors(results: Results) -> dict[str, str]:
 
 
 def scale(kernels: np.ndarray) -> float:
-    """The value at the end of a colour scale, which only the largest hundredth of the values exceeds."""
+    """The 99th percentile of the absolute values, where the colour scale ends."""
     return float(np.quantile(np.abs(kernels), 0.99)) or 1.0
 
 

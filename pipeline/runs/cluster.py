@@ -104,7 +104,10 @@ class _Interruptions:
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[_Interruptions]:
-    """Let Ctrl-C and SIGTERM interrupt the block, and again later, in case code that cannot raise lost the first."""
+    """Turn Ctrl-C and SIGTERM into `KeyboardInterrupt`.
+
+    It is raised again after `AGAIN` seconds, since code that cannot raise may have lost the first.
+    """
     interruptions = _Interruptions()
     numbers = [signal.SIGTERM, signal.SIGALRM]
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as it is for a background job of a shell

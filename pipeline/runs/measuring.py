@@ -82,14 +82,14 @@ def measure_missing(
 ) -> dict[Any, pd.DataFrame]:
     """Measure a table for each item of `keys` by `function`, as Ray tasks.
 
-    Tables are kept in .pud/kept under their keys, and reused unless `fresh`. `done` gives the line to print when an
-    item is done.
+    Tables are kept in .pud/measurements under their keys, and reused unless `fresh`. `done` gives the line that says
+    without a terminal that an item is done.
     """
-    kept = {one: root() / ".pud" / "kept" / f"{key}.parquet" for one, key in keys.items()}
+    files = {one: root() / ".pud" / "measurements" / f"{key}.parquet" for one, key in keys.items()}
     tables = {}
     for one in () if fresh else keys:
         with contextlib.suppress(OSError, ValueError):  # missing or damaged; pyarrow's errors are subclasses
-            tables[one] = pd.read_parquet(kept[one])
+            tables[one] = pd.read_parquet(files[one])
     if tables:
         print(f"  {len(tables)} of {len(keys)} measurements are done already", flush=True)
     measure = task(params, function)
@@ -100,8 +100,9 @@ def measure_missing(
             (ended,), _ = ray.wait(list(running))
             one = running.pop(ended)
             tables[one] = cluster.result(ended)
-            write(kept[one], tables[one].to_parquet(index=False))
-            print(f"  {done(one, tables[one])}", flush=True)
+            write(files[one], tables[one].to_parquet(index=False))
+            if bar.disable:
+                print(f"  {done(one, tables[one])}", flush=True)
             bar.update(task_bar, completed=len(tables))
     return tables
 

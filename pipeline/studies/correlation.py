@@ -20,7 +20,7 @@ from pipeline.params import Params
 from pipeline.reporting.figures import correlations_figure
 from pipeline.runs.measuring import measure_missing, open_worker
 from pipeline.studies.definition import Study
-from pipeline.studies.measuring import Cell, open_cell
+from pipeline.studies.measuring import StudyCell, open_cell
 from pipeline.studies.page import table_of
 from pipeline.studies.trained import TrainedColumn
 from pudnet.cca import held_out_correlation
@@ -34,7 +34,7 @@ PART = 20  # groups in one task; an interruption loses at most one task
 class Part:
     """A part of a cell's groups."""
 
-    cell: Cell
+    cell: StudyCell
     first: int
     end: int
 

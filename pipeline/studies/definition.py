@@ -171,7 +171,7 @@ def _check(path: Path, study: Study) -> None:
 
 
 def _check_names(path: Path, study: Study) -> None:
-    """Raise `UserError` if a row's name cannot name its trials, or a name on the axis is not of its form."""
+    """Raise `UserError` if a row's name cannot be part of a trial's, or a name lacks the form that the axis needs."""
     slugs = [_slug(row) for row in study.rows]
     for row, slug in zip(study.rows, slugs, strict=True):
         if not slug or slugs.count(slug) > 1:

@@ -18,7 +18,7 @@ from pipeline.reporting.numbers import plus_minus
 from pipeline.runs.class_split import Bench
 from pipeline.runs.measuring import measure_missing, open_worker
 from pipeline.studies.definition import FineTuning, Study, reported
-from pipeline.studies.measuring import Cell, open_cell
+from pipeline.studies.measuring import StudyCell, open_cell
 from pipeline.studies.page import number, table_of, trained_on
 from pipeline.studies.trained import TrainedColumn
 from pudnet.baselines import ScratchConfig
@@ -63,7 +63,7 @@ def measure(trained: TrainedColumn) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _finetune(folder: str, params: Params, one: tuple[Cell, FineTuning]) -> pd.DataFrame:
+def _finetune(folder: str, params: Params, one: tuple[StudyCell, FineTuning]) -> pd.DataFrame:
     """In a Ray task: a cell's curve."""
     cell, plan = one
     bench = open_worker(folder, params, cell.spec.split_seed, None)

@@ -48,7 +48,7 @@ class Diagnosis:
 
 
 @dataclasses.dataclass(frozen=True)
-class Cell:
+class StudyCell:
     """A model (`checkpoint`; None: untrained) and how to measure it."""
 
     spec: TrialSpec = dataclasses.field(hash=False)
@@ -74,7 +74,7 @@ class Cell:
         return f"cell-{measurement_key(self.spec.kind, params.target, self.spec.split_seed, plain, code)}"
 
 
-def measure_cells(params: Params, cells: Sequence[Cell]) -> list[pd.DataFrame]:
+def measure_cells(params: Params, cells: Sequence[StudyCell]) -> list[pd.DataFrame]:
     """Measure the cells: each one's rows, as `Bench.accuracies` gives them. Kept results are not measured again."""
     keys = {cell: cell.key(params) for cell in cells}
     tables = measure_missing(
@@ -83,7 +83,7 @@ def measure_cells(params: Params, cells: Sequence[Cell]) -> list[pd.DataFrame]:
     return [tables[cell] for cell in cells]
 
 
-def time_cells(params: Params, cells: Mapping[str, Cell]) -> dict[str, float]:
+def time_cells(params: Params, cells: Mapping[str, StudyCell]) -> dict[str, float]:
     """Median milliseconds of adapting each cell to a group of the first split, in turns, with nothing else running.
 
     A cell has `resources.cpus` threads.
@@ -94,13 +94,13 @@ def time_cells(params: Params, cells: Mapping[str, Cell]) -> dict[str, float]:
     return dict(zip(tables[items].row, tables[items].milliseconds, strict=True))
 
 
-def diagnose_cells(params: Params, cells: Sequence[Cell]) -> list[Diagnosis]:
+def diagnose_cells(params: Params, cells: Sequence[StudyCell]) -> list[Diagnosis]:
     """How far each hypernetwork's weights move, and what its sketches say, on the test groups of its split."""
     diagnose = task(params, _diagnose)
     return [cluster.result(ended) for ended in [diagnose(cell) for cell in cells]]
 
 
-def open_cell(cell: Cell, bench: Bench, params: Params) -> Adapts:
+def open_cell(cell: StudyCell, bench: Bench, params: Params) -> Adapts:
     """The cell's model, ready to adapt to groups."""
     if cell.spec.kind in SCRATCH:
         return _scratch(cell.spec, bench, params)
@@ -128,7 +128,7 @@ def _scratch(spec: TrialSpec, bench: Bench, params: Params) -> Scratch:
     return Scratch(config, target, device, bf16, spec.kind == "scratch_gc", compiles(bench, params, config.epochs))
 
 
-def _measure(folder: str, params: Params, cell: Cell) -> pd.DataFrame:
+def _measure(folder: str, params: Params, cell: StudyCell) -> pd.DataFrame:
     bench = open_worker(folder, params, cell.spec.split_seed, None)
     adapts = open_cell(cell, bench, params)
     if cell.slow:
@@ -138,7 +138,7 @@ def _measure(folder: str, params: Params, cell: Cell) -> pd.DataFrame:
     return bench.accuracies(cell.spec.name, adapts, sketches=sketches)
 
 
-def _diagnose(folder: str, params: Params, cell: Cell) -> Diagnosis:
+def _diagnose(folder: str, params: Params, cell: StudyCell) -> Diagnosis:
     bench = open_worker(folder, params, cell.spec.split_seed, None)
     predictor, groups = open_cell(cell, bench, params), bench.tables["test"][:, FROM]
     sketches = group_sketches(predictor, bench.images, groups, bench.bf16)
@@ -152,7 +152,7 @@ def _diagnose(folder: str, params: Params, cell: Cell) -> Diagnosis:
     return Diagnosis(share, probe(sketches, [bench.images.block_classes(group).tolist() for group in groups]))
 
 
-def _time(folder: str, params: Params, cells: Sequence[tuple[str, Cell]]) -> pd.DataFrame:
+def _time(folder: str, params: Params, cells: Sequence[tuple[str, StudyCell]]) -> pd.DataFrame:
     bench = open_worker(folder, params, params.seed, params.evaluate.timing_groups)
     times = median_times(bench, {name: open_cell(cell, bench, params) for name, cell in cells})
     return pd.DataFrame({"row": list(times), "milliseconds": list(times.values())})

@@ -23,7 +23,7 @@ from pipeline.runs.trial import TrialSpec
 from pipeline.runs.trial_folder import Finished
 from pipeline.runs.trial_log import datasets
 from pipeline.studies.definition import Column, Row, Study, row_spec
-from pipeline.studies.measuring import Cell
+from pipeline.studies.measuring import StudyCell
 from pipeline.tracking.datasets import test_sets
 from pipeline.tracking.runs import Tracking, open_tracking
 
@@ -38,12 +38,12 @@ class TrainedColumn:
     study: Study
     column: str
     params: Params
-    trainings: Mapping[tuple[str, int], Sequence[Cell]]  # (row, split seed) -> a cell for each training
+    trainings: Mapping[tuple[str, int], Sequence[StudyCell]]  # (row, split seed) -> a cell for each training
     ended: Mapping[tuple[str, int], Finished]  # (row, split seed) -> the first training, if the row is trained
     tracking: Tracking
 
     @property
-    def cells(self) -> dict[tuple[str, int], Cell]:
+    def cells(self) -> dict[tuple[str, int], StudyCell]:
         """The cell of the first training, for each row and class split."""
         return {at: first for at, (first, *_) in self.trainings.items()}
 
@@ -129,7 +129,7 @@ def train(name: str, study: Study, column: str, params: Params) -> TrainedColumn
     what = f"study: {name}, {column}: {{}} training(s) on {params.groups.train_groups:,} groups"
     trained = _run_once(what, name, finals, params, tracking)
     specs |= finals
-    trainings: dict[tuple[str, int], list[Cell]] = {}
+    trainings: dict[tuple[str, int], list[StudyCell]] = {}
     for (row, split, n), spec in specs.items():
         trainings.setdefault((row, split), []).append(_cell(study.rows[row], spec, trained.get((row, split, n))))
     first = {(row, split): ended for (row, split, n), ended in trained.items() if n == 0}
@@ -160,8 +160,8 @@ def _seeded(spec: TrialSpec, n: int) -> TrialSpec:
     return replace(spec, name=f"{spec.name}-training{n}", seed=spec.seed + n) if n else spec
 
 
-def _cell(row: Row, spec: TrialSpec, trained: Finished | None) -> Cell:
-    return Cell(spec, trained and trained.checkpoint, row.sketch, row.images, row.head, row.finetune)
+def _cell(row: Row, spec: TrialSpec, trained: Finished | None) -> StudyCell:
+    return StudyCell(spec, trained and trained.checkpoint, row.sketch, row.images, row.head, row.finetune)
 
 
 def get_data(params: Params) -> None:

@@ -18,7 +18,7 @@ from pipeline.reporting.figures import bars_figure
 from pipeline.reporting.numbers import duration, plus_minus
 from pipeline.runs.measuring import measure_missing, open_worker
 from pipeline.studies.definition import Study, WholeSet, reported
-from pipeline.studies.measuring import Cell, open_cell
+from pipeline.studies.measuring import StudyCell, open_cell
 from pipeline.studies.page import number, table_of, trained_on
 from pipeline.studies.trained import TrainedColumn
 from pudnet.data.images import normalize
@@ -69,7 +69,7 @@ def measure(trained: TrainedColumn) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
-def _accuracy(folder: str, params: Params, one: tuple[Cell, WholeSet]) -> pd.DataFrame:
+def _accuracy(folder: str, params: Params, one: tuple[StudyCell, WholeSet]) -> pd.DataFrame:
     """In a Ray task: a cell's top-k accuracy, and the seconds from the folder to the predicted network."""
     cell, plan = one
     bench = open_worker(folder, params, cell.spec.split_seed, None)

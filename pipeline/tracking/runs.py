@@ -295,7 +295,7 @@ def follow_move(uri: str) -> None:
 
 
 def _put_artifacts_at(connection: sqlite3.Connection, folder: Path) -> None:
-    """Move all places in other folders of this name to `folder`; places that were chosen by hand stay."""
+    """Point every artifact path in another folder of the same name to `folder`; keep paths that a user chose."""
     rows = connection.execute("SELECT artifact_location FROM experiments WHERE name LIKE 'pudnet-%'")
     folders = {place.rpartition("/")[0] for (place,) in rows if place}
     for old in sorted(folders - {folder.as_uri(), str(folder)}):

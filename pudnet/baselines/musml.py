@@ -111,7 +111,7 @@ class MUSML(Method):
         return self.support_loss(at_least_fp32(features), labels, classes)
 
     def support_loss(self, support: Tensor, labels: Tensor, classes: int) -> Tensor:
-        """Cross-entropy (...) of support features (..., S, d); each is left out of the centroid it is compared with."""
+        """Cross-entropy (...) of support features (..., S, d). An image is no part of its own centroid."""
         with torch.autocast(support.device.type, enabled=False):
             means = centroids(support, labels, classes)
             cosines = metric_logits(support, means, self.config.temperature)

@@ -38,7 +38,7 @@ class R2D2(Method):
         self.regression = Regression(config.ridge, config.scale)
 
     def learner(self, train_classes: int, k: int, support: int) -> Learner:
-        """Episodes."""
+        """The learner: trains on groups, each split into support and query images."""
         return Episodic(self, k, support)
 
     def logits(self, queries: Tensor, support: Tensor, labels: Tensor, k: int) -> Tensor:

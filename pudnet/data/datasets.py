@@ -153,7 +153,7 @@ def _labels(dataset: Dataset) -> Sequence:
 
 
 def _named(labels: Sequence, names: object) -> Sequence:
-    """Replace integer labels by the names that they are the positions of; keep all other labels."""
+    """Replace each integer label by the class name at that position; keep other labels."""
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
         return labels
     plain = labels.tolist() if isinstance(labels, np.ndarray | Tensor) else labels

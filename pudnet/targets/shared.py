@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from pudnet.errors import UserError, one_line
 from pudnet.targets.target import Target, Weights, forget_statistics, own_weights
 
-Work = Callable[[Tensor, Weights], Tensor]  # a function of one group's images (N, C, H, W) and weights
+OfOneGroup = Callable[[Tensor, Weights], Tensor]  # a function of one group's images (N, C, H, W) and weights
 
 
 class _Reached(Exception):
@@ -27,9 +27,9 @@ class _Reached(Exception):
         self.maps = maps
 
 
-def one_by_one(work: Work, images: Tensor, weights: Weights) -> Tensor:
-    """Apply `work` to several groups (G, N, C, H, W), one after the other."""
-    return torch.stack([work(group, own_weights(weights, g)) for g, group in enumerate(images)])
+def one_by_one(of_one: OfOneGroup, images: Tensor, weights: Weights) -> Tensor:
+    """Apply `of_one` to several groups (G, N, C, H, W), one after the other."""
+    return torch.stack([of_one(group, own_weights(weights, g)) for g, group in enumerate(images)])
 
 
 class _Vectorisable(TorchFunctionMode):
@@ -65,12 +65,12 @@ def _norm_then_scale(
     return torch.addcmul(shift, maps, scale)
 
 
-def together(work: Work, images: Tensor, weights: Weights) -> Tensor:
-    """Apply `work` to several groups (G, N, C, H, W) in one vectorised call. Weights common to all are not repeated."""
+def together(of_one: OfOneGroup, images: Tensor, weights: Weights) -> Tensor:
+    """Apply `of_one` to several groups (G, N, C, H, W) in one vectorised call. Common weights are not repeated."""
     own = {name: 0 if weight.ndim > 4 else None for name, weight in weights.items()}
     try:
         with _Vectorisable():
-            return vmap(work, (0, own), randomness="different")(images, dict(weights))
+            return vmap(of_one, (0, own), randomness="different")(images, dict(weights))
     except RuntimeError as error:
         if "vmap" not in str(error):
             raise
@@ -112,14 +112,14 @@ class SharedTarget(nn.Module):
         """The input maps (..., N, d_in, H', W') of one of the body's convolutions for images (..., N, C, H, W)."""
         return self._of_groups(partial(self._input_of, conv), images, weights)
 
-    def _of_groups(self, work: Work, images: Tensor, weights: Weights) -> Tensor:
-        """Apply `work` to images (..., N, C, H, W) of one group or several."""
+    def _of_groups(self, of_one: OfOneGroup, images: Tensor, weights: Weights) -> Tensor:
+        """Apply `of_one` to images (..., N, C, H, W) of one group or several."""
         if images.ndim == 4:
-            return work(images, weights)
+            return of_one(images, weights)
         if len(images) == 1:
-            alone = {name: weight.squeeze(0) if weight.ndim > 4 else weight for name, weight in weights.items()}
-            return work(images.squeeze(0), alone).unsqueeze(0)
-        return (one_by_one if images.device.type == "cpu" else together)(work, images, weights)
+            single = {name: weight.squeeze(0) if weight.ndim > 4 else weight for name, weight in weights.items()}
+            return of_one(images.squeeze(0), single).unsqueeze(0)
+        return (one_by_one if images.device.type == "cpu" else together)(of_one, images, weights)
 
     def _input_of(self, conv: nn.Conv2d, images: Tensor, weights: Weights) -> Tensor:
         def stop(module: nn.Module, args: tuple[Tensor]) -> None:

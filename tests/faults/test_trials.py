@@ -135,7 +135,7 @@ def test_a_finished_training_that_is_truncated_is_finished_again(undisturbed, st
 
 def test_a_measured_table_that_is_truncated_is_measured_again(undisturbed, start, same, tmp_path):
     project = undisturbed.after("baselines", tmp_path / "tables")
-    tables = sorted((project / ".pud/kept").glob("*.parquet"))
+    tables = sorted((project / ".pud/measurements").glob("*.parquet"))
     truncate(tables[0])
     (project / "results/accuracies.csv").unlink()
     said = start(project, "baselines").well()
