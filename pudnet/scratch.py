@@ -21,7 +21,6 @@ from pudnet.gradient_centralization import Where, centralized
 from pudnet.network import Classifier
 from pudnet.targets import Target, calibrate
 
-
 Augmentation = Literal["none", "shift", "shift_mirror"]
 AUGMENTATIONS = get_args(Augmentation)
 
