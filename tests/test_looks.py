@@ -1,5 +1,6 @@
 """Looks of images by closed forms, and sets and looks in groups, from the sources to normalised images."""
 
+import json
 import shutil
 
 import numpy as np
@@ -11,6 +12,8 @@ from pipeline.groups import groups as make_groups
 from pipeline.params import resolve
 from pipeline.prepare import prepare
 from pipeline.project import STORE, group_folder
+from pipeline.runs.trial import make_spec, open_trial
+from pipeline.tracking.datasets import dataset
 from pudnet.data.groups import build_groups, open_groups, split_sets
 from pudnet.data.images import StoreImages
 from pudnet.data.looks import CONTRAST, DARKER, LOOKS, NOISE, with_looks
@@ -143,6 +146,18 @@ def test_other_looks_and_sets_leave_the_rest_as_it_is(params):
     assert (one["test"] == other["test"] % len(store.labels)).all()  # the same images, seen otherwise
     fewer = split_sets(store, [6, 6], 2, 0)
     assert fewer.train_classes[:6] == split.train_classes[:6] and fewer.test_classes[:4] == split.test_classes[:4]
+
+
+@pytest.mark.parametrize("method", ["pudnet", "pretrained"])  # which mixes images, and so looks, across groups
+def test_methods_train_and_are_measured_on_groups_with_looks(params, method):
+    prepare(params)
+    make_groups(params)
+    spec = make_spec(params, method, method, 0, {}, "train", 2)
+    *_, report = open_trial(spec, torch.device("cpu")).run()
+    assert np.isfinite(report["loss"]) and report["validation_accuracy"] > 0
+    logged = dataset(STORE.resolve(), group_folder(0).resolve(), "test").dataset
+    assert logged.name == "digits+colours-split0-test"
+    assert json.loads(logged.profile)["classes_per_group"] == 2
 
 
 def test_a_set_with_too_few_classes_is_named(params):
