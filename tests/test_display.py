@@ -15,7 +15,7 @@ with TrialBars(2, ended, Path("log.txt")) as bars:
             report = {"groups": groups, "total": 8, "loss": 1.5, "train_accuracy": 90.0, "groups_per_second": 2.0}
             bars.report(name, report)
         ended.append(name)
-        bars.end(name, report, failed=name == "second")
+        bars.end(name, [report], failed=name == "second")
 """
 LINES = [
     "[0/2 done] first: group     4 of 8, loss 1.500, training 90.00 %, 2.00 groups/s",

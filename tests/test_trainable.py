@@ -39,12 +39,12 @@ class Counting:
 def run(tmp_path, monkeypatch):
     """Run a trial in one folder, time after time; what it reports."""
 
-    def run(trial, ended=False):
+    def run(trial):
         reports = []
         monkeypatch.setattr(tune, "report", reports.append)
-        monkeypatch.setattr(trainable, "open_trial", lambda spec, device: trial)
+        monkeypatch.setattr(trainable, "open_trial", lambda *what: trial)
         share = {"cpu": torch.get_num_threads(), "gpu": 0}
-        told = {"spec": dict.fromkeys(NAMES, ""), "folder": str(tmp_path / "trial"), "ended": ended}
+        told = {"spec": dict.fromkeys(NAMES, ""), "folder": str(tmp_path / "trial")}
         with contextlib.suppress(SystemExit):
             trainable.run_trial({"trial": told, "share": share, "workers": 1})
         return reports
@@ -70,9 +70,11 @@ def test_a_trial_goes_on_from_its_last_report_and_says_again_what_it_said(run, t
     assert groups(run(Counting()), False) == []
 
 
-def test_a_trial_that_has_ended_is_only_heard_again(run):
+def test_a_trial_that_has_ended_is_only_heard_again(run, tmp_path):
     run(Counting(4, SystemExit()))
-    assert groups(run(Counting(), ended=True), True) == [2, 4]
+    (tmp_path / "trial" / trial_folder.ENDED).touch()
+    again = run(Counting())
+    assert groups(again, True) == [2, 4] and groups(again, False) == []
 
 
 @pytest.mark.parametrize(("damaged", "first"), [(1, 8), (2, 2)])

@@ -6,7 +6,7 @@ import contextlib
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,11 @@ from pipeline.runs.trial import TOTAL
 
 COLUMNS = (TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
 AWHILE = 3600  # seconds of the past from which the time left is estimated: reports may be minutes apart
-LINES = 20  # with reports that an experiment prints at most without a terminal
+LINES = 20  # an experiment prints at most this many reports if there is no terminal
 
 
 def bars() -> Progress:
-    """Progress bars that go when they are done. Without a terminal there are none."""
+    """Progress bars that disappear when they are done. Without a terminal there are none."""
     console = Console(file=sys.stdout)
     often = {"refresh_per_second": 2, "speed_estimate_period": AWHILE}
     return Progress(*COLUMNS, console=console, transient=True, disable=not console.is_terminal, **often)
@@ -71,12 +71,12 @@ class TrialBars:
         self.bars.update(self.tasks[name], completed=report["groups"])
         self._note(line)
 
-    def end(self, name: str, report: Mapping[str, Any] | None, failed: bool) -> None:
-        """Take a trial's bar away. `report` is the trial's last."""
+    def end(self, name: str, reports: Sequence[Mapping[str, Any]], failed: bool) -> None:
+        """Take a trial's bar away. `reports` are all that the trial made."""
         self.shares.pop(name, None)
         if name in self.tasks:
             self.bars.remove_task(self.tasks.pop(name))
-        line = f"  {name}: failed" if failed else f"  {name}: finished, {_accuracy(report)}"
+        line = f"  {name}: failed" if failed else f"  {name}: finished, {_accuracy(reports[-1])}"
         if failed or self.bars.disable:
             print(line, flush=True)
         self._note(line)

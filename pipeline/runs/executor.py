@@ -8,6 +8,7 @@ nothing from one start of the program to the next: a trial continues from the ch
 from __future__ import annotations
 
 import contextlib
+import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -26,8 +27,9 @@ from pipeline.runs.keys import digest, trial_key
 from pipeline.runs.progress import TrialProgress
 from pipeline.runs.trainable import REPLAYED, run_trial
 from pipeline.runs.trial import TrialSpec, open_trial
-from pipeline.runs.trial_folder import REPORTS, Finished, forget_trial, newest_checkpoint, read_ended, trial_folder
+from pipeline.runs.trial_folder import Finished, read_trial, trial_folder
 from pipeline.runs.trial_log import TrialLog
+from pipeline.runs.waiting import WaitingNotice
 from pipeline.tracking.runs import Tracking
 from pudnet.config import TrainConfig
 from pudnet.errors import RunFailed, is_out_of_memory
@@ -77,9 +79,9 @@ def run_missing(
         UserError: if another process runs the same trials, or the configurations of a trial do not fit together.
     """
     log = TrialLog(params, tracking, experiment.keys, (experiment.key, parent) if parent else None)
-    progress = TrialProgress(params, log, experiment.keys)
+    progress = TrialProgress(experiment.keys, log)
     with locked(root() / ".pud" / "running" / f"{experiment.key}.lock"):
-        _read_earlier(experiment, progress, fresh)
+        _read_earlier(experiment, progress, log, fresh)
         for spec in experiment.specs:
             if spec.name not in progress.ended:
                 _check_fits(spec)
@@ -101,17 +103,18 @@ def run_missing(
     return [trial for trial in trials if not trial.diverged]
 
 
-def _read_earlier(experiment: Experiment, progress: TrialProgress, fresh: bool) -> None:
-    """Tell `progress` what earlier starts have done: the trials that have ended, and the reports of the others."""
+def _read_earlier(experiment: Experiment, progress: TrialProgress, log: TrialLog, fresh: bool) -> None:
+    """Tell `progress` what earlier starts have done; with `fresh`, forget it."""
     for spec in experiment.specs:
         key = experiment.keys[spec.name]
         if fresh:
-            forget_trial(key)
-            progress.log.supersede(spec)
-        elif ended := read_ended(key, spec):
+            shutil.rmtree(trial_folder(key), ignore_errors=True)
+            log.supersede(spec)
+        reports, ended = read_trial(key, spec)
+        progress.reports[spec.name] = reports
+        if ended:
             progress.ended[spec.name] = ended
-        elif reports := newest_checkpoint(trial_folder(key))[1][REPORTS]:
-            progress.reports[spec.name] = {report["groups"]: report for report in reports}
+        elif reports:
             print(f"  {spec.name}: goes on from group {reports[-1]['groups']}", flush=True)
     if done := [trial for trial in progress.ended.values() if not trial.diverged]:
         print(f"  {len(done)} of {len(experiment.specs)} trials are finished already", flush=True)
@@ -124,15 +127,9 @@ def run_trials(experiment: Experiment, params: Params, progress: TrialProgress) 
     them.
     """
     missing = [spec for spec in experiment.specs if spec.name not in progress.ended]
-    replayed = [trial.spec for trial in progress.ended.values() if experiment.asha and trial.groups]
-    trials = [
-        {
-            "spec": asdict(spec),
-            "folder": str(trial_folder(experiment.keys[spec.name])),
-            "ended": spec.name in progress.ended,
-        }
-        for spec in (*replayed, *missing)
-    ]
+    replayed = [trial.spec for trial in progress.ended.values() if experiment.asha and trial.history]
+    folders = {spec.name: str(trial_folder(experiment.keys[spec.name])) for spec in experiment.specs}
+    trials = [{"spec": asdict(spec), "folder": folders[spec.name]} for spec in (*replayed, *missing)]
     share = cluster.share(params, experiment.workers)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:  # for Ray's own files; none is read again
         tuner = tune.Tuner(
@@ -144,9 +141,8 @@ def run_trials(experiment: Experiment, params: Params, progress: TrialProgress) 
                 trial_dirname_creator=lambda trial: trial.config["trial"]["spec"]["name"],
             ),
             run_config=tune.RunConfig(
-                name=experiment.key,
                 storage_path=scratch,
-                callbacks=[progress],
+                callbacks=[progress, WaitingNotice(params)],
                 verbose=0,
                 failure_config=tune.FailureConfig(max_failures=FAILURES),
             ),

@@ -61,9 +61,7 @@ def measurement_key(kind: str, target: str, split_seed: int, plain: Any, files: 
 
 def code_files(names: Sequence[str]) -> list[Path]:
     """Files of `pudnet/`, from names without suffix; the name of a folder stands for all of its files."""
-    paths = [CODE / "pudnet" / name for name in names]
-    parts = [sorted(path.glob("*.py")) if path.is_dir() else [path.with_suffix(".py")] for path in paths]
-    return [file for part in parts for file in part]
+    return [file for name in names for form in (f"{name}.py", f"{name}/*.py") for file in (CODE / "pudnet").glob(form)]
 
 
 def method_files(kind: str, target: str) -> list[Path]:

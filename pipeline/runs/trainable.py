@@ -15,34 +15,38 @@ from ray import train, tune
 from ray.train.torch import TorchTrainer
 from ray.tune.integration.ray_train import TuneReportCallback
 
-from pipeline.runs.trial import DIVERGED, MetaTraining, TrialSpec, load_state, open_trial, own_device
-from pipeline.runs.trial_folder import REPORTS, newest_checkpoint, save_checkpoint
+from pipeline.runs.trial import DIVERGED, TrialSpec, open_trial, own_device
+from pipeline.runs.trial_folder import ENDED, REPORTS, newest_checkpoint, save_checkpoint
 from pipeline.runs.usage import Usage
 from pudnet.errors import RunFailed
 
 AT = "reported_at"  # in a report: when it was made, in seconds since 1970
 REPLAYED = "replayed"  # in a report: it was made before this process began
 
-Report = Callable[[dict[str, Any]], None]
-
 
 def run_trial(config: dict[str, Any]) -> None:
     """Ray Tune's trainable: repeat the checkpoint's reports, then train on, in this process or in several workers."""
-    checkpoint, state = newest_checkpoint(Path(config["trial"]["folder"]))
+    folder = Path(config["trial"]["folder"])
+    state = newest_checkpoint(folder)
     for report in state[REPORTS]:
         tune.report(report | {REPLAYED: True})
-    if config["trial"]["ended"]:  # it only runs so that the scheduler can compare others with it
+    if (folder / ENDED).is_file():  # it only runs so that the scheduler can compare others with it
         return
     if config["workers"] == 1:
         _train(config, state, tune.report)
     else:
-        _train_by_workers(config | {"checkpoint": checkpoint})
+        _train_by_workers(config)
 
 
-def _train(config: Mapping[str, Any], state: dict[str, Any], report: Report, rank: int = 0, workers: int = 1) -> None:
+def _train(
+    config: Mapping[str, Any],
+    state: dict[str, Any],
+    report: Callable[[dict[str, Any]], None],
+    rank: int = 0,
+    workers: int = 1,
+) -> None:
     """Train on from a checkpoint's state to the end. Of several workers the first writes checkpoints."""
-    spec, device = TrialSpec(**config["trial"]["spec"]), own_device(config)
-    trial = open_trial(spec, device) if workers == 1 else MetaTraining(spec, device, rank, workers)
+    trial = open_trial(TrialSpec(**config["trial"]["spec"]), own_device(config), rank, workers)
     if reports := state.pop(REPORTS):
         trial.load_state_dict(state)
     state.clear()  # free it, since the trial has copied all of it
@@ -75,6 +79,5 @@ def _train_by_workers(config: dict[str, Any]) -> None:
 
 def _run_worker(config: dict[str, Any]) -> None:
     """Ray Train's training function, which each worker runs."""
-    context, checkpoint = train.get_context(), config["checkpoint"]
-    state = load_state(checkpoint) if checkpoint else {REPORTS: []}
+    context, state = train.get_context(), newest_checkpoint(Path(config["trial"]["folder"]))
     _train(config, state, train.report, context.get_world_rank(), context.get_world_size())

@@ -205,13 +205,13 @@ def group_seed(seed: int, g: int) -> int:
 
 def _validation(accuracies: Any) -> dict[str, float]:
     mean, half = mean_interval(accuracies)
-    mean = round(mean, 4)  # as many right images, spread otherwise over the groups, must be no rise
+    mean = round(mean, 4)  # so that equally many correct images never count as a rise
     return {"validation_accuracy": mean, "validation_ci95": half}
 
 
-def open_trial(spec: TrialSpec, device: torch.device) -> MetaTraining | FromScratch:
-    """Build a trial. Raises `UserError` if its configurations do not fit together."""
-    return FromScratch(spec, device) if spec.kind in SCRATCH else MetaTraining(spec, device)
+def open_trial(spec: TrialSpec, device: torch.device, rank: int = 0, workers: int = 1) -> MetaTraining | FromScratch:
+    """Build a trial, or one worker's part of it. Raises `UserError` if its configurations do not fit together."""
+    return FromScratch(spec, device) if spec.kind in SCRATCH else MetaTraining(spec, device, rank, workers)
 
 
 def own_device(config: dict[str, Any]) -> torch.device:

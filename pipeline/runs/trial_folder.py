@@ -9,9 +9,8 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,29 +27,24 @@ ENDED = "ended.json"
 
 @dataclass(frozen=True)
 class Finished:
-    """A trial that has ended. `diverged`: why it ended early, where its loss did not stay finite."""
+    """A trial that has ended. `diverged`: why its loss stopped being finite; None if it did not."""
 
     spec: TrialSpec
     key: str
-    groups: int  # at its last report; 0 if it made none
+    history: Sequence[Mapping[str, Any]]  # its reports; none, if it diverged before the first
     diverged: str | None
 
     @property
     def checkpoint(self) -> Path:
         """The last checkpoint."""
-        return _checkpoint(trial_folder(self.key), self.groups)
+        return _checkpoint(trial_folder(self.key), self.history[-1]["groups"])
 
     def state(self) -> dict[str, Any]:
         """The trial's state at its end. Raises some error if it is gone or damaged."""
         return load_state(self.checkpoint)
 
-    @cached_property
-    def history(self) -> list[dict[str, Any]]:
-        """The trial's reports."""
-        return self.state()[REPORTS] if self.groups else []
-
     @property
-    def metrics(self) -> dict[str, Any]:
+    def metrics(self) -> Mapping[str, Any]:
         """The report that is the trial's result: the last; with `train.patience` the most accurate."""
         return max(self.history, key=lambda row: row["validation_accuracy"]) if self.patient else self.history[-1]
 
@@ -85,36 +79,36 @@ def save_checkpoint(folder: Path, state: Mapping[str, Any]) -> None:
         shutil.rmtree(before, ignore_errors=True)
 
 
-def newest_checkpoint(folder: Path) -> tuple[Path | None, dict[str, Any]]:
-    """The newest checkpoint that is not damaged, and the state in it. If there is none: None, and no reports."""
+def newest_checkpoint(folder: Path) -> dict[str, Any]:
+    """The state in the newest checkpoint that is not damaged. If there is none: no reports."""
     for file in sorted(folder.glob(f"*/{STATE}"), reverse=True):
         try:
-            return file.parent, load_state(file.parent)
+            return load_state(file.parent)
         except Exception as error:  # a damaged file can fail in nearly every way
             if is_out_of_memory(error):
                 raise
             print(f"  checkpoint {file} is damaged; its trial goes on from what was before", flush=True)
-    return None, {REPORTS: []}
+    return {REPORTS: []}
 
 
 def mark_ended(trial: Finished) -> None:
-    """Note in the folder that the trial has ended."""
-    write_json(trial_folder(trial.key) / ENDED, {"groups": trial.groups, DIVERGED: trial.diverged})
+    """Note in the folder that the trial has ended, and after how many groups."""
+    write_json(trial_folder(trial.key) / ENDED, {"groups": _groups(trial.history), DIVERGED: trial.diverged})
 
 
-def read_ended(key: str, spec: TrialSpec) -> Finished | None:
-    """A trial that has ended; None if it has not, or if its last checkpoint is gone or damaged."""
-    path = trial_folder(key) / ENDED
-    if not path.is_file():
-        return None
-    with contextlib.suppress(Exception):  # a damaged file can fail in nearly every way
-        trial = Finished(spec, key, **json.loads(path.read_text()))
-        if trial.history or not trial.groups:
-            return trial
-    print(f"  {spec.name}: its last checkpoint is gone or damaged; it is trained again", flush=True)
-    return None
+def read_trial(key: str, spec: TrialSpec) -> tuple[list[dict[str, Any]], Finished | None]:
+    """What is in a trial's folder: its reports, and the trial itself if it has ended."""
+    reports, marker = newest_checkpoint(trial_folder(key))[REPORTS], trial_folder(key) / ENDED
+    if not marker.is_file():
+        return reports, None
+    with contextlib.suppress(ValueError, KeyError, TypeError):  # a damaged file
+        ended = json.loads(marker.read_text())
+        if ended["groups"] == _groups(reports):
+            return reports, Finished(spec, key, reports, ended[DIVERGED])
+    print(f"  {spec.name}: its folder is damaged; it goes on from the newest whole checkpoint, if any", flush=True)
+    marker.unlink()
+    return reports, None
 
 
-def forget_trial(key: str) -> None:
-    """Let a trial run again, from its beginning."""
-    shutil.rmtree(trial_folder(key), ignore_errors=True)
+def _groups(reports: Sequence[Mapping[str, Any]]) -> int:
+    return reports[-1]["groups"] if reports else 0

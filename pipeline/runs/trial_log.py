@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -36,7 +36,7 @@ METRICS = (  # MLflow's compare page first shows the first one
 class TrialLog:
     """Logs the trials of one experiment.
 
-    `keys` are the trials' by their names; `parent`: the key and name of the MLflow run that theirs are children of.
+    `keys`: trial name -> key. `parent`: key and name of the MLflow run that is the parent of theirs.
     """
 
     def __init__(
@@ -49,11 +49,11 @@ class TrialLog:
         """Let a trial that runs anew have a new run."""
         self.tracking.submit(partial(self.tracking.supersede, self._key(spec)))
 
-    def write(self, spec: TrialSpec, reports: Iterable[Mapping], status: str | None = None) -> None:
+    def write(self, spec: TrialSpec, reports: Sequence[Mapping], status: str | None = None) -> None:
         """Log what MLflow does not have of a trial, now or when it answers again."""
         self.tracking.submit(partial(self._log, spec, reports, status))
 
-    def _log(self, spec: TrialSpec, reports: Iterable[Mapping], status: str | None) -> None:
+    def _log(self, spec: TrialSpec, reports: Sequence[Mapping], status: str | None) -> None:
         run = self.runs.pop(spec.name, None) or self._open(spec)  # after a failure it is found anew
         if not run:
             return

@@ -120,7 +120,7 @@ def test_a_fresh_search_begins_all_trials_again(undisturbed, start, same):
 
 
 @pytest.mark.parametrize("damaged", ["trials/*/*/state.pt", "trials/*/ended.json"])
-def test_a_finished_training_that_is_truncated_is_trained_again(undisturbed, start, same, damaged, tmp_path):
+def test_a_finished_training_that_is_truncated_is_finished_again(undisturbed, start, same, damaged, tmp_path):
     project = undisturbed.after("train", tmp_path / "kept")
     files = [*(project / ".pud").glob(damaged)]
     assert files
@@ -128,7 +128,7 @@ def test_a_finished_training_that_is_truncated_is_trained_again(undisturbed, sta
         truncate(file)
     (project / "models/pudnet.safetensors").unlink()
     said = start(project, "train").well()
-    assert "train-pudnet-split0: its last checkpoint is gone or damaged; it is trained again" in said
+    assert "train-pudnet-split0: its folder is damaged; it goes on from the newest whole checkpoint, if any" in said
     same(project, "train", "models/pudnet.safetensors", "results/train_curves.csv")
     assert "1 of 1 trials are finished already" in start(project, "train").well()
 
