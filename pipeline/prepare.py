@@ -18,17 +18,15 @@ def prepare(params: Params) -> None:
     raw = root() / "data" / "raw"
     with whole_folder(PREPARED) as folder:
         for name, specs in sources.items():
-            spec, source = (
-                " + ".join(specs),
-                open_sources(specs, raw, params.prepare.image_size, params.prepare.channels),
-            )
+            begin = f"prepare: {' + '.join(specs)}"
+            source = open_sources(specs, raw, params.prepare.image_size, params.prepare.channels)
             write_store(source, folder / name)
             print(
-                f"prepare: {spec}: {len(source.labels):,} images of {len(source.class_names)} classes, "
+                f"{begin}: {len(source.labels):,} images of {len(source.class_names)} classes, "
                 f"{params.prepare.image_size} px, {params.prepare.channels} channel(s) -> {PREPARED / name}"
             )
             if source.passed_over:
-                print(f"prepare: {spec}: passed over, since their type is not read: {by_type(source.passed_over)}")
+                print(f"{begin}: passed over, since their type is not read: {by_type(source.passed_over)}")
 
 
 if __name__ == "__main__":
