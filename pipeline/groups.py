@@ -7,7 +7,7 @@ from pathlib import Path
 from pipeline.params import Params
 from pipeline.project import GROUPS, STORE, TEST_STORE, group_folder
 from pipeline.stage import run_stage
-from pudnet.data.groups import build_groups, split_classes, write_groups
+from pudnet.data.groups import build_groups, split_sets, write_groups
 from pudnet.data.store import Store, open_store, whole_folder
 
 
@@ -21,15 +21,9 @@ def groups(params: Params) -> None:
 
 
 def _build_split(params: Params, store: Store, other: Store | None, seed: int, folder: Path) -> None:
-    split = split_classes(
-        len(store.class_names),
-        params.groups.train_classes,
-        params.groups.classes_per_group,
-        seed,
-        len(other.class_names) if other else None,
-        params.groups.test_classes,
-    )
-    tables = build_groups(split, params.sizes, store, other)
+    own = params.groups
+    split = split_sets(store, own.train_classes, own.classes_per_group, seed, other, own.test_classes)
+    tables = build_groups(split, params.sizes, store, other, own.looks, own.test_looks)
     test_names = (other or store).class_names
     write_groups(folder, split, tables, store.class_names, test_names)
     names = ", ".join(test_names[c] for c in split.test_classes[:8])

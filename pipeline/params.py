@@ -6,13 +6,13 @@ import itertools
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 import yaml
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
 from pudnet.baselines import LEARNED, SCRATCH, config_type
@@ -28,6 +28,7 @@ from pudnet.config import (
     parse,
 )
 from pudnet.data.groups import GroupSizes
+from pudnet.data.looks import LOOKS
 from pudnet.errors import UserError
 from pudnet.hypernet import PudNet
 from pudnet.settings import Setting, get_setting
@@ -52,14 +53,19 @@ OF_PUDNET = (
     "learn_temperature",
 )  # keys that only PudNet's objective has
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Look = Literal[tuple(LOOKS)]
 Grid = dict[str, Annotated[list[Any], Field(min_length=1)]]  # values to try for each key
+
+
+def _as_list(value: Any) -> Any:
+    return value if isinstance(value, list) else [value]
 
 
 @dataclass(frozen=True, config=STRICT)
 class PrepareParams:
-    """The source of the images, and the size that they are converted to."""
+    """The sources of the images (in params.yaml, one need not be a list), and the size that they are converted to."""
 
-    source: str
+    source: Annotated[list[str], Field(min_length=1), BeforeValidator(_as_list)]
     image_size: Annotated[int, Field(ge=8, le=512)]
     channels: Literal[1, 3]
     test_source: str | None = None
@@ -69,7 +75,7 @@ class PrepareParams:
 class GroupsParams:
     """The numbers of groups, and of classes and images in a group."""
 
-    train_classes: Positive
+    train_classes: Annotated[list[Positive], BeforeValidator(_as_list)]  # of each source
     classes_per_group: Annotated[int, Field(ge=2)]
     train_groups: Positive
     test_groups: Positive
@@ -80,6 +86,8 @@ class GroupsParams:
     test_whole: bool = False
     test_classes_per_group: Annotated[int, Field(ge=2)] | None = None  # None: as in training groups
     test_images_per_group: Positive | None = None
+    looks: Annotated[list[Look], Field(min_length=1)] = field(default_factory=lambda: ["plain"])
+    test_looks: Annotated[list[Look], Field(min_length=1)] | None = None  # None: those of the training groups
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -163,8 +171,8 @@ class Params:
     @property
     def sizes(self) -> GroupSizes:
         """The sizes of the group tables."""
-        classes = ("train_classes", "test_classes")
-        return GroupSizes(**{key: value for key, value in asdict(self.groups).items() if key not in classes})
+        others = ("train_classes", "test_classes", "looks", "test_looks")
+        return GroupSizes(**{key: value for key, value in asdict(self.groups).items() if key not in others})
 
     def grid(self) -> list[dict[str, Any]]:
         """Every combination of the search space, as changes to `model` and `train`."""
@@ -305,14 +313,30 @@ def resolve(raw: Mapping[str, Any]) -> Params:
             f"resources.workers: {params.resources.workers} workers cannot split the {params.train.groups_per_step} "
             "group(s) of a step; raise train.groups_per_step"
         )
-    if params.prepare.test_source == params.prepare.source:
-        raise UserError(f"prepare.test_source: {params.prepare.source} is the training source too; leave it null")
-    if len(set(params.baselines.methods)) < len(params.baselines.methods):
-        raise UserError(f"baselines.methods: a method is listed twice in {params.baselines.methods!r}")
+    for where in ("baselines.methods", "prepare.source", "groups.looks", "groups.test_looks"):
+        block, _, key = where.partition(".")
+        values = getattr(getattr(params, block), key) or []
+        if len(set(values)) < len(values):
+            raise UserError(f"{where}: one is listed twice in {values!r}")
+    _check_sets(params)
     for name in ("scratch_epochs", "scratch_search_epochs"):
         if sorted(set(values := getattr(params.baselines, name))) != values:
             raise UserError(f"baselines.{name}: must be in rising order, got {values!r}")
     return params
+
+
+def _check_sets(params: Params) -> None:
+    """Check that the numbers of classes fit the sources, and that the test set is another one."""
+    sources, counts = params.prepare.source, params.groups.train_classes
+    if params.prepare.test_source in sources:
+        raise UserError(f"prepare.test_source: {params.prepare.test_source} is a training source too; leave it null")
+    if len(counts) != len(sources):
+        raise UserError(
+            f"groups.train_classes: {counts!r} has {len(counts)} number(s), but prepare.source has {len(sources)} "
+            "source(s); give one for each"
+        )
+    if params.groups.test_whole and len(sources) > 1 and params.prepare.test_source is None:
+        raise UserError("groups.test_whole: a group is of one set, but prepare.source has several; set it to false")
 
 
 def _check_keys(raw: Mapping[str, Any]) -> None:
@@ -353,6 +377,7 @@ def _of_setting(setting: Setting, target: str) -> dict[str, dict[str, Any]]:
             "images_per_group": setting.images_per_group,
             "train_groups": setting.train_groups,
             "test_groups": setting.test_groups,
+            "looks": list(setting.looks),
         },
         "model": {
             "extractor": default_extractor(target),

@@ -6,26 +6,27 @@ from pipeline.params import Params
 from pipeline.project import PREPARED, STORE, TEST_STORE, root
 from pipeline.stage import run_stage
 from pudnet.data.folders import by_type
-from pudnet.data.sources import open_source
+from pudnet.data.sources import open_sources
 from pudnet.data.store import whole_folder, write_store
 
 
 def prepare(params: Params) -> None:
     """Write data/prepared/train, and data/prepared/test if the setting tests on another set."""
-    sources = {STORE.name: params.prepare.source, TEST_STORE.name: params.prepare.test_source}
+    sources = {STORE.name: params.prepare.source}
+    if params.prepare.test_source:
+        sources[TEST_STORE.name] = [params.prepare.test_source]
     raw = root() / "data" / "raw"
     with whole_folder(PREPARED) as folder:
-        for name, spec in sources.items():
-            if spec is None:
-                continue
-            source = open_source(spec, raw, params.prepare.image_size, params.prepare.channels)
+        for name, specs in sources.items():
+            begin = f"prepare: {' + '.join(specs)}"
+            source = open_sources(specs, raw, params.prepare.image_size, params.prepare.channels)
             write_store(source, folder / name)
             print(
-                f"prepare: {spec}: {len(source.labels):,} images of {len(source.class_names)} classes, "
+                f"{begin}: {len(source.labels):,} images of {len(source.class_names)} classes, "
                 f"{params.prepare.image_size} px, {params.prepare.channels} channel(s) -> {PREPARED / name}"
             )
             if source.passed_over:
-                print(f"prepare: {spec}: passed over, since their type is not read: {by_type(source.passed_over)}")
+                print(f"{begin}: passed over, since their type is not read: {by_type(source.passed_over)}")
 
 
 if __name__ == "__main__":

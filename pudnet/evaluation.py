@@ -70,7 +70,7 @@ def block_labels(images: StoreImages, indices: np.ndarray) -> tuple[Tensor, np.n
     classes = images.block_classes(indices)
     position = np.empty(classes.max() + 1, dtype=np.int64)
     position[classes] = np.arange(len(classes))
-    return torch.from_numpy(position[images.labels[indices]]).to(images.device), classes
+    return torch.from_numpy(position[images.labels[images.rows(indices)]]).to(images.device), classes
 
 
 def adapt_input(method: Adapts, images: StoreImages, indices: np.ndarray) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,7 @@
-"""The named settings (section 4.1 of the paper): the source of images, the sizes of groups, eta and depth."""
+"""The named settings (section 4.1 of the paper): the source of images, the sizes of groups, eta and depth.
+
+`domains` is ours: datasets that differ as users' do.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +12,20 @@ from pudnet.errors import UserError
 
 @dataclass(frozen=True)
 class Setting:
-    """One setting, with the paper's own counts. `images_per_group` None: half of each class's images."""
+    """One setting, with the paper's own counts. `images_per_group` None: half of each class's images.
 
-    source: str
+    There may be several sources; `train_classes` then has a number for each.
+    """
+
+    source: str | list[str]
     image_size: int
     channels: int
-    train_classes: int
+    train_classes: int | list[int]
     classes_per_group: int
     images_per_group: int | None
     train_groups: int
     test_groups: int
+    looks: tuple[str, ...] = ("plain",)  # of the images, one for a group (pudnet/data/looks.py)
     test_source: str | None = None  # test on this other set as a whole: one half is the group, the other its twin
     eta: dict[str, float] = field(default_factory=lambda: {"convnet3": 0.2, "resnet18": 0.2, "resnet34": 0.2})
     depth: dict[str, int] = field(default_factory=lambda: {"convnet3": 2, "resnet18": 2, "resnet34": 2})
@@ -76,6 +83,32 @@ SETTINGS: dict[str, Setting] = {
     ),
     "cifar100": CIFAR100,
     "imagenet": IMAGENET,
+    # 10 classes of digits and of Fashion-MNIST allow 3 in a group: 6 to train on, half of them to validate, 4 to test.
+    # The smallest class of digits has 174 images, which is enough for twins of 80.
+    "domains": Setting(
+        source=["torchvision:CIFAR100", "torchvision:FashionMNIST", "sklearn:digits"],
+        image_size=32,
+        channels=3,
+        train_classes=[80, 6, 6],
+        classes_per_group=3,
+        images_per_group=240,
+        train_groups=10_000,
+        test_groups=500,
+        looks=(
+            "plain",
+            "grey",
+            "inverted",
+            "exchanged",
+            "turned_90",
+            "turned_270",
+            "blurred",
+            "noisy",
+            "low_contrast",
+            "dark",
+            "small",
+            "on_red",
+        ),
+    ),
     "cifar100-animals10": _tested_on(CIFAR100, ANIMALS10),
     "cifar100-cifar10": _tested_on(CIFAR100, CIFAR10),
     "imagenet-animals10": _tested_on(IMAGENET, ANIMALS10),

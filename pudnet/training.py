@@ -106,7 +106,7 @@ class Trainer:
         self.size, self.total = len(table), config.groups(len(table))  # groups of one pass, and of all
         columns = np.zeros(images.labels.max() + 1, dtype=np.int64)
         columns[list(train_classes)] = np.arange(len(train_classes))
-        self.columns = images.beside(columns[images.labels])  # each image's class, in 0..K-1 (training classes)
+        self.columns = images.beside(columns[images.labels])  # each row's class, in 0..K-1 (training classes)
         self.learner = learner.to(self.device, memory_format=torch.channels_last)
         if self.device.type == "cpu":
             keep_freed_memory()
@@ -231,7 +231,7 @@ class Trainer:
         return values
 
     def _losses(self, groups: np.ndarray | Tensor) -> Losses:
-        labels = torch.as_tensor(self.columns[groups]).long()
+        labels = torch.as_tensor(self.columns[self.images.rows(groups)]).long()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             return self.learner.losses(self.images(groups), labels, self.groups / self.total)
 

@@ -297,6 +297,7 @@ SOURCES = st.sampled_from(
         "torchvision:X",
     ]
     + ["npz:" + "x" * 300, "folder:" + "x" * 300, "npz:\0", "folder:a\nb", "torchvision:\n", "npz:params.yaml", "npz:."]
+    + [[], ["sklearn:digits", "npz:x.npz"], ["sklearn:digits"], ["sklearn:digits", 3]]
 )
 
 

@@ -14,6 +14,7 @@ from pudnet.config import ModelConfig, TrainConfig, apply_variant
 from pudnet.controls import StaticTrunk
 from pudnet.cpu import plain_layers
 from pudnet.data.images import StoreImages
+from pudnet.data.looks import LOOKS
 from pudnet.device import wants_bf16
 from pudnet.hypernet import PudNet
 from pudnet.learner import MetaLearner
@@ -169,6 +170,9 @@ def test_the_whole_set_lies_on_the_gpu_and_a_group_is_an_index(digits, images):
     assert rows.is_cuda and images.raw(rows).is_cuda and images.raw(rows).dtype == torch.uint8
     for found in (images(rows), images(group)):
         assert_close(found.cpu(), digits.images(group))
+    inverted = group + len(images.labels) * list(LOOKS).index("inverted")
+    for found in (images(images.beside(inverted)), images(inverted)):
+        assert_close(found.cpu(), digits.images(inverted))
 
 
 def test_a_training_goes_on_from_its_checkpoint_as_it_was(digits, images, tmp_path):

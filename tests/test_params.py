@@ -30,7 +30,9 @@ def test_a_setting_brings_its_own_protocol(raw, name):
     raw["setting"] = name
     raw["groups"]["train_groups"] = None
     params, setting = resolve(raw), SETTINGS[name]
-    assert (params.prepare.source, params.prepare.test_source) == (setting.source, setting.test_source)
+    sources = setting.source if isinstance(setting.source, list) else [setting.source]
+    assert (params.prepare.source, params.prepare.test_source) == (sources, setting.test_source)
+    assert tuple(params.groups.looks) == setting.looks
     assert params.groups.train_groups == setting.train_groups
     assert params.model.eta == setting.eta["convnet3"]
     assert params.model.depth == setting.depth["convnet3"]
@@ -76,7 +78,7 @@ def test_a_given_value_wins_over_the_setting(raw):
     raw["prepare"]["source"] = "folder:photos"
     params = resolve(raw)
     assert params.model.eta == 0.7
-    assert params.prepare.source == "folder:photos"
+    assert params.prepare.source == ["folder:photos"]
 
 
 def test_the_grid_is_every_combination_and_each_cell_changes_the_model(raw):
@@ -138,6 +140,13 @@ MISTAKES = {
     "prepare.channels": ("prepare.channels", 4),
     "resources.gpus": ("resources.gpus", -1),
     "prepare.test_source": ("prepare.test_source", "sklearn:digits"),
+    "prepare.source: one is listed twice": ("prepare.source", ["sklearn:digits", "sklearn:digits"]),
+    "groups.train_classes: [6] has 1 number(s), but prepare.source has 2": (
+        "prepare.source",
+        ["sklearn:digits", "npz:x.npz"],
+    ),
+    "groups.looks.1": ("groups.looks", ["plain", "upside_down"]),
+    "groups.test_looks: one is listed twice": ("groups.test_looks", ["grey", "grey"]),
     "baselines.methods": ("baselines.methods", ["static_trunk", "static_trunk"]),
     "baselines.methods.1": ("baselines.methods", ["static_trunk", "alexnet"]),
     "baselines.space.gandalf": ("baselines.space.gandalf", {}),

@@ -245,11 +245,9 @@ def column_params(study: Study, column: str) -> Params:
     groups = {} if GROUPS_KEY in own else {"train_groups": max(1, budget(study, params))}
     if settings.test_groups is not None:
         groups["test_groups"] = settings.test_groups
-    prepare = {
-        key: settings.sources.get(source, source)
-        for key, source in asdict(params.prepare).items()
-        if key in ("source", "test_source")
-    }
+    there, own = settings.sources, params.prepare
+    prepare = {"source": [there.get(source, source) for source in own.source]}
+    prepare["test_source"] = there.get(own.test_source, own.test_source)
     return dataclasses.replace(
         params,
         groups=dataclasses.replace(params.groups, **groups),

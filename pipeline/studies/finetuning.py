@@ -80,7 +80,10 @@ def _finetune(folder: str, params: Params, one: tuple[StudyCell, FineTuning]) ->
 
 
 def _parts(bench: Bench, plan: FineTuning) -> Parts:
-    """Draw images of all test classes at random: `test_images` to test on and `images` others to train on."""
+    """Draw images of all test classes at random: `test_images` to test on and `images` others to train on.
+
+    They have no looks, since they are of no group.
+    """
     labels, classes = bench.images.labels, bench.split.test_classes
     rows = np.flatnonzero(np.isin(labels, classes))
     rows = np.random.default_rng([bench.seed, IMAGES_STREAM]).permutation(rows)

@@ -190,7 +190,7 @@ def _one_at_a_time(folder: Path) -> contextlib.AbstractContextManager[None]:
 
 
 def _data_folder(params: Params) -> Path:
-    sources = filter(None, (params.prepare.source, params.prepare.test_source))
+    sources = filter(None, (*params.prepare.source, params.prepare.test_source))
     there = [_files(*source.split(":", 1)) for source in sources]
     return root() / ".pud" / "studies" / digest([asdict(params.prepare), there], [])
 

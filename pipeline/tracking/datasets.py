@@ -15,6 +15,7 @@ from mlflow.types import ColSpec, Schema
 from pipeline.params import Params
 from pipeline.project import STORE, TEST_STORE, group_folder
 from pudnet.data.groups import Split, open_groups
+from pudnet.data.sources import set_name
 from pudnet.data.store import Store, open_store
 
 # Group table -> what a run uses it for, and its part in the dataset's name.
@@ -38,7 +39,7 @@ def dataset(store_folder: Path, groups_folder: Path, table: str, groups: int | N
     digest = hashlib.sha256((store_folder / "meta.json").read_bytes())  # has the images' checksum
     digest.update(np.ascontiguousarray(rows))
     context, part = USES[table]
-    name = Path(store.source.partition(":")[2]).stem or store.source
+    name = "+".join(store.sets) or set_name(store.source)
     logged = Dataset(
         name=f"{name}-split{split.seed}-{part}",
         digest=digest.hexdigest()[:8],
@@ -59,7 +60,7 @@ def test_sets(params: Params, test_groups: int | None = None) -> list[DatasetInp
 def _profile(store: Store, split: Split, table: str, rows: np.ndarray) -> dict[str, Any]:
     """How much there is in a table of groups, (G, N) or (G, 2, N) with twins."""
     classes = split.search_classes if table == "search_train" else getattr(split, f"{table}_classes")
-    first = rows[:1].reshape(-1, rows.shape[-1])[:1]
+    first = rows[:1].reshape(-1, rows.shape[-1])[:1] % len(store.labels)  # whatever their looks
     return {
         "groups": len(rows),
         "classes": len(classes),

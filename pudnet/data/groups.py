@@ -1,5 +1,7 @@
 """Task groups: small labelled datasets, kept as tables of image indices into a store.
 
+All images of a group have one look (pudnet/data/looks.py), which its indices name too, and are of one set.
+
 A row of a table is a group: one block of images for each class. In a table of twins, each group has two rows. Weights
 are predicted from the first row. Accuracy is measured on the second, which has other images of the same classes, in
 the same order.
@@ -8,12 +10,13 @@ the same order.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+from pudnet.data.looks import LOOKS
 from pudnet.data.store import Store, whole_folder
 from pudnet.errors import UserError
 
@@ -107,6 +110,33 @@ def split_classes(
     return Split(seed, *(tuple(sorted(ids)) for ids in (train, train[:validating], test)))
 
 
+def split_sets(
+    store: Store,
+    train_classes: Sequence[int],
+    classes_per_group: int,
+    seed: int,
+    test_store: Store | None = None,
+    test_classes: int | None = None,
+) -> Split:
+    """Split the classes of each set of a store as `split_classes` does, whichever other sets there are.
+
+    `train_classes` has a number for each set, `test_classes` is of each.
+    """
+    other, parts = len(test_store.class_names) if test_store else None, []
+    for (name, ids), count in zip(store.set_classes.items(), train_classes, strict=True):
+        try:
+            own = split_classes(len(ids), count, classes_per_group, seed, other, test_classes)
+        except UserError as error:
+            raise UserError(f"{name}: {error}" if name else str(error)) from None
+        parts.append((ids, own))
+
+    def joined(role: str) -> tuple[int, ...]:
+        return tuple(ids[label] for ids, own in parts for label in getattr(own, role))
+
+    test = joined("test_classes") if test_store is None else parts[0][1].test_classes
+    return Split(seed, joined("train_classes"), joined("validation_classes"), test)
+
+
 def sample_groups(
     labels: np.ndarray,
     classes: Sequence[int],
@@ -116,18 +146,23 @@ def sample_groups(
     images_per_class: int,
     twins: bool,
     rng: np.random.Generator,
+    sets: Sequence[Collection[int]] | None = None,
+    looks: Sequence[str] = ("plain",),
 ) -> np.ndarray:
-    """Draw groups -> indices into `labels`: (groups, N), or (groups, 2, N) with twins.
+    """Draw groups -> indices into `labels`, and looks: (groups, N), or (groups, 2, N) with twins.
 
     N = classes_per_group x images_per_class. A row has a block for each class; classes, and images within a block, are
-    in the random order in which they were drawn. From the same generator state, a longer table starts with the rows of
-    a shorter one. Raises `UserError` if a class has too few images, or the table is too large.
+    in the random order in which they were drawn. A group's classes are of one of the `sets` (of classes; None: all are
+    one set), and its images, and its twin's, have one of the looks; sets and looks are drawn with equal chances. From
+    the same generator state, a longer table starts with the rows of a shorter one. Raises `UserError` if a class has
+    too few images, a set too few classes, or the table is too large.
     """
     sides = 2 if twins else 1
     drawn = sides * images_per_class
-    if classes_per_group > len(classes):
-        raise UserError(f"a group has {classes_per_group} classes, but only {len(classes)} are there to draw from")
-    rows = [np.flatnonzero(labels == label).astype(_index_type(labels)) for label in classes]
+    pools = [np.flatnonzero(np.isin(classes, list(own))) for own in sets or [classes]]
+    if classes_per_group > (fewest := min(map(len, pools))):
+        raise UserError(f"a group has {classes_per_group} classes, but only {fewest} are there to draw from")
+    rows = [np.flatnonzero(labels == label) for label in classes]
     for label, members in zip(classes, rows, strict=True):
         if len(members) < drawn:
             raise UserError(
@@ -139,24 +174,29 @@ def sample_groups(
             f"{groups:,} groups of {classes_per_group * images_per_class} images are more than the "
             f"{LARGEST_TABLE:,} that a table may hold; lower the number of groups or images_per_group"
         )
-    table = np.empty((groups, sides, classes_per_group, images_per_class), dtype=_index_type(labels))
-    for group in table:
-        for block, which in enumerate(rng.choice(len(rows), classes_per_group, replace=False)):
+    of_sets, of_looks = rng.spawn(2)  # of their own: with one set and one look, the rest is drawn as ever
+    firsts = of_looks.choice(_firsts(labels, looks), groups)
+    table = np.empty((groups, sides, classes_per_group, images_per_class), dtype=_index_type(labels, looks))
+    for group, pool, first in zip(table, of_sets.integers(len(pools), size=groups), firsts, strict=True):
+        for block, which in enumerate(rng.choice(pools[pool], classes_per_group, replace=False)):
             picked = rng.choice(rows[which], drawn, replace=False)
-            group[:, block] = picked.reshape(sides, images_per_class)
+            group[:, block] = first + picked.reshape(sides, images_per_class)
     return table.reshape((groups, 2, -1) if twins else (groups, classes_per_group * images_per_class))
 
 
-def halve(labels: np.ndarray, classes: Sequence[int], rng: np.random.Generator) -> np.ndarray:
-    """Make one group of twins, (1, 2, N), from all images of the classes. Of an odd number, one image is left out.
+def halve(
+    labels: np.ndarray, classes: Sequence[int], rng: np.random.Generator, looks: Sequence[str] = ("plain",)
+) -> np.ndarray:
+    """Make a group of twins from all images of the classes, once with each look: (looks, 2, N).
 
-    Blocks are in the order of `classes`, and as large as half of their class.
+    Blocks are in the order of `classes`, and as large as half of their class. Of an odd number, one image is left out.
     """
     halves = []
     for label in classes:
-        members = rng.permutation(np.flatnonzero(labels == label).astype(_index_type(labels)))
+        members = rng.permutation(np.flatnonzero(labels == label))
         halves.append(members[: len(members) // 2 * 2].reshape(2, -1))
-    return np.concatenate(halves, axis=1)[None]
+    firsts = _firsts(labels, looks)[:, None, None]
+    return (firsts + np.concatenate(halves, axis=1)).astype(_index_type(labels, looks))
 
 
 def whole_class_images(labels: np.ndarray, classes: Sequence[int]) -> int:
@@ -165,17 +205,30 @@ def whole_class_images(labels: np.ndarray, classes: Sequence[int]) -> int:
     return int(counts[list(classes)].min()) // 2
 
 
-def _index_type(labels: np.ndarray) -> type[np.unsignedinteger]:
-    """The smallest integer type that can hold every image index, since tables of 100,000 groups are large."""
-    return np.uint16 if len(labels) < 65_536 else np.uint32
+def _firsts(labels: np.ndarray, looks: Sequence[str]) -> np.ndarray:
+    """The first index with each of the looks."""
+    return np.array([list(LOOKS).index(look) * len(labels) for look in looks])
 
 
-def build_groups(split: Split, sizes: GroupSizes, train: Store, test: Store | None = None) -> dict[str, np.ndarray]:
+def _index_type(labels: np.ndarray, looks: Sequence[str]) -> type[np.unsignedinteger]:
+    """The smallest integer type that can hold every index, since tables of 100,000 groups are large."""
+    return np.uint16 if _firsts(labels, looks).max() + len(labels) < 65_536 else np.uint32
+
+
+def build_groups(
+    split: Split,
+    sizes: GroupSizes,
+    train: Store,
+    test: Store | None = None,
+    looks: Sequence[str] = ("plain",),
+    test_looks: Sequence[str] | None = None,
+) -> dict[str, np.ndarray]:
     """Draw the tables `search_train`, `validation` (twins), `train` and `test` (twins), with the split's seed.
 
-    The table `test` has indices into the store `test`, or into the training store if `test` is None. Raises `UserError`
-    if there are too few classes or images for these sizes.
+    The table `test` has indices into the store `test`, or into the training store if `test` is None, and the looks
+    `test_looks` (None: those of the others). Raises `UserError` if there are too few classes or images for these sizes.
     """
+    test_looks = test_looks or looks
     test = test or train
 
     def sample(
@@ -183,7 +236,8 @@ def build_groups(split: Split, sizes: GroupSizes, train: Store, test: Store | No
     ) -> np.ndarray:
         rng = np.random.default_rng([split.seed, ROLE_STREAMS[role]])
         k, images = own.classes_per_group, _images_per_class(split, own, train, test)
-        return sample_groups(store.labels, classes, store.class_names, groups, k, images, twins, rng)
+        sets, seen = list(store.set_classes.values()), test_looks if role == "test" else looks
+        return sample_groups(store.labels, classes, store.class_names, groups, k, images, twins, rng, sets, seen)
 
     tables = {
         "search_train": sample("search_train", train, split.search_classes, sizes.search_groups, twins=False),
@@ -194,7 +248,7 @@ def build_groups(split: Split, sizes: GroupSizes, train: Store, test: Store | No
         if not whole_class_images(test.labels, split.test_classes):
             raise UserError(f"{_smallest(test, split.test_classes)}, too few for two halves; add images to it")
         rng = np.random.default_rng([split.seed, ROLE_STREAMS["test"]])
-        tables["test"] = halve(test.labels, split.test_classes, rng)
+        tables["test"] = halve(test.labels, split.test_classes, rng, test_looks)
     else:
         tables["test"] = sample("test", test, split.test_classes, sizes.test_groups, twins=True, own=sizes.of_test)
     return tables

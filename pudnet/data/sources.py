@@ -7,8 +7,9 @@ import io
 import struct
 import sys
 import zlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,8 @@ class Source:
     """Labelled images that are read in order, a batch at a time, already at their final size.
 
     `labels` (N,) int64 are indices into `class_names`. `batches()` starts a new pass over the images, and yields uint8
-    arrays (B, image_size, image_size, channels) in the order of `labels`.
+    arrays (B, image_size, image_size, channels) in the order of `labels`. A source of several sets has the classes of
+    one set after the other; `sets` then has the number of classes of each, by its name.
     """
 
     name: str
@@ -44,6 +46,33 @@ class Source:
     labels: np.ndarray
     batches: Callable[[], Iterator[np.ndarray]]
     passed_over: tuple[Path, ...] = ()  # files of a folder whose type cannot be read
+    sets: Mapping[str, int] = field(default_factory=dict)
+
+
+def open_sources(specs: Sequence[str], raw: Path, image_size: int, channels: int) -> Source:
+    """Open one or several sources as one. Of several, class names begin with the name of their set."""
+    parts = [open_source(spec, raw, image_size, channels) for spec in specs]
+    if len(parts) == 1:
+        return parts[0]
+    sets = {set_name(spec): len(part.class_names) for spec, part in zip(specs, parts, strict=True)}
+    if len(sets) < len(parts):
+        raise UserError(
+            f"sources {', '.join(specs)}: two have the same name, {', '.join(map(set_name, specs))}; rename"
+        )
+    firsts = np.cumsum([0, *sets.values()])  # each set's first class
+    return Source(
+        name=" + ".join(part.name for part in parts),
+        class_names=tuple(f"{name} {own}" for name, part in zip(sets, parts, strict=True) for own in part.class_names),
+        labels=np.concatenate([first + part.labels for first, part in zip(firsts, parts, strict=False)]),
+        batches=lambda: chain.from_iterable(part.batches() for part in parts),
+        passed_over=tuple(file for part in parts for file in part.passed_over),
+        sets=sets,
+    )
+
+
+def set_name(spec: str) -> str:
+    """What to call the set of a source: `CIFAR100` for `torchvision:CIFAR100` or `npz:data/raw/CIFAR100.npz`."""
+    return Path(spec.partition(":")[2]).stem or spec
 
 
 def open_source(spec: str, raw: Path, image_size: int, channels: int) -> Source:

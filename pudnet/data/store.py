@@ -4,8 +4,9 @@ import contextlib
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ class Store:
     """A source on disk, memory-mapped and read-only.
 
     Images are uint8 (N, S, S, C), labels int64 (N,). `mean` and `std` (C) are of pixels in 0..1, over all classes. They
-    are the only thing about test classes that training sees.
+    are the only thing about test classes that training sees. `sets` is as in `Source`.
     """
 
     images: np.ndarray
@@ -31,6 +32,14 @@ class Store:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     source: str
+    sets: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def set_classes(self) -> dict[str, range]:
+        """The class ids of each set, by its name; a single set has none."""
+        sizes = self.sets or {"": len(self.class_names)}
+        ends = accumulate(sizes.values())
+        return {name: range(end - size, end) for (name, size), end in zip(sizes.items(), ends, strict=True)}
 
     @property
     def image_size(self) -> int:
@@ -80,6 +89,7 @@ def write_store(source: Source, destination: Path) -> None:
             "mean": mean,
             "std": std,
             "sha256": {name: _sha256(folder / name) for name in ("images.npy", "labels.npy")},
+            **({"sets": source.sets} if source.sets else {}),
         }
         (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
 
@@ -135,14 +145,14 @@ def open_store(path: Path, verify: bool) -> Store:
         checksums = {name: meta["sha256"][name] for name in ("images.npy", "labels.npy")}
         shape = (meta["count"], meta["image_size"], meta["image_size"], meta["channels"])
         class_names, mean, std = (tuple(meta[key]) for key in ("class_names", "mean", "std"))
-        source = meta["source"]
+        source, sets = meta["source"], dict(meta.get("sets", {}))
     except (ValueError, KeyError, TypeError) as error:
         raise _damaged(path / "meta.json", "cannot be read") from error
     for name, checksum in checksums.items():
         if verify and (not (path / name).is_file() or _sha256(path / name) != checksum):
             raise _damaged(path / name, "does not match its checksum")
     images, labels = (_load(path / name, shape[:axes]) for name, axes in (("images.npy", 4), ("labels.npy", 1)))
-    return Store(images, labels, class_names, mean, std, source)
+    return Store(images, labels, class_names, mean, std, source, sets)
 
 
 def _load(path: Path, shape: tuple[int, ...]) -> np.ndarray:
