@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from pipeline.project import root
 from pipeline.runs.trial import TOTAL
 
 COLUMNS = (TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -53,7 +54,7 @@ class TrialBars:
         self.shares, self.tasks = {}, {}
         self.all = self.bars.add_task("all trials", total=self.trials, completed=len(self.ended))
         self.bars.start()
-        print(f"  every report: {os.path.relpath(self.log)}", flush=True)
+        print(f"  every report: {os.path.relpath(self.log, root())}", flush=True)
         return self
 
     def __exit__(self, *error: object) -> None:
