@@ -154,9 +154,16 @@ def truncate(path: Path) -> None:
     path.write_bytes(content[: len(content) // 2])
 
 
+def mlflow_of(project: Path) -> MlflowClient:
+    """A client of the project's database, as it is now: of a copy, since a client keeps open what a test replaces."""
+    now = project.parent / f"{project.name}-{time.time_ns()}.db"
+    shutil.copy(project / "mlflow.db", now)
+    return MlflowClient(f"sqlite:///{now}")
+
+
 def runs_of(project: Path, uri: str | None = None, by_project: bool = False) -> dict:
     """What MLflow has of each run: its status, and the steps of its speed; `by_project`: apart for each project."""
-    client, found = MlflowClient(uri or f"sqlite:///{project}/mlflow.db"), {}
+    client, found = MlflowClient(uri) if uri else mlflow_of(project), {}
     for run in client.search_runs([one.experiment_id for one in client.search_experiments()]):
         own = found.setdefault(run.data.tags["pudnet.project"], {})
         assert run.info.run_name not in own

@@ -4,9 +4,8 @@ import shutil
 
 import pandas as pd
 import pytest
-from mlflow import MlflowClient
 
-from tests.faults.harness import change, checkpoints, runs_of, truncate
+from tests.faults.harness import change, checkpoints, mlflow_of, runs_of, truncate
 from tests.test_pipeline import ROOT
 
 SEARCH = ("results/search.csv", "results/best.yaml")
@@ -114,7 +113,7 @@ def test_a_fresh_search_begins_all_trials_again(undisturbed, start, same):
     said = start(project, "search", "--fresh").well()
     assert all(f"{trial}: group     2" in said for trial in TRIALS)
     same(project, "search", *SEARCH)
-    runs = MlflowClient(f"sqlite:///{project}/mlflow.db").search_runs(["1"], "attributes.run_name LIKE 'split0-%'")
+    runs = mlflow_of(project).search_runs(["1"], "attributes.run_name LIKE 'split0-%'")
     superseded = ["superseded/" in run.data.tags["pudnet.key"] for run in runs]
     assert sorted(superseded) == [False, False, True, True]
 
