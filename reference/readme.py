@@ -54,7 +54,7 @@ def opening() -> str:
     first = table.iloc[0]
     caption = CAPTION.format(
         test_groups=table.test_groups.max(),
-        fewer=table.test_groups.min(),
+        fewer=" or ".join(map(str, sorted(set(table.test_groups) - {table.test_groups.max()}))),
         splits=first.splits,
         train_groups=table.train_groups.max(),
         name=STUDY,

@@ -297,8 +297,8 @@ SOURCES = st.sampled_from(
         "torchvision:X",
     ]
     + ["npz:" + "x" * 300, "folder:" + "x" * 300, "npz:\0", "folder:a\nb", "torchvision:\n", "npz:params.yaml", "npz:."]
-    + [[], ["sklearn:digits", "npz:x.npz"], ["sklearn:digits"], ["sklearn:digits", 3]]
 )
+SEVERAL = st.sampled_from([[], ["sklearn:digits", "npz:x.npz"], ["sklearn:digits"], ["sklearn:digits", 3]])
 
 
 def of_stages():
@@ -308,7 +308,12 @@ def of_stages():
     return st.one_of(
         st.tuples(st.just("set"), st.sampled_from(sizes), KEYS, SIZES),
         st.tuples(st.just("set"), st.sampled_from(sizes), KEYS, SIZES),
-        st.tuples(st.just("set"), st.sampled_from([("prepare", "source"), ("prepare", "test_source")]), KEYS, SOURCES),
+        st.tuples(
+            st.just("set"),
+            st.sampled_from([("prepare", "source"), ("prepare", "test_source")]),
+            KEYS,
+            SOURCES | SEVERAL,
+        ),
         changes({key: value for key, value in SMALL.items() if key not in OTHERS}),
     )
 

@@ -70,6 +70,7 @@ def test_the_finetuning_benchmark_is_on_classes_that_the_model_never_saw(tmp_pat
     predictor.card.provenance["train_classes"] = list("01234")
     predictor.save(model)
     arguments = ["--model", str(model), "--source", "sklearn:digits", "--images", "40", "--new", "50", "--epochs", "2"]
+    arguments += ["--augment", "none"]
     monkeypatch.setattr("sys.argv", ["finetuning", *arguments, "--out", str(out)])
     finetuning.main()
     (five,) = json.loads(out.read_text())["fives"]

@@ -1,0 +1,91 @@
+"""The search with `train.patience`, and the final training by several workers, as commands."""
+
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+
+from pudnet import Predictor
+from tests.smallest import shrink
+from tests.test_pipeline import copy_project, run
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory) -> Path:
+    """The default pipeline at its smallest, up to the search."""
+    project = copy_project(tmp_path_factory.mktemp("searched") / "project")
+    shrink(project / "params.yaml")
+    stages(project, "prepare", "groups", "search")
+    return project
+
+
+def stages(project: Path, *names: str) -> str:
+    """Run some stages, each as a command. Returns what they print."""
+    done = [run(project, sys.executable, "-u", "-m", f"pipeline.{name}") for name in names]
+    assert [one.returncode for one in done] == [0] * len(names), "".join(one.stdout + one.stderr for one in done)
+    return "".join(one.stdout for one in done)
+
+
+def test_with_patience_the_final_training_passes_its_groups_as_often_as_the_searchs_best_report(searched, tmp_path):
+    """Of the bench, too, with nothing else to tune. A trial that ended early is not trained on, kept or not."""
+    project = tmp_path / "patient"
+    shutil.copytree(searched, project, ignore=shutil.ignore_patterns("mlflow.db", "mlartifacts"))
+    params = yaml.safe_load((project / "params.yaml").read_text())
+    params["train"] |= {"passes": 3, "patience": 1}
+    params["baselines"] |= {"methods": ["r2d2", "pudnet_plus", "static_trunk"], "scratch_search_groups": 2}
+    (project / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+
+    said = stages(project, "search", "train", "evaluate", "baselines")
+    best = yaml.safe_load((project / "results/best.yaml").read_text())["splits"][0]
+    search = pd.read_csv(project / "results/search.csv")
+    assert best["passes"] == search.groups[search.accuracy.idxmax()] / 10
+    assert best["accuracy"] == pytest.approx(search.accuracy.max(), abs=1e-3)
+    for trial in ("split0-eta0.0-depth1", "split0-eta0.2-depth1", "r2d2-split0", "pudnet_plus-split0"):
+        told = re.findall(rf" {trial}: group +(\d+) of 30, .* validation +([\d.]+)", said)
+        groups, accuracies = zip(*((int(groups), float(accuracy)) for groups, accuracy in told), strict=True)
+        rises = [later > max(accuracies[:at]) for at, later in enumerate(accuracies) if at]
+        assert all(rises[:-1]) and (not rises[-1] or groups[-1] == 30)  # one report without a rise, or the end
+    tuned = pd.read_csv(project / "results/tuning.csv").set_index("method").groups
+    curves = pd.read_csv(project / "results/loss_curves.csv").groupby("method")["groups"].max()
+    assert curves.to_dict() == {
+        "pudnet": round(best["passes"] * 19),
+        "static_trunk": round(best["passes"] * 19),
+        "r2d2": round(tuned.r2d2 / 10 * 19),
+        "pudnet_plus": round(tuned.pudnet_plus / 10 * 19),
+    }
+    assert "2 of 2 trials are finished already" in stages(project, "search")
+    for ended in (project / ".pud/trials").glob("pudnet-split0-*/ended.json"):
+        ended.unlink()  # as after a loss of power between a trial's last checkpoint and its end
+    assert not re.search(r"group +\d+ of 30", stages(project, "search"))
+    assert yaml.safe_load((project / "results/best.yaml").read_text())["splits"][0] == best
+
+
+def trained_by(workers: int, searched: Path, project: Path) -> Path:
+    """A copy of the project whose final training ran anew, by so many workers of one thread each.
+
+    In fp32 on any processor: in bf16 a group's rounding depends on how many share its step.
+    """
+    shutil.copytree(searched, project, ignore=shutil.ignore_patterns(".pud", "mlflow.db", "mlartifacts"))
+    params = yaml.safe_load((project / "params.yaml").read_text())
+    params["resources"] |= {"workers": workers, "cpus": 1}
+    params["train"] |= {"precision": "fp32"}
+    (project / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+    stages(project, "train")
+    return project
+
+
+def test_two_workers_train_as_one_does_with_all_groups_of_a_step(searched, tmp_path):
+    """By Ray Train, gloo between CPUs as NCCL between GPUs. 19 groups, two a step: at the last a worker has none."""
+    projects = [trained_by(workers, searched, tmp_path / str(workers)) for workers in (1, 2)]
+    one, two = (pd.read_csv(project / "results/train_curves.csv") for project in projects)
+    assert "1 of 1 trials are finished already" in stages(projects[1], "train")
+    assert two.groups.tolist() == [10, 19]
+    for curve in ("loss", "metric_loss", "full_loss", "kl_loss", "train_accuracy"):
+        assert two[curve].tolist() == pytest.approx(one[curve].tolist(), rel=1e-3)
+    expected, found = (Predictor.load(project / "models/pudnet.safetensors").model for project in projects)
+    for name, weight in expected.state_dict().items():
+        assert (found.state_dict()[name] - weight).abs().max() <= 0.05 * weight.abs().max() + 1e-4, name
