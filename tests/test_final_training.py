@@ -31,7 +31,7 @@ def stages(project: Path, *names: str) -> str:
 
 
 def test_with_patience_the_final_training_passes_its_groups_as_often_as_the_searchs_best_report(searched, tmp_path):
-    """Of the bench, too, with nothing else to tune. A trial that ended early is not trained on, kept or not."""
+    """Of the bench, too, with nothing else to tune. A trial that ended early trains no further, noted or not."""
     project = tmp_path / "patient"
     shutil.copytree(searched, project, ignore=shutil.ignore_patterns("mlflow.db", "mlartifacts"))
     params = yaml.safe_load((project / "params.yaml").read_text())

@@ -11,7 +11,7 @@ import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import ray
@@ -172,10 +172,15 @@ def share(params: Params, workers: int = 1) -> dict[str, float]:
         min(node.get("CPU", 0) // wanted.cpus, int(node.get("GPU", 0) / gpu + 1e-6) if gpu else math.inf)
         for node in nodes
     )
+    own = {"cpu": wanted.cpus, "gpu": gpu}
     if workers > room:
-        each = f"{wanted.cpus} CPU(s) and {gpu:g} GPU(s)"
-        raise UserError(f"resources.workers: {workers} with {each} each, but there is room for {room:.0f}")
-    return {"cpu": wanted.cpus, "gpu": gpu}
+        raise UserError(f"resources.workers: {workers} with {in_words(own)} each, but there is room for {room:.0f}")
+    return own
+
+
+def in_words(resources: Mapping[str, float]) -> str:
+    """A trial's share, as it is printed."""
+    return f"{resources['cpu']} CPU(s) and {resources['gpu']:g} GPU(s)"
 
 
 def result(ended: ray.ObjectRef) -> Any:

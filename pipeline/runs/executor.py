@@ -81,7 +81,7 @@ def run_missing(
     log = TrialLog(params, tracking, experiment.keys, (experiment.key, parent) if parent else None)
     progress = TrialProgress(experiment.keys, log)
     with locked(root() / ".pud" / "running" / f"{experiment.key}.lock"):
-        _read_earlier(experiment, progress, log, fresh)
+        _read_earlier(experiment, progress, fresh)
         for spec in experiment.specs:
             if spec.name not in progress.ended:
                 _check_fits(spec)
@@ -103,13 +103,13 @@ def run_missing(
     return [trial for trial in trials if not trial.diverged]
 
 
-def _read_earlier(experiment: Experiment, progress: TrialProgress, log: TrialLog, fresh: bool) -> None:
+def _read_earlier(experiment: Experiment, progress: TrialProgress, fresh: bool) -> None:
     """Tell `progress` what earlier starts have done; with `fresh`, forget it."""
     for spec in experiment.specs:
         key = experiment.keys[spec.name]
         if fresh:
             shutil.rmtree(trial_folder(key), ignore_errors=True)
-            log.supersede(spec)
+            progress.log.supersede(spec)
         reports, ended = read_trial(key, spec)
         progress.reports[spec.name] = reports
         if ended:

@@ -37,9 +37,9 @@ class WaitingNotice(Callback):
             if workers > 1 and cluster.has_room(self.params, workers):  # the process that starts them always runs
                 self._is_at_work()
             elif not self.said:
-                wanted = f"{share['cpu']} CPU(s) and {share['gpu']:g} GPU(s)"
                 each = f" for each of {workers} workers" if workers > 1 else ""
-                print(f"  no trial is at work; waiting for a node with {wanted} free{each}", flush=True)
+                wanted = f"{cluster.in_words(share)} free{each}"
+                print(f"  no trial is at work; waiting for a node with {wanted}", flush=True)
                 self.said = True
 
     def _is_at_work(self) -> None:
