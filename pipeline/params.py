@@ -25,6 +25,7 @@ from pudnet.config import (
     TrainConfig,
     apply_variant,
     default_extractor,
+    default_pretraining,
     parse,
 )
 from pudnet.data.groups import GroupSizes
@@ -181,16 +182,18 @@ class Params:
 
     def configured(self, changes: Mapping[str, Any]) -> tuple[ModelConfig, TrainConfig]:
         """The model and training configurations with a grid cell's changes, and then the variant's, applied."""
-        return apply_variant(
-            self.variant, *(changed(base, changes, "search.space") for base in (self.model, self.train))
-        )
+        own = (changed(base, changes, "search.space") for base in (self.model, self.train))
+        model, train = apply_variant(self.variant, *own)
+        if train.pretraining_share is None:
+            train = replace(train, pretraining_share=default_pretraining(self.target, model.base))
+        return model, train
 
     def for_baselines(self, images: int) -> Params:
         """Params by which baselines are trained like the variant, with as many labels of each class as it uses.
 
         `images`: how many images of each class a group has.
         """
-        model, train = apply_variant(self.variant, self.model, self.train)
+        model, train = self.configured({})
         labelled = model.labelled(self.groups.classes_per_group, images) if model.class_filters else 0
         return replace(self, train=replace(train, support_per_class=max(train.support_per_class, labelled)))
 

@@ -40,7 +40,7 @@ class MetaLearner(Learner):
 
     def __init__(self, model: PudNet | StaticTrunk, target: Target, config: TrainConfig, classes: int, k: int) -> None:
         super().__init__()
-        self.model, self.k, self.mixes = model, k, config.pretraining_share
+        self.model, self.k, self.mixes = model, k, config.pretraining_share or 0.0
         self.objective = Objective(config, target.features, classes)
         if self.mixes and not model.base_weights():
             raise UserError("train.pretraining_share: without model.base there are no weights before a group is seen")

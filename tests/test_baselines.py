@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from pudnet.baselines import LEARNED, SCRATCH, Adapter, Scratch, ScratchConfig, load_method, make_method
-from pudnet.baselines.learners import Pretraining
 from pudnet.baselines.meta_deepbdc import BDCNetwork, MetaDeepBDCConfig, bdc
 from pudnet.card import Card, write_tensors
 from pudnet.cca import held_out_correlation
@@ -31,6 +30,7 @@ CPU = torch.device("cpu")
 TRAINED = ["pudnet", "static_trunk", *LEARNED]
 METHODS = [*TRAINED, *SCRATCH]
 K, SUPPORT = 2, 5
+CONFIG = TrainConfig(support_per_class=SUPPORT)
 
 
 # Closed-form twins
@@ -66,7 +66,9 @@ def test_of_a_resnet_on_small_images_bdc_cuts_the_last_stage_off():
     method, own = make_method("meta_deepbdc", {}, target)
     assert own.features == 64 * 65 // 2
     assert {conv.name.split(".")[1] for conv in own.convs} == {"conv1", "layer1", "layer2", "layer3"} | {"0"}
-    losses = method.learner(4, 2, 3).losses(torch.randn(1, 8, 3, 32, 32), torch.tensor([[0] * 4 + [1] * 4]), 0.9)
+    losses = method.learner(4, 2, TrainConfig(support_per_class=3)).losses(
+        torch.randn(1, 8, 3, 32, 32), torch.tensor([[0] * 4 + [1] * 4]), 0.9
+    )
     losses.total.backward()
     assert all(p.grad is not None for p in method.trunk.parameters())
 
@@ -227,7 +229,7 @@ def test_musml_takes_the_subspace_of_the_lowest_support_loss_and_learns_by_their
     expected = method.trunk.generate(best, ends[best])
     assert all(torch.equal(chosen[name], expected[name]) for name in expected) and len(set(losses)) == 3
 
-    learner, outcomes = method.learner(4, 2, 4), []
+    learner, outcomes = method.learner(4, 2, TrainConfig(support_per_class=4)), []
     for k, v in enumerate(ends):
         features = method.trunk.shared(images[0], method.trunk.generate(k, v)).detach().view(2, 6, -1)
         centroids = features[:, :4].mean(1)
@@ -243,7 +245,7 @@ def test_musml_writes_weights_and_losses_in_fp32_under_autocast():
     images, labels = torch.randn(1, 12, 1, 8, 8), torch.tensor([[0] * 6 + [1] * 6])
     with torch.autocast("cpu", torch.bfloat16):
         weights = method.weights(images[0], labels[0])
-        losses = method.learner(4, 2, 3).losses(images, labels, 0.0)
+        losses = method.learner(4, 2, TrainConfig(support_per_class=3)).losses(images, labels, 0.0)
     assert {w.dtype for w in weights.values()} == {torch.float32} == {losses.total.dtype}
 
 
@@ -311,7 +313,7 @@ def make(name, store):
         return None, config, Scratch(ScratchConfig(epochs=20), plain, CPU, bf16=False, gc=name == "scratch_gc")
     if name in LEARNED:
         method, target = make_method(name, {}, plain)
-        return method.learner(6, K, SUPPORT), config, Adapter(method, card, target)
+        return method.learner(6, K, CONFIG), config, Adapter(method, card, target)
     model, target = build_model(card)
     return MetaLearner(model, target, config, 6, K), config, Predictor(model, card, target)
 
@@ -388,7 +390,7 @@ def test_a_file_brings_the_method_back(name, toy, trained, tmp_path):
 
 def test_pretraining_mixes_the_classes_of_the_very_same_images(toy):
     _, images, train, _ = toy
-    assert Pretraining(method_of("pretrained"), 6, K, SUPPORT).mixes == 1
+    assert method_of("pretrained").learner(6, K, CONFIG).mixes == 1
     mixed = arranged(train, 0, 0, len(train))
     assert mixed.shape == train.shape
     assert sorted(mixed.ravel()) == sorted(train.ravel())
@@ -418,12 +420,22 @@ def test_pudnet_plus_and_the_static_trunk_are_pretrained_likewise(kind, toy):
         MetaLearner(PudNet(ModelConfig(), target), target, replace(config, pretraining_share=0.25), 6, K)
 
 
-@pytest.mark.parametrize("name", ["meta_baseline", "meta_deepbdc"])
+TWO_STAGES = {  # -> a method's own options, those of its training, and the second stage's rate
+    "meta_baseline": ({"pretraining": 0.25, "meta_rate": 0.1}, {}, 0.1),
+    "meta_deepbdc": ({"pretraining": 0.25, "meta_rate": 0.1}, {}, 0.1),
+    "protonet": ({}, {"pretraining_share": 0.25}, 1.0),
+    "matchnet": ({}, {"pretraining_share": 0.25}, 1.0),
+    "r2d2": ({}, {"pretraining_share": 0.25}, 1.0),
+}
+
+
+@pytest.mark.parametrize("name", TWO_STAGES)
 def test_two_stages_are_pretraining_and_then_episodes(name, toy):
     _, images, train, _ = toy
-    learner = method_of(name, pretraining=0.25, meta_rate=0.1).learner(6, K, SUPPORT)
+    own, training, rate = TWO_STAGES[name]
+    learner = method_of(name, **own).learner(6, K, replace(CONFIG, **training))
     assert learner.mixes == 0.25
-    assert learner.rate(0.2) == 1.0 and learner.rate(0.25) == 0.1
+    assert learner.rate(0.2) == 1.0 and learner.rate(0.25) == rate
     labels = torch.from_numpy(images.labels[train[0]])
     for done, head_learns in ((0.0, True), (0.5, False)):
         learner.zero_grad()
@@ -435,7 +447,7 @@ def test_two_stages_are_pretraining_and_then_episodes(name, toy):
 def test_methods_take_a_network_of_ones_own(name):
     method, target = make_method(name, {}, build_target(Depthwise(3), 3, 16))
     images, labels = torch.randn(1, 12, 3, 16, 16), torch.tensor([[0] * 6 + [3] * 6])
-    losses = method.learner(4, 2, 3).losses(images, labels, 0.9)
+    losses = method.learner(4, 2, TrainConfig(support_per_class=3)).losses(images, labels, 0.9)
     losses.total.backward()
     assert all(p.grad is not None for p in method.trunk.parameters())
     card = Card(name, "tests.nets:Depthwise", 3, 16, (0.5,) * 3, (0.3,) * 3, 10.0, 3)

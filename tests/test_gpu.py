@@ -48,7 +48,7 @@ def make_learner(kind, k=2, target="convnet3", channels=1, size=8):
     torch.manual_seed(0)
     plain, model, config = build_target(target, channels, size), ModelConfig(hidden=16), TrainConfig()
     if kind in LEARNED:
-        return make_method(kind, {}, plain)[0].learner(6, k, 3), config
+        return make_method(kind, {}, plain)[0].learner(6, k, replace(config, support_per_class=3)), config
     if kind in ("pudnet_plus", "mixed"):
         model, config = apply_variant("pudnet_plus", replace(model, sketch_images=6), config)
         config = replace(config, pretraining_share=0.95 if kind == "mixed" else 0.0)

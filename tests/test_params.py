@@ -1,5 +1,6 @@
 """params.yaml: what is null comes from the setting, and a mistake is one line that names the key."""
 
+import itertools
 import subprocess
 import sys
 from dataclasses import replace
@@ -109,6 +110,21 @@ def test_a_baselines_cell_is_its_own_and_its_trainings(raw):
     assert (own.meta_rate, own.pretraining, train.learning_rate) == (0.5, 0.5, 0.02)
     assert train.support_per_class == params.train.support_per_class
     assert params.baseline_grid("protonet") == [{}]
+
+
+def test_a_resnet_of_pudnet_plus_is_pretrained_unless_told_otherwise(raw):
+    shares = {}
+    for target, variant in itertools.product(("convnet3", "resnet18"), ("pudnet", "pudnet_plus")):
+        params = resolve({**raw, "target": target, "variant": variant})
+        own, others = params.configured({})[1], params.for_baselines(500)
+        other = others.baseline("r2d2", {})[1]
+        assert own.pretraining_share == other.pretraining_share
+        shares[target, variant] = own.pretraining_share
+        assert others.baseline("r2d2", {"pretraining_share": 0.5})[1].pretraining_share == 0.5
+    assert shares.pop(("resnet18", "pudnet_plus")) == 0.8 and set(shares.values()) == {0.0}
+    raw["train"]["pretraining_share"] = 0.0
+    params = resolve({**raw, "target": "resnet18", "variant": "pudnet_plus"})
+    assert params.configured({})[1].pretraining_share == 0.0
 
 
 def test_numbers_are_read_as_dvc_writes_them(tmp_path):

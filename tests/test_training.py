@@ -42,7 +42,7 @@ def make_trainer(digits, table, kind="pudnet", seed=0, images=None, model=None, 
     target, classes = build_target("convnet3", 1, 8), len(digits.split.train_classes)
     config = TrainConfig(**{"precision": "fp32", "report_every": 4, **changes})
     if kind in LEARNED:
-        learner = make_method(kind, {}, target)[0].learner(classes, 2, config.support_per_class)
+        learner = make_method(kind, {}, target)[0].learner(classes, 2, config)
     else:
         network = StaticTrunk(target) if kind == "static_trunk" else PudNet(model or ModelConfig(), target)
         learner = MetaLearner(network, target, config, classes, 2)

@@ -157,7 +157,7 @@ def make_learner(spec: TrialSpec, card: Card, config: TrainConfig, classes: int,
     """The learner that the trial trains, and its target network."""
     model, target = untrained(spec, card)
     if spec.kind in LEARNED:
-        return model.learner(classes, k, config.support_per_class), target
+        return model.learner(classes, k, config), target
     return MetaLearner(model, target, config, classes, k), target
 
 

@@ -1,6 +1,6 @@
 """How baselines are trained: on all training classes at once, on episodes, or first the one and then the other.
 
-In every case, an update uses as many images as one task group has, from the same table of groups.
+An update uses as many images as one task group has, from the same table of groups.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pudnet.baselines.method import Method
+from pudnet.config import TrainConfig
 from pudnet.learner import Learner
 from pudnet.objective import Losses, accuracy, cross_entropy, in_blocks
 from pudnet.ridge import at_least_fp32
@@ -33,58 +34,44 @@ class MethodLearner(Learner):
             return losses(self.model.logits(queries, support, own, self.k), truth)
 
 
-class Episodic(MethodLearner):
-    """Each group is an episode: its support set, the first images of each class, classifies the others."""
+class Stages(MethodLearner):
+    """First pretraining, on a share of the groups, then episodes on the others. Either may be all of the training.
 
-    def losses(self, images: Tensor, labels: Tensor, done: float) -> Losses:
-        """Cross-entropy of the queries under the method's own rule. Each group's images are ordered by class."""
-        return self.episode(self.features(images))
+    `pretraining` is the share (None: `train.pretraining_share`).
 
-
-class Pretraining(MethodLearner):
-    """Trains with a linear head over all training classes, which is thrown away afterwards.
-
-    A batch has as many images as a group, but of all classes: the images of a whole pass are mixed. In batches of a
-    group's few classes, the head would only learn which classes the last groups had.
+    In pretraining a linear head, which is thrown away afterwards, classifies all training classes. A batch has as many
+    images as a group, but of all classes: the images of these groups are mixed. In batches of a group's few classes,
+    the head would only learn which classes the last groups had. In the second stage each group is an episode: its
+    support set, the first images of each class, classifies the others. The learning rate is `meta_rate` times that of
+    the first stage.
     """
-
-    mixes = 1.0
-
-    def __init__(self, method: Method, train_classes: int, k: int, support: int, dropout: float = 0.0) -> None:
-        super().__init__(method, k, support)
-        self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(method.features, train_classes))
-
-    def losses(self, images: Tensor, labels: Tensor, done: float) -> Losses:
-        """Cross-entropy of the full head."""
-        features = self.features(images)
-        with torch.autocast(features.device.type, enabled=False):
-            return losses(self.head(features), labels)
-
-
-class TwoStages(Pretraining):
-    """Pretraining on a share of the groups, then episodes on the rest, at another learning rate."""
 
     def __init__(
         self,
         method: Method,
         train_classes: int,
         k: int,
-        support: int,
-        pretraining: float,
-        meta_rate: float,
+        config: TrainConfig,
+        pretraining: float | None = None,
+        meta_rate: float = 1.0,
         dropout: float = 0.0,
     ) -> None:
-        super().__init__(method, train_classes, k, support, dropout)
-        self.mixes, self.meta_rate = pretraining, meta_rate
+        super().__init__(method, k, config.support_per_class)
+        self.mixes = config.pretraining_share or 0.0 if pretraining is None else pretraining
+        self.meta_rate = meta_rate
+        head = [nn.Dropout(dropout), nn.Linear(method.features, train_classes)] if self.mixes else []
+        self.head = nn.Sequential(*head)
 
     def losses(self, images: Tensor, labels: Tensor, done: float) -> Losses:
-        """The full head's loss, then the method's own."""
-        if done < self.mixes:
-            return super().losses(images, labels, done)
-        return self.episode(self.features(images))
+        """The full head's cross-entropy, then that of the method's own rule, for groups ordered by class."""
+        features = self.features(images)
+        if done >= self.mixes:
+            return self.episode(features)
+        with torch.autocast(features.device.type, enabled=False):
+            return losses(self.head(features), labels)
 
     def rate(self, done: float) -> float:
-        """The second stage's learning rate is `meta_rate` times the first's."""
+        """1 in pretraining, then `meta_rate`."""
         return 1.0 if done < self.mixes else self.meta_rate
 
 

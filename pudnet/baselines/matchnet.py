@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from pudnet.baselines.learners import Episodic
+from pudnet.baselines.learners import Stages
 from pudnet.baselines.method import Method
-from pudnet.config import STRICT, PositiveFloat
+from pudnet.config import STRICT, PositiveFloat, TrainConfig
 from pudnet.learner import Learner
 
 
@@ -32,9 +32,9 @@ class MatchNet(Method):
 
     Config = MatchNetConfig
 
-    def learner(self, train_classes: int, k: int, support: int) -> Learner:
-        """Episodes."""
-        return Episodic(self, k, support)
+    def learner(self, train_classes: int, k: int, config: TrainConfig) -> Learner:
+        """Episodes, after pretraining if the training asks for it."""
+        return Stages(self, train_classes, k, config)
 
     def logits(self, queries: Tensor, support: Tensor, labels: Tensor, k: int) -> Tensor:
         """Log-probabilities log p(y | x), (Q, k). Their softmax is p, so cross-entropy gives the method's own loss."""

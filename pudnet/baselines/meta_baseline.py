@@ -6,10 +6,10 @@ import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from pudnet.baselines.learners import TwoStages
+from pudnet.baselines.learners import Stages
 from pudnet.baselines.method import Method
 from pudnet.classifier import centroids, metric_logits
-from pudnet.config import STRICT, Fraction, PositiveFloat
+from pudnet.config import STRICT, Fraction, PositiveFloat, TrainConfig
 from pudnet.learner import Learner
 from pudnet.targets import Target
 
@@ -40,10 +40,10 @@ class MetaBaseline(Method):
         super().__init__(config, target)
         self.temperature = nn.Parameter(torch.tensor(config.temperature))
 
-    def learner(self, train_classes: int, k: int, support: int) -> Learner:
+    def learner(self, train_classes: int, k: int, config: TrainConfig) -> Learner:
         """Both stages."""
         stages = (self.config.pretraining, self.config.meta_rate)
-        return TwoStages(self, train_classes, k, support, *stages)
+        return Stages(self, train_classes, k, config, *stages)
 
     def logits(self, queries: Tensor, support: Tensor, labels: Tensor, k: int) -> Tensor:
         """Scaled cosines to the class centroids, (Q, k)."""

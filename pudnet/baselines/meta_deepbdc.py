@@ -11,10 +11,10 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from pudnet.baselines.learners import TwoStages
+from pudnet.baselines.learners import Stages
 from pudnet.baselines.method import Method, squared_distances
 from pudnet.classifier import centroids
-from pudnet.config import STRICT, Fraction, Positive, PositiveFloat
+from pudnet.config import STRICT, Fraction, Positive, PositiveFloat, TrainConfig
 from pudnet.errors import UserError
 from pudnet.learner import Learner
 from pudnet.ridge import at_least_fp32
@@ -53,10 +53,10 @@ class MetaDeepBDC(Method):
         """The plain target up to its last map that is large enough, with the BDC module on top."""
         return BDCNetwork(target, config)
 
-    def learner(self, train_classes: int, k: int, support: int) -> Learner:
+    def learner(self, train_classes: int, k: int, config: TrainConfig) -> Learner:
         """Both stages."""
         stages = (self.config.pretraining, self.config.meta_rate, self.config.dropout)
-        return TwoStages(self, train_classes, k, support, *stages)
+        return Stages(self, train_classes, k, config, *stages)
 
     def logits(self, queries: Tensor, support: Tensor, labels: Tensor, k: int) -> Tensor:
         """Minus the squared distances to the class means, (Q, k)."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pudnet.baselines.heads import fit_head
 from pudnet.card import Card
+from pudnet.config import TrainConfig
 from pudnet.controls import StaticTrunk
 from pudnet.learner import Learner
 from pudnet.network import Classifier
@@ -38,8 +39,8 @@ class Method(nn.Module):
         """The network that is trained: the plain target, unless a method adds something to it."""
         return target.network
 
-    def learner(self, train_classes: int, k: int, support: int) -> Learner:
-        """The learner that trains it, on groups of `k` training classes with `support` support images of each."""
+    def learner(self, train_classes: int, k: int, config: TrainConfig) -> Learner:
+        """The learner that trains it, on groups of `k` of the `train_classes` training classes."""
         raise NotImplementedError
 
     def logits(self, queries: Tensor, support: Tensor, labels: Tensor, k: int) -> Tensor:

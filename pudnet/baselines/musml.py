@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pudnet.baselines.learners import MethodLearner
 from pudnet.baselines.method import Method
 from pudnet.classifier import centroids, metric_logits
-from pudnet.config import STRICT, Positive, PositiveFloat
+from pudnet.config import STRICT, Positive, PositiveFloat, TrainConfig
 from pudnet.learner import Learner
 from pudnet.objective import Losses, cross_entropy, in_blocks
 from pudnet.ridge import at_least_fp32, one_hot
@@ -78,9 +78,9 @@ class MUSML(Method):
         """The bases."""
         return Subspaces(self.config, target)
 
-    def learner(self, train_classes: int, k: int, support: int) -> Learner:
-        """A learner of its own."""
-        return SubspaceLearner(self, k, support)
+    def learner(self, train_classes: int, k: int, config: TrainConfig) -> Learner:
+        """A learner of its own, which has no pretraining."""
+        return SubspaceLearner(self, k, config.support_per_class)
 
     def logits(self, queries: Tensor, support: Tensor, labels: Tensor, k: int) -> Tensor:
         """Scaled cosines to the class centroids, (Q, k)."""

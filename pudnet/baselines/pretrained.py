@@ -5,10 +5,10 @@ from __future__ import annotations
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from pudnet.baselines.learners import Pretraining
+from pudnet.baselines.learners import Stages
 from pudnet.baselines.method import Method
 from pudnet.classifier import centroids, metric_logits
-from pudnet.config import STRICT
+from pudnet.config import STRICT, TrainConfig
 from pudnet.learner import Learner
 
 
@@ -26,9 +26,9 @@ class Pretrained(Method):
 
     Config = PretrainedConfig
 
-    def learner(self, train_classes: int, k: int, support: int) -> Learner:
+    def learner(self, train_classes: int, k: int, config: TrainConfig) -> Learner:
         """Mixed batches of all training classes."""
-        return Pretraining(self, train_classes, k, support)
+        return Stages(self, train_classes, k, config, pretraining=1.0)
 
     def logits(self, queries: Tensor, support: Tensor, labels: Tensor, k: int) -> Tensor:
         """Cosines to the class centroids. They need no temperature, which would not change the predicted class."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from pudnet.baselines.learners import Episodic
+from pudnet.baselines.learners import Stages
 from pudnet.baselines.method import Method, squared_distances
 from pudnet.classifier import centroids
-from pudnet.config import STRICT, PositiveFloat
+from pudnet.config import STRICT, PositiveFloat, TrainConfig
 from pudnet.learner import Learner
 
 
@@ -27,9 +27,9 @@ class ProtoNet(Method):
 
     Config = ProtoNetConfig
 
-    def learner(self, train_classes: int, k: int, support: int) -> Learner:
-        """Episodes."""
-        return Episodic(self, k, support)
+    def learner(self, train_classes: int, k: int, config: TrainConfig) -> Learner:
+        """Episodes, after pretraining if the training asks for it."""
+        return Stages(self, train_classes, k, config)
 
     def logits(self, queries: Tensor, support: Tensor, labels: Tensor, k: int) -> Tensor:
         """Minus the scaled squared distances to the prototypes, (Q, k)."""

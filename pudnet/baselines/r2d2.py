@@ -9,10 +9,10 @@ from __future__ import annotations
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from pudnet.baselines.learners import Episodic
+from pudnet.baselines.learners import Stages
 from pudnet.baselines.method import Method
 from pudnet.classifier import Regression
-from pudnet.config import STRICT, PositiveFloat
+from pudnet.config import STRICT, PositiveFloat, TrainConfig
 from pudnet.learner import Learner
 from pudnet.targets import Target
 
@@ -37,9 +37,9 @@ class R2D2(Method):
         super().__init__(config, target)
         self.regression = Regression(config.ridge, config.scale)
 
-    def learner(self, train_classes: int, k: int, support: int) -> Learner:
-        """The learner: trains on groups, each split into support and query images."""
-        return Episodic(self, k, support)
+    def learner(self, train_classes: int, k: int, config: TrainConfig) -> Learner:
+        """Episodes, after pretraining if the training asks for it."""
+        return Stages(self, train_classes, k, config)
 
     def logits(self, queries: Tensor, support: Tensor, labels: Tensor, k: int) -> Tensor:
         """The scaled regression of queries (Q, d): logits (Q, k)."""
