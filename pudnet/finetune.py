@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from pudnet.card import Card
 from pudnet.classifier import fit
 from pudnet.cpu import accelerate
+from pudnet.data.augmentation import AUGMENTATIONS
 from pudnet.data.rows import CALIBRATION_IMAGES, first_rows, spread_rows
 from pudnet.data.user_images import Images, ImageSet, Pixels, images_at_a_time, labelled_set, noting
 from pudnet.device import clock, wants_bf16
 from pudnet.errors import UserError
 from pudnet.network import PredictedNetwork, features_in_parts
-from pudnet.scratch import AUGMENTATIONS, ScratchConfig, train
+from pudnet.scratch import ScratchConfig, train
 from pudnet.targets import calibrate
 
 

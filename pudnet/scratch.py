@@ -7,7 +7,6 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
-from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -16,13 +15,11 @@ from torch import Tensor, nn
 
 from pudnet.config import STRICT, Fraction, Positive, PositiveFloat, Weight
 from pudnet.cpu import accelerate, keep_freed_memory
+from pudnet.data.augmentation import Augmentation, augmented
 from pudnet.device import flushing_denormals
 from pudnet.gradient_centralization import Where, centralized
 from pudnet.network import Classifier
 from pudnet.targets import Target, calibrate
-
-Augmentation = Literal["none", "shift", "shift_mirror"]
-AUGMENTATIONS = get_args(Augmentation)
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -30,8 +27,7 @@ class ScratchConfig:
     """A training run as one would set it up for a few hundred images.
 
     The learning rate rises linearly over the share `warm_up` of all steps and falls linearly to zero over the rest, so
-    a run of 5 epochs is not the beginning of a run of 50. `batch` is small, for many steps in each epoch. `augment`:
-    none, random shifts by up to an eighth of the image (reflected at its border), or shifts and mirror images.
+    a run of 5 epochs is not the beginning of a run of 50. `batch` is small, for many steps in each epoch.
     `weight_decay` is decoupled (AdamW's). `centralize`: what GC centralises (`scratch_gc` only).
     """
 
@@ -151,24 +147,3 @@ def one_cycle(step: int, steps: int, warm_up: float) -> float:
     """The factor of the learning rate at a step: rises linearly over `warm_up` of the steps, then falls to zero."""
     rise = max(1.0, warm_up * steps)
     return min(1.0, (step + 1) / rise, max(0.0, (steps - step) / max(1.0, steps - rise)))
-
-
-def augmented(images: Tensor, how: str) -> Tensor:
-    """Shift each of the images (N, C, H, W) by up to an eighth of its size and mirror half of them, as `how` says."""
-    if how == "none":
-        return images
-    n, _, height, width = images.shape
-    reach = max(1, height // 8)
-    rows, columns = (_shifted(n, size, reach, images.device) for size in (height, width))  # (N, H), (N, W)
-    if how == "shift_mirror":
-        mirrored = torch.rand(n, 1, device=images.device) < 0.5
-        columns = torch.where(mirrored, columns.flip(1), columns)
-    index = torch.arange(n, device=images.device)[:, None, None]
-    return images.permute(0, 2, 3, 1)[index, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
-
-
-def _shifted(n: int, size: int, reach: int, device: torch.device) -> Tensor:
-    """The pixel indices (N, size) along an axis after random shifts, reflected at both ends."""
-    shift = torch.randint(-reach, reach + 1, (n, 1), device=device)
-    pixels = (torch.arange(size, device=device) + shift).abs()
-    return torch.where(pixels < size, pixels, 2 * (size - 1) - pixels)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pudnet.config import TrainConfig
 from pudnet.cpu import accelerate, compiling_pays, keep_freed_memory
+from pudnet.data.augmentation import augmented
 from pudnet.data.images import StoreImages
 from pudnet.device import flushing_denormals, wants_bf16
 from pudnet.errors import RunFailed, UserError
@@ -117,6 +118,7 @@ class Trainer:
         self.parameters = list(learner.parameters())
         self.optimizer = torch.optim.Adam(self.parameters, lr=config.learning_rate, fused=True)
         self.autocast = wants_bf16(config.precision, self.device)
+        self.random = torch.Generator(self.device)  # of augmentation
         self.groups, self.rollbacks = 0, 0
         self.in_order = table
         self._begin_pass(0)
@@ -232,8 +234,22 @@ class Trainer:
 
     def _losses(self, groups: np.ndarray | Tensor) -> Losses:
         labels = torch.as_tensor(self.columns[self.images.rows(groups)]).long()
+        images = self._augmented(self.images(groups))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-            return self.learner.losses(self.images(groups), labels, self.groups / self.total)
+            return self.learner.losses(images, labels, self.groups / self.total)
+
+    def _augmented(self, images: Tensor) -> Tensor:
+        """Change this worker's groups of the step (B, N, C, H, W), each at random by its own number.
+
+        So it makes no difference which worker has a group, or whether training was interrupted before it.
+        """
+        if self.config.augment == "none":
+            return images
+        changed = []
+        for group, own in enumerate(images):
+            self.random.manual_seed(2**32 * self.seed + self.groups + self.rank + group * self.workers)
+            changed.append(augmented(own, self.config.augment, self.random))
+        return torch.stack(changed)
 
     def _schedule(self) -> None:
         done = min(1.0, self.groups / self.total)

@@ -13,6 +13,7 @@ from pudnet.card import Card, write_tensors
 from pudnet.cca import held_out_correlation
 from pudnet.config import ModelConfig, TrainConfig, apply_variant
 from pudnet.controls import StaticTrunk
+from pudnet.data.augmentation import augmented
 from pudnet.data.images import StoreImages
 from pudnet.data.store import Store
 from pudnet.errors import UserError
@@ -21,7 +22,7 @@ from pudnet.gradient_centralization import centralized
 from pudnet.hypernet import PudNet
 from pudnet.learner import MetaLearner
 from pudnet.predictor import Predictor, build_model
-from pudnet.scratch import augmented, one_cycle, scratch_network, train
+from pudnet.scratch import one_cycle, scratch_network, train
 from pudnet.targets import build_target
 from pudnet.training import Trainer, arranged
 from tests.nets import Depthwise
