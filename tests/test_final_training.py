@@ -72,7 +72,7 @@ def trained_by(workers: int, searched: Path, project: Path) -> Path:
     shutil.copytree(searched, project, ignore=shutil.ignore_patterns(".pud", "mlflow.db", "mlartifacts"))
     params = yaml.safe_load((project / "params.yaml").read_text())
     params["resources"] |= {"workers": workers, "cpus": 1}
-    params["train"] |= {"precision": "fp32"}
+    params["train"] |= {"precision": "fp32", "augment": "shift"}
     (project / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
     stages(project, "train")
     return project

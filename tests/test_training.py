@@ -234,9 +234,26 @@ def test_the_share_of_mixed_groups_is_of_all_passes(digits):
         assert sorted(trainer.table[:mixed].ravel()) == sorted(plain[:mixed].ravel())
 
 
+def test_augmentation_depends_on_the_number_of_a_group_alone(digits):
+    def seen(**options):
+        """The images that a training learns from, one group after the other, of two passes."""
+        trainer, groups = make_trainer(digits, digits.train[:3], passes=2, **options), []
+        losses = trainer.learner.losses
+        trainer.learner.losses = lambda images, *rest: (groups.extend(images), losses(images, *rest))[1]
+        list(trainer.run())
+        return torch.stack(groups)
+
+    plain, shifted, in_threes = seen(), seen(augment="shift"), seen(augment="shift", groups_per_step=3)
+    assert torch.equal(shifted, in_threes)
+    for images, others in zip(plain, shifted, strict=True):
+        same = (images == others).flatten(1).all(1).float().mean()
+        assert 0.02 < same < 0.3  # a ninth of the shifts by -1, 0, 1 pixels each way
+    assert not torch.equal(shifted[0], shifted[np.argmax([torch.equal(plain[0], again) for again in plain[3:]]) + 3])
+
+
 @pytest.mark.parametrize("kind", ["pudnet", "meta_baseline"])
 def test_a_run_resumed_in_any_pass_ends_with_the_same_weights_bit_for_bit(kind, digits):
-    options = {"passes": 2.5, "schedule": "one_cycle", "report_every": 3, "groups_per_step": 2}
+    options = {"passes": 2.5, "schedule": "one_cycle", "report_every": 3, "groups_per_step": 2, "augment": "shift"}
     whole = make_trainer(digits, digits.train[:4], kind, **options)
     states = [copy.deepcopy(whole.state_dict()) for _ in whole.run()]
     assert [state["groups"] for state in states] == [3, 6, 9, 10] and whole.optimizer.param_groups[0]["lr"] == 0
