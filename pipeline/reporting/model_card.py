@@ -15,6 +15,11 @@ LICENCES = {
     "fashion": "Fashion-MNIST (Xiao, Rasul and Vollgraf 2017, Zalando SE) is MIT-licensed.",
     "cifar100": "CIFAR-100 (Krizhevsky 2009) is published for research, without a licence of its own.",
 }
+AUGMENTED = {
+    "none": "",
+    "shift": "; images shifted at random",
+    "shift_mirror": "; images shifted and mirrored at random",
+}
 TEXT = """# {name}
 
 A PudNet (variant `{variant}`) that predicts {target} for images of {size}x{size} px with {channels} channel(s). Made by
@@ -56,7 +61,8 @@ def model_card(
     _, train = params.configured({key: made[key] for key in params.search.space if key in made})
     weights = {"L2": train.full_weight, "L3": train.kl_weight}
     share = train.pretraining_share
-    first = f"; on the images of the first {share:.0%} of them, mixed, L2" if share else ""
+    how = f"; on the images of the first {share:.0%} of them, mixed, L2" if share else ""
+    how += AUGMENTED[train.augment]
     return TEXT.format(
         name=name,
         variant=made["variant"],
@@ -69,7 +75,7 @@ def model_card(
         train_groups=made["train_groups"],
         passed=passed(made.get("passes", 1)),
         source=params.setting,
-        losses=("".join(f" + {weight:g} {name}" for name, weight in weights.items() if weight) or " alone") + first,
+        losses=("".join(f" + {weight:g} {name}" for name, weight in weights.items() if weight) or " alone") + how,
         hypernetwork=hypernetwork(card),
         split_seed=made["split_seed"],
         train_classes=", ".join(split["train_classes"]),
