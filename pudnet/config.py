@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
 
-from pudnet.data.augmentation import Augmentation
+from pudnet.augmentation import Augmentation
 from pudnet.errors import UserError
 
 # Strict: report `eta: "0.2"` or `depth: true` as a mistake instead of converting it.
@@ -84,7 +84,7 @@ class TrainConfig:
     kl_teaches: Literal["full", "metric", "both"] = "full"  # which classifier learns from L3
     # The share of the groups, the first, that is mixed to pretrain on all classes. None: `default_pretraining`
     pretraining_share: Fraction | None = None
-    augment: Augmentation = "none"  # shift and mirror training images at random (pudnet/data/augmentation.py)
+    augment: Augmentation = "none"  # shift and mirror training images at random (pudnet/augmentation.py)
     support_per_class: Positive = 10
     report_every: Positive = 100  # groups between two reports, checkpoints and NaN checks
 

@@ -15,10 +15,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
+from pudnet.augmentation import AUGMENTATIONS
 from pudnet.card import Card
 from pudnet.classifier import fit
 from pudnet.cpu import accelerate
-from pudnet.data.augmentation import AUGMENTATIONS
 from pudnet.data.rows import CALIBRATION_IMAGES, first_rows, spread_rows
 from pudnet.data.user_images import Images, ImageSet, Pixels, images_at_a_time, labelled_set, noting
 from pudnet.device import clock, wants_bf16

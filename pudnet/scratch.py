@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
+from pudnet.augmentation import Augmentation, augmented
 from pudnet.config import STRICT, Fraction, Positive, PositiveFloat, Weight
 from pudnet.cpu import accelerate, keep_freed_memory
-from pudnet.data.augmentation import Augmentation, augmented
 from pudnet.device import flushing_denormals
 from pudnet.gradient_centralization import Where, centralized
 from pudnet.network import Classifier

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pudnet.augmentation import augmented
 from pudnet.config import TrainConfig
 from pudnet.cpu import accelerate, compiling_pays, keep_freed_memory
-from pudnet.data.augmentation import augmented
 from pudnet.data.images import StoreImages
 from pudnet.device import flushing_denormals, wants_bf16
 from pudnet.errors import RunFailed, UserError

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 
+from pudnet.augmentation import augmented
 from pudnet.baselines import LEARNED, SCRATCH, Adapter, Scratch, ScratchConfig, load_method, make_method
 from pudnet.baselines.meta_deepbdc import BDCNetwork, MetaDeepBDCConfig, bdc
 from pudnet.card import Card, write_tensors
 from pudnet.cca import held_out_correlation
 from pudnet.config import ModelConfig, TrainConfig, apply_variant
 from pudnet.controls import StaticTrunk
-from pudnet.data.augmentation import augmented
 from pudnet.data.images import StoreImages
 from pudnet.data.store import Store
 from pudnet.errors import UserError
