@@ -53,6 +53,7 @@ OF_PUDNET = (
     "temperature",
     "learn_temperature",
 )  # keys that only PudNet's objective has
+OWN_STAGES = ("pretrained", "meta_baseline", "meta_deepbdc", "musml")  # train.pretraining_share is not for these
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Look = Literal[tuple(LOOKS)]
 Grid = dict[str, Annotated[list[Any], Field(min_length=1)]]  # values to try for each key
@@ -184,16 +185,14 @@ class Params:
         """The model and training configurations with a grid cell's changes, and then the variant's, applied."""
         own = (changed(base, changes, "search.space") for base in (self.model, self.train))
         model, train = apply_variant(self.variant, *own)
-        if train.pretraining_share is None:
-            train = replace(train, pretraining_share=default_pretraining(self.target, model.base))
-        return model, train
+        return model, self._pretrained(train)
 
     def for_baselines(self, images: int) -> Params:
         """Params by which baselines are trained like the variant, with as many labels of each class as it uses.
 
         `images`: how many images of each class a group has.
         """
-        model, train = self.configured({})
+        model, train = apply_variant(self.variant, self.model, self.train)
         labelled = model.labelled(self.groups.classes_per_group, images) if model.class_filters else 0
         return replace(self, train=replace(train, support_per_class=max(train.support_per_class, labelled)))
 
@@ -204,7 +203,15 @@ class Params:
     def baseline(self, method: str, changes: Mapping[str, Any]) -> tuple[Any, TrainConfig]:
         """A baseline's own and training configurations, with a grid cell's changes applied."""
         where = f"baselines.space.{method}"
-        return changed(config_type(method)(), changes, where), changed(self.train, changes, where)
+        own, train = (changed(base, changes, where) for base in (config_type(method)(), self.train))
+        return own, self._pretrained(train)
+
+    def _pretrained(self, train: TrainConfig) -> TrainConfig:
+        """The same training, with the share of pretraining that target and variant need if none is given."""
+        if train.pretraining_share is not None:
+            return train
+        model, _ = apply_variant(self.variant, self.model, self.train)
+        return replace(train, pretraining_share=default_pretraining(self.target, model.base))
 
 
 def combinations(space: Grid) -> list[dict[str, Any]]:
@@ -401,6 +408,7 @@ def _check_spaces(params: Params) -> None:
     for method, space in params.baselines.space.items():
         known = {**asdict(config_type(method)()), **({} if method in SCRATCH else asdict(params.train))}
         fixed = (*THE_SAME_FOR_ALL, *OF_PUDNET, *(["centralize"] if method == "scratch_adam" else []))
+        fixed += ("pretraining_share",) if method in OWN_STAGES else ()
         _check_space(f"baselines.space.{method}", space, {k: v for k, v in known.items() if k not in fixed})
         for cell in params.baseline_grid(method):
             params.baseline(method, cell)

@@ -247,7 +247,8 @@ class Trainer:
             return images
         changed = []
         for group, own in enumerate(images):
-            self.random.manual_seed(2**32 * self.seed + self.groups + self.rank + group * self.workers)
+            number = self.groups + self.rank + group * self.workers
+            self.random.manual_seed(int(np.random.SeedSequence([self.seed, number]).generate_state(1)[0]))
             changed.append(augmented(own, self.config.augment, self.random))
         return torch.stack(changed)
 

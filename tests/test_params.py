@@ -10,9 +10,9 @@ import pytest
 import yaml
 
 from pipeline.check import check
-from pipeline.params import load_params, resolve
+from pipeline.params import PLUS, load_params, resolve
 from pipeline.runs.keys import CODE, TRAINING_CODE, VALIDATION_CODE, code_files
-from pipeline.runs.trial import pick_device
+from pipeline.runs.trial import make_spec, pick_device
 from pipeline.tracking.runs import provenance
 from pudnet.config import VARIANTS
 from pudnet.errors import UserError
@@ -117,8 +117,9 @@ def test_a_resnet_of_pudnet_plus_is_pretrained_unless_told_otherwise(raw):
     for target, variant in itertools.product(("convnet3", "resnet18"), ("pudnet", "pudnet_plus")):
         params = resolve({**raw, "target": target, "variant": variant})
         own, others = params.configured({})[1], params.for_baselines(500)
-        other = others.baseline("r2d2", {})[1]
-        assert own.pretraining_share == other.pretraining_share
+        assert own.pretraining_share == others.baseline("r2d2", {})[1].pretraining_share
+        plus = make_spec(others, "plus", PLUS, 0, {}, "train", 0)
+        assert plus.train["pretraining_share"] == (0.8 if target == "resnet18" else 0.0)
         shares[target, variant] = own.pretraining_share
         assert others.baseline("r2d2", {"pretraining_share": 0.5})[1].pretraining_share == 0.5
     assert shares.pop(("resnet18", "pudnet_plus")) == 0.8 and set(shares.values()) == {0.0}
@@ -231,7 +232,7 @@ def test_baselines_are_trained_as_the_variant_is_and_given_as_many_labels(raw):
     for variant, images, support in (("pudnet", 100, 10), ("pudnet_plus", 100, 18), ("pudnet_plus", 30, 15)):
         raw["variant"] = variant
         params = resolve(raw)
-        train = params.for_baselines(images).train
+        train = params.for_baselines(images).baseline("r2d2", {})[1]
         assert train == replace(params.configured({})[1], support_per_class=support)
 
 

@@ -234,10 +234,11 @@ def test_the_share_of_mixed_groups_is_of_all_passes(digits):
         assert sorted(trainer.table[:mixed].ravel()) == sorted(plain[:mixed].ravel())
 
 
-def test_augmentation_depends_on_the_number_of_a_group_alone(digits):
-    def seen(**options):
+def test_augmentation_depends_on_the_seed_and_the_number_of_a_group_alone(digits):
+    def seen(seed=0, **options):
         """The images that a training learns from, one group after the other, of two passes."""
         trainer, groups = make_trainer(digits, digits.train[:3], passes=2, **options), []
+        trainer.seed = seed
         losses = trainer.learner.losses
         trainer.learner.losses = lambda images, *rest: (groups.extend(images), losses(images, *rest))[1]
         list(trainer.run())
@@ -245,6 +246,7 @@ def test_augmentation_depends_on_the_number_of_a_group_alone(digits):
 
     plain, shifted, in_threes = seen(), seen(augment="shift"), seen(augment="shift", groups_per_step=3)
     assert torch.equal(shifted, in_threes)
+    assert not torch.equal(shifted[0], seen(augment="shift", seed=1)[0])
     for images, others in zip(plain, shifted, strict=True):
         same = (images == others).flatten(1).all(1).float().mean()
         assert 0.02 < same < 0.3  # a ninth of the shifts by -1, 0, 1 pixels each way

@@ -18,7 +18,7 @@ from pudnet.targets import is_import_path, target_code
 
 CODE = Path(__file__).resolve().parents[2]
 TRAINING_CODE = ("config", "cpu", "device", "gpu", "targets", "controls", "objective", "learner", "training")
-TRAINING_CODE += ("hypernet", "classifier", "data/images", "data/looks", "ridge")
+TRAINING_CODE += ("hypernet", "classifier", "data/images", "data/looks", "ridge", "augmentation")
 VALIDATION_CODE = ("evaluation", "predictor", "network", "card", "data/user_images", "data/rows")
 # dvc.yaml lists these files too; tests/test_params.py compares both lists with the imports.
 

@@ -57,7 +57,7 @@ class Stages(MethodLearner):
         dropout: float = 0.0,
     ) -> None:
         super().__init__(method, k, config.support_per_class)
-        self.mixes = config.pretraining_share or 0.0 if pretraining is None else pretraining
+        self.mixes = (config.pretraining_share or 0.0) if pretraining is None else pretraining
         self.meta_rate = meta_rate
         head = [nn.Dropout(dropout), nn.Linear(method.features, train_classes)] if self.mixes else []
         self.head = nn.Sequential(*head)
