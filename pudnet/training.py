@@ -118,7 +118,7 @@ class Trainer:
         self.parameters = list(learner.parameters())
         self.optimizer = torch.optim.Adam(self.parameters, lr=config.learning_rate, fused=True)
         self.autocast = wants_bf16(config.precision, self.device)
-        self.random = torch.Generator(self.device)  # of augmentation
+        self.random = torch.Generator(self.device) if config.augment != "none" else None
         self.groups, self.rollbacks = 0, 0
         self.in_order = table
         self._begin_pass(0)
@@ -243,7 +243,7 @@ class Trainer:
 
         So it makes no difference which worker has a group, or whether training was interrupted before it.
         """
-        if self.config.augment == "none":
+        if self.random is None:
             return images
         changed = []
         for group, own in enumerate(images):
