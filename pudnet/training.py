@@ -55,6 +55,11 @@ def arranged(table: np.ndarray, number: int, seed: int, mixes: int) -> np.ndarra
     return np.concatenate([rng.permutation(first.ravel()).reshape(first.shape), table[mixes:]])
 
 
+def group_seed(seed: int, g: int) -> int:
+    """A seed for one group, so that its result does not depend on other groups or their number."""
+    return int(np.random.SeedSequence([seed, g]).generate_state(1)[0])
+
+
 @dataclass(frozen=True)
 class Report:
     """Means over the task groups since the last report. Accuracy is in percent."""
@@ -248,7 +253,7 @@ class Trainer:
         changed = []
         for group, own in enumerate(images):
             number = self.groups + self.rank + group * self.workers
-            self.random.manual_seed(int(np.random.SeedSequence([self.seed, number]).generate_state(1)[0]))
+            self.random.manual_seed(group_seed(self.seed, number))
             changed.append(augmented(own, self.config.augment, self.random))
         return torch.stack(changed)
 

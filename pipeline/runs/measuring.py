@@ -22,7 +22,6 @@ from pipeline.runs import cluster
 from pipeline.runs.class_split import Bench, open_bench
 from pipeline.runs.display import bars
 from pipeline.runs.keys import digest, measurement_key
-from pipeline.runs.trial import group_seed
 from pipeline.runs.tuning import Cell, Choices
 from pudnet.baselines import LEARNED, SCRATCH, Scratch, ScratchConfig, load_method
 from pudnet.cpu import compiling_pays
@@ -30,6 +29,7 @@ from pudnet.device import wants_bf16
 from pudnet.evaluation import FROM, Adapts, group_sketches, shuffled, timed_adaptation
 from pudnet.predictor import Predictor
 from pudnet.targets import build_target
+from pudnet.training import group_seed
 
 PART = 5  # test groups that one task trains on from scratch; an interruption loses at most one task
 WARM_UP = 2  # adaptations that are not timed

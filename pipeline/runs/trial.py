@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -26,7 +25,7 @@ from pudnet.evaluation import Adapts, mean_interval, twin_accuracies
 from pudnet.learner import Learner, MetaLearner
 from pudnet.predictor import Predictor, build_model
 from pudnet.targets import Target, build_target
-from pudnet.training import Trainer
+from pudnet.training import Trainer, group_seed
 
 STATE = "state.pt"
 TOTAL = "total"  # the key, in a report, of the most groups that the trial will see
@@ -196,11 +195,6 @@ class FromScratch:
     def load_state_dict(self, state: dict) -> None:
         """Continue after the groups that are done."""
         self.accuracies = list(state["accuracies"])
-
-
-def group_seed(seed: int, g: int) -> int:
-    """A seed for one group, so that its result does not depend on other groups or their number."""
-    return int(np.random.SeedSequence([seed, g]).generate_state(1)[0])
 
 
 def _validation(accuracies: Any) -> dict[str, float]:
