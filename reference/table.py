@@ -43,7 +43,7 @@ Defaults that were decided by measurement, on validation groups of CIFAR-100 (sp
 | `pretraining_share` (ConvNet-3, PudNet+, `domains`, less 0, ± over 300) | 0.5: -0.8 ± 0.2, 0.8: -1.4 ± 0.3 |
 | the same for R2-D2 | 0.5: +0.1 ± 0.3 |
 
-The last two lines are differences, of trainings on 1,000 groups. For ResNet-18 class filters were left out as well, which
+The last two lines are differences, of trainings on 1,000 groups. For ResNet-18 class filters were left out, too, which
 makes it R2-D2, or put into an earlier layer (1,000 groups, `shift_mirror`, ± over 150):
 
 | class filters of ResNet-18 | from 90 labelled images | from all 500 |
