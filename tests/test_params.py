@@ -123,6 +123,9 @@ def test_a_resnet_of_pudnet_plus_is_pretrained_unless_told_otherwise(raw):
         shares[target, variant] = own.pretraining_share
         assert others.baseline("r2d2", {"pretraining_share": 0.5})[1].pretraining_share == 0.5
     assert shares.pop(("resnet18", "pudnet_plus")) == 0.8 and set(shares.values()) == {0.0}
+    raw["model"]["base"] = True
+    with_base = resolve({**raw, "target": "resnet18", "variant": "pudnet"})
+    assert [with_base.configured({"base": base})[1].pretraining_share for base in (True, False)] == [0.8, 0.0]
     raw["train"]["pretraining_share"] = 0.0
     params = resolve({**raw, "target": "resnet18", "variant": "pudnet_plus"})
     assert params.configured({})[1].pretraining_share == 0.0
