@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,16 +22,18 @@ from torch.func import functional_call
 
 from pipeline.project import STORE, group_folder
 from pipeline.reporting.numbers import plus_minus
+from pipeline.studies.page import table_of
 from pudnet.baselines.learners import episode, losses
 from pudnet.classifier import Regression
 from pudnet.config import ModelConfig, TrainConfig, apply_variant
 from pudnet.data.groups import open_groups
 from pudnet.data.images import StoreImages
+from pudnet.data.rows import first_rows
 from pudnet.data.store import open_store
-from pudnet.device import wants_bf16
-from pudnet.evaluation import FROM, ON, mean_interval
+from pudnet.evaluation import FROM, mean_interval, twin_accuracies
 from pudnet.hypernet.class_filters import ClassFilters
 from pudnet.learner import Learner
+from pudnet.network import Classifier
 from pudnet.objective import Losses, in_blocks
 from pudnet.ridge import one_hot
 from pudnet.targets import Block, Target, build_target, calibrate
@@ -74,8 +77,7 @@ Accuracy in percent, with its 95% interval over validation groups; differences a
 
 Made by `python reference/ingredients.py`, which says what each of them is.
 
-| | all groups | less PudNet+ | groups of CIFAR-100 | less PudNet+ |
-|---|---|---|---|---|"""
+"""
 
 
 @torch.no_grad()
@@ -109,7 +111,7 @@ def whitening(maps: Tensor) -> Tensor:
     return scale.sqrt() * (directions / lengths.sqrt()) @ directions.T
 
 
-class Says(nn.Sequential):
+class FromSummary(nn.Sequential):
     """A small network from a layer's summary to some numbers; `start` scales them before training."""
 
     def __init__(self, values: int, numbers: int, start: float) -> None:
@@ -135,8 +137,8 @@ class Adapted(nn.Module):
         for block in self.blocks:
             block.conv.weight = None
         self.filters = nn.ModuleDict({str(n): ClassFilters(target.convs[n - 1], grid=2) for n in own.filters})
-        self.mixes = nn.ModuleList(Says(3 * shape[1], own.experts, 1.0) for shape in shapes if own.experts > 1)
-        self.changes = nn.ModuleList(Says(3 * shape[1], 2 * shape[0], 0.0) for shape in shapes if own.film)
+        self.mixes = nn.ModuleList(FromSummary(3 * shape[1], own.experts, 1.0) for shape in shapes if own.experts > 1)
+        self.changes = nn.ModuleList(FromSummary(3 * shape[1], 2 * shape[0], 0.0) for shape in shapes if own.film)
         self.exponent = nn.Parameter(torch.zeros(())) if own.weighted else None
 
     def layer(self, index: int, maps: Tensor, labels: Tensor, classes: int) -> dict[str, Tensor]:
@@ -177,6 +179,11 @@ class Adapted(nn.Module):
         ratio = (between + 1e-3 * between.mean()) / (within + 1e-3 * within.mean())
         return (self.exponent * (ratio / ratio.mean()).clamp_min(1e-2).log()).exp()
 
+    def logits(self, queries: Tensor, support: Tensor, labels: Tensor, classes: int) -> Tensor:
+        """Logits (Q, k) of features (Q, d), from support features (S, d) and their labels (S,)."""
+        weights = self.weights(support, labels, classes)
+        return self.regression(queries * weights, support * weights, labels, classes)
+
 
 class Episodes(Learner):
     """Trains on groups: from the labelled images of each class, the first ones, to the others."""
@@ -188,12 +195,11 @@ class Episodes(Learner):
     def losses(self, images: Tensor, labels: Tensor, done: float) -> Losses:
         """The cross-entropy of one group's other images."""
         group, support = images[0].contiguous(memory_format=torch.channels_last), LABELLED // self.k
-        rows = (torch.arange(self.k)[:, None] * (len(group) // self.k) + torch.arange(support)).flatten()
+        rows = first_rows(in_blocks(self.k, len(group) // self.k, group.device), support)
         features, _ = self.model.features(group, rows, in_blocks(self.k, support, group.device), self.k)
         with torch.autocast(group.device.type, enabled=False):
             first, own, queries, truth = episode(features, self.k, support)
-            weights = self.model.weights(first, own, self.k)
-            logits = self.model.regression(queries * weights, first * weights, own, self.k)
+            logits = self.model.logits(queries, first, own, self.k)
             return losses(logits[None], truth[None])
 
 
@@ -208,62 +214,66 @@ def made_for(model: Adapted, target: Target, seen: Tensor, labels: Tensor, k: in
     return network.eval(), features
 
 
-@torch.no_grad()
-def accuracy(model: Adapted, target: Target, images: StoreImages, group: np.ndarray, twin: np.ndarray, k: int) -> float:
-    """Accuracy in percent on a group's twin, of the network that is made from its labelled images."""
-    blocks = group.reshape(k, -1)[:, : LABELLED // k]
-    labels = in_blocks(k, LABELLED // k, images.device)
-    seen = images(blocks.ravel()).contiguous(memory_format=torch.channels_last)
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=wants_bf16("auto", images.device)):
-        network, support = made_for(model, target, seen, labels, k)
-        queries = network(images(twin)).flatten(1).float()
-    weights = model.weights(support, labels, k)
-    found = model.regression(queries * weights, support * weights, labels, k).argmax(1)
-    truth = in_blocks(k, len(twin) // k, images.device)
-    return 100 * (found == truth).float().mean().item()
+class Adapter:
+    """A trained model, ready to adapt to groups (`pudnet.evaluation.Adapts`)."""
+
+    def __init__(self, model: Adapted, target: Target) -> None:
+        self.model, self.target = model.eval(), target
+
+    def rows(self, labels: Tensor) -> Tensor:
+        """Rows of a group's labelled images, for labels (N,) in 0..k-1."""
+        return first_rows(labels, LABELLED // int(labels.max() + 1))
+
+    def adapt(self, images: Tensor, labels: Tensor, classes: tuple) -> Classifier:
+        """Labelled images (N, C, H, W) and labels (N,) in 0..k-1 -> a classifier of the k classes."""
+        images, k = images.contiguous(memory_format=torch.channels_last), len(classes)
+        network, support = made_for(self.model, self.target, images, labels, k)
+
+        def rule(queries: Tensor) -> Tensor:
+            return self.model.logits(queries, support, labels, k)
+
+        return Classifier(network, rule)
 
 
-def measured(own: Ingredients) -> tuple[np.ndarray, np.ndarray]:
-    """Train with some ingredients -> accuracy on each validation group, and whether it is of CIFAR-100."""
-    split, tables = open_groups(group_folder(0))
-    store = open_store(STORE, verify=False)
-    images, k = StoreImages(store, torch.device("cpu")), 3
+def measured(own: Ingredients, images: StoreImages, tables: Mapping[str, np.ndarray], classes: tuple) -> np.ndarray:
+    """Train with some ingredients -> accuracy in percent on each validation group."""
     _, config = apply_variant("pudnet_plus", ModelConfig(), TrainConfig())
     torch.manual_seed(0)
-    target = build_target("convnet3", store.channels, store.image_size)
+    target = build_target("convnet3", len(images.mean), images.image_size)
+    table = tables["search_train"]
     model = Adapted(target, own)
-    for _ in Trainer(Episodes(model, k), images, tables["search_train"], split.search_classes, config).run():
+    trainer = Trainer(Episodes(model, len(images.block_classes(table[0]))), images, table, classes, config)
+    for _ in trainer.run():
         pass
-    model.eval()
-    validation = tables["validation"]
-    values = [accuracy(model, target, images, group[FROM], group[ON], k) for group in validation]
-    first = next(iter(store.set_classes.values()))
-    of_first = [images.block_classes(group[FROM])[0] in first for group in validation]
-    return np.array(values), np.array(of_first)
+    return twin_accuracies(Adapter(model, target), images, tables["validation"], trainer.autocast)
 
 
-def page(results: dict[str, tuple[np.ndarray, np.ndarray]], groups: int) -> str:
-    """The results as Markdown."""
-    reference, of_first = results[REFERENCE]
-    lines = [TEXT.format(groups=groups, validation=len(reference), labelled=LABELLED)]
-    for name, (values, _) in results.items():
-        cells = []
-        for some in (slice(None), of_first):
-            difference = plus_minus(*mean_interval(values[some] - reference[some]), "+") if name != REFERENCE else ""
-            cells += [plus_minus(*mean_interval(values[some])), difference]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+def page(results: Mapping[str, np.ndarray], of_cifar: np.ndarray, groups: int) -> str:
+    """Accuracies on validation groups, some of which are `of_cifar`, as Markdown."""
+    reference = results[REFERENCE]
+    columns = {"": list(results)}
+    for title, some in (("all groups", slice(None)), ("groups of CIFAR-100", of_cifar)):
+        columns[title] = [plus_minus(*mean_interval(values[some])) for values in results.values()]
+        columns[f"{title}, less PudNet+"] = [
+            "" if name == REFERENCE else plus_minus(*mean_interval(values[some] - reference[some]), "+")
+            for name, values in results.items()
+        ]
+    return TEXT.format(groups=groups, validation=len(reference), labelled=LABELLED) + table_of(columns)
 
 
 def main() -> None:
     """Measure all, and write the page after each."""
     torch.set_num_threads(1)
-    groups, results = len(open_groups(group_folder(0))[1]["search_train"]), {}
-    for name, own in sorted(TRIED.items(), key=lambda each: each[0] != REFERENCE):  # the reference first
-        results[name] = measured(own)
-        print(f"{name}: {results[name][0].mean():.2f}", flush=True)
+    split, tables = open_groups(group_folder(0))
+    store, results = open_store(STORE, verify=False), {}
+    images = StoreImages(store, torch.device("cpu"))
+    cifar = next(iter(store.set_classes.values()))
+    of_cifar = np.array([images.block_classes(group)[0] in cifar for group in tables["validation"][:, FROM]])
+    for name in sorted(TRIED, key=lambda name: name != REFERENCE):  # the reference first
+        results[name] = measured(TRIED[name], images, tables, split.search_classes)
+        print(f"{name}: {results[name].mean():.2f}", flush=True)
         ordered = {known: results[known] for known in TRIED if known in results}
-        PAGE.write_text(page(ordered, groups), encoding="utf-8")
+        PAGE.write_text(page(ordered, of_cifar, len(tables["search_train"])), encoding="utf-8")
 
 
 if __name__ == "__main__":
