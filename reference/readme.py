@@ -18,9 +18,9 @@ RESULTS = HERE.parent / "studies" / "results"
 PAGES = {"README.md": "opening", "docs/results/index.md": "bench"}  # a page -> the part of it that is made here
 STUDY = "instead_of_training"
 CAPTION = """\
-A ConvNet-3 for all labelled images of a test group: accuracy in percent ± its 95% interval over {test_groups:,} test
-groups. (Where a network is trained on each group, it is on the first {fewer}, and the table has PudNet+'s accuracy plus
-the difference to it on these. Class splits: {splits}; trainings: 1, on {train_groups:,} groups; made by
+A ConvNet-3 for all labelled images of a test group: accuracy in percent ± its 95% interval over test groups. (Where a
+network is trained on each group, it is on some of the groups, and the table has PudNet+'s accuracy plus the difference
+to it on these. Trained once on each class split, on {train_groups:,} groups; made by
 `python -m pipeline.study {name}`; [all rows](studies/results/{name}.md).)
 """
 COLUMNS_SHOWN = (
@@ -37,6 +37,7 @@ ROWS = {  # the study's name of a row -> the page's
     "PudNet+, fine-tuned / 20 epochs": "PudNet+, then trained for 20 epochs",
 }
 REFERENCE = "PudNet+ / all images"
+COUNTS = "*test groups (of them trained on), class splits*"
 BENCHES = {"CIFAR-100": "cifar100-convnet3-bench", "Fashion-MNIST": "fashion-convnet3-bench"}
 BENCH_CAPTION = """\
 Every method on one bench with ConvNet-3, fp32 on one thread: accuracy, difference to PudNet paired over
@@ -51,22 +52,24 @@ EPOCHS_SHOWN = (1, 5, 20, 50)  # of training from scratch; reference/README.md h
 def opening() -> str:
     """The table of prediction beside training."""
     table = pd.read_csv(RESULTS / f"{STUDY}.csv")
-    first = table.iloc[0]
-    caption = CAPTION.format(
-        test_groups=table.test_groups.max(),
-        fewer=" or ".join(map(str, sorted(set(table.test_groups) - {table.test_groups.max()}))),
-        splits=first.splits,
-        train_groups=table.train_groups.max(),
-        name=STUDY,
-    )
+    caption = CAPTION.format(train_groups=table.train_groups.max(), name=STUDY)
     lines = {(line.row, line.column): line for line in on_all_groups(table, REFERENCE).itertuples()}
     cells = {
         column: [plus_minus(lines[row, column].accuracy, lines[row, column].ci95) for row in ROWS]
         for column in COLUMNS_SHOWN
     }
+    for column, own in cells.items():
+        own.append(_count(table[table.column == column]))
     timed = COLUMNS_SHOWN[0]
-    cells[f"time, {timed.partition(',')[0]}, one core"] = [duration(lines[row, timed].milliseconds) for row in ROWS]
-    return f"{caption}\n{table_of({'': list(ROWS.values()), **cells})}"
+    times = [duration(lines[row, timed].milliseconds) for row in ROWS]
+    cells[f"time, {timed.partition(',')[0]}, one core"] = [*times, ""]
+    return f"{caption}\n{table_of({'': [*ROWS.values(), COUNTS], **cells})}"
+
+
+def _count(column: pd.DataFrame) -> str:
+    """Test groups of a column, how many of them a network is trained on, and class splits."""
+    groups, fewer = column.test_groups.max(), column.test_groups.min()
+    return f"{groups} ({fewer}), {column.splits.max()}"
 
 
 @dataclass(frozen=True)
