@@ -15,7 +15,7 @@ import yaml
 from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
-from pudnet.baselines import LEARNED, SCRATCH, config_type
+from pudnet.baselines import LEARNED, OWN_STAGES, SCRATCH, config_type
 from pudnet.config import (
     STRICT,
     VARIANTS,
@@ -53,7 +53,6 @@ OF_PUDNET = (
     "temperature",
     "learn_temperature",
 )  # keys that only PudNet's objective has
-OWN_STAGES = ("pretrained", "meta_baseline", "meta_deepbdc", "musml")  # train.pretraining_share is not for these
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Look = Literal[tuple(LOOKS)]
 Grid = dict[str, Annotated[list[Any], Field(min_length=1)]]  # values to try for each key

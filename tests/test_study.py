@@ -300,24 +300,29 @@ def test_what_is_wrong_in_a_study_is_said_in_one_line(changes, message, project)
 
 
 @pytest.mark.parametrize(
-    ("over", "changes", "message"),
+    ("over", "row", "message"),
     [
         ({"groups.colour": 1}, {}, "groups.colour: no such key"),
         ({"colour.red.green": 1}, {}, "colour.red.green: no such key"),
         ({"groups.train_groups": 0}, {}, "groups.train_groups: "),
-        ({}, {"colour": 1}, "rows.PudNet.changes.colour: unknown key"),
-        ({}, {"filter_grid": 0}, "filter_grid: "),
+        ({}, {"changes": {"colour": 1}}, "rows.PudNet.changes.colour: unknown key"),
+        ({}, {"changes": {"filter_grid": 0}}, "filter_grid: "),
         ({}, {}, "rows.PudNet: means the same as row usual"),
-        ({}, {"hidden": 1_000_000}, "rows.PudNet: model: a hypernetwork of "),
+        ({}, {"changes": {"hidden": 1_000_000}}, "rows.PudNet: model: a hypernetwork of "),
+        (
+            {},
+            {"method": "pretrained", "changes": {"pretraining_share": 0.5}},
+            "rows.PudNet.changes.pretraining_share: unknown key",
+        ),
     ],
 )
-def test_what_a_study_asks_for_in_vain_is_said_in_one_line(over, changes, message, project):
+def test_what_a_study_asks_for_in_vain_is_said_in_one_line(over, row, message, project):
     project(
         {
             **TINY,
             "over": over,
             "reference": "PudNet",
-            "rows": {"usual": {"changes": {"pooling": "mean"}}, "PudNet": {"changes": changes}},
+            "rows": {"usual": {"changes": {"pooling": "mean"}}, "PudNet": row},
         }
     )
     study = load_study("tiny")

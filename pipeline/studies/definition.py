@@ -16,7 +16,7 @@ from pydantic.dataclasses import dataclass
 from pipeline.params import PARAMS, Params, changed, check_block, outline, read_yaml, resolve
 from pipeline.reporting.paper import Reported, paper_figure
 from pipeline.runs.trial import TrialSpec, make_spec
-from pudnet.baselines import HEADS, LEARNED, SCRATCH
+from pudnet.baselines import HEADS, LEARNED, OWN_STAGES, SCRATCH
 from pudnet.config import STRICT, VARIANTS, ModelConfig, Positive, TrainConfig, parse
 from pudnet.errors import UserError
 from pudnet.scratch import ScratchConfig
@@ -297,6 +297,8 @@ def row_spec(params: Params, name: str, row: Row, seed: int, images: int) -> Tri
     spec = make_spec(params, trial, kind, seed, row.changes if baseline else {}, "train", 0)
     parts = {"model": ModelConfig, "train": TrainConfig}
     known = {**spec.model, **spec.train}
+    if kind in OWN_STAGES:
+        known.pop("pretraining_share")
     for key in row.changes:
         if key not in known:
             raise UserError(f"{where}.{key}: unknown key; known: {', '.join(known)}")

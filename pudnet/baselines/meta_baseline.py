@@ -35,6 +35,7 @@ class MetaBaseline(Method):
     """
 
     Config = MetaBaselineConfig
+    own_stages = True
 
     def __init__(self, config: MetaBaselineConfig, target: Target) -> None:
         super().__init__(config, target)

@@ -47,6 +47,7 @@ class MetaDeepBDC(Method):
     """
 
     Config = MetaDeepBDCConfig
+    own_stages = True
 
     @classmethod
     def network(cls, config: MetaDeepBDCConfig, target: Target) -> nn.Module:

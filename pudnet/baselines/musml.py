@@ -73,6 +73,7 @@ class MUSML(Method):
     """
 
     Config = MUSMLConfig
+    own_stages = True
 
     def make_trunk(self, target: Target) -> Subspaces:
         """The bases."""

@@ -25,6 +25,7 @@ class Pretrained(Method):
     """
 
     Config = PretrainedConfig
+    own_stages = True
 
     def learner(self, train_classes: int, k: int, config: TrainConfig) -> Learner:
         """Mixed batches of all training classes."""
