@@ -26,6 +26,7 @@ from pudnet.config import (
     apply_variant,
     default_extractor,
     default_pretraining,
+    paper_target,
     parse,
 )
 from pudnet.data.groups import GroupSizes
@@ -390,8 +391,8 @@ def _of_setting(setting: Setting, target: str) -> dict[str, dict[str, Any]]:
         },
         "model": {
             "extractor": default_extractor(target),
-            "eta": setting.eta.get(target, setting.eta["resnet18"]),
-            "depth": setting.depth.get(target, setting.depth["resnet18"]),
+            "eta": setting.eta[paper_target(target)],
+            "depth": setting.depth[paper_target(target)],
         },
     }
 

@@ -128,9 +128,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
+def paper_target(target: str) -> str:
+    """The target of the paper that has the same extractor, eta and depth: ResNet-18 for a network of your own."""
+    return {"convnet3_multilevel": "convnet3", "convnet3": "convnet3", "resnet34": "resnet34"}.get(target, "resnet18")
+
+
 def default_extractor(target: str) -> str:
     """Section 4.1: one block and a linear layer for ConvNet-3, five blocks for ResNets (and other networks)."""
-    return "1conv-1linear" if target == "convnet3" else "5conv"
+    return "1conv-1linear" if paper_target(target) == "convnet3" else "5conv"
 
 
 def default_pretraining(target: str, base: bool) -> float:

@@ -54,7 +54,8 @@ def test_another_set_is_one_test_group_unless_groups_are_asked_for(raw):
 
 
 def test_a_target_brings_its_extractor_eta_and_depth(raw):
-    expected = {"convnet3": ("1conv-1linear", 0.3, 2), "resnet18": ("5conv", 0.5, 4), "my.nets:Net": ("5conv", 0.5, 4)}
+    small, large = ("1conv-1linear", 0.3, 2), ("5conv", 0.5, 4)
+    expected = {"convnet3": small, "convnet3_multilevel": small, "resnet18": large, "my.nets:Net": large}
     raw["setting"] = "imagenet"
     for raw["target"], own in expected.items():
         model = resolve(raw).model

@@ -309,6 +309,8 @@ def test_what_is_wrong_in_a_study_is_said_in_one_line(changes, message, project)
         ({}, {"changes": {"filter_grid": 0}}, "filter_grid: "),
         ({}, {}, "rows.PudNet: means the same as row usual"),
         ({}, {"changes": {"hidden": 1_000_000}}, "rows.PudNet: model: a hypernetwork of "),
+        ({}, {"target": "resnet99"}, "target: unknown name 'resnet99'"),
+        ({}, {"target": "resnet18"}, "rows.PudNet.target: resnet18 needs another extractor, eta and"),
         (
             {},
             {"method": "pretrained", "changes": {"pretraining_share": 0.5}},
@@ -329,6 +331,15 @@ def test_what_a_study_asks_for_in_vain_is_said_in_one_line(over, row, message, p
     with pytest.raises(UserError) as error:
         check_rows(study, column_params(study, "digits"))
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_row_has_the_columns_target_or_its_own(project):
+    project({**TINY, "rows": {"one": {}, "other": {"target": "convnet3_multilevel"}}, "reference": "one"})
+    study = load_study("tiny")
+    params = column_params(study, "digits")
+    specs = [row_spec(params, name, row, 0, 10) for name, row in study.rows.items()]
+    assert [spec.target for spec in specs] == ["convnet3", "convnet3_multilevel"]
+    check_rows(study, params)
 
 
 def test_a_budget_is_a_part_of_the_papers_number_of_groups(project, tmp_path):

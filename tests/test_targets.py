@@ -14,6 +14,7 @@ from pudnet.errors import UserError
 from pudnet.targets import (
     Calibrator,
     ConvNet3,
+    MultilevelConvNet3,
     SharedTarget,
     build_target,
     check_together,
@@ -23,7 +24,7 @@ from pudnet.targets import (
 )
 from tests.nets import REFUSED, Branching, features_of
 
-NAMES = ["convnet3", "resnet18", "tests.nets:Depthwise", "tests.nets:Viewing"]
+NAMES = ["convnet3", "convnet3_multilevel", "resnet18", "tests.nets:Depthwise", "tests.nets:Viewing"]
 SIZE = 16
 
 
@@ -58,6 +59,22 @@ def test_convnet3_is_three_blocks_of_convolution_norm_relu_pooling(size):
         maps = F.max_pool2d(F.relu(maps), 2)
     assert network(images).shape == (2, 4 * (size // 8) ** 2)
     assert_close(network(images), maps.flatten(1), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [8, 28, 32])
+def test_multilevel_features_are_those_of_convnet3_then_normalised_averages_of_its_earlier_blocks(size):
+    torch.manual_seed(0)
+    network, images = MultilevelConvNet3(1, width=4).train(), torch.randn(3, 1, size, size)
+    plain = ConvNet3(1, width=4).train()
+    plain.load_state_dict(network.state_dict(), strict=False)
+    first = plain.block1(images)
+    expected = [plain(images)]
+    for maps, step in ((plain.block2(first), 2), (first, 4)):
+        rows = maps.unfold(2, step, step).unfold(3, step, step).mean((-2, -1))
+        mean, variance = rows.mean((0, 2, 3), keepdim=True), rows.var((0, 2, 3), keepdim=True, unbiased=False)
+        expected.append(((rows - mean) / (variance + 1e-5).sqrt()).flatten(1))
+    assert network(images).shape == (3, 3 * 4 * (size // 8) ** 2)
+    assert_close(network(images), torch.cat(expected, 1), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

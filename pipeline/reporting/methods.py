@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-TARGETS = {"convnet3": "ConvNet-3", "resnet18": "ResNet-18", "resnet34": "ResNet-34"}
+TARGETS = {
+    "convnet3": "ConvNet-3",
+    "convnet3_multilevel": "ConvNet-3, multilevel",
+    "resnet18": "ResNet-18",
+    "resnet34": "ResNet-34",
+}
 # Method -> its name, and what it is. A method that is not listed keeps its own name.
 METHODS = {
     "pudnet": ("PudNet", "weights predicted from the group’s images, in one forward pass"),

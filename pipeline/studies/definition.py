@@ -17,7 +17,7 @@ from pipeline.params import PARAMS, Params, changed, check_block, outline, read_
 from pipeline.reporting.paper import Reported, paper_figure
 from pipeline.runs.trial import TrialSpec, make_spec
 from pudnet.baselines import HEADS, LEARNED, OWN_STAGES, SCRATCH
-from pudnet.config import STRICT, VARIANTS, ModelConfig, Positive, TrainConfig, parse
+from pudnet.config import STRICT, VARIANTS, ModelConfig, Positive, TrainConfig, paper_target, parse
 from pudnet.errors import UserError
 from pudnet.scratch import ScratchConfig
 from pudnet.settings import SETTINGS, get_setting
@@ -35,6 +35,7 @@ class Row:
 
     method: Literal[("pudnet", *LEARNED, *SCRATCH, "static_trunk", "random_weights")] = "pudnet"
     variant: Literal[tuple(VARIANTS)] = "pudnet"
+    target: str | None = None  # the network that is predicted; null: the column's
     changes: dict[str, Any] = field(default_factory=dict)  # keys of `model` and `train`, or a baseline's own
     sketch: Literal[("own", *OTHERS_SKETCHES)] = "own"
     images: Positive | None = None  # how many of a test group's labelled images are used; null: as in training
@@ -288,7 +289,7 @@ def row_spec(params: Params, name: str, row: Row, seed: int, images: int) -> Tri
     many images of each class a group has.
     """
     where = f"rows.{name}.changes"
-    params = dataclasses.replace(params, variant=row.variant)
+    params = dataclasses.replace(params, variant=row.variant, target=_row_target(params, name, row))
     if row.method != "pudnet":
         params = params.for_baselines(images)
     kind = "static_trunk" if row.method == "random_weights" else row.method
@@ -306,6 +307,16 @@ def row_spec(params: Params, name: str, row: Row, seed: int, images: int) -> Tri
         return spec
     own = {part: asdict(changed(kind(**getattr(spec, part)), row.changes, where)) for part, kind in parts.items()}
     return dataclasses.replace(spec, train=own["train"], model=own["model"] if spec.model else {})
+
+
+def _row_target(params: Params, name: str, row: Row) -> str:
+    """The target of a row. Its extractor, eta and depth are the column's, so they must be what the target needs."""
+    target = params.target if row.target is None else row.target
+    check_target_name(target)
+    if paper_target(target) != paper_target(params.target):
+        needs = f"needs another extractor, eta and depth than {params.target}; give it a column of its own"
+        raise UserError(f"rows.{name}.target: {target} {needs}")
+    return target
 
 
 def _why_not(study: Study, params: Params) -> str | None:
@@ -330,7 +341,6 @@ def _why_not(study: Study, params: Params) -> str | None:
 
 def check_rows(study: Study, params: Params) -> None:
     """Raise `UserError` if a row has wrong keys in this column, or a hypernetwork that is too large."""
-    target = build_target(params.target, params.prepare.channels, params.prepare.image_size)
     sound, seen = set(), {}
     for name, row in study.rows.items():
         spec = row_spec(params, name, row, params.seed, ANY)
@@ -338,10 +348,13 @@ def check_rows(study: Study, params: Params) -> None:
         if other := next((row for row, content in seen.items() if content == same), ""):
             raise UserError(f"rows.{name}: means the same as row {other}")
         seen[name] = same
-        if row.method != "pudnet" or (model := ModelConfig(**spec.model | {"eta": 0.0})) in sound:  # eta has no size
+        if row.method != "pudnet":
+            continue
+        size = (ModelConfig(**spec.model | {"eta": 0.0}), spec.target)  # eta has no size
+        if size in sound:
             continue
         try:
-            outline(model, target)
+            outline(size[0], build_target(spec.target, params.prepare.channels, params.prepare.image_size))
         except UserError as error:
             raise UserError(f"rows.{name}: {error}") from None
-        sound.add(model)
+        sound.add(size)

@@ -71,7 +71,7 @@ class StudyCell:
         code = set(HERE.glob("*.py")) - {HERE / "page.py", HERE / "running.py"}  # which only write the results
         code |= set(code_files(["baselines/heads"]) if self.head else [])
         code |= set(code_files(["baselines/finetuned", "finetune", "scratch"]) if self.finetune else [])
-        return f"cell-{measurement_key(self.spec.kind, params.target, self.spec.split_seed, plain, code)}"
+        return f"cell-{measurement_key(self.spec.kind, self.spec.target, self.spec.split_seed, plain, code)}"
 
 
 def measure_cells(params: Params, cells: Sequence[StudyCell]) -> list[pd.DataFrame]:

@@ -99,6 +99,7 @@ class TrainedColumn:
         own = self.study.rows[row]
         self.tracking.log_tags(run_id, tags | {"variant": own.variant})
         plain = {"method": own.method, "variant": own.variant, **own.changes, **self.length(row)}
+        plain |= {} if own.target is None else {"target": own.target}
         note = f"Study `{self.name}`, row *{row}*, column *{self.column}*, class split {seed}."
         self.tracking.describe(run_id, note, plain, used)
         self.tracking.log_metrics(run_id, metrics)

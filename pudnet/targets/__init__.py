@@ -7,7 +7,7 @@ parameters, biases, linear layers) is learned, and the same for all groups.
 
 from pudnet.targets.build import build_target, check_target_name, is_import_path, target_code, target_name
 from pudnet.targets.calibration import Calibrator, calibrate
-from pudnet.targets.convnet3 import Block, ConvNet3
+from pudnet.targets.convnet3 import Block, ConvNet3, MultilevelConvNet3
 from pudnet.targets.shared import SharedTarget, check_together, together
 from pudnet.targets.target import ConvShape, Target, Weights, norms, own_weights, put_tensors
 
@@ -16,6 +16,7 @@ __all__ = [
     "Calibrator",
     "ConvNet3",
     "ConvShape",
+    "MultilevelConvNet3",
     "SharedTarget",
     "Target",
     "Weights",

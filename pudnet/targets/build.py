@@ -19,13 +19,14 @@ from pudnet.targets.checks import (
     refuse_what_cannot_be_trained,
     refuse_what_only_training_does,
 )
-from pudnet.targets.convnet3 import ConvNet3
+from pudnet.targets.convnet3 import ConvNet3, MultilevelConvNet3
 from pudnet.targets.layout import give_contiguous_maps, wants_contiguous_maps
 from pudnet.targets.resnets import resnet
 from pudnet.targets.target import Target
 
 TARGETS: dict[str, Callable[[int], nn.Module]] = {
     "convnet3": ConvNet3,
+    "convnet3_multilevel": MultilevelConvNet3,
     "resnet18": lambda channels: resnet("resnet18", channels),
     "resnet34": lambda channels: resnet("resnet34", channels),
 }

@@ -1,10 +1,11 @@
-"""The paper's ConvNet-3."""
+"""The paper's ConvNet-3, and the same with the features of all its blocks."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 class Block(nn.Sequential):
@@ -30,3 +31,32 @@ class ConvNet3(nn.Sequential):
     def __init__(self, channels: int, width: int = 64) -> None:
         blocks = [Block(d_in, width) for d_in in (channels, width, width)]
         super().__init__(OrderedDict(block1=blocks[0], block2=blocks[1], block3=blocks[2], flat=nn.Flatten()))
+
+
+class MultilevelConvNet3(nn.Module):
+    """ConvNet-3 whose features are those of all three blocks, not of the last alone.
+
+    Early layers tell images apart whose kind the later ones were not trained on. Images (N, channels, S, S) ->
+    features (N, 3 width (S // 8) ** 2): the maps of the first two blocks are averaged down to the size of the last
+    block's, and normalised, since an average varies less than what it is of.
+    """
+
+    def __init__(self, channels: int, width: int = 64) -> None:
+        super().__init__()
+        self.block1, self.block2, self.block3 = (Block(d_in, width) for d_in in (channels, width, width))
+        self.level1 = Level(width, 4)
+        self.level2 = Level(width, 2)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (N, channels, S, S) -> features (N, 3 width (S // 8) ** 2)."""
+        first = self.block1(images)
+        second = self.block2(first)
+        maps = [self.block3(second), self.level2(second), self.level1(first)]
+        return torch.cat([each.flatten(1) for each in maps], 1)
+
+
+class Level(nn.Sequential):
+    """Maps (N, width, H, W) of an early block -> normalised averages (N, width, H // size, W // size)."""
+
+    def __init__(self, width: int, size: int) -> None:
+        super().__init__(OrderedDict(pool=nn.AvgPool2d(size), norm=nn.BatchNorm2d(width)))
