@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,7 +15,7 @@ import yaml
 from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
-from pudnet.baselines import LEARNED, OWN_STAGES, SCRATCH, config_type
+from pudnet.baselines import LEARNED, SCRATCH, config_type
 from pudnet.config import (
     STRICT,
     VARIANTS,
@@ -406,15 +406,22 @@ def _check_spaces(params: Params) -> None:
     for cell in params.grid():
         params.configured(cell)
     for method, space in params.baselines.space.items():
-        known = {**asdict(config_type(method)()), **({} if method in SCRATCH else asdict(params.train))}
-        fixed = (*THE_SAME_FOR_ALL, *OF_PUDNET, *(["centralize"] if method == "scratch_adam" else []))
-        fixed += ("pretraining_share",) if method in OWN_STAGES else ()
-        _check_space(f"baselines.space.{method}", space, {k: v for k, v in known.items() if k not in fixed})
+        fixed = (*THE_SAME_FOR_ALL, *(["centralize"] if method == "scratch_adam" else []))
+        _check_space(f"baselines.space.{method}", space, [key for key in baseline_keys(method) if key not in fixed])
         for cell in params.baseline_grid(method):
             params.baseline(method, cell)
 
 
-def _check_space(where: str, space: Grid, known: Mapping[str, Any]) -> None:
+def baseline_keys(method: str) -> list[str]:
+    """The keys that mean something to a baseline: its own options, and those of `train` that its training reads."""
+    own = list(asdict(config_type(method)()))
+    if method in SCRATCH:
+        return own
+    unread = (*OF_PUDNET, *([] if LEARNED[method].takes_pretraining_share else ["pretraining_share"]))
+    return [*own, *(key for key in asdict(TrainConfig()) if key not in unread)]
+
+
+def _check_space(where: str, space: Grid, known: Collection[str]) -> None:
     if (cells := math.prod(map(len, space.values()))) > MOST_CELLS:
         raise UserError(f"{where}: {cells:,} combinations, more than {MOST_CELLS:,}; leave values out")
     for key, values in space.items():

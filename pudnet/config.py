@@ -129,7 +129,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def paper_target(target: str) -> str:
-    """The target of the paper that has the same extractor, eta and depth: ResNet-18 for a network of your own."""
+    """The paper's target whose extractor, eta and depth this one takes; a network of your own takes ResNet-18's."""
     return {"convnet3_multilevel": "convnet3", "convnet3": "convnet3", "resnet34": "resnet34"}.get(target, "resnet18")
 
 

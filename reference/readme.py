@@ -18,9 +18,9 @@ RESULTS = HERE.parent / "studies" / "results"
 PAGES = {"README.md": "opening", "docs/results/index.md": "bench"}  # a page -> the part of it that is made here
 STUDY = "instead_of_training"
 CAPTION = """\
-A ConvNet-3 for all labelled images of a test group: accuracy in percent ± its 95% interval over test groups. (Where a
-network is trained on each group, it is on some of the groups, and the table has PudNet+'s accuracy plus the difference
-to it on these. Trained once on each class split, on {train_groups:,} groups; made by
+A ConvNet-3 for all labelled images of a test group: accuracy in percent ± its 95% interval over test groups. (A row
+that trains a network on each group was measured on fewer groups; it shows PudNet+'s accuracy plus its difference to
+PudNet+ on these. Everything else was trained once on each class split, on {train_groups:,} groups; made by
 `python -m pipeline.study {name}`; [all rows](studies/results/{name}.md).)
 """
 COLUMNS_SHOWN = (
@@ -37,7 +37,7 @@ ROWS = {  # the study's name of a row -> the page's
     "PudNet+, fine-tuned / 20 epochs": "PudNet+, then trained for 20 epochs",
 }
 REFERENCE = "PudNet+ / all images"
-COUNTS = "*test groups (of them trained on), class splits*"
+COUNTS = "*test groups; of these trained on; class splits*"
 BENCHES = {"CIFAR-100": "cifar100-convnet3-bench", "Fashion-MNIST": "fashion-convnet3-bench"}
 BENCH_CAPTION = """\
 Every method on one bench with ConvNet-3, fp32 on one thread: accuracy, difference to PudNet paired over
@@ -66,10 +66,9 @@ def opening() -> str:
     return f"{caption}\n{table_of({'': [*ROWS.values(), COUNTS], **cells})}"
 
 
-def _count(column: pd.DataFrame) -> str:
+def _count(part: pd.DataFrame) -> str:
     """Test groups of a column, how many of them a network is trained on, and class splits."""
-    groups, fewer = column.test_groups.max(), column.test_groups.min()
-    return f"{groups} ({fewer}), {column.splits.max()}"
+    return f"{part.test_groups.max()}; {part.test_groups.min()}; {part.splits.max()}"
 
 
 @dataclass(frozen=True)

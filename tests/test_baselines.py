@@ -48,14 +48,15 @@ def test_bdc_is_double_centring_of_the_distances_between_channels():
         torch.testing.assert_close(found.sum(0), torch.zeros(5, dtype=torch.float64), rtol=0, atol=1e-8)
 
 
+@pytest.mark.parametrize("name", ["convnet3", "convnet3_multilevel"])
 @pytest.mark.parametrize(("size", "blocks", "side"), [(8, 2, 2), (32, 3, 4)])
-def test_bdc_features_are_the_upper_triangle_of_the_last_map_that_is_large_enough(size, blocks, side):
-    """At 8 px ConvNet-3's third block leaves one position, so the second is the last."""
-    target = build_target("convnet3", 1, size)
+def test_bdc_features_are_the_upper_triangle_of_the_last_map_that_is_large_enough(name, size, blocks, side):
+    """At 8 px ConvNet-3's third block leaves one position, so the second is the last. Levels do not count."""
+    target = build_target(name, 1, size)
     network = BDCNetwork(target, MetaDeepBDCConfig(channels=64)).eval()
     assert network.tau.item() == pytest.approx(math.log(1 / (2 * side**2)))
     maps = images = torch.randn(2, 1, size, size)
-    for block in list(target.network.eval())[:blocks]:
+    for block in list(target.network.eval().children())[:blocks]:
         maps = block(maps)
     matrix = bdc(maps.flatten(2), network.tau)
     expected = torch.stack([matrix[:, i, j] for i in range(64) for j in range(i, 64)], 1)

@@ -11,12 +11,14 @@ import yaml
 
 from pipeline.check import check
 from pipeline.params import PLUS, load_params, resolve
+from pipeline.reporting import methods
 from pipeline.runs.keys import CODE, TRAINING_CODE, VALIDATION_CODE, code_files
 from pipeline.runs.trial import make_spec, pick_device
 from pipeline.tracking.runs import provenance
-from pudnet.config import VARIANTS
+from pudnet.config import VARIANTS, paper_target
 from pudnet.errors import UserError
 from pudnet.settings import SETTINGS
+from pudnet.targets.build import TARGETS
 
 ROOT = Path(__file__).parent.parent
 
@@ -60,6 +62,17 @@ def test_a_target_brings_its_extractor_eta_and_depth(raw):
     for raw["target"], own in expected.items():
         model = resolve(raw).model
         assert (model.extractor, model.eta, model.depth) == own
+
+
+def test_every_target_has_a_name_for_pages_and_one_of_the_paper_that_it_is_like():
+    alike = {name: paper_target(name) for name in TARGETS}
+    assert alike == {
+        "convnet3": "convnet3",
+        "convnet3_multilevel": "convnet3",
+        "resnet18": "resnet18",
+        "resnet34": "resnet34",
+    }
+    assert methods.TARGETS.keys() == TARGETS.keys()
 
 
 def test_the_check_says_how_large_the_hypernetwork_is_and_warns_of_one_too_large(raw, capsys):

@@ -106,7 +106,12 @@ KINDS = {  # one of each other kind, over cells that they share with the first
         "rows": {
             "PudNet+ / 6 images": {"variant": "pudnet_plus", "images": 6},
             "PudNet+ / 30 images": {"variant": "pudnet_plus", "images": 30},
-            "static trunk / 30 images": {"method": "static_trunk", "variant": "pudnet_plus", "images": 30},
+            "static trunk / 30 images": {
+                "method": "static_trunk",
+                "variant": "pudnet_plus",
+                "images": 30,
+                "target": "convnet3_multilevel",
+            },
             "fine-tuned / 1 epoch": {"variant": "pudnet_plus", "images": 30, "finetune": {"epochs": 1}},
             "from scratch / 1 epoch": {"method": "scratch_adam", "changes": {"epochs": 1}},
         },
@@ -230,7 +235,10 @@ def _check_kinds(folder, output):
     assert seconds.test_groups.tolist() == [6, 6, 6, 2, 2] and seconds.accuracy.between(34, 100).all()  # by chance: 33
     assert seconds.milliseconds.gt(0).all() and seconds.milliseconds_all_threads.gt(0).all()
     assert f"with {seconds.all_threads[0]} threads" in page and "less PudNet+ / 30 images" in page
-    runs = MlflowClient(f"sqlite:///{folder}/mlflow.db").search_runs(["1"], "tags.study = 'start'")
+    client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
+    (multilevel,) = client.search_runs(["1"], "tags.study = 'seconds' AND tags.target = 'convnet3_multilevel'")
+    assert multilevel.data.tags["row"] == "static trunk / 30 images"
+    runs = client.search_runs(["1"], "tags.study = 'start'")
     assert {(run.data.tags["row"], run.data.tags["column"], run.data.tags["seed"]) for run in runs} == {
         ("random", "digits", "0"),
         ("PudNet", "digits", "0"),
@@ -309,8 +317,9 @@ def test_what_is_wrong_in_a_study_is_said_in_one_line(changes, message, project)
         ({}, {"changes": {"filter_grid": 0}}, "filter_grid: "),
         ({}, {}, "rows.PudNet: means the same as row usual"),
         ({}, {"changes": {"hidden": 1_000_000}}, "rows.PudNet: model: a hypernetwork of "),
-        ({}, {"target": "resnet99"}, "target: unknown name 'resnet99'"),
-        ({}, {"target": "resnet18"}, "rows.PudNet.target: resnet18 needs another extractor, eta and"),
+        ({}, {"target": "resnet99"}, "rows.PudNet.target: unknown name 'resnet99'"),
+        ({}, {"target": "resnet18"}, "rows.PudNet.target: resnet18 in a column of convnet3"),
+        ({}, {"method": "pretrained", "changes": {"kl_weight": 0.5}}, "rows.PudNet.changes.kl_weight: unknown key"),
         (
             {},
             {"method": "pretrained", "changes": {"pretraining_share": 0.5}},
@@ -331,6 +340,14 @@ def test_what_a_study_asks_for_in_vain_is_said_in_one_line(over, row, message, p
     with pytest.raises(UserError) as error:
         check_rows(study, column_params(study, "digits"))
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_target_that_cannot_be_built_is_said_whatever_the_methods(project):
+    columns = {"digits": {"setting": "digits", "target": "nowhere.nets:Net"}}
+    project({**TINY, "columns": columns, "rows": {"one": {"method": "pretrained"}}, "reference": "one"})
+    study = load_study("tiny")
+    with pytest.raises(UserError, match=r"^rows\.one: target nowhere\.nets:Net: "):
+        check_rows(study, column_params(study, "digits"))
 
 
 def test_a_row_has_the_columns_target_or_its_own(project):

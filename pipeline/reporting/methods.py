@@ -4,7 +4,7 @@ from __future__ import annotations
 
 TARGETS = {
     "convnet3": "ConvNet-3",
-    "convnet3_multilevel": "ConvNet-3, multilevel",
+    "convnet3_multilevel": "multilevel ConvNet-3",
     "resnet18": "ResNet-18",
     "resnet34": "ResNet-34",
 }

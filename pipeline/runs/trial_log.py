@@ -79,6 +79,7 @@ class TrialLog:
         seeds = {"method": spec.kind, "split_seed": spec.split_seed, "seed": spec.seed}
         plain = {**spec.train, **spec.model, **asdict(self.params.groups), **seeds}
         self.tracking.describe(run_id, _about(spec, self.params), plain, datasets(spec))
+        self.tracking.log_tags(run_id, {"target": spec.target})  # a study's row may have another than params.yaml
         return run_id, self.tracking.last_step(run_id, "groups_per_second")
 
     def _key(self, spec: TrialSpec) -> str:

@@ -13,15 +13,15 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from pipeline.params import PARAMS, Params, changed, check_block, outline, read_yaml, resolve
+from pipeline.params import PARAMS, Params, baseline_keys, changed, check_block, outline, read_yaml, resolve
 from pipeline.reporting.paper import Reported, paper_figure
 from pipeline.runs.trial import TrialSpec, make_spec
-from pudnet.baselines import HEADS, LEARNED, OWN_STAGES, SCRATCH
+from pudnet.baselines import HEADS, LEARNED, SCRATCH
 from pudnet.config import STRICT, VARIANTS, ModelConfig, Positive, TrainConfig, paper_target, parse
 from pudnet.errors import UserError
 from pudnet.scratch import ScratchConfig
 from pudnet.settings import SETTINGS, get_setting
-from pudnet.targets import build_target, check_target_name
+from pudnet.targets import Target, build_target, check_target_name
 
 STUDIES = Path("studies")
 GROUPS_KEY = "groups.train_groups"
@@ -297,9 +297,7 @@ def row_spec(params: Params, name: str, row: Row, seed: int, images: int) -> Tri
     trial = f"{_slug(name)}-split{seed}"
     spec = make_spec(params, trial, kind, seed, row.changes if baseline else {}, "train", 0)
     parts = {"model": ModelConfig, "train": TrainConfig}
-    known = {**spec.model, **spec.train}
-    if kind in OWN_STAGES:
-        known.pop("pretraining_share")
+    known = baseline_keys(kind) if baseline else [*spec.model, *spec.train]
     for key in row.changes:
         if key not in known:
             raise UserError(f"{where}.{key}: unknown key; known: {', '.join(known)}")
@@ -310,13 +308,16 @@ def row_spec(params: Params, name: str, row: Row, seed: int, images: int) -> Tri
 
 
 def _row_target(params: Params, name: str, row: Row) -> str:
-    """The target of a row. Its extractor, eta and depth are the column's, so they must be what the target needs."""
-    target = params.target if row.target is None else row.target
-    check_target_name(target)
-    if paper_target(target) != paper_target(params.target):
-        needs = f"needs another extractor, eta and depth than {params.target}; give it a column of its own"
-        raise UserError(f"rows.{name}.target: {target} {needs}")
-    return target
+    """The target of a row. It has the extractor, eta and depth of the column's target, so the two must be alike."""
+    if row.target is None:
+        return params.target
+    try:
+        check_target_name(row.target)
+    except UserError as error:
+        raise UserError(f"rows.{name}.{error}") from None
+    if paper_target(row.target) != paper_target(params.target):
+        raise UserError(f"rows.{name}.target: {row.target} in a column of {params.target}; give it a column of its own")
+    return row.target
 
 
 def _why_not(study: Study, params: Params) -> str | None:
@@ -341,6 +342,7 @@ def _why_not(study: Study, params: Params) -> str | None:
 
 def check_rows(study: Study, params: Params) -> None:
     """Raise `UserError` if a row has wrong keys in this column, or a hypernetwork that is too large."""
+    targets: dict[str, Target] = {}
     sound, seen = set(), {}
     for name, row in study.rows.items():
         spec = row_spec(params, name, row, params.seed, ANY)
@@ -348,13 +350,12 @@ def check_rows(study: Study, params: Params) -> None:
         if other := next((row for row, content in seen.items() if content == same), ""):
             raise UserError(f"rows.{name}: means the same as row {other}")
         seen[name] = same
-        if row.method != "pudnet":
-            continue
-        size = (ModelConfig(**spec.model | {"eta": 0.0}), spec.target)  # eta has no size
-        if size in sound:
-            continue
         try:
-            outline(size[0], build_target(spec.target, params.prepare.channels, params.prepare.image_size))
+            if spec.target not in targets:
+                targets[spec.target] = build_target(spec.target, params.prepare.channels, params.prepare.image_size)
+            if row.method != "pudnet" or (size := (spec.target, ModelConfig(**spec.model | {"eta": 0.0}))) in sound:
+                continue  # eta has no size
+            outline(size[1], targets[spec.target])
         except UserError as error:
             raise UserError(f"rows.{name}: {error}") from None
         sound.add(size)

@@ -96,10 +96,9 @@ class TrainedColumn:
         label += f", training {training}" if len(self.trainings[row, seed]) > 1 else ""
         run_id = self.tracking.find_or_create(f"study/{digest([self.name, row, self.column], [])}/{key}", label)
         tags = {"study": self.name, "row": row, "column": self.column, "seed": str(seed), "training": str(training)}
-        own = self.study.rows[row]
-        self.tracking.log_tags(run_id, tags | {"variant": own.variant})
+        own, spec = self.study.rows[row], self.trainings[row, seed][training].spec
+        self.tracking.log_tags(run_id, tags | {"variant": own.variant, "target": spec.target})
         plain = {"method": own.method, "variant": own.variant, **own.changes, **self.length(row)}
-        plain |= {} if own.target is None else {"target": own.target}
         note = f"Study `{self.name}`, row *{row}*, column *{self.column}*, class split {seed}."
         self.tracking.describe(run_id, note, plain, used)
         self.tracking.log_metrics(run_id, metrics)

@@ -26,8 +26,8 @@ from pudnet.errors import UserError
 from pudnet.scratch import Scratch, ScratchConfig
 from pudnet.targets import Target, build_target
 
-__all__ = ["HEADS", "LEARNED", "OWN_STAGES", "SCRATCH", "Adapter", "Classifier", "Method", "Scratch", "ScratchConfig"]
-__all__ += ["config_type", "load_method", "make_method"]
+__all__ = ["HEADS", "LEARNED", "SCRATCH", "Adapter", "Classifier", "Method", "Scratch", "ScratchConfig", "config_type"]
+__all__ += ["load_method", "make_method"]
 
 LEARNED: dict[str, type[Method]] = {
     "pretrained": Pretrained,
@@ -38,7 +38,6 @@ LEARNED: dict[str, type[Method]] = {
     "musml": MUSML,
     "r2d2": R2D2,
 }
-OWN_STAGES = tuple(name for name, method in LEARNED.items() if method.own_stages)
 SCRATCH = ("scratch_adam", "scratch_gc")
 
 

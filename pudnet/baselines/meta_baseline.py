@@ -35,7 +35,7 @@ class MetaBaseline(Method):
     """
 
     Config = MetaBaselineConfig
-    own_stages = True
+    takes_pretraining_share = False
 
     def __init__(self, config: MetaBaselineConfig, target: Target) -> None:
         super().__init__(config, target)

@@ -18,7 +18,7 @@ from pudnet.config import STRICT, Fraction, Positive, PositiveFloat, TrainConfig
 from pudnet.errors import UserError
 from pudnet.learner import Learner
 from pudnet.ridge import at_least_fp32
-from pudnet.targets import Block, Target
+from pudnet.targets import Block, Level, Target
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -47,7 +47,7 @@ class MetaDeepBDC(Method):
     """
 
     Config = MetaDeepBDCConfig
-    own_stages = True
+    takes_pretraining_share = False
 
     @classmethod
     def network(cls, config: MetaDeepBDCConfig, target: Target) -> nn.Module:
@@ -128,10 +128,12 @@ def bdc(features: Tensor, tau: Tensor) -> Tensor:
 def _last_map(body: nn.Module, images: Tensor, positions: int) -> tuple[str, tuple[int, int]]:
     """The layer with the last map of at least `positions` positions, and the map's channels and positions.
 
-    A ConvNet-3 block counts as one layer. Raises `UserError` if the network has no such map.
+    A ConvNet-3 block counts as one layer; levels beside the blocks do not count. Raises `UserError` if the network has
+    no such map.
     """
     found: list[tuple[str, tuple[int, int]]] = []
-    blocks = [f"{path}." for path, module in body.named_modules() if isinstance(module, Block)]
+    aside = [f"{path}." for path, module in body.named_modules() if isinstance(module, Block)]
+    aside += [path for path, module in body.named_modules() if isinstance(module, Level)]
 
     def note(path: str, output: object) -> None:
         if isinstance(output, Tensor) and output.ndim == 4 and output[0, 0].numel() >= positions:
@@ -139,7 +141,7 @@ def _last_map(body: nn.Module, images: Tensor, positions: int) -> tuple[str, tup
 
     network = copy.deepcopy(body).eval()
     for path, module in network.named_modules():
-        if not path.startswith(tuple(blocks)):
+        if not path.startswith(tuple(aside)):
             module.register_forward_hook(lambda _, __, output, path=path: note(path, output))
     network(images)
     if not found:

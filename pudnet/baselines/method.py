@@ -24,7 +24,7 @@ class Method(nn.Module):
     """A baseline that is trained on task groups. `Config` has the options that its paper, or PudNet's, leaves open."""
 
     Config: ClassVar[type]
-    own_stages: ClassVar[bool] = False  # whether `train.pretraining_share` is not for it: its length is its own
+    takes_pretraining_share: ClassVar[bool] = True  # whether `train.pretraining_share` says how it is trained
 
     def __init__(self, config: Any, target: Target) -> None:
         super().__init__()

@@ -73,7 +73,7 @@ class MUSML(Method):
     """
 
     Config = MUSMLConfig
-    own_stages = True
+    takes_pretraining_share = False
 
     def make_trunk(self, target: Target) -> Subspaces:
         """The bases."""

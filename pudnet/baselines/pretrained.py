@@ -25,7 +25,7 @@ class Pretrained(Method):
     """
 
     Config = PretrainedConfig
-    own_stages = True
+    takes_pretraining_share = False
 
     def learner(self, train_classes: int, k: int, config: TrainConfig) -> Learner:
         """Mixed batches of all training classes."""

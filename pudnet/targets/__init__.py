@@ -1,13 +1,13 @@
 """Target networks: the networks whose convolution weights are predicted.
 
-A target is an ordinary `nn.Module` that maps images to feature vectors: ConvNet-3, ResNet-18, ResNet-34, or
-a module of your own. Its convolution weights are predicted for each group. Everything else (BatchNorm's affine
+A target is an ordinary `nn.Module` that maps images to feature vectors: one of `TARGETS` (`build.py`), or a
+module of your own. Its convolution weights are predicted for each group. Everything else (BatchNorm's affine
 parameters, biases, linear layers) is learned, and the same for all groups.
 """
 
 from pudnet.targets.build import build_target, check_target_name, is_import_path, target_code, target_name
 from pudnet.targets.calibration import Calibrator, calibrate
-from pudnet.targets.convnet3 import Block, ConvNet3, MultilevelConvNet3
+from pudnet.targets.convnet3 import Block, ConvNet3, Level, MultilevelConvNet3
 from pudnet.targets.shared import SharedTarget, check_together, together
 from pudnet.targets.target import ConvShape, Target, Weights, norms, own_weights, put_tensors
 
@@ -16,6 +16,7 @@ __all__ = [
     "Calibrator",
     "ConvNet3",
     "ConvShape",
+    "Level",
     "MultilevelConvNet3",
     "SharedTarget",
     "Target",

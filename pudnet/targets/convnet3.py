@@ -36,9 +36,9 @@ class ConvNet3(nn.Sequential):
 class MultilevelConvNet3(nn.Module):
     """ConvNet-3 whose features are those of all three blocks, not of the last alone.
 
-    Early layers tell images apart whose kind the later ones were not trained on. Images (N, channels, S, S) ->
-    features (N, 3 width (S // 8) ** 2): the maps of the first two blocks are averaged down to the size of the last
-    block's, and normalised, since an average varies less than what it is of.
+    Earlier blocks may serve images of a kind that the last was not trained on. Their maps are averaged down to the size
+    of the last block's, and normalised, since averaging makes values smaller. (R2-D2's own network likewise joins its
+    last two blocks; Bertinetto et al., 2019.) Images (N, channels, S, S) -> features (N, 3 width (S // 8) ** 2).
     """
 
     def __init__(self, channels: int, width: int = 64) -> None:
