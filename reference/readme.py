@@ -37,7 +37,7 @@ ROWS = {  # the study's name of a row -> the page's
     "PudNet+, fine-tuned / 20 epochs": "PudNet+, then trained for 20 epochs",
 }
 REFERENCE = "PudNet+ / all images"
-COUNTS = "*test groups; of these trained on; class splits*"
+COUNTS = "*test groups; of these, for the rows that train on each; class splits*"
 BENCHES = {"CIFAR-100": "cifar100-convnet3-bench", "Fashion-MNIST": "fashion-convnet3-bench"}
 BENCH_CAPTION = """\
 Every method on one bench with ConvNet-3, fp32 on one thread: accuracy, difference to PudNet paired over

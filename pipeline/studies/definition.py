@@ -350,12 +350,14 @@ def check_rows(study: Study, params: Params) -> None:
         if other := next((row for row, content in seen.items() if content == same), ""):
             raise UserError(f"rows.{name}: means the same as row {other}")
         seen[name] = same
+        model = ModelConfig(**spec.model | {"eta": 0.0}) if row.method == "pudnet" else None  # eta has no size
+        if (spec.target, model) in sound:
+            continue
         try:
             if spec.target not in targets:
                 targets[spec.target] = build_target(spec.target, params.prepare.channels, params.prepare.image_size)
-            if row.method != "pudnet" or (size := (spec.target, ModelConfig(**spec.model | {"eta": 0.0}))) in sound:
-                continue  # eta has no size
-            outline(size[1], targets[spec.target])
+            if model is not None:
+                outline(model, targets[spec.target])
         except UserError as error:
             raise UserError(f"rows.{name}: {error}") from None
-        sound.add(size)
+        sound.add((spec.target, model))

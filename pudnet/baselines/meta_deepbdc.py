@@ -132,8 +132,11 @@ def _last_map(body: nn.Module, images: Tensor, positions: int) -> tuple[str, tup
     no such map.
     """
     found: list[tuple[str, tuple[int, int]]] = []
-    aside = [f"{path}." for path, module in body.named_modules() if isinstance(module, Block)]
-    aside += [path for path, module in body.named_modules() if isinstance(module, Level)]
+    passed_by = tuple(
+        f"{path}." if isinstance(module, Block) else path  # what is inside a block, or a level with what is inside it
+        for path, module in body.named_modules()
+        if isinstance(module, Block | Level)
+    )
 
     def note(path: str, output: object) -> None:
         if isinstance(output, Tensor) and output.ndim == 4 and output[0, 0].numel() >= positions:
@@ -141,7 +144,7 @@ def _last_map(body: nn.Module, images: Tensor, positions: int) -> tuple[str, tup
 
     network = copy.deepcopy(body).eval()
     for path, module in network.named_modules():
-        if not path.startswith(tuple(aside)):
+        if not path.startswith(passed_by):
             module.register_forward_hook(lambda _, __, output, path=path: note(path, output))
     network(images)
     if not found:
