@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pudnet.card import Card
-from pudnet.ridge import at_least_fp32, one_hot, ridge_weights
+from pudnet.config import Penalty
+from pudnet.ridge import at_least_fp32, left_out, one_hot, ridge_weights
+
+PENALTY_PARTS = (1.0, 0.5, 0.25, 0.125)  # what `smaller_penalty` chooses from, of the learned penalty
 
 
 def centroids(features: Tensor, labels: Tensor, classes: int) -> Tensor:
@@ -41,15 +45,56 @@ def ridge_layer(
     images each has. Leading dimensions are groups; each gets its own layer.
     """
     with torch.autocast(features.device.type, enabled=False):
-        features = at_least_fp32(features)
-        y = one_hot(labels, classes).to(features.dtype)
-        share = (y / (classes * y.sum(0))).sum(1, keepdim=True)  # (N, 1), the images' weights, which sum to 1
-        mean = (share * features).sum(-2, keepdim=True)  # (..., 1, d)
-        x = features - mean
-        norm = (share * x.square()).sum((-2, -1), keepdim=True).clamp_min(1e-12).sqrt()  # (..., 1, 1)
-        root = (len(labels) * share).sqrt()
-        weight = scale * ridge_weights(root * x / norm, root * (y - 1 / classes), ridge) / norm
-        return weight, scale / classes - (weight @ mean.mT).squeeze(-1)
+        balanced = _balanced(features, labels, classes)
+        weight = scale * ridge_weights(balanced.x, balanced.y, ridge) / balanced.norm
+        return weight, scale / classes - (weight @ balanced.mean.mT).squeeze(-1)
+
+
+class _Balanced(NamedTuple):
+    """Features and labels whose plain sums of squares are those of `ridge_layer`, where all classes count the same."""
+
+    x: Tensor  # features about their mean, over `norm`, times the root of the image's weight: (..., N, d)
+    y: Tensor  # one-hot labels about their mean, times the same root: (N, k)
+    share: Tensor  # the images' weights, which sum to 1: (N, 1)
+    mean: Tensor  # of the features: (..., 1, d)
+    norm: Tensor  # of the features about it: (..., 1, 1)
+
+
+def _balanced(features: Tensor, labels: Tensor, classes: int) -> _Balanced:
+    features = at_least_fp32(features)
+    y = one_hot(labels, classes).to(features.dtype)
+    share = (y / (classes * y.sum(0))).sum(1, keepdim=True)
+    mean = (share * features).sum(-2, keepdim=True)
+    x = features - mean
+    norm = (share * x.square()).sum((-2, -1), keepdim=True).clamp_min(1e-12).sqrt()
+    root = (len(labels) * share).sqrt()
+    return _Balanced(root * x / norm, root * (y - 1 / classes), share, mean, norm)
+
+
+def smaller_penalty(features: Tensor, labels: Tensor, classes: int, ridge: Tensor) -> Tensor:
+    """A penalty for `ridge_layer`: `ridge`, or a half, a quarter or an eighth of it if that is clearly better.
+
+    Images of another kind than those that the penalty was learned on may want a smaller one. Each penalty is judged by
+    the squared errors of the images when they are left out, at the best scale, since a classifier's scale changes no
+    decision. Clearly better: by more than two standard errors of the paired difference. Of those that are not clearly
+    worse than the best, the largest is taken. Features (..., N, d), labels (N,) -> (..., 1, 1).
+    """
+    with torch.autocast(features.device.type, enabled=False):
+        x, y, share, *_ = _balanced(features, labels, classes)
+        penalties = (ridge * torch.tensor(PENALTY_PARTS, device=x.device)).view(-1, *[1] * x.ndim)
+        errors = _scale_free_errors(left_out(x, y, penalties, share), y)  # (4, ..., N)
+        best = errors.mean(-1, keepdim=True).argmin(0, keepdim=True).expand_as(errors[:1])
+        worse = errors - errors.gather(0, best)
+        clearly = worse.mean(-1) > 2 * worse.std(-1) / math.sqrt(len(labels))
+        largest = (~clearly).float().argmax(0)  # the first
+        return penalties.flatten()[largest][..., None, None]
+
+
+def _scale_free_errors(predicted: Tensor, y: Tensor) -> Tensor:
+    """Each row's squared error (..., N) of predictions (..., N, k) of y (N, k), at the scale with the least of all."""
+    products, squares = ((predicted * each).sum((-2, -1), keepdim=True) for each in (y, predicted))
+    scale = products / squares.clamp_min(1e-12)
+    return (y - scale * predicted).square().sum(-1)
 
 
 class Regression(nn.Module):
@@ -60,20 +105,29 @@ class Regression(nn.Module):
     (Bertinetto et al., 2019).
     """
 
-    def __init__(self, ridge: float, scale: float) -> None:
+    def __init__(self, ridge: float, scale: float, penalty: Penalty = "learned") -> None:
         super().__init__()
         self.log_ridge = nn.Parameter(torch.tensor(math.log(ridge)))
         self.log_scale = nn.Parameter(torch.tensor(math.log(scale)))
+        self.penalty = penalty
 
     def forward(self, queries: Tensor, support: Tensor, labels: Tensor, classes: int) -> Tensor:
         """Queries (..., Q, d) and support features (..., S, d) with labels (S,) in 0..k-1 -> logits (..., Q, k)."""
-        weight, bias = ridge_layer(support, labels, classes, self.log_ridge.exp(), self.log_scale.exp())
+        ridge = self.ridge(support, labels, classes)
+        weight, bias = ridge_layer(support, labels, classes, ridge, self.log_scale.exp())
         with torch.autocast(queries.device.type, enabled=False):
             return at_least_fp32(queries) @ weight.mT + bias.unsqueeze(-2)
 
-    def card_values(self) -> dict[str, float]:
-        """Penalty and scale, as a network's card records them."""
-        return {"ridge": self.log_ridge.exp().item(), "temperature": self.log_scale.exp().item()}
+    def ridge(self, support: Tensor, labels: Tensor, classes: int) -> Tensor:
+        """The penalty: the learned one; after training, with `leave_one_out`, what `smaller_penalty` chooses."""
+        learned = self.log_ridge.exp()
+        if self.training or self.penalty == "learned":
+            return learned
+        return smaller_penalty(support, labels, classes, learned)
+
+    def card_values(self, support: Tensor, labels: Tensor, classes: int) -> dict[str, float]:
+        """Penalty and scale for one group's support features (S, d), as its network's card records them."""
+        return {"ridge": self.ridge(support, labels, classes).item(), "temperature": self.log_scale.exp().item()}
 
 
 class CentroidClassifier(nn.Module):

@@ -21,6 +21,10 @@ Positive = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
+# A ridge classifier's penalty in a prediction: the learned one, or a smaller one if that is clearly better with each
+# labelled image left out in turn (`pudnet.classifier.smaller_penalty`).
+Penalty = Literal["learned", "leave_one_out"]
+
 Config = TypeVar("Config")
 
 
@@ -49,6 +53,7 @@ class ModelConfig:
     classifier: Literal["centroids", "ridge"] = "centroids"  # ridge: fitted to the class filters' images
     ridge: PositiveFloat = 3.0  # that classifier's initial penalty; training hardly moves it
     ridge_scale: PositiveFloat = 5.0  # the initial scale of its logits; training hardly moves it either
+    penalty: Penalty = "learned"  # of that classifier, in a prediction; leave_one_out may choose a smaller one
     sketch_images: Positive = 50  # a prediction computes the sketch from this many images, spread over the classes
 
     def __post_init__(self) -> None:
@@ -56,6 +61,8 @@ class ModelConfig:
             raise ValueError("class_filters: true and change: false need base: true")
         if self.classifier == "ridge" and not self.class_filters:
             raise ValueError("classifier: ridge needs class_filters: true; without them it is the baseline r2d2")
+        if self.penalty != "learned" and self.classifier != "ridge":
+            raise ValueError("penalty: leave_one_out needs classifier: ridge")
 
     def labelled(self, k: int, images: int) -> int:
         """How many of the `images` of each of k classes enter a class-aware sketch with their labels.

@@ -291,7 +291,7 @@ class Predictor:
         `writes` gives the weights that are computed only during the calibration pass (`Calibrator`).
         """
         body, features, own = self.support(weights, images, labels, writes)
-        card = self.network_card(classes, labels, len(own))
+        card = self.network_card(classes, labels, features, own)
         return PredictedNetwork(body, fit(features, own, card), card)
 
     def support_rows(self, labels: Tensor) -> Tensor:
@@ -345,14 +345,17 @@ class Predictor:
         rows = self.support_rows(labels[chosen])
         return body, features[rows], labels[chosen][rows]
 
-    def network_card(self, classes: tuple, labels: Tensor, support_images: int) -> Card:
-        """The card of a network that this model predicted for a group with labels (N,)."""
+    def network_card(self, classes: tuple, labels: Tensor, features: Tensor, own: Tensor) -> Card:
+        """The card of a network that this model predicted for a group with labels (N,).
+
+        `features` (S, d) and `own` (S,) are the support set's features and labels.
+        """
         looked_at = {
             "sketch_images": len(spread_rows(labels, self.sketch_images)),
             "calibration_images": len(self.calibration_rows(labels)),
-            "support_images": support_images,
+            "support_images": len(own),
         }
-        solved = {} if self.regression is None else self.regression.card_values()
+        solved = {} if self.regression is None else self.regression.card_values(features, own, len(classes))
         return dataclasses.replace(
             self.card,
             **solved,

@@ -19,6 +19,25 @@ def ridge_weights(x: Tensor, y: Tensor, ridge: Tensor | float) -> Tensor:
     return _solve(x.mT @ x, ridge, x.mT @ y).mT
 
 
+def left_out(x: Tensor, y: Tensor, ridge: Tensor | float, leverage: Tensor | float = 0.0) -> Tensor:
+    """What `ridge_weights` predicts for each row of x (..., N, p), if that row is left out of it: (..., N, k).
+
+    In closed form: the residual of a row that is left out is its residual in the fit to all rows, divided by 1 - h,
+    where h is the row's leverage. If a mean was subtracted from x and y before, `leverage` (N, 1) is the mean's part
+    of h, which is 1 / N for a plain mean. Without it, each row would be known from all others: they sum to zero.
+    Several penalties may be given, as a tensor (M, ..., 1, 1); one decomposition serves them all.
+    """
+    if x.shape[-2] <= x.shape[-1]:
+        values, rows = torch.linalg.eigh(x @ x.mT)
+        kept = values.unsqueeze(-2) / (values.unsqueeze(-2) + ridge)
+    else:
+        values, vectors = torch.linalg.eigh(x.mT @ x)
+        rows, kept = x @ vectors, 1 / (values.unsqueeze(-2) + ridge)
+    fitted = (rows * kept) @ (rows.mT @ y)
+    own = (rows.square() * kept).sum(-1, keepdim=True)
+    return y - (y - fitted) / (1 - own - leverage)
+
+
 def _solve(gram: Tensor, ridge: Tensor | float, right: Tensor) -> Tensor:
     """(gram + ridge I)^-1 right, for systems `gram` (..., n, n) and right sides (..., n, k)."""
     added = ridge * torch.eye(gram.shape[-1], device=gram.device)

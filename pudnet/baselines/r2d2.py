@@ -12,7 +12,7 @@ from torch import Tensor
 from pudnet.baselines.learners import Stages
 from pudnet.baselines.method import Method
 from pudnet.classifier import Regression
-from pudnet.config import STRICT, PositiveFloat, TrainConfig
+from pudnet.config import STRICT, Penalty, PositiveFloat, TrainConfig
 from pudnet.learner import Learner
 from pudnet.targets import Target
 
@@ -26,6 +26,7 @@ class R2D2Config:
 
     ridge: PositiveFloat = 3.0
     scale: PositiveFloat = 5.0
+    penalty: Penalty = "learned"  # leave_one_out: a prediction may choose a smaller one
 
 
 class R2D2(Method):
@@ -35,7 +36,7 @@ class R2D2(Method):
 
     def __init__(self, config: R2D2Config, target: Target) -> None:
         super().__init__(config, target)
-        self.regression = Regression(config.ridge, config.scale)
+        self.regression = Regression(config.ridge, config.scale, config.penalty)
 
     def learner(self, train_classes: int, k: int, config: TrainConfig) -> Learner:
         """Episodes, after pretraining if the training asks for it."""

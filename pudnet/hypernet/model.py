@@ -48,7 +48,8 @@ class PudNet(nn.Module):
         if config.class_filters and not target.dense:
             raise UserError("model.class_filters: the target has no convolution that sees all of its input's channels")
         self.filters = ClassFilters(target.dense[-1], config.filter_grid) if config.class_filters else None
-        self.regression = Regression(config.ridge, config.ridge_scale) if config.classifier == "ridge" else None
+        ridge = (config.ridge, config.ridge_scale, config.penalty)
+        self.regression = Regression(*ridge) if config.classifier == "ridge" else None
         self._set_scales(torch.randn(64, target.channels, target.image_size, target.image_size))
 
     @property

@@ -1,0 +1,75 @@
+"""The classifier that is solved for: leaving images out in closed form, and the choice of its penalty."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from pudnet.card import Card
+from pudnet.classifier import Regression, ridge_layer, smaller_penalty
+from pudnet.config import ModelConfig, parse
+from pudnet.errors import UserError
+from pudnet.predictor import Predictor
+from pudnet.ridge import left_out, one_hot, ridge_weights
+from tests.test_class_filters import labelled, noise, plus
+
+LABELS = torch.arange(60) % 3
+
+
+def separable(spread: float, common: float = 0.0) -> torch.Tensor:
+    """Features (60, 40) of three classes, along one direction each, with noise.
+
+    `spread` is the noise of each value, `common` that of all values of an image together, which makes features large
+    where they say nothing, so that a large penalty hurts.
+    """
+    return one_hot(LABELS, 3) @ torch.eye(3, 40) + spread * noise(60, 40) + common * noise(60, 1, seed=2)
+
+
+@pytest.mark.parametrize("size", [9, 40])  # fewer values than rows, and more
+def test_a_row_left_out_is_predicted_as_by_a_fit_to_the_others(size):
+    x, y, ridge = noise(20, size).double(), noise(20, 2, seed=1).double(), 0.7
+    found = left_out(x, y, ridge)
+    centred = left_out(x - x.mean(0), y - y.mean(0), torch.tensor([[[ridge]], [[2.0]]]), 1 / 20)[0] + y.mean(0)
+    for i in range(20):
+        others = torch.arange(20) != i
+        assert_close(found[i], x[i] @ ridge_weights(x[others], y[others], ridge).T)
+        mean, level = x[others].mean(0), y[others].mean(0)
+        weights = ridge_weights(x[others] - mean, y[others] - level, ridge)
+        assert_close(centred[i], (x[i] - mean) @ weights.T + level)
+
+
+def test_the_penalty_is_smaller_only_if_that_is_clearly_better():
+    learned = torch.tensor(2.0)
+    groups = [separable(1.0), 100 * separable(0.1, common=1.0)]  # how large features are does not matter
+    chosen = [smaller_penalty(features, LABELS, 3, learned) for features in groups]
+    assert chosen[0].item() == 2.0 and chosen[1].item() == 0.25
+    assert_close(smaller_penalty(torch.stack(groups), LABELS, 3, learned), torch.stack(chosen))
+
+
+def test_one_image_a_class_and_equal_images_keep_the_learned_penalty():
+    for features in (noise(3, 9), torch.ones(3, 9)):
+        assert smaller_penalty(features, torch.arange(3), 3, torch.tensor(2.0)).item() == 2.0
+
+
+def test_training_takes_the_learned_penalty_and_a_prediction_the_chosen_one():
+    regression, features = Regression(2.0, 5.0, "leave_one_out"), separable(0.1, common=1.0)
+    for training, ridge in ((True, 2.0), (False, 0.25)):
+        weight, bias = ridge_layer(features, LABELS, 3, ridge, 5.0)
+        assert_close(regression.train(training)(features, features, LABELS, 3), features @ weight.T + bias)
+
+
+def test_a_predicted_network_has_the_chosen_penalty():
+    model, target, _ = plus(sketch_images=12, penalty="leave_one_out")
+    card = Card("pudnet", "convnet3", 1, 8, (0.5,), (0.5,), 10.0, 2, vars(model.config))
+    images, labels = labelled(n=6)
+    network = Predictor(model, card, target).adapt(images, labels, (0, 1, 2))
+    seen = torch.cat([torch.arange(4) + 6 * c for c in range(3)])
+    with torch.no_grad():
+        support, queries = (network.body(part).flatten(1) for part in (images[seen], images))
+        logits = model.regression(queries, support, labels[seen], 3)
+        assert network.card.ridge == pytest.approx(model.regression.ridge(support, labels[seen], 3).item())
+    assert_close(network.logits(images), logits, rtol=1e-3, atol=1e-3)
+
+
+def test_a_penalty_is_chosen_for_no_other_classifier():
+    with pytest.raises(UserError, match="model: penalty: leave_one_out needs classifier: ridge"):
+        parse(ModelConfig, {"penalty": "leave_one_out"}, "model")
