@@ -61,8 +61,6 @@ class ModelConfig:
             raise ValueError("class_filters: true and change: false need base: true")
         if self.classifier == "ridge" and not self.class_filters:
             raise ValueError("classifier: ridge needs class_filters: true; without them it is the baseline r2d2")
-        if self.penalty != "learned" and self.classifier != "ridge":
-            raise ValueError("penalty: leave_one_out needs classifier: ridge")
 
     def labelled(self, k: int, images: int) -> int:
         """How many of the `images` of each of k classes enter a class-aware sketch with their labels.

@@ -6,7 +6,6 @@ from torch.testing import assert_close
 
 from pudnet.card import Card
 from pudnet.classifier import Regression, ridge_layer, smaller_penalty
-from pudnet.config import ModelConfig, parse
 from pudnet.errors import UserError
 from pudnet.predictor import Predictor
 from pudnet.ridge import left_out, one_hot, ridge_weights
@@ -71,5 +70,5 @@ def test_a_predicted_network_has_the_chosen_penalty():
 
 
 def test_a_penalty_is_chosen_for_no_other_classifier():
-    with pytest.raises(UserError, match="model: penalty: leave_one_out needs classifier: ridge"):
-        parse(ModelConfig, {"penalty": "leave_one_out"}, "model")
+    with pytest.raises(UserError, match="model.penalty: leave_one_out needs classifier: ridge"):
+        plus(classifier="centroids", penalty="leave_one_out")

@@ -47,6 +47,8 @@ class PudNet(nn.Module):
         self.base = nn.ParameterList(plain[conv.name].clone() for conv in target.convs if config.base)
         if config.class_filters and not target.dense:
             raise UserError("model.class_filters: the target has no convolution that sees all of its input's channels")
+        if config.penalty != "learned" and config.classifier != "ridge":
+            raise UserError("model.penalty: leave_one_out needs classifier: ridge, which variant: pudnet_plus has")
         self.filters = ClassFilters(target.dense[-1], config.filter_grid) if config.class_filters else None
         ridge = (config.ridge, config.ridge_scale, config.penalty)
         self.regression = Regression(*ridge) if config.classifier == "ridge" else None
