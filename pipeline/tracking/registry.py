@@ -109,7 +109,9 @@ def hypernetwork(card: Card) -> str:
     model = ModelConfig(**card.model)
     parts = [f"extractor {model.extractor}, eta {model.eta}, GRU depth {model.depth}"] if model.change else []
     parts += ["class filters"] if model.class_filters else []
-    return ", ".join(parts + (["a classifier by ridge regression"] if model.classifier == "ridge" else []))
+    parts += ["a classifier by ridge regression"] if model.classifier == "ridge" else []
+    parts += ["whose penalty a prediction may lower"] if model.penalty == "leave_one_out" else []
+    return ", ".join(parts)
 
 
 def _description(card: Card, validation: Validation) -> str:
