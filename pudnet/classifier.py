@@ -72,17 +72,18 @@ def _balanced(features: Tensor, labels: Tensor, classes: int) -> _Balanced:
 
 
 def smaller_penalty(features: Tensor, labels: Tensor, classes: int, ridge: Tensor) -> Tensor:
-    """A penalty for `ridge_layer`: `ridge`, or a half, a quarter or an eighth of it if that is clearly better.
+    """A penalty for `ridge_layer`: the largest of `ridge`, its half, quarter and eighth that is not clearly too large.
 
     Images of another kind than those that the penalty was learned on may want a smaller one. Each penalty is judged by
     the squared errors of the images when they are left out, at the best scale, since a classifier's scale changes no
-    decision. Clearly better: by more than two standard errors of the paired difference. Of those that are not clearly
-    worse than the best, the largest is taken. Features (..., N, d), labels (N,) -> (..., 1, 1).
+    decision. Clearly too large: worse than the best by more than two standard errors of the paired difference. (Class
+    filters are not left out: they were solved from all images.) Features (..., N, d), labels (N,) -> (..., 1, 1).
     """
     with torch.autocast(features.device.type, enabled=False):
         x, y, share, *_ = _balanced(features, labels, classes)
         penalties = (ridge * torch.tensor(PENALTY_PARTS, device=x.device)).view(-1, *[1] * x.ndim)
-        errors = _scale_free_errors(left_out(x, y, penalties, share), y)  # (4, ..., N)
+        known = x.nan_to_num()  # features that are not finite have no eigenvalues; as zeros they keep `ridge`
+        errors = _scale_free_errors(left_out(known, y, penalties, share), y)  # (4, ..., N)
         best = errors.mean(-1, keepdim=True).argmin(0, keepdim=True).expand_as(errors[:1])
         worse = errors - errors.gather(0, best)
         clearly = worse.mean(-1) > 2 * worse.std(-1) / math.sqrt(len(labels))
@@ -93,7 +94,7 @@ def smaller_penalty(features: Tensor, labels: Tensor, classes: int, ridge: Tenso
 def _scale_free_errors(predicted: Tensor, y: Tensor) -> Tensor:
     """Each row's squared error (..., N) of predictions (..., N, k) of y (N, k), at the scale with the least of all."""
     products, squares = ((predicted * each).sum((-2, -1), keepdim=True) for each in (y, predicted))
-    scale = products / squares.clamp_min(1e-12)
+    scale = (products / squares.clamp_min(1e-12)).clamp_min(0)  # a negative one would turn decisions round
     return (y - scale * predicted).square().sum(-1)
 
 
@@ -113,10 +114,13 @@ class Regression(nn.Module):
 
     def forward(self, queries: Tensor, support: Tensor, labels: Tensor, classes: int) -> Tensor:
         """Queries (..., Q, d) and support features (..., S, d) with labels (S,) in 0..k-1 -> logits (..., Q, k)."""
-        ridge = self.ridge(support, labels, classes)
-        weight, bias = ridge_layer(support, labels, classes, ridge, self.log_scale.exp())
+        weight, bias = self.layer(support, labels, classes)
         with torch.autocast(queries.device.type, enabled=False):
             return at_least_fp32(queries) @ weight.mT + bias.unsqueeze(-2)
+
+    def layer(self, support: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
+        """The linear layer, weight (..., k, d) and bias (..., k), for support features (..., S, d), labels (S,)."""
+        return ridge_layer(support, labels, classes, self.ridge(support, labels, classes), self.log_scale.exp())
 
     def ridge(self, support: Tensor, labels: Tensor, classes: int) -> Tensor:
         """The penalty: the learned one; after training, with `leave_one_out`, what `smaller_penalty` chooses."""

@@ -170,7 +170,7 @@ def _random(network: PredictedNetwork) -> PredictedNetwork:
 
 
 def _ready(network: PredictedNetwork, parts: Parts) -> PredictedNetwork:
-    """A copy whose BatchNorm and classifier are fitted to the training images."""
+    """A copy whose BatchNorm and classifier (its penalty is the prediction's) are fitted to the training images."""
     body = copy.deepcopy(network.body)
     _calibrate(body, parts)
     rows = first_rows(parts.columns, network.card.support_per_class)

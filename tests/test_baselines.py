@@ -170,8 +170,9 @@ def test_r2d2_regresses_the_classes_on_features_with_a_penalty(features):
     truth = np.vstack([np.sqrt(count) * (y - 1 / 3), np.zeros((features, 3))])
     weights = np.linalg.lstsq(penalty, truth, rcond=None)[0]
     expected = 7.0 * (1 / 3 + (queries.numpy() - mean) / size @ weights)
-    found = method_of("r2d2", ridge=0.5, scale=7.0).logits(queries, support, labels, 3)
-    np.testing.assert_allclose(found.detach(), expected, rtol=1e-4, atol=1e-5)
+    method = method_of("r2d2", ridge=0.5, scale=7.0)
+    for found in (method.logits(queries, support, labels, 3), method.rule(support, labels, 3)(queries)):
+        np.testing.assert_allclose(found.detach(), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_matchnet_sums_the_attention_to_each_class():

@@ -44,8 +44,8 @@ def test_the_penalty_is_smaller_only_if_that_is_clearly_better():
     assert_close(smaller_penalty(torch.stack(groups), LABELS, 3, learned), torch.stack(chosen))
 
 
-def test_one_image_a_class_and_equal_images_keep_the_learned_penalty():
-    for features in (noise(3, 9), torch.ones(3, 9)):
+def test_one_image_a_class_equal_images_and_nan_keep_the_learned_penalty():
+    for features in (noise(3, 9), torch.ones(3, 9), torch.full((3, 9), torch.nan)):
         assert smaller_penalty(features, torch.arange(3), 3, torch.tensor(2.0)).item() == 2.0
 
 

@@ -5,6 +5,7 @@ A `Method` is the trunk and its rule, which is what a file stores; a learner (`l
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -51,6 +52,13 @@ class Method(nn.Module):
         """
         raise NotImplementedError
 
+    def rule(self, support: Tensor, labels: Tensor, k: int) -> Callable[[Tensor], Tensor]:
+        """What classifies queries (Q, d) after adapting to support features (S, d), labels (S,): `logits`.
+
+        A method that has something to solve for does it here, once.
+        """
+        return lambda queries: self.logits(queries, support, labels, k)
+
     def weights(self, images: Tensor, labels: Tensor) -> Weights:
         """The convolution weights for a group's support images (S, C, H, W): one set for all groups."""
         return self.trunk.generate(self.trunk.sketch(images))
@@ -80,7 +88,7 @@ class Adapter:
         support = support.float()
         if self.head is not None:
             return Classifier(body, fit_head(self.head, support, own))
-        return Classifier(body, lambda features: self.method.logits(features, support, own, len(classes)))
+        return Classifier(body, self.method.rule(support, own, len(classes)))
 
 
 def squared_distances(queries: Tensor, points: Tensor) -> Tensor:

@@ -6,12 +6,14 @@ classifier by ridge regression on the group, R2-D2 only for the classifier.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from pudnet.baselines.learners import Stages
 from pudnet.baselines.method import Method
-from pudnet.classifier import Regression
+from pudnet.classifier import LinearClassifier, Regression
 from pudnet.config import STRICT, Penalty, PositiveFloat, TrainConfig
 from pudnet.learner import Learner
 from pudnet.targets import Target
@@ -45,3 +47,7 @@ class R2D2(Method):
     def logits(self, queries: Tensor, support: Tensor, labels: Tensor, k: int) -> Tensor:
         """The scaled regression of queries (Q, d): logits (Q, k)."""
         return self.regression(queries, support, labels, k)
+
+    def rule(self, support: Tensor, labels: Tensor, k: int) -> Callable[[Tensor], Tensor]:
+        """The regression, solved."""
+        return LinearClassifier(*self.regression.layer(support, labels, k))
