@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -79,16 +80,29 @@ def smaller_penalty(features: Tensor, labels: Tensor, classes: int, ridge: Tenso
     decision. Clearly too large: worse than the best by more than two standard errors of the paired difference. (Class
     filters are not left out: they were solved from all images.) Features (..., N, d), labels (N,) -> (..., 1, 1).
     """
+    penalties = _penalties(ridge)
+    chosen = _first_not_clearly_worse(_left_out_errors(features, labels, classes, penalties))
+    return penalties[chosen][..., None, None]
+
+
+def _penalties(ridge: Tensor) -> Tensor:
+    return ridge * torch.tensor(PENALTY_PARTS, device=ridge.device)
+
+
+def _left_out_errors(features: Tensor, labels: Tensor, classes: int, penalties: Tensor) -> Tensor:
+    """Squared errors (M, ..., N) of images that are left out of `ridge_layer`, for each of penalties (M,)."""
     with torch.autocast(features.device.type, enabled=False):
         x, y, share, *_ = _balanced(features, labels, classes)
-        penalties = (ridge * torch.tensor(PENALTY_PARTS, device=x.device)).view(-1, *[1] * x.ndim)
-        known = x.nan_to_num()  # features that are not finite have no eigenvalues; as zeros they keep `ridge`
-        errors = _scale_free_errors(left_out(known, y, penalties, share), y)  # (4, ..., N)
-        best = errors.mean(-1, keepdim=True).argmin(0, keepdim=True).expand_as(errors[:1])
-        worse = errors - errors.gather(0, best)
-        clearly = worse.mean(-1) > 2 * worse.std(-1) / math.sqrt(len(labels))
-        largest = (~clearly).float().argmax(0)  # the first
-        return penalties.flatten()[largest][..., None, None]
+        known = x.nan_to_num()  # features that are not finite have no eigenvalues; as zeros they keep the first penalty
+        return _scale_free_errors(left_out(known, y, penalties.view(-1, *[1] * x.ndim), share), y)
+
+
+def _first_not_clearly_worse(errors: Tensor) -> Tensor:
+    """Of errors (M, ..., N), the first of M that is worse than the best by at most two standard errors: (...)."""
+    best = errors.mean(-1, keepdim=True).argmin(0, keepdim=True).expand_as(errors[:1])
+    worse = errors - errors.gather(0, best)
+    clearly = worse.mean(-1) > 2 * worse.std(-1) / math.sqrt(errors.shape[-1])
+    return (~clearly).float().argmax(0)
 
 
 def _scale_free_errors(predicted: Tensor, y: Tensor) -> Tensor:
@@ -129,9 +143,19 @@ class Regression(nn.Module):
             return learned
         return smaller_penalty(support, labels, classes, learned)
 
-    def card_values(self, support: Tensor, labels: Tensor, classes: int) -> dict[str, float]:
-        """Penalty and scale for one group's support features (S, d), as its network's card records them."""
-        return {"ridge": self.ridge(support, labels, classes).item(), "temperature": self.log_scale.exp().item()}
+    def choose(self, candidates: Sequence[Tensor], labels: Tensor, classes: int) -> tuple[int, Tensor]:
+        """Which of several features (S, d) of a group's images to solve for the layer on, and with which penalty.
+
+        The earlier one with the larger penalty, unless another is clearly better with each image left out in turn
+        (`smaller_penalty`). Only one candidate: 0 and `ridge`.
+        """
+        if len(candidates) == 1:
+            return 0, self.ridge(candidates[0], labels, classes)
+        learned = self.log_ridge.exp()
+        penalties = learned[None] if self.penalty == "learned" else _penalties(learned)
+        errors = torch.cat([_left_out_errors(each, labels, classes, penalties) for each in candidates])
+        candidate, penalty = divmod(int(_first_not_clearly_worse(errors)), len(penalties))
+        return candidate, penalties[penalty]
 
 
 class CentroidClassifier(nn.Module):

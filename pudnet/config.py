@@ -25,6 +25,10 @@ Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 # labelled image left out in turn (`pudnet.classifier.smaller_penalty`).
 Penalty = Literal["learned", "leave_one_out"]
 
+# What a ridge classifier sees of a ConvNet-3 in a prediction: its last block, or all blocks if that is clearly better
+# in the same way (`pudnet.classifier.Regression.choose`).
+Blocks = Literal["last", "leave_one_out"]
+
 Config = TypeVar("Config")
 
 
@@ -54,6 +58,7 @@ class ModelConfig:
     ridge: PositiveFloat = 3.0  # that classifier's initial penalty; training hardly moves it
     ridge_scale: PositiveFloat = 5.0  # the initial scale of its logits; training hardly moves it either
     penalty: Penalty = "learned"  # of that classifier, in a prediction; leave_one_out may choose a smaller one
+    blocks: Blocks = "last"  # of ConvNet-3, for that classifier; leave_one_out: a prediction may choose all three
     sketch_images: Positive = 50  # a prediction computes the sketch from this many images, spread over the classes
 
     def __post_init__(self) -> None:

@@ -26,7 +26,16 @@ from pudnet.errors import UserError
 from pudnet.hypernet import PudNet
 from pudnet.locations import local_file
 from pudnet.network import PredictedNetwork
-from pudnet.targets import Calibrator, Target, Weights, own_weights, target_name
+from pudnet.targets import (
+    ALL_BLOCKS,
+    Calibrator,
+    Target,
+    Weights,
+    all_blocks,
+    last_block_alone,
+    own_weights,
+    target_name,
+)
 
 if TYPE_CHECKING:
     from pudnet.finetune import FineTuned
@@ -82,14 +91,16 @@ class Predictor:
         hypernetwork = isinstance(model, PudNet)  # else the trunk of a control or baseline
         self.class_aware = hypernetwork and model.class_aware
         self.regression = model.regression if hypernetwork else None
+        self.wide = all_blocks(target) if hypernetwork and model.config.blocks != "last" else None
         in_training = model.config.sketch_images if hypernetwork else CALIBRATION_IMAGES
         self.sketch_images = (card.sketch_images or in_training) if sketch_images is None else sketch_images
         self._calibration_images = calibration_images
         self.support_per_class = card.support_per_class
         self.device = next(model.parameters()).device
         self.bf16 = wants_bf16("auto", self.device)
-        target.network.to(self.device, memory_format=torch.channels_last)
-        self.calibrate = Calibrator(target, model.shared)
+        built = self.wide or target
+        built.network.to(self.device, memory_format=torch.channels_last)
+        self.calibrate = Calibrator(built, model.shared)
         if self.device.type == "cpu":
             keep_freed_memory()
             accelerate(self.calibrate.empty)
@@ -291,8 +302,21 @@ class Predictor:
         `writes` gives the weights that are computed only during the calibration pass (`Calibrator`).
         """
         body, features, own = self.support(weights, images, labels, writes)
-        card = self.network_card(classes, labels, features, own)
+        card = self.network_card(classes, labels, own)
+        if self.regression is not None:
+            body, features, card = self._chosen(body, features, own, card)
         return PredictedNetwork(body, fit(features, own, card), card)
+
+    def _chosen(self, body: nn.Module, features: Tensor, own: Tensor, card: Card) -> tuple[nn.Module, Tensor, Card]:
+        """Choose what the ridge classifier sees, and its penalty, by the support set's features (S, d), labels (S,)."""
+        last = features[:, : self.target.features]
+        candidates = [last] if self.wide is None else [last, features]
+        choice, ridge = self.regression.choose(candidates, own, len(card.classes))
+        solved = {"ridge": ridge.item(), "temperature": self.regression.log_scale.exp().item()}
+        if choice == 1:
+            return body, features, dataclasses.replace(card, **solved, target=ALL_BLOCKS)
+        body = body if self.wide is None else last_block_alone(body)
+        return body, last, dataclasses.replace(card, **solved)
 
     def support_rows(self, labels: Tensor) -> Tensor:
         """Rows of the support set: the first images of each class."""
@@ -345,20 +369,15 @@ class Predictor:
         rows = self.support_rows(labels[chosen])
         return body, features[rows], labels[chosen][rows]
 
-    def network_card(self, classes: tuple, labels: Tensor, features: Tensor, own: Tensor) -> Card:
-        """The card of a network that this model predicted for a group with labels (N,).
-
-        `features` (S, d) and `own` (S,) are the support set's features and labels.
-        """
+    def network_card(self, classes: tuple, labels: Tensor, own: Tensor) -> Card:
+        """The card of a network that this model predicted for labels (N,), of which its support set has `own` (S,)."""
         looked_at = {
             "sketch_images": len(spread_rows(labels, self.sketch_images)),
             "calibration_images": len(self.calibration_rows(labels)),
             "support_images": len(own),
         }
-        solved = {} if self.regression is None else self.regression.card_values(features, own, len(classes))
         return dataclasses.replace(
             self.card,
-            **solved,
             kind="network",
             model=None,
             sketch_images=None,

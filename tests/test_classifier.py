@@ -7,8 +7,10 @@ from torch.testing import assert_close
 from pudnet.card import Card
 from pudnet.classifier import Regression, ridge_layer, smaller_penalty
 from pudnet.errors import UserError
+from pudnet.network import PredictedNetwork
 from pudnet.predictor import Predictor
 from pudnet.ridge import left_out, one_hot, ridge_weights
+from pudnet.targets.build import EARLIER_BLOCKS
 from tests.test_class_filters import labelled, noise, plus
 
 LABELS = torch.arange(60) % 3
@@ -72,3 +74,44 @@ def test_a_predicted_network_has_the_chosen_penalty():
 def test_a_penalty_is_chosen_for_no_other_classifier():
     with pytest.raises(UserError, match="model.penalty: leave_one_out needs classifier: ridge"):
         plus(classifier="centroids", penalty="leave_one_out")
+
+
+@torch.no_grad()
+def test_more_features_are_chosen_only_if_they_are_clearly_better():
+    regression, useless, useful = Regression(2.0, 5.0, "leave_one_out").eval(), noise(60, 40), separable(0.1)
+    for candidates, expected in (([useful, useless], 0), ([useful, useful], 0), ([useless, useful], 1)):
+        candidate, ridge = regression.choose(candidates, LABELS, 3)
+        assert candidate == expected
+        assert_close(ridge, smaller_penalty(useful, LABELS, 3, torch.tensor(2.0)).squeeze())
+    candidate, ridge = Regression(2.0, 5.0).choose([useless, useful], LABELS, 3)
+    assert (candidate, ridge.item()) == (1, pytest.approx(2.0))
+
+
+def predicted(choice: int | None, monkeypatch) -> PredictedNetwork:
+    """For one group; `choice` is what leaving images out is to choose, None: without the choice."""
+    model, target, _ = plus(sketch_images=12, blocks="last" if choice is None else "leave_one_out")
+    card = Card("pudnet", "convnet3", 1, 8, (0.5,), (0.5,), 10.0, 2, vars(model.config))
+    with monkeypatch.context() as patched:
+        if choice is not None:
+            patched.setattr(Regression, "choose", lambda self, *_: (choice, self.log_ridge.exp()))
+        return Predictor(model, card, target).adapt(*labelled(n=6), (0, 1, 2))
+
+
+def test_a_predicted_network_has_the_chosen_blocks(monkeypatch, tmp_path):
+    """With the last alone it is that without the choice. With all, earlier features have the size they are to have."""
+    images, _ = labelled(n=6)
+    plain, last, wide = (predicted(choice, monkeypatch) for choice in (None, 0, 1))
+    assert_close(last.target_state_dict(), plain.target_state_dict())
+    assert_close(last.logits(images), plain.logits(images))
+    assert (last.card.target, wide.card.target) == ("convnet3", "convnet3_multilevel")
+    features, size = wide.body(images[:4]).flatten(1), plain.body(images).flatten(1).shape[1]
+    assert_close(features[:, :size], plain.body(images[:4]).flatten(1))
+    seen = torch.cat([images[6 * c : 6 * c + 4] for c in range(3)])  # the images that it was predicted from
+    assert_close(wide.body(seen)[:, size:].square().mean().sqrt(), torch.tensor(EARLIER_BLOCKS), rtol=1e-2, atol=0)
+    wide.save(tmp_path / "network.safetensors")
+    assert_close(PredictedNetwork.load(tmp_path / "network.safetensors").logits(images), wide.logits(images))
+
+
+def test_blocks_are_chosen_for_no_other_network_or_classifier():
+    with pytest.raises(UserError, match="model.blocks: leave_one_out needs target: convnet3"):
+        plus(classifier="centroids", blocks="leave_one_out")

@@ -5,13 +5,22 @@ module of your own. Its convolution weights are predicted for each group. Everyt
 parameters, biases, linear layers) is learned, and the same for all groups.
 """
 
-from pudnet.targets.build import build_target, check_target_name, is_import_path, target_code, target_name
+from pudnet.targets.build import (
+    ALL_BLOCKS,
+    all_blocks,
+    build_target,
+    check_target_name,
+    is_import_path,
+    target_code,
+    target_name,
+)
 from pudnet.targets.calibration import Calibrator, calibrate
-from pudnet.targets.convnet3 import Block, ConvNet3, Level, MultilevelConvNet3
+from pudnet.targets.convnet3 import Block, ConvNet3, Level, MultilevelConvNet3, last_block_alone
 from pudnet.targets.shared import SharedTarget, check_together, together
 from pudnet.targets.target import ConvShape, Target, Weights, norms, own_weights, put_tensors
 
 __all__ = [
+    "ALL_BLOCKS",
     "Block",
     "Calibrator",
     "ConvNet3",
@@ -21,11 +30,13 @@ __all__ = [
     "SharedTarget",
     "Target",
     "Weights",
+    "all_blocks",
     "build_target",
     "calibrate",
     "check_target_name",
     "check_together",
     "is_import_path",
+    "last_block_alone",
     "norms",
     "own_weights",
     "put_tensors",

@@ -24,12 +24,14 @@ from pudnet.targets.layout import give_contiguous_maps, wants_contiguous_maps
 from pudnet.targets.resnets import resnet
 from pudnet.targets.target import Target
 
+ALL_BLOCKS = "convnet3_multilevel"
 TARGETS: dict[str, Callable[[int], nn.Module]] = {
     "convnet3": ConvNet3,
-    "convnet3_multilevel": MultilevelConvNet3,
+    ALL_BLOCKS: MultilevelConvNet3,
     "resnet18": lambda channels: resnet("resnet18", channels),
     "resnet34": lambda channels: resnet("resnet34", channels),
 }
+EARLIER_BLOCKS = 0.5  # the scale of their normalised features, beside the last block's
 SMALLEST_IMAGE = 8  # px; ConvNet-3 halves it three times
 
 
@@ -93,6 +95,14 @@ def build_target(target: str | nn.Module, channels: int, image_size: int) -> Tar
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
     return Target(network, convs, channels, image_size, features)
+
+
+def all_blocks(target: Target) -> Target:
+    """A ConvNet-3 as `convnet3_multilevel`, whose last block counts for more in the features than the earlier ones."""
+    wide = build_target(ALL_BLOCKS, target.channels, target.image_size)
+    for level in (wide.network.level1, wide.network.level2):
+        nn.init.constant_(level.norm.weight, EARLIER_BLOCKS)
+    return wide
 
 
 def _made(target: str | nn.Module, name: str, channels: int) -> nn.Module:

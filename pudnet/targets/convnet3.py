@@ -55,6 +55,14 @@ class MultilevelConvNet3(nn.Module):
         return torch.cat([each.flatten(1) for each in maps], 1)
 
 
+def last_block_alone(network: MultilevelConvNet3) -> ConvNet3:
+    """The ConvNet-3 whose blocks those of `network` are: the same modules, not copies."""
+    with torch.device("meta"):  # all that it makes itself is replaced
+        plain = ConvNet3(network.block1.conv.in_channels, network.block1.conv.out_channels)
+    plain.block1, plain.block2, plain.block3 = network.block1, network.block2, network.block3
+    return plain.train(network.training)
+
+
 class Level(nn.Sequential):
     """Maps (N, width, H, W) of an early block -> normalised averages (N, width, H // size, W // size)."""
 
