@@ -22,7 +22,7 @@ for name in "${names[@]}"; do
         export PATH="$root/.venv/bin:$PATH" PYTHONPATH="$PWD"
         # PudNet+ has no eta and no depth to search for, so that the search is one short trial.
         dvc exp run evaluate -S "setting=$name" -S variant=pudnet_plus -S model.penalty=leave_one_out \
-            -S groups.train_groups=5000 -S groups.search_groups=20 "$@"
+            -S model.blocks=leave_one_out -S groups.train_groups=5000 -S groups.search_groups=20 "$@"
         python -m pipeline.publish
         cp models/pretrained/"$name"-convnet3.* "$root/models/pretrained/"
     )

@@ -111,6 +111,7 @@ def hypernetwork(card: Card) -> str:
     parts += ["class filters"] if model.class_filters else []
     parts += ["a classifier by ridge regression"] if model.classifier == "ridge" else []
     parts += ["whose penalty a prediction may lower"] if model.penalty == "leave_one_out" else []
+    parts += ["which sees all blocks where a prediction chooses so"] if model.blocks == "leave_one_out" else []
     return ", ".join(parts)
 
 
