@@ -40,6 +40,7 @@ PAGES = {
     "results/bench.md": "reference/README.md",
     "results/speed.md": "benchmarks/README.md",
     "results/ingredients.md": "studies/results/ingredients.md",
+    "results/shipped.md": "studies/results/shipped.md",
     **{f"use/{card.name}": f"models/pretrained/{card.name}" for card in ROOT.glob("models/pretrained/*.md")},
     **{f"results/{name}.md": f"studies/results/{name}.md" for name in studies_with_results()},
     **{f"results/{name}.png": f"studies/results/{name}.png" for name in studies_with_results()},

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from pudnet import Predictor
 from pudnet.targets import build_target
-from reference import ingredients
+from reference import ingredients, shipped
 
 ROOT = Path(__file__).parent.parent
 
@@ -37,3 +38,17 @@ def test_the_plain_network_of_each_ingredient_has_the_features_that_were_trained
     torch.testing.assert_close(features, trained, rtol=1e-4, atol=1e-4)
     with torch.no_grad():
         torch.testing.assert_close(network(images).flatten(1), trained, rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_measured_of_a_shipped_model_has_no_image_twice_and_what_was_not_trained_on():
+    predictor = Predictor.load("cifar100-convnet3")
+    drawn = list(shipped.groups(shipped.Kind("sklearn:digits", 3, 6, 4, groups=2), predictor))
+    assert [(len(group.images), len(group.others)) for group in drawn] == [(18, 12)] * 2
+    for group in drawn:
+        assert torch.cat([group.images, group.others]).flatten(1).unique(dim=0).shape[0] == 30
+        assert group.labels.bincount().tolist() == [6] * 3 and group.truth.bincount().tolist() == [4] * 3
+    alone = shipped.last_block(predictor)
+    made = shipped.classifiers(predictor, alone, drawn[0])
+    kernels = [made[name].body.block3.conv.weight for name in list(made)[1:3]]
+    assert not torch.equal(*kernels) and torch.equal(kernels[1], predictor.model.base_weights()["block3.conv.weight"])
+    assert alone.wide is None and predictor.wide is not None
