@@ -357,7 +357,9 @@ def _series(axes: Axes, points: pd.DataFrame, label: str, color: str) -> None:
         axes.fill_between(points.x, low, high, color=color, alpha=0.15, lw=0)
     if "reference" in points and points.reference.notna().any():
         name = f"{label}, the paper's" if label else "the paper's"
-        axes.plot(points.x, points.reference.astype(float), color=color, ls="--", lw=1.2, label=name)
+        axes.plot(
+            points.x, points.reference.astype(float), color=color, ls="--", lw=1.2, marker="o", mfc="white", label=name
+        )
 
 
 @matplotlib.rc_context(STYLE | {"axes.grid.axis": "x"})
