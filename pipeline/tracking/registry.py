@@ -110,8 +110,8 @@ def hypernetwork(card: Card) -> str:
     parts = [f"extractor {model.extractor}, eta {model.eta}, GRU depth {model.depth}"] if model.change else []
     parts += ["class filters"] if model.class_filters else []
     parts += ["a classifier by ridge regression"] if model.classifier == "ridge" else []
-    parts += ["whose penalty a prediction may lower"] if model.penalty == "leave_one_out" else []
-    parts += ["which sees all blocks where a prediction chooses so"] if model.blocks == "leave_one_out" else []
+    chosen = [key for key in ("penalty", "blocks") if getattr(model, key) == "leave_one_out"]
+    parts += [f"whose {' and '.join(chosen)} a prediction chooses"] if chosen else []
     return ", ".join(parts)
 
 
