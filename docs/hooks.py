@@ -41,6 +41,7 @@ PAGES = {
     "results/speed.md": "benchmarks/README.md",
     "results/ingredients.md": "studies/results/ingredients.md",
     "results/shipped.md": "studies/results/shipped.md",
+    "results/aims.md": "studies/results/aims.md",
     **{f"use/{card.name}": f"models/pretrained/{card.name}" for card in ROOT.glob("models/pretrained/*.md")},
     **{f"results/{name}.md": f"studies/results/{name}.md" for name in studies_with_results()},
     **{f"results/{name}.png": f"studies/results/{name}.png" for name in studies_with_results()},
