@@ -16,8 +16,10 @@ from pudnet.targets import (
     ConvNet3,
     MultilevelConvNet3,
     SharedTarget,
+    all_blocks,
     build_target,
     check_together,
+    last_block_alone,
     norms,
     target_code,
     together,
@@ -250,3 +252,16 @@ def test_hooks_on_one_network_are_not_on_the_next():
     assert not seen
     features_of(first, make_images())
     assert seen == ["first"]
+
+
+def test_a_convnet3_with_all_blocks_takes_no_random_numbers_and_back_it_is_the_same():
+    torch.manual_seed(0)
+    target = build_target("convnet3", 3, 16)
+    state = torch.get_rng_state()
+    wide = all_blocks(target)
+    assert torch.equal(torch.get_rng_state(), state) and wide.features == 3 * target.features
+    wide.network.load_state_dict(target.network.state_dict(), strict=False)
+    images = torch.randn(2, 3, 16, 16)
+    alone = last_block_alone(wide.network.eval())
+    assert not alone.training
+    assert_close(alone(images), target.network.eval()(images))

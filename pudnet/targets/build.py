@@ -99,7 +99,8 @@ def build_target(target: str | nn.Module, channels: int, image_size: int) -> Tar
 
 def all_blocks(target: Target) -> Target:
     """A ConvNet-3 as `convnet3_multilevel`, whose last block counts for more in the features than the earlier ones."""
-    wide = build_target(ALL_BLOCKS, target.channels, target.image_size)
+    with torch.random.fork_rng(devices=[]):  # its kernels are replaced: the caller's random numbers stay as they were
+        wide = build_target(ALL_BLOCKS, target.channels, target.image_size)
     for level in (wide.network.level1, wide.network.level2):
         nn.init.constant_(level.norm.weight, EARLIER_BLOCKS)
     return wide
