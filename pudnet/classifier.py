@@ -146,8 +146,9 @@ class Regression(nn.Module):
     def choose(self, candidates: Sequence[Tensor], labels: Tensor, classes: int) -> tuple[int, Tensor]:
         """Which of several features (S, d) of a group's images to solve for the layer on, and with which penalty.
 
-        The earlier one with the larger penalty, unless another is clearly better with each image left out in turn
-        (`smaller_penalty`). Only one candidate: 0 and `ridge`.
+        Of all pairs, in the order of candidates and then of falling penalties, the first that is not clearly worse than
+        the best with each image left out in turn (`smaller_penalty`). So the first candidate may have a larger penalty
+        than if it were alone. Of one candidate: 0 and `ridge`.
         """
         if len(candidates) == 1:
             return 0, self.ridge(candidates[0], labels, classes)

@@ -91,14 +91,15 @@ class Predictor:
         hypernetwork = isinstance(model, PudNet)  # else the trunk of a control or baseline
         self.class_aware = hypernetwork and model.class_aware
         self.regression = model.regression if hypernetwork else None
-        self.wide = all_blocks(target) if hypernetwork and model.config.blocks != "last" else None
+        # None: the classifier sees the last block, or whatever else the target gives
+        self.all_blocks = all_blocks(target) if hypernetwork and model.config.blocks != "last" else None
         in_training = model.config.sketch_images if hypernetwork else CALIBRATION_IMAGES
         self.sketch_images = (card.sketch_images or in_training) if sketch_images is None else sketch_images
         self._calibration_images = calibration_images
         self.support_per_class = card.support_per_class
         self.device = next(model.parameters()).device
         self.bf16 = wants_bf16("auto", self.device)
-        built = self.wide or target
+        built = self.all_blocks or target
         built.network.to(self.device, memory_format=torch.channels_last)
         self.calibrate = Calibrator(built, model.shared)
         if self.device.type == "cpu":
@@ -310,12 +311,12 @@ class Predictor:
     def _chosen(self, body: nn.Module, features: Tensor, own: Tensor, card: Card) -> tuple[nn.Module, Tensor, Card]:
         """Choose what the ridge classifier sees, and its penalty, by the support set's features (S, d), labels (S,)."""
         last = features[:, : self.target.features]
-        candidates = [last] if self.wide is None else [last, features]
+        candidates = [last] if self.all_blocks is None else [last, features]
         choice, ridge = self.regression.choose(candidates, own, len(card.classes))
         solved = {"ridge": ridge.item(), "temperature": self.regression.log_scale.exp().item()}
         if choice == 1:
             return body, features, dataclasses.replace(card, **solved, target=ALL_BLOCKS)
-        body = body if self.wide is None else last_block_alone(body)
+        body = body if self.all_blocks is None else last_block_alone(body)
         return body, last, dataclasses.replace(card, **solved)
 
     def support_rows(self, labels: Tensor) -> Tensor:

@@ -64,7 +64,7 @@ class Scratch:
         network = self.start(images, labels, classes)
         with flushing_denormals(self.device):
             train(network, images, labels, self.config, self.bf16, self.gc)
-        plain = copy.deepcopy(self.target.network).to(self.device, memory_format=torch.channels_last)
+        plain = copy.deepcopy(self.plain(network.body)).to(self.device, memory_format=torch.channels_last)
         plain.load_state_dict(network.body.state_dict())  # compiled layers keep no running statistics
         if self.device.type == "cpu":
             accelerate(plain)
@@ -75,6 +75,10 @@ class Scratch:
     def start(self, images: Tensor, labels: Tensor, classes: tuple) -> nn.Sequential:
         """The network (`body`, `flat`, `head`) as training begins."""
         return scratch_network(self.target, len(classes), self.device, self.compiled)
+
+    def plain(self, body: nn.Module) -> nn.Module:
+        """The plain network of which `body` is a copy with faster layers."""
+        return self.target.network
 
 
 def train(

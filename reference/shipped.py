@@ -9,7 +9,7 @@ params.yaml says that your copy is. It writes studies/results/shipped.md.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from pipeline.params import load_params
 from pipeline.reporting.numbers import plus_minus
 from pipeline.studies.page import table_of
 from pudnet.baselines.heads import fit_head
+from pudnet.card import Card
 from pudnet.data.images import normalize
 from pudnet.data.sources import open_source
 from pudnet.evaluation import Classifies, mean_interval
@@ -36,7 +37,8 @@ TEXT = """# What the shipped models add to a trunk with a classifier
 For groups of images, mostly from sets that the model was not trained on, what a shipped model predicts, and three
 classifiers that have less of it:
 
-- its ridge classifier on the last block alone, which cannot choose all blocks;
+- its ridge classifier on the last block alone, without the choice. (A prediction that keeps the last block may choose
+  another penalty for it.)
 - the same on the trunk that the model has for all groups, without the filters that it makes for the group;
 - scikit-learn's ridge on the last block of that trunk.
 
@@ -94,14 +96,19 @@ class Group:
     truth: Tensor
 
 
+def not_trained_on(source: str, class_names: Sequence[str], card: Card) -> list[int]:
+    """The classes of a source, by their position, that a model was not trained on."""
+    trained = set(card.provenance["train_classes"]) if source == card.provenance["source"] else set()
+    return [label for label, name in enumerate(class_names) if name not in trained]
+
+
 def groups(kind: Kind, predictor: Predictor) -> Iterator[Group]:
     """Draw groups of classes that the predictor's model was not trained on; of images, none is in a group twice."""
     card = predictor.card
     spec = load_params().study.sources.get(kind.source, kind.source)
     source = open_source(spec, RAW, card.image_size, card.channels)
     pixels = np.concatenate(list(source.batches()))
-    trained = set(card.provenance["train_classes"]) if kind.source == card.provenance["source"] else set()
-    unseen = [label for label, name in enumerate(source.class_names) if name not in trained]
+    unseen = not_trained_on(kind.source, source.class_names, card)
     for seed in range(FIRST_DRAW, FIRST_DRAW + kind.groups):
         rng = np.random.default_rng(seed)
         classes = rng.choice(unseen, kind.classes, replace=False)

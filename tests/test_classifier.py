@@ -4,16 +4,23 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from pudnet.baselines.finetuned import FineTunedPrediction
 from pudnet.card import Card
 from pudnet.classifier import Regression, ridge_layer, smaller_penalty
 from pudnet.errors import UserError
 from pudnet.network import PredictedNetwork
 from pudnet.predictor import Predictor
 from pudnet.ridge import left_out, one_hot, ridge_weights
+from pudnet.scratch import ScratchConfig
+from pudnet.targets import ConvNet3, MultilevelConvNet3
 from pudnet.targets.build import EARLIER_BLOCKS
 from tests.test_class_filters import labelled, noise, plus
 
 LABELS = torch.arange(60) % 3
+
+
+class Own(ConvNet3):
+    """A network of one's own."""
 
 
 def separable(spread: float, common: float = 0.0) -> torch.Tensor:
@@ -91,9 +98,15 @@ def predicted(choice: int | None, monkeypatch) -> PredictedNetwork:
     """For one group; `choice` is what leaving images out is to choose, None: without the choice."""
     model, target, _ = plus(sketch_images=12, blocks="last" if choice is None else "leave_one_out")
     card = Card("pudnet", "convnet3", 1, 8, (0.5,), (0.5,), 10.0, 2, vars(model.config))
+
+    def choose(self, candidates, labels, classes):
+        assert [each.shape[1] // target.features for each in candidates] == [1, 3]  # the last block, and all three
+        assert labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4 and classes == 3
+        return choice, self.log_ridge.exp()
+
     with monkeypatch.context() as patched:
         if choice is not None:
-            patched.setattr(Regression, "choose", lambda self, *_: (choice, self.log_ridge.exp()))
+            patched.setattr(Regression, "choose", choose)
         return Predictor(model, card, target).adapt(*labelled(n=6), (0, 1, 2))
 
 
@@ -112,6 +125,24 @@ def test_a_predicted_network_has_the_chosen_blocks(monkeypatch, tmp_path):
     assert_close(PredictedNetwork.load(tmp_path / "network.safetensors").logits(images), wide.logits(images))
 
 
-def test_blocks_are_chosen_for_no_other_network_or_classifier():
+def test_all_blocks_are_chosen_where_the_last_one_sees_nothing():
+    model, target, _ = plus(sketch_images=12, penalty="leave_one_out", blocks="leave_one_out")
+    with torch.no_grad():
+        model.base[-1].zero_()
+        model.filters.strength.zero_()
+        model.base[0].copy_(model.base[0].abs())  # brighter classes stay brighter
+    card = Card("pudnet", "convnet3", 1, 8, (0.5,), (0.5,), 10.0, 2, vars(model.config))
+    images, labels = labelled(n=6)
+    predictor, bright = Predictor(model, card, target), images + 3 * labels.view(-1, 1, 1, 1)
+    assert predictor.adapt(bright, labels, (0, 1, 2)).card.target == "convnet3_multilevel"
+    tuned = FineTunedPrediction(predictor, ScratchConfig(epochs=1), bf16=False).adapt(bright, labels, (0, 1, 2))
+    assert isinstance(tuned.body, MultilevelConvNet3) and tuned.logits(bright).shape == (18, 3)
+
+
+@pytest.mark.parametrize(
+    ("target", "classifier"),
+    [("convnet3", "centroids"), ("convnet3_multilevel", "ridge"), (ConvNet3(1, 32), "ridge"), (Own(1), "ridge")],
+)
+def test_blocks_are_chosen_for_no_other_network_or_classifier(target, classifier):
     with pytest.raises(UserError, match="model.blocks: leave_one_out needs target: convnet3"):
-        plus(classifier="centroids", blocks="leave_one_out")
+        plus(target, classifier=classifier, blocks="leave_one_out")

@@ -47,8 +47,11 @@ def test_what_is_measured_of_a_shipped_model_has_no_image_twice_and_what_was_not
     for group in drawn:
         assert torch.cat([group.images, group.others]).flatten(1).unique(dim=0).shape[0] == 30
         assert group.labels.bincount().tolist() == [6] * 3 and group.truth.bincount().tolist() == [4] * 3
+    names = ("whale", predictor.card.provenance["train_classes"][0], "worlds")
+    assert shipped.not_trained_on("torchvision:CIFAR100", names, predictor.card) == [0, 2]
+    assert shipped.not_trained_on("torchvision:FashionMNIST", names, predictor.card) == [0, 1, 2]
     alone = shipped.last_block(predictor)
     made = shipped.classifiers(predictor, alone, drawn[0])
     kernels = [made[name].body.block3.conv.weight for name in list(made)[1:3]]
     assert not torch.equal(*kernels) and torch.equal(kernels[1], predictor.model.base_weights()["block3.conv.weight"])
-    assert alone.wide is None and predictor.wide is not None
+    assert alone.all_blocks is None and predictor.all_blocks is not None

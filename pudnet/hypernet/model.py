@@ -15,7 +15,7 @@ from pudnet.hypernet.context import CONTEXTS
 from pudnet.hypernet.generator import WeightGenerator
 from pudnet.hypernet.sketch import Sketch
 from pudnet.ridge import at_least_fp32
-from pudnet.targets import ConvNet3, SharedTarget, Target, Weights
+from pudnet.targets import SharedTarget, Target, Weights, has_all_blocks
 
 
 class PudNet(nn.Module):
@@ -49,7 +49,7 @@ class PudNet(nn.Module):
             raise UserError("model.class_filters: the target has no convolution that sees all of its input's channels")
         if config.penalty != "learned" and config.classifier != "ridge":
             raise UserError("model.penalty: leave_one_out needs classifier: ridge, which variant: pudnet_plus has")
-        if config.blocks != "last" and not (config.classifier == "ridge" and isinstance(target.network, ConvNet3)):
+        if config.blocks != "last" and not (config.classifier == "ridge" and has_all_blocks(target)):
             raise UserError("model.blocks: leave_one_out needs target: convnet3, and variant: pudnet_plus")
         self.filters = ClassFilters(target.dense[-1], config.filter_grid) if config.class_filters else None
         ridge = (config.ridge, config.ridge_scale, config.penalty)

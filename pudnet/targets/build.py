@@ -19,7 +19,7 @@ from pudnet.targets.checks import (
     refuse_what_cannot_be_trained,
     refuse_what_only_training_does,
 )
-from pudnet.targets.convnet3 import ConvNet3, MultilevelConvNet3
+from pudnet.targets.convnet3 import WIDTH, ConvNet3, MultilevelConvNet3
 from pudnet.targets.layout import give_contiguous_maps, wants_contiguous_maps
 from pudnet.targets.resnets import resnet
 from pudnet.targets.target import Target
@@ -95,6 +95,11 @@ def build_target(target: str | nn.Module, channels: int, image_size: int) -> Tar
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
     return Target(network, convs, channels, image_size, features)
+
+
+def has_all_blocks(target: Target) -> bool:
+    """Whether the target is `convnet3` itself, not a network of your own that is derived from it."""
+    return type(target.network) is ConvNet3 and target.convs[0].shape[0] == WIDTH
 
 
 def all_blocks(target: Target) -> Target:

@@ -21,14 +21,16 @@ class Block(nn.Sequential):
         super().__init__(layers)
 
 
+WIDTH = 64  # the paper gives none; this is usual in the metric-learning literature that it builds on
+
+
 class ConvNet3(nn.Sequential):
     """The paper's ConvNet-3 (Fig. 5): three blocks of 3x3 convolution, BatchNorm, ReLU, 2x2 max-pooling.
 
-    Images (N, channels, S, S) -> features (N, width * (S // 8) ** 2). The figure gives no width; 64 is usual in the
-    metric-learning literature that the paper builds on.
+    Images (N, channels, S, S) -> features (N, width * (S // 8) ** 2).
     """
 
-    def __init__(self, channels: int, width: int = 64) -> None:
+    def __init__(self, channels: int, width: int = WIDTH) -> None:
         blocks = [Block(d_in, width) for d_in in (channels, width, width)]
         super().__init__(OrderedDict(block1=blocks[0], block2=blocks[1], block3=blocks[2], flat=nn.Flatten()))
 
@@ -41,7 +43,7 @@ class MultilevelConvNet3(nn.Module):
     last two blocks; Bertinetto et al., 2019.) Images (N, channels, S, S) -> features (N, 3 width (S // 8) ** 2).
     """
 
-    def __init__(self, channels: int, width: int = 64) -> None:
+    def __init__(self, channels: int, width: int = WIDTH) -> None:
         super().__init__()
         self.block1, self.block2, self.block3 = (Block(d_in, width) for d_in in (channels, width, width))
         self.level1 = Level(width, 4)
