@@ -172,7 +172,8 @@ class Predictor:
         Dataset, a DataLoader, or a folder with one subfolder for each class (`pudnet.data.user_images.image_set`).
         Labels (N,) are of any type; leave them out if the images come with labels. The classifier has
         each class's centroid, from its first `support_per_class` images, or (PudNet+) is a linear layer fitted to all
-        images that are used.
+        images that are used. With `model.blocks: leave_one_out`, as the shipped models have it, the network may be a
+        `convnet3_multilevel`, whose layer sees all blocks; its card says so.
 
         Raises:
             UserError: if the input cannot be used; the message is one line.
