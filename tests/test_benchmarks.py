@@ -74,7 +74,8 @@ def test_the_finetuning_benchmark_is_on_classes_that_the_model_never_saw(tmp_pat
     monkeypatch.setattr("sys.argv", ["finetuning", *arguments, "--out", str(out)])
     finetuning.main()
     (five,) = json.loads(out.read_text())["fives"]
-    assert 40 < five["predicted"] < five["finetuned"] <= 100 and five["held_out_random_2"] <= 100
+    accuracies = [five[key] for key in ("predicted", "finetuned", "held_out_random_2")]  # by chance: 20
+    assert all(40 < accuracy <= 100 for accuracy in accuracies) and five["finetuned"] != five["predicted"]
     assert "as predicted from all 200" in capsys.readouterr().out
     monkeypatch.setattr("sys.argv", ["finetuning", *arguments[:4], "--images", "170", "--out", str(out)])
     with pytest.raises(UserError, match="--images 170 and --new 400: a class has 174 images"):
