@@ -69,13 +69,12 @@ def test_the_finetuning_benchmark_is_on_classes_that_the_model_never_saw(tmp_pat
     predictor = Predictor.untrained("convnet3", channels=1, image_size=8, variant="pudnet_plus")
     predictor.card.provenance["train_classes"] = list("01234")
     predictor.save(model)
-    arguments = ["--model", str(model), "--source", "sklearn:digits", "--images", "40", "--new", "50", "--epochs", "2"]
+    arguments = ["--model", str(model), "--source", "sklearn:digits", "--images", "40", "--new", "50", "--epochs", "12"]
     arguments += ["--augment", "none"]
     monkeypatch.setattr("sys.argv", ["finetuning", *arguments, "--out", str(out)])
     finetuning.main()
     (five,) = json.loads(out.read_text())["fives"]
-    accuracies = [five[key] for key in ("predicted", "finetuned", "held_out_random_2")]  # by chance: 20
-    assert all(40 < accuracy <= 100 for accuracy in accuracies) and five["finetuned"] != five["predicted"]
+    assert 40 < five["predicted"] < five["finetuned"] <= 100 and five["held_out_random_12"] <= 100
     assert "as predicted from all 200" in capsys.readouterr().out
     monkeypatch.setattr("sys.argv", ["finetuning", *arguments[:4], "--images", "170", "--out", str(out)])
     with pytest.raises(UserError, match="--images 170 and --new 400: a class has 174 images"):
