@@ -92,7 +92,7 @@ class Predictor:
         self.class_aware = hypernetwork and model.class_aware
         self.regression = model.regression if hypernetwork else None
         # None: the classifier sees the last block, or whatever else the target gives
-        self.all_blocks = all_blocks(target) if hypernetwork and model.config.blocks != "last" else None
+        self.all_blocks = all_blocks(target) if (card.model or {}).get("blocks", "last") != "last" else None
         in_training = model.config.sketch_images if hypernetwork else CALIBRATION_IMAGES
         self.sketch_images = (card.sketch_images or in_training) if sketch_images is None else sketch_images
         self._calibration_images = calibration_images

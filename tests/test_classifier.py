@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from torch.nn import functional as F
 from torch.testing import assert_close
 
+from pudnet.baselines import Adapter, make_method
 from pudnet.baselines.finetuned import FineTunedPrediction
 from pudnet.card import Card
 from pudnet.classifier import Regression, ridge_layer, smaller_penalty
@@ -12,7 +14,7 @@ from pudnet.network import PredictedNetwork
 from pudnet.predictor import Predictor
 from pudnet.ridge import left_out, one_hot, ridge_weights
 from pudnet.scratch import ScratchConfig
-from pudnet.targets import ConvNet3, MultilevelConvNet3
+from pudnet.targets import ConvNet3, MultilevelConvNet3, build_target
 from pudnet.targets.build import EARLIER_BLOCKS
 from tests.test_class_filters import labelled, noise, plus
 
@@ -92,6 +94,32 @@ def test_more_features_are_chosen_only_if_they_are_clearly_better():
         assert_close(ridge, smaller_penalty(useful, LABELS, 3, torch.tensor(2.0)).squeeze())
     candidate, ridge = Regression(2.0, 5.0).choose([useless, useful], LABELS, 3)
     assert (candidate, ridge.item()) == (1, pytest.approx(2.0))
+
+
+@torch.no_grad()
+def test_r2d2_may_choose_its_blocks_as_well():
+    """It is then the regression on the features that were chosen; what the others are does not matter."""
+    method, _ = make_method("r2d2", {"ridge": 2.0, "blocks": "leave_one_out"}, build_target("convnet3", 1, 8))
+    last, earlier = method.features, 2 * method.features
+    useful, useless = F.pad(separable(0.1), (0, last - 40)), noise(60, earlier)
+    rule = method.eval().rule(torch.cat([useful, useless], 1), LABELS, 3)
+    queries = torch.cat([separable(0.1), torch.zeros(60, last - 40), noise(60, earlier)], 1)
+    assert_close(rule(queries), method.logits(queries[:, :last], useful, LABELS, 3))
+    everything = torch.cat([noise(60, last), F.pad(separable(0.1), (0, earlier - 40))], 1)
+    assert_close(method.rule(everything, LABELS, 3)(queries), method.logits(queries, everything, LABELS, 3))
+
+
+def test_r2d2_sees_all_blocks_of_a_group_and_has_no_other_head_then():
+    config = {"blocks": "leave_one_out"}
+    card = Card("r2d2", "convnet3", 1, 8, (0.5,), (0.5,), 10.0, 4, config)
+    method, target = make_method("r2d2", config, build_target("convnet3", 1, 8))
+    images, labels = labelled(n=6)
+    network = Adapter(method, card, target).adapt(images, labels, (0, 1, 2))
+    assert isinstance(network.body, MultilevelConvNet3) and network.logits(images).shape == (18, 3)
+    with pytest.raises(UserError, match="head: ridge takes the place"):
+        Adapter(method, card, target, "ridge")
+    with pytest.raises(UserError, match="r2d2.blocks: leave_one_out needs target: convnet3"):
+        make_method("r2d2", config, build_target("convnet3_multilevel", 1, 8))
 
 
 def predicted(choice: int | None, monkeypatch) -> PredictedNetwork:

@@ -106,6 +106,11 @@ KINDS = {  # one of each other kind, over cells that they share with the first
         "rows": {
             "PudNet+ / 6 images": {"variant": "pudnet_plus", "images": 6},
             "PudNet+ / 30 images": {"variant": "pudnet_plus", "images": 30},
+            "PudNet+, chosen / 30 images": {
+                "variant": "pudnet_plus",
+                "images": 30,
+                "changes": {"penalty": "leave_one_out", "blocks": "leave_one_out"},
+            },
             "static trunk / 30 images": {
                 "method": "static_trunk",
                 "variant": "pudnet_plus",
@@ -232,7 +237,9 @@ def _check_kinds(folder, output):
     many, page = results(folder, "many")
     assert many.accuracy.between(40, 100).all() and (many.classes == 10).all() and "44.92" in page  # by chance: 20
     seconds, page = results(folder, "seconds")
-    assert seconds.test_groups.tolist() == [6, 6, 6, 2, 2] and seconds.accuracy.between(34, 100).all()  # by chance: 33
+    assert "study: seconds, digits: 2 training(s)" in output  # all of PudNet+ are one: they differ in predictions only
+    assert seconds.test_groups.tolist() == [6] * 4 + [2] * 2
+    assert seconds.accuracy.between(34, 100).all()  # by chance: 33
     assert seconds.milliseconds.gt(0).all() and seconds.milliseconds_all_threads.gt(0).all()
     assert f"with {seconds.all_threads[0]} threads" in page and "less PudNet+ / 30 images" in page
     client = MlflowClient(f"sqlite:///{folder}/mlflow.db")

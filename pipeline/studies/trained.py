@@ -29,6 +29,8 @@ from pipeline.tracking.runs import Tracking, open_tracking
 
 T = TypeVar("T")
 
+IN_PREDICTIONS = {"penalty": "learned", "blocks": "last"}  # options of a model that change no training, with defaults
+
 
 @dataclass(frozen=True)
 class TrainedColumn:
@@ -127,7 +129,7 @@ def train(name: str, study: Study, column: str, params: Params) -> TrainedColumn
             passes = trial.passes(params.groups.search_groups)
             finals[at] = replace(finals[at], train={**finals[at].train, **passes, "patience": None})
     what = f"study: {name}, {column}: {{}} training(s) on {params.groups.train_groups:,} groups"
-    trained = _run_once(what, name, finals, params, tracking)
+    trained = _run_once(what, name, {at: _training(spec) for at, spec in finals.items()}, params, tracking)
     specs |= finals
     trainings: dict[tuple[str, int], list[StudyCell]] = {}
     for (row, split, n), spec in specs.items():
@@ -153,6 +155,11 @@ def _validating(spec: TrialSpec, params: Params) -> TrialSpec:
     """A trial as in the search, without some training classes, which tells how many passes a training is to have."""
     train, validate = {**spec.train, "report_every": params.search.report_every}, params.groups.validation_groups
     return replace(spec, name=f"{spec.name}-validation", table="search_train", validate=validate, train=train)
+
+
+def _training(spec: TrialSpec) -> TrialSpec:
+    """A row's training, which is the same for rows that differ only in how they predict."""
+    return replace(spec, model=spec.model | {key: IN_PREDICTIONS[key] for key in IN_PREDICTIONS if key in spec.model})
 
 
 def _seeded(spec: TrialSpec, n: int) -> TrialSpec:

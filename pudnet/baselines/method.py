@@ -15,6 +15,7 @@ from pudnet.baselines.heads import fit_head
 from pudnet.card import Card
 from pudnet.config import TrainConfig
 from pudnet.controls import StaticTrunk
+from pudnet.errors import UserError
 from pudnet.learner import Learner
 from pudnet.network import Classifier
 from pudnet.predictor import Predictor
@@ -74,6 +75,8 @@ class Adapter:
     def __init__(self, method: Method, card: Card, target: Target, head: str | None = None) -> None:
         self.method, self.head = method.eval(), head
         self.predictor = Predictor(method.trunk, card, target)
+        if head is not None and self.predictor.all_blocks is not None:
+            raise UserError(f"head: {head} takes the place of the classifier that blocks: leave_one_out is for")
 
     def rows(self, labels: Tensor) -> Tensor:
         """Rows of the images that `adapt` needs, for labels (N,) in 0..k-1."""

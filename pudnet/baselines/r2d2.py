@@ -13,10 +13,11 @@ from torch import Tensor
 
 from pudnet.baselines.learners import Stages
 from pudnet.baselines.method import Method
-from pudnet.classifier import LinearClassifier, Regression
-from pudnet.config import STRICT, Penalty, PositiveFloat, TrainConfig
+from pudnet.classifier import LinearClassifier, Regression, ridge_layer
+from pudnet.config import STRICT, Blocks, Penalty, PositiveFloat, TrainConfig
+from pudnet.errors import UserError
 from pudnet.learner import Learner
-from pudnet.targets import Target
+from pudnet.targets import Target, has_all_blocks
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -29,6 +30,7 @@ class R2D2Config:
     ridge: PositiveFloat = 3.0
     scale: PositiveFloat = 5.0
     penalty: Penalty = "learned"  # leave_one_out: a prediction may choose a smaller one
+    blocks: Blocks = "last"  # of ConvNet-3; leave_one_out: a prediction may choose all three
 
 
 class R2D2(Method):
@@ -38,6 +40,8 @@ class R2D2(Method):
 
     def __init__(self, config: R2D2Config, target: Target) -> None:
         super().__init__(config, target)
+        if config.blocks != "last" and not has_all_blocks(target):
+            raise UserError("r2d2.blocks: leave_one_out needs target: convnet3")
         self.regression = Regression(config.ridge, config.scale, config.penalty)
 
     def learner(self, train_classes: int, k: int, config: TrainConfig) -> Learner:
@@ -49,5 +53,10 @@ class R2D2(Method):
         return self.regression(queries, support, labels, k)
 
     def rule(self, support: Tensor, labels: Tensor, k: int) -> Callable[[Tensor], Tensor]:
-        """The regression, solved."""
-        return LinearClassifier(*self.regression.layer(support, labels, k))
+        """The regression, solved. With `blocks: leave_one_out` features are those of all blocks, the last one first."""
+        last = support[:, : self.features]
+        candidates = [last] if self.config.blocks == "last" else [last, support]
+        choice, ridge = self.regression.choose(candidates, labels, k)
+        seen = candidates[choice]
+        classifier = LinearClassifier(*ridge_layer(seen, labels, k, ridge, self.regression.log_scale.exp()))
+        return lambda queries: classifier(queries[:, : seen.shape[1]])
