@@ -25,6 +25,7 @@ SMALL = {
     "evaluate.timing_groups": 1,
     "train.report_every": 2,
 }
+CHOSEN = {"penalty": "leave_one_out", "blocks": "leave_one_out"}
 TINY = {
     "title": "Tiny",
     "over": SMALL,
@@ -106,10 +107,13 @@ KINDS = {  # one of each other kind, over cells that they share with the first
         "rows": {
             "PudNet+ / 6 images": {"variant": "pudnet_plus", "images": 6},
             "PudNet+ / 30 images": {"variant": "pudnet_plus", "images": 30},
-            "PudNet+, chosen / 30 images": {
+            "PudNet+, chosen / 30 images": {"variant": "pudnet_plus", "images": 30, "changes": CHOSEN},
+            "R2-D2 / 30 images": {"method": "r2d2", "variant": "pudnet_plus", "images": 30},
+            "R2-D2, chosen / 30 images": {
+                "method": "r2d2",
                 "variant": "pudnet_plus",
                 "images": 30,
-                "changes": {"penalty": "leave_one_out", "blocks": "leave_one_out"},
+                "changes": CHOSEN,
             },
             "static trunk / 30 images": {
                 "method": "static_trunk",
@@ -237,8 +241,8 @@ def _check_kinds(folder, output):
     many, page = results(folder, "many")
     assert many.accuracy.between(40, 100).all() and (many.classes == 10).all() and "44.92" in page  # by chance: 20
     seconds, page = results(folder, "seconds")
-    assert "study: seconds, digits: 2 training(s)" in output  # all of PudNet+ are one: they differ in predictions only
-    assert seconds.test_groups.tolist() == [6] * 4 + [2] * 2
+    assert "study: seconds, digits: 3 training(s)" in output  # PudNet+ is one: its rows differ in predictions only
+    assert seconds.test_groups.tolist() == [6] * 6 + [2] * 2
     assert seconds.accuracy.between(34, 100).all()  # by chance: 33
     assert seconds.milliseconds.gt(0).all() and seconds.milliseconds_all_threads.gt(0).all()
     assert f"with {seconds.all_threads[0]} threads" in page and "less PudNet+ / 30 images" in page

@@ -159,7 +159,9 @@ def _validating(spec: TrialSpec, params: Params) -> TrialSpec:
 
 def _training(spec: TrialSpec) -> TrialSpec:
     """A row's training, which is the same for rows that differ only in how they predict."""
-    return replace(spec, model=spec.model | {key: IN_PREDICTIONS[key] for key in IN_PREDICTIONS if key in spec.model})
+    model = spec.model | {key: value for key, value in IN_PREDICTIONS.items() if key in spec.model}
+    cell = {key: value for key, value in spec.cell.items() if key not in IN_PREDICTIONS}
+    return replace(spec, model=model, cell=cell)
 
 
 def _seeded(spec: TrialSpec, n: int) -> TrialSpec:
