@@ -60,12 +60,9 @@ def compiling_pays(groups: int, images: int, image_size: int) -> bool:
 def _can_compile() -> bool:
     if shutil.which(os.environ.get("CXX", "g++")) is None:
         return False
-    try:
-        _kernel(_moments)(torch.ones(1, 1, 1, 8), torch.ones(8))
-    except Exception as error:  # a failing compiler can make torch.compile raise any type of error
-        logger.warning("torch.compile does not work here, so steps are slower (%s)", " ".join(str(error).split())[:200])
-        return False
-    return True
+    kernel = _kernel(_moments)
+    kernel(torch.ones(1, 1, 1, 8), torch.ones(8))
+    return kernel.compiled
 
 
 def accelerate(model: nn.Module, compiled: bool = False) -> None:
@@ -323,7 +320,27 @@ def _spread(windows: Tensor, gradient: Tensor, place: Tensor, a: Tensor, level: 
     return (g + level + slope * windows.float()).to(windows.dtype)
 
 
-@cache
-def _kernel(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile a function of this file once for each size of maps: code for all sizes at once would be slower."""
-    return torch.compile(function, dynamic=False)
+class _Kernel:
+    """A function of this file, compiled; the plain one, which is slower, once torch fails to compile it.
+
+    A compiler that fails, or a file of torch's cache that was cut short when a training was killed, can raise any type
+    of error. Code for all sizes of maps at once would be slower, so that each size is compiled.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function, self.compiled = function, True
+        self.run = torch.compile(function, dynamic=False)
+
+    def __call__(self, *inputs: Any) -> Any:
+        if not self.compiled:
+            return self.function(*inputs)
+        try:
+            return self.run(*inputs)
+        except Exception as error:
+            why = " ".join(str(error).split())[:200]
+            logger.warning("torch.compile failed, so steps are slower; it may help to delete its cache (%s)", why)
+            self.compiled = False
+            return self.function(*inputs)
+
+
+_kernel = cache(_Kernel)  # so that each function is compiled once in a process

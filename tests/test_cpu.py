@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
 
-from pudnet.cpu import FusedBlock, accelerate, compiling_pays, useful_taps
+from pudnet.cpu import FusedBlock, _Kernel, accelerate, compiling_pays, useful_taps
 from pudnet.hypernet.sketch import Normalize
 from pudnet.targets import Block, SharedTarget, build_target
 from tests.test_targets import make_target, other_weights
@@ -216,3 +216,17 @@ def test_compiled_kernels_are_for_blocks_and_only_where_asked_for():
 @needs_compiler
 def test_compiling_pays_in_a_long_run_only():
     assert compiling_pays(2_000, 500, 32) and not compiling_pays(100, 500, 32) and not compiling_pays(400, 300, 8)
+
+
+def test_what_torch_fails_to_compile_runs_as_it_is(caplog):
+    """`make faults` has the real thing: a file of torch's cache that was cut short."""
+
+    def fails(x: torch.Tensor) -> torch.Tensor:
+        raise ImportError("moments.so: file too short")
+
+    kernel = _Kernel(lambda x: x + 1)
+    kernel.run = fails
+    for _ in range(2):
+        assert_close(kernel(torch.ones(3)), torch.full((3,), 2.0))
+    assert not kernel.compiled
+    assert caplog.text.count("file too short") == 1 and "delete its cache" in caplog.text

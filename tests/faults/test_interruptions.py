@@ -1,6 +1,9 @@
 """The driver of a stage, or of a study, is ended in the middle of its work."""
 
+import os
 import signal
+import subprocess
+import sys
 import time
 
 import pandas as pd
@@ -162,3 +165,21 @@ def test_a_study_whose_driver_is_killed_goes_on_within_the_training_it_was_at(un
             assert "group     2" not in said and said.count("-split0: finished") == 1
         pages.append((project / "studies/results/small.csv").read_bytes())
     assert pages[0] == pages[1]
+
+
+def test_a_kernel_that_was_being_written_is_done_without(tmp_path):
+    """A file of torch's cache has nothing in it: the steps are slower, and a line says why."""
+    code = "import torch; from pudnet.cpu import _kernel, _moments; x = torch.arange(16.).view(1, 2, 2, 4)\n"
+    code += "print(_kernel(_moments)(x, torch.ones(4)))"
+    cached = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+
+    def printed() -> tuple[str, str]:
+        ended = subprocess.run([sys.executable, "-c", code], env=cached, capture_output=True, text=True, check=True)
+        return ended.stdout, ended.stderr
+
+    sums, said = printed()
+    assert "torch.compile failed" not in said
+    for file in tmp_path.rglob("*.so"):
+        file.write_bytes(b"")
+    again, said = printed()
+    assert again == sums and "torch.compile failed" in said and str(tmp_path) in said
