@@ -20,7 +20,7 @@ from tests.smallest import shrink
 
 ROOT = Path(__file__).resolve().parent.parent
 NEEDED = ("ray", "mlflow", "dvc")
-NOT_COPIED = {".git", ".venv", ".pud", "data", "results", "mlartifacts", "mlflow.db", "dvc.lock"}
+NOT_COPIED = {".git", ".venv", ".venv-docs", "site", ".pud", "data", "results", "mlartifacts", "mlflow.db", "dvc.lock"}
 ELSEWHERE = {"RAY_ADDRESS", "MLFLOW_TRACKING_URI", "DVC_ROOT"}  # a run of its own, whatever the shell has set
 
 
