@@ -13,7 +13,7 @@ from pudnet.data.store import Store, open_store, write_store
 
 torch.set_num_threads(1)  # tests are tiny: a second thread costs more than it does
 
-LONG = ("test_pipeline.py", "test_study.py", "test_final_training.py")  # minutes, by real stages
+LONG = ("test_pipeline.py", "test_study.py", "test_final_training.py", "test_benchmarks.py")  # minutes, by real stages
 LONGEST = 1800  # seconds that one of their tests may take, on a slow machine
 NUMERIC = {
     f"test_{name}.py"
