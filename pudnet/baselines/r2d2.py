@@ -22,9 +22,9 @@ from pudnet.targets import Target, has_all_blocks
 
 @dataclass(frozen=True, config=STRICT)
 class R2D2Config:
-    """Initial values of the two learned numbers: the penalty `ridge`, and the `scale` of the logits.
+    """Where training begins, with the penalty `ridge` and the logits' `scale`, and what a prediction may choose.
 
-    They are PudNet+'s; R2-D2, too, was better with them on 100 validation groups of CIFAR-100.
+    The values are PudNet+'s; R2-D2, too, was better with them on 100 validation groups of CIFAR-100.
     """
 
     ridge: PositiveFloat = 3.0
