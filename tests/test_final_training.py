@@ -55,6 +55,7 @@ def test_with_patience_the_final_training_passes_its_groups_as_often_as_the_sear
         "r2d2": round(tuned.r2d2 / 10 * 19),
         "pudnet_plus": round(tuned.pudnet_plus / 10 * 19),
     }
+    assert "2 of 2 trials are finished already" in stages(project, "search")
     for ended in (project / ".pud/trials").glob("pudnet-split0-*/ended.json"):
         ended.unlink()  # as after a loss of power between a trial's last checkpoint and its end
     assert not re.search(r"group +\d+ of 30", stages(project, "search"))
@@ -82,6 +83,7 @@ def test_two_workers_train_as_one_does_with_all_groups_of_a_step(patient, tmp_pa
     """By Ray Train, gloo between CPUs as NCCL between GPUs. 19 groups, two a step: at the last a worker has none."""
     projects = [trained_by(workers, patient[0], tmp_path / str(workers)) for workers in (1, 2)]
     one, two = (pd.read_csv(project / "results/train_curves.csv") for project in projects)
+    assert "1 of 1 trials are finished already" in stages(projects[1], "train")
     assert two.groups.tolist() == [10, 19]
     for curve in ("loss", "metric_loss", "full_loss", "kl_loss", "train_accuracy"):
         assert two[curve].tolist() == pytest.approx(one[curve].tolist(), rel=1e-3)
