@@ -18,7 +18,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from typing import Any
 
 import torch
@@ -26,7 +26,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from pudnet.hypernet.sketch import Normalize
 from pudnet.targets import Block
 
 logger = logging.getLogger(__name__)
@@ -76,14 +75,12 @@ def accelerate(model: nn.Module, compiled: bool = False) -> None:
             module.__class__ = MaxPool2x2
         if compiled and type(module) is Block:
             module.__class__ = FusedBlock
-        if compiled and type(module) is Normalize and isinstance(module[1], nn.GroupNorm):
-            module.__class__ = FusedNormalize
 
 
 def plain_layers(model: nn.Module) -> None:
     """Undo `accelerate`, in place, except in layers that only pick their pixels first (`_pick_pixels_first`)."""
     for module in model.modules():
-        for fast in (Conv2d, MaxPool2x2, FusedBlock, FusedNormalize):
+        for fast in (Conv2d, MaxPool2x2, FusedBlock):
             if type(module) is fast:
                 module.__class__ = fast.__base__
 
@@ -257,20 +254,6 @@ class _NormPoolReLU(torch.autograd.Function):
         return dx.view(x.shape), product, total, None
 
 
-class FusedNormalize(Normalize):
-    """The sketch's LeakyReLU and GroupNorm as one compiled kernel, if a gradient is needed."""
-
-    def forward(self, maps: Tensor) -> Tensor:
-        """Maps (N, C, H, W) -> maps of the same shape."""
-        if not torch.is_grad_enabled():
-            return super().forward(maps)
-        return _kernel(_leaky_group_norm)(maps, self[1].num_groups, self[1].weight, self[1].bias)
-
-
-def _leaky_group_norm(maps: Tensor, groups: int, weight: Tensor, bias: Tensor) -> Tensor:
-    return F.group_norm(F.leaky_relu(maps), groups, weight, bias)
-
-
 def _windows(x: Tensor) -> Tensor:
     """View maps (N, H, W, C) as windows (N, H / 2, 2, W / 2, 2, C)."""
     n, height, width, channels = x.shape
@@ -329,7 +312,11 @@ class _Kernel:
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function, self.compiled = function, True
-        self.run = torch.compile(function, dynamic=False)
+
+    @cached_property
+    def run(self) -> Callable[..., Any]:
+        """The compiled function, of which each size of maps is compiled at its first call."""
+        return torch.compile(self.function, dynamic=False)
 
     def __call__(self, *inputs: Any) -> Any:
         if not self.compiled:
