@@ -16,6 +16,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from pipeline.studies.definition import ANY, check_rows, column_params, load_study, row_spec, wanted
+from pipeline.studies.trained import _training
 from pudnet.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -265,6 +266,16 @@ def test_a_rows_own_changes_win_over_its_variants(project):
     assert spec.train["learning_rate"] == 0.5 and spec.train["schedule"] == "one_cycle"
 
 
+@pytest.mark.parametrize("method", ["pudnet", "r2d2"])
+def test_rows_that_differ_in_predictions_share_a_training_and_no_result(project, method):
+    rows = {name: {"method": method, "changes": own} for name, own in (("one", {}), ("other", CHOSEN))}
+    project({**TINY, "reference": None, "rows": rows})
+    study = load_study("tiny")
+    params = column_params(study, "digits")
+    one, other = (replace(row_spec(params, name, row, 0, ANY), name="") for name, row in study.rows.items())
+    assert one != other and _training(one) == _training(other) == one
+
+
 @pytest.mark.parametrize(
     ("setting", "images", "labels"), [("cifar100", 100, 18), ("fashion", 300, 45), ("digits", 30, 15)]
 )
@@ -290,6 +301,10 @@ def test_a_baseline_beside_a_variant_is_trained_as_it_is_and_given_as_many_label
         ({"rows": {"a": {"colour": 1}}}, "rows.a.colour: unknown key"),
         ({"rows": {"a": None}}, "rows.a: must be a block"),
         ({"rows": {"static trunk": {"method": "protonet", "sketch": "shuffled"}}}, "rows.static trunk: sketch: "),
+        (
+            {"rows": {"static trunk": {"method": "r2d2", "head": "ridge", "changes": {"penalty": "leave_one_out"}}}},
+            "rows.static trunk: head: ridge replaces the classifier that changes.penalty is for",
+        ),
         ({"measure": "losses", "rows": {"static trunk": {"method": "scratch_gc"}}}, "has no losses"),
         ({"axis": "columns", "columns": {"x / nan": {}}}, "axis: columns.x / nan: must be called NUMBER"),
         ({"rows": {}}, "rows: "),
@@ -335,6 +350,11 @@ def test_what_is_wrong_in_a_study_is_said_in_one_line(changes, message, project)
             {},
             {"method": "pretrained", "changes": {"pretraining_share": 0.5}},
             "rows.PudNet.changes.pretraining_share: unknown key",
+        ),
+        (
+            {"target": "resnet18"},
+            {"method": "r2d2", "changes": {"blocks": "leave_one_out"}},
+            "rows.PudNet: r2d2.blocks: leave_one_out needs target: convnet3",
         ),
     ],
 )

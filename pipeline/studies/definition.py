@@ -16,7 +16,7 @@ from pydantic.dataclasses import dataclass
 from pipeline.params import PARAMS, Params, baseline_keys, changed, check_block, outline, read_yaml, resolve
 from pipeline.reporting.paper import Reported, paper_figure
 from pipeline.runs.trial import TrialSpec, make_spec
-from pudnet.baselines import HEADS, LEARNED, SCRATCH
+from pudnet.baselines import HEADS, LEARNED, SCRATCH, make_method
 from pudnet.config import STRICT, VARIANTS, ModelConfig, Positive, TrainConfig, paper_target, parse
 from pudnet.errors import UserError
 from pudnet.scratch import ScratchConfig
@@ -27,6 +27,7 @@ STUDIES = Path("studies")
 GROUPS_KEY = "groups.train_groups"
 OTHERS_SKETCHES = ("constant", "shuffled")
 ANY = 1_000_000  # images of a class, when rows are checked before groups are made: enough for every row
+IN_PREDICTIONS = {"penalty": "learned", "blocks": "last"}  # options of a model that change no training, with defaults
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -197,6 +198,8 @@ def _unfit(row: Row, measure: str) -> str | None:
         return "finetune: is for `method: pudnet` and `measure: accuracy`"
     if row.head is not None and (row.method not in LEARNED or measure != "accuracy"):
         return f"head: is for `measure: accuracy` and one of {', '.join(LEARNED)}"
+    if row.head is not None and (own := next((key for key in IN_PREDICTIONS if key in row.changes), None)):
+        return f"head: {row.head} replaces the classifier that changes.{own} is for; leave one of the two out"
     if measure == "whole" and row.method in (*LEARNED, *SCRATCH):
         return f"method: {row.method} is not for `measure: whole`, which takes networks of predicted weights"
     if measure == "losses" and not row.trained:
@@ -341,23 +344,27 @@ def _why_not(study: Study, params: Params) -> str | None:
 
 
 def check_rows(study: Study, params: Params) -> None:
-    """Raise `UserError` if a row has wrong keys in this column, or a hypernetwork that is too large."""
+    """Raise `UserError` if a row has wrong keys or values in this column, or a hypernetwork that is too large."""
     targets: dict[str, Target] = {}
-    sound, seen = set(), {}
+    sound: set[tuple] = set()
+    seen: dict[str, list] = {}
     for name, row in study.rows.items():
         spec = row_spec(params, name, row, params.seed, ANY)
         same = [dataclasses.replace(spec, name=""), row.sketch, row.images, row.head, row.finetune]
         if other := next((row for row, content in seen.items() if content == same), ""):
             raise UserError(f"rows.{name}: means the same as row {other}")
         seen[name] = same
-        model = ModelConfig(**spec.model | {"eta": 0.0}) if row.method == "pudnet" else None  # eta has no size
-        if (spec.target, model) in sound:
+        model = spec.model | {"eta": 0.0}  # eta has no size
+        content = (spec.target, spec.kind, *model.items())
+        if content in sound:
             continue
         try:
             if spec.target not in targets:
                 targets[spec.target] = build_target(spec.target, params.prepare.channels, params.prepare.image_size)
-            if model is not None:
-                outline(model, targets[spec.target])
+            if spec.kind == "pudnet":
+                outline(ModelConfig(**model), targets[spec.target])
+            elif spec.kind in LEARNED:
+                make_method(spec.kind, spec.model, targets[spec.target])
         except UserError as error:
             raise UserError(f"rows.{name}: {error}") from None
-        sound.add((spec.target, model))
+        sound.add(content)

@@ -22,14 +22,12 @@ from pipeline.runs.keys import digest, trial_key
 from pipeline.runs.trial import TrialSpec
 from pipeline.runs.trial_folder import Finished
 from pipeline.runs.trial_log import datasets
-from pipeline.studies.definition import Column, Row, Study, row_spec
+from pipeline.studies.definition import IN_PREDICTIONS, Column, Row, Study, row_spec
 from pipeline.studies.measuring import StudyCell
 from pipeline.tracking.datasets import test_sets
 from pipeline.tracking.runs import Tracking, open_tracking
 
 T = TypeVar("T")
-
-IN_PREDICTIONS = {"penalty": "learned", "blocks": "last"}  # options of a model that change no training, with defaults
 
 
 @dataclass(frozen=True)
@@ -158,7 +156,10 @@ def _validating(spec: TrialSpec, params: Params) -> TrialSpec:
 
 
 def _training(spec: TrialSpec) -> TrialSpec:
-    """A row's training, which is the same for rows that differ only in how they predict."""
+    """A row's training, which is the same for rows that differ only in how they predict.
+
+    Unless `patience` gives them other numbers of passes: their validation runs, which predict, are their own.
+    """
     model = spec.model | {key: value for key, value in IN_PREDICTIONS.items() if key in spec.model}
     cell = {key: value for key, value in spec.cell.items() if key not in IN_PREDICTIONS}
     return replace(spec, model=model, cell=cell)
