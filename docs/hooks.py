@@ -40,6 +40,7 @@ PAGES = {
     "results/bench.md": "reference/README.md",
     "results/speed.md": "benchmarks/README.md",
     "results/ingredients.md": "studies/results/ingredients.md",
+    "results/rates.md": "studies/results/rates.md",
     "results/shipped.md": "studies/results/shipped.md",
     "results/aims.md": "studies/results/aims.md",
     **{f"use/{card.name}": f"models/pretrained/{card.name}" for card in ROOT.glob("models/pretrained/*.md")},
