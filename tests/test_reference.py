@@ -6,9 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from pipeline.groups import groups
+from pipeline.params import load_params
+from pipeline.prepare import prepare
 from pudnet import Predictor
 from pudnet.targets import build_target
-from reference import ingredients, shipped
+from reference import ingredients, rates, shipped
+from tests.smallest import shrink
 
 ROOT = Path(__file__).parent.parent
 
@@ -55,3 +59,24 @@ def test_what_is_measured_of_a_shipped_model_has_no_image_twice_and_what_was_not
     kernels = [made[name].body.block3.conv.weight for name in list(made)[1:3]]
     assert not torch.equal(*kernels) and torch.equal(kernels[1], predictor.model.base_weights()["block3.conv.weight"])
     assert alone.all_blocks is None and predictor.all_blocks is not None
+
+
+def test_each_method_is_trained_at_each_rate_and_measured_on_validation_groups(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text())
+    shrink(tmp_path / "params.yaml")
+    params = load_params()
+    prepare(params)
+    groups(params)
+    measured = {
+        (row, rate): own
+        for rate in rates.RATES
+        for method in rates.METHODS
+        for row, own in rates.measured(params, method, rate).items()
+    }
+    assert all(own.shape == (4,) and (own > 50).all() for own in measured.values())  # by chance: 20
+    assert not all((measured["R2-D2", rates.USUAL] == measured["R2-D2", rate]).all() for rate in rates.RATES)
+    heads = [own for (row, _), own in measured.items() if row.startswith("Pretrained")]
+    assert len(heads) == 6 and not all((own == heads[0]).all() for own in heads)
+    lines = rates.page(measured, 10).splitlines()
+    assert lines[-4].count("(") == 2 and lines[-4].startswith("| PudNet+ | ") and "on 10 groups" in lines[2]
