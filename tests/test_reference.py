@@ -74,7 +74,7 @@ def test_each_method_is_trained_at_each_rate_and_measured_on_validation_groups(t
         for method in rates.METHODS
         for row, own in rates.measured(params, method, rate).items()
     }
-    assert all(own.shape == (4,) and (own > 50).all() for own in measured.values())  # by chance: 20
+    assert all(own.shape == (4,) and own.mean() > 60 for own in measured.values())  # by chance: 50
     assert not all((measured["R2-D2", rates.USUAL] == measured["R2-D2", rate]).all() for rate in rates.RATES)
     heads = [own for (row, _), own in measured.items() if row.startswith("Pretrained")]
     assert len(heads) == 6 and not all((own == heads[0]).all() for own in heads)
