@@ -315,7 +315,7 @@ class _Kernel:
 
     @cached_property
     def run(self) -> Callable[..., Any]:
-        """The compiled function, of which each size of maps is compiled at its first call."""
+        """The compiled function. Made at the first call, so that an error of torch.compile itself is caught, too."""
         return torch.compile(self.function, dynamic=False)
 
     def __call__(self, *inputs: Any) -> Any:

@@ -116,7 +116,7 @@ def test_r2d2_sees_all_blocks_of_a_group_and_has_no_other_head_then():
     images, labels = labelled(n=6)
     network = Adapter(method, card, target).adapt(images, labels, (0, 1, 2))
     assert isinstance(network.body, MultilevelConvNet3) and network.logits(images).shape == (18, 3)
-    with pytest.raises(UserError, match="head: ridge takes the place"):
+    with pytest.raises(UserError, match="head: ridge replaces the classifier"):
         Adapter(method, card, target, "ridge")
     with pytest.raises(UserError, match="r2d2.blocks: leave_one_out needs target: convnet3"):
         make_method("r2d2", config, build_target("convnet3_multilevel", 1, 8))

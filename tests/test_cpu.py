@@ -11,7 +11,6 @@ from torch import nn
 from torch.testing import assert_close
 
 from pudnet.cpu import FusedBlock, _Kernel, accelerate, compiling_pays, useful_taps
-from pudnet.hypernet.sketch import Normalize
 from pudnet.targets import Block, SharedTarget, build_target
 from tests.test_targets import make_target, other_weights
 
@@ -177,12 +176,6 @@ def test_compiled_block_takes_a_mean_far_from_zero():
     block = own_statistics(Block(3, 16))
     expected, found = both_ways(block, noise(6, 3, 8, 8) + 100, compiled=True)
     assert_close(found[0], expected[0], rtol=1e-3, atol=1e-3)
-
-
-@needs_compiler
-def test_compiled_normalisation_has_torchs_values_and_gradients():
-    expected, found = both_ways(Normalize("group", 16), noise(6, 16, 8, 8), compiled=True)
-    assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("size", [8, 9])

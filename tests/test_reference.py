@@ -3,6 +3,7 @@
 import runpy
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -75,8 +76,11 @@ def test_each_method_is_trained_at_each_rate_and_measured_on_validation_groups(t
         for row, own in rates.measured(params, method, rate).items()
     }
     assert all(own.shape == (4,) and own.mean() > 60 for own in measured.values())  # by chance: 50
-    assert not all((measured["R2-D2", rates.USUAL] == measured["R2-D2", rate]).all() for rate in rates.RATES)
-    heads = [own for (row, _), own in measured.items() if row.startswith("Pretrained")]
-    assert len(heads) == 6 and not all((own == heads[0]).all() for own in heads)
+    assert rates.spec_of(params, "r2d2", 0.003).table == "search_train"  # without the validation classes
+    assert (measured["R2-D2", 0.0015] != measured["R2-D2", 0.012]).any()
+    ridge, logistic = (
+        [measured[f"Pretrained, {head}", rate] for rate in rates.RATES] for head in ("ridge", "logistic regression")
+    )
+    assert not np.array_equal(ridge, logistic)
     lines = rates.page(measured, 10).splitlines()
-    assert lines[-4].count("(") == 2 and lines[-4].startswith("| PudNet+ | ") and "on 10 groups" in lines[2]
+    assert lines[-4].startswith("| PudNet+ | ") and lines[-4].count("(") == 3 and "on 10 groups" in lines[2]

@@ -16,7 +16,7 @@ from pydantic.dataclasses import dataclass
 from pipeline.params import PARAMS, Params, baseline_keys, changed, check_block, outline, read_yaml, resolve
 from pipeline.reporting.paper import Reported, paper_figure
 from pipeline.runs.trial import TrialSpec, make_spec
-from pudnet.baselines import HEADS, LEARNED, SCRATCH, make_method
+from pudnet.baselines import HEADS, LEARNED, SCRATCH, check_method
 from pudnet.config import STRICT, VARIANTS, ModelConfig, Positive, TrainConfig, paper_target, parse
 from pudnet.errors import UserError
 from pudnet.scratch import ScratchConfig
@@ -27,7 +27,7 @@ STUDIES = Path("studies")
 GROUPS_KEY = "groups.train_groups"
 OTHERS_SKETCHES = ("constant", "shuffled")
 ANY = 1_000_000  # images of a class, when rows are checked before groups are made: enough for every row
-IN_PREDICTIONS = {"penalty": "learned", "blocks": "last"}  # options of a model that change no training, with defaults
+IN_PREDICTIONS = {"penalty": "learned", "blocks": "last"}  # options that change no training, with their defaults
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -354,7 +354,7 @@ def check_rows(study: Study, params: Params) -> None:
         if other := next((row for row, content in seen.items() if content == same), ""):
             raise UserError(f"rows.{name}: means the same as row {other}")
         seen[name] = same
-        model = spec.model | {"eta": 0.0}  # eta has no size
+        model = spec.model | {"eta": 0.0}  # eta has no size: rows that differ in it alone are checked once
         content = (spec.target, spec.kind, *model.items())
         if content in sound:
             continue
@@ -364,7 +364,7 @@ def check_rows(study: Study, params: Params) -> None:
             if spec.kind == "pudnet":
                 outline(ModelConfig(**model), targets[spec.target])
             elif spec.kind in LEARNED:
-                make_method(spec.kind, spec.model, targets[spec.target])
+                check_method(spec.kind, spec.model, targets[spec.target])
         except UserError as error:
             raise UserError(f"rows.{name}: {error}") from None
         sound.add(content)

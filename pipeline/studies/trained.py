@@ -158,7 +158,7 @@ def _validating(spec: TrialSpec, params: Params) -> TrialSpec:
 def _training(spec: TrialSpec) -> TrialSpec:
     """A row's training, which is the same for rows that differ only in how they predict.
 
-    Unless `patience` gives them other numbers of passes: their validation runs, which predict, are their own.
+    With `patience` they may differ: each row has its own validation run, which predicts, and so its own passes.
     """
     model = spec.model | {key: value for key, value in IN_PREDICTIONS.items() if key in spec.model}
     cell = {key: value for key, value in spec.cell.items() if key not in IN_PREDICTIONS}

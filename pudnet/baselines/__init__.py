@@ -46,13 +46,20 @@ def config_type(name: str) -> type:
     return ScratchConfig if name in SCRATCH else LEARNED[name].Config
 
 
+def check_method(name: str, config: dict[str, Any], plain: Target) -> Any:
+    """A learned baseline's configuration. Raises `UserError` for a wrong key or value, or if the target forbids it."""
+    kind = LEARNED[name]
+    own = parse(kind.Config, config, name)
+    kind.check(own, plain)
+    return own
+
+
 def make_method(name: str, config: dict[str, Any], plain: Target) -> tuple[Method, Target]:
     """Build an untrained learned baseline, and its target: the plain one, or one to which the method adds a module.
 
-    Raises `UserError` for a wrong key or value in `config`.
+    Raises `UserError` as `check_method` does.
     """
-    kind = LEARNED[name]
-    own = parse(kind.Config, config, name)
+    kind, own = LEARNED[name], check_method(name, config, plain)
     network = kind.network(own, plain)
     target = plain if network is plain.network else build_target(network, plain.channels, plain.image_size)
     return kind(own, target), target

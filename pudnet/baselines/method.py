@@ -38,6 +38,10 @@ class Method(nn.Module):
         return StaticTrunk(target)
 
     @classmethod
+    def check(cls, config: Any, target: Target) -> None:
+        """Raise `UserError` if a target has not what a configuration needs of it."""
+
+    @classmethod
     def network(cls, config: Any, target: Target) -> nn.Module:
         """The network that is trained: the plain target, unless a method adds something to it."""
         return target.network
@@ -76,7 +80,7 @@ class Adapter:
         self.method, self.head = method.eval(), head
         self.predictor = Predictor(method.trunk, card, target)
         if head is not None and self.predictor.all_blocks is not None:
-            raise UserError(f"head: {head} takes the place of the classifier that blocks: leave_one_out is for")
+            raise UserError(f"head: {head} replaces the classifier that blocks: leave_one_out is for")
 
     def rows(self, labels: Tensor) -> Tensor:
         """Rows of the images that `adapt` needs, for labels (N,) in 0..k-1."""

@@ -40,9 +40,13 @@ class R2D2(Method):
 
     def __init__(self, config: R2D2Config, target: Target) -> None:
         super().__init__(config, target)
+        self.regression = Regression(config.ridge, config.scale, config.penalty)
+
+    @classmethod
+    def check(cls, config: R2D2Config, target: Target) -> None:
+        """Raise `UserError` if the classifier may see all blocks of a target that has none."""
         if config.blocks != "last" and not has_all_blocks(target):
             raise UserError("r2d2.blocks: leave_one_out needs target: convnet3")
-        self.regression = Regression(config.ridge, config.scale, config.penalty)
 
     def learner(self, train_classes: int, k: int, config: TrainConfig) -> Learner:
         """Episodes, after pretraining if the training asks for it."""
