@@ -22,9 +22,10 @@ from latex2mathml.converter import convert
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parent.parent
-STUDIES = ROOT / "studies"
+DOCS, STUDIES = ROOT / "docs", ROOT / "studies"
 LANGUAGES = {".py": "python", ".yaml": "yaml"}
 
 
@@ -47,7 +48,8 @@ PAGES = {
     **{f"results/{name}.md": f"studies/results/{name}.md" for name in studies_with_results()},
     **{f"results/{name}.png": f"studies/results/{name}.png" for name in studies_with_results()},
 }
-PLACES = {source: page for page, source in PAGES.items()}
+PLACES = {f"docs/{file.relative_to(DOCS)}": str(file.relative_to(DOCS)) for file in DOCS.rglob("*") if file.is_file()}
+PLACES |= {source: page for page, source in PAGES.items()}
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
@@ -85,8 +87,11 @@ def moved(text: str, page: str, source: str) -> str:
     return re.sub(r"\[([^\]]*)\]\(([^)\s]+)\)", link, text)
 
 
-def on_page_markdown(markdown: str, **about: object) -> str:
-    """Replace each line `{{ ... }}` by what it names."""
+def on_page_markdown(markdown: str, page: Page, **about: object) -> str:
+    """Links of pages in docs/ lead to files of the repository; each line `{{ ... }}` is replaced by what it names."""
+    place = page.file.src_uri
+    if place not in PAGES:
+        markdown = moved(markdown, place, f"docs/{place}")
     return re.sub(r"^\{\{ (.+) \}\}$", lambda found: listing(found.group(1)), markdown, flags=re.MULTILINE)
 
 

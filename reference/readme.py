@@ -87,7 +87,7 @@ class Bench:
         return (
             f"- {self.title}: {metrics['train_groups']} training groups, {metrics['test_groups']} test groups, "
             f"{scratch} of them for training from scratch, class splits: {len(metrics['splits'])} "
-            f"([params and tuning](bench.md))"
+            f"([params and tuning](../../reference/README.md))"
         )
 
     def cells(self, method: str) -> list[str]:

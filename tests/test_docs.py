@@ -13,6 +13,14 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
+def test_every_link_leads_to_a_file_of_the_repository():
+    """As pages are read where the code is; `make docs` checks links again, for the site."""
+    for page in [*PAGES, *ROOT.glob("*/README.md"), *ROOT.glob("studies/results/*.md")]:
+        text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+        for target in re.findall(r"\]\(([^)\s#]+)[^)]*\)", text):
+            assert "://" in target or (page.parent / target).exists(), (page.relative_to(ROOT), target)
+
+
 @pytest.fixture(scope="module")
 def code():
     """All blocks and pieces of code of the pages, comments left out, and continued lines joined."""
