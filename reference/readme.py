@@ -18,10 +18,11 @@ RESULTS = HERE.parent / "studies" / "results"
 PAGES = {"README.md": "opening", "docs/results/index.md": "bench"}  # a page -> the part of it that is made here
 STUDY = "instead_of_training"
 CAPTION = """\
-A ConvNet-3 for all labelled images of a test group: accuracy in percent ± its 95% interval over test groups. (A row
-that trains a network on each group was measured on fewer groups; it shows PudNet+'s accuracy plus its difference to
-PudNet+ on these. Everything else was trained once on each class split, on {train_groups:,} groups; made by
-`python -m pipeline.study {name}`; [all rows](studies/results/{name}.md).)
+A ConvNet-3 for a *group*: 500 labelled images of five classes, or 1,000 of ten. Accuracy in percent, on other images of
+these classes, ± its 95% interval over test groups, whose classes are not in the training groups. (A row that trains a
+network on each group was measured on fewer groups. It shows PudNet+'s accuracy plus its difference to PudNet+ on these; the linked page
+has what it has on them. Everything else was trained once on each class split, on {train_groups:,} groups. Made by
+`python -m pipeline.study {name}`: [all rows](studies/results/{name}.md).) [Words](docs/index.md#words).
 """
 COLUMNS_SHOWN = (
     "CIFAR-100, 5 classes",
@@ -37,7 +38,7 @@ ROWS = {  # the study's name of a row -> the page's
     "PudNet+, fine-tuned / 20 epochs": "PudNet+, then trained for 20 epochs",
 }
 REFERENCE = "PudNet+ / all images"
-COUNTS = "*test groups; of these, for the rows that train on each; class splits*"
+COUNTS = "*test groups (for the rows that train on each), class splits*"
 BENCHES = {"CIFAR-100": "cifar100-convnet3-bench", "Fashion-MNIST": "fashion-convnet3-bench"}
 BENCH_CAPTION = """\
 Every method on one bench with ConvNet-3, fp32 on one thread: accuracy, difference to PudNet paired over
@@ -68,7 +69,7 @@ def opening() -> str:
 
 def _count(part: pd.DataFrame) -> str:
     """Test groups of a column, how many of them a network is trained on, and class splits."""
-    return f"{part.test_groups.max()}; {part.test_groups.min()}; {part.splits.max()}"
+    return f"{part.test_groups.max()} ({part.test_groups.min()}), {part.splits.max()}"
 
 
 @dataclass(frozen=True)
