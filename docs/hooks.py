@@ -60,13 +60,9 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the pages that are made from other files, with links that fit where they now stand."""
+    """Add the pages that are made from other files."""
     for page, source in PAGES.items():
-        path = ROOT / source
-        if path.suffix == ".md":
-            files.append(File.generated(config, page, content=moved(path.read_text(), page, source)))
-        else:
-            files.append(File.generated(config, page, abs_src_path=str(path)))
+        files.append(File.generated(config, page, abs_src_path=str(ROOT / source)))
     return files
 
 
@@ -88,10 +84,9 @@ def moved(text: str, page: str, source: str) -> str:
 
 
 def on_page_markdown(markdown: str, page: Page, **about: object) -> str:
-    """Links of pages in docs/ lead to files of the repository; each line `{{ ... }}` is replaced by what it names."""
+    """Rewrite links to files of the repository for the site, and replace each line `{{ ... }}` by what it names."""
     place = page.file.src_uri
-    if place not in PAGES:
-        markdown = moved(markdown, place, f"docs/{place}")
+    markdown = moved(markdown, place, PAGES.get(place, f"docs/{place}"))
     return re.sub(r"^\{\{ (.+) \}\}$", lambda found: listing(found.group(1)), markdown, flags=re.MULTILINE)
 
 
