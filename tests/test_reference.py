@@ -12,7 +12,7 @@ from pipeline.params import load_params
 from pipeline.prepare import prepare
 from pudnet import Predictor
 from pudnet.targets import build_target
-from reference import ingredients, rates, shipped
+from reference import ingredients, recipes, shipped
 from tests.smallest import shrink
 
 ROOT = Path(__file__).parent.parent
@@ -62,7 +62,7 @@ def test_what_is_measured_of_a_shipped_model_has_no_image_twice_and_what_was_not
     assert alone.all_blocks is None and predictor.all_blocks is not None
 
 
-def test_each_method_is_trained_at_each_rate_and_measured_on_validation_groups(tmp_path, monkeypatch):
+def test_each_method_is_trained_with_each_recipe_and_measured_on_validation_groups(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text())
     shrink(tmp_path / "params.yaml")
@@ -70,17 +70,32 @@ def test_each_method_is_trained_at_each_rate_and_measured_on_validation_groups(t
     prepare(params)
     groups(params)
     measured = {
-        (row, rate): own
-        for rate in rates.RATES
-        for method in rates.METHODS
-        for row, own in rates.measured(params, method, rate).items()
+        (row, recipe): own
+        for method, recipe, changes in recipes.QUESTIONS["rates"].trainings()
+        for row, own in recipes.measured(params, method, changes).items()
     }
+    assert len(measured) == 16
     assert all(own.shape == (4,) and own.mean() > 60 for own in measured.values())  # by chance: 50
-    assert rates.spec_of(params, "r2d2", 0.003).table == "search_train"  # without the validation classes
-    assert (measured["R2-D2", 0.0015] != measured["R2-D2", 0.012]).any()
+    assert recipes.spec_of(params, "r2d2", {}).table == "search_train"  # without the validation classes
+    assert (measured["R2-D2", "rate 0.0015"] != measured["R2-D2", "rate 0.012"]).any()
     ridge, logistic = (
-        [measured[f"Pretrained, {head}", rate] for rate in rates.RATES] for head in ("ridge", "logistic regression")
+        [measured[f"Pretrained, {head}", recipe] for recipe in recipes.QUESTIONS["rates"].recipes]
+        for head in ("ridge", "logistic regression")
     )
     assert not np.array_equal(ridge, logistic)
-    lines = rates.page(measured, 10).splitlines()
-    assert lines[-4].startswith("| PudNet+ | ") and lines[-4].count("(") == 3 and "on 10 groups" in lines[2]
+    lines = recipes.page("rates", measured, 10).splitlines()
+    assert lines[-4].startswith("| PudNet+ | ") and lines[-4].count("(") == 3 and "on 10 groups" in " ".join(lines)
+
+
+def test_a_scale_is_tried_for_the_methods_that_have_one():
+    trainings = [*recipes.QUESTIONS["schedules"].trainings()]
+    scaled = [(method, changes) for method, recipe, changes in trainings if recipe == "scale 10"]
+    assert scaled == [
+        ("pudnet", {"learning_rate": 0.003, "ridge_scale": 10.0}),
+        ("r2d2", {"learning_rate": 0.003, "scale": 10.0}),
+    ]
+    accuracies = {
+        (row, recipe): np.array([80.0, 90.0]) for method, recipe, _ in trainings for row in recipes.METHODS[method]
+    }
+    lines = recipes.page("schedules", accuracies, 10).splitlines()
+    assert "|  |  | +0.00" in lines[-1] and lines[-4].count("85.00") == 6
