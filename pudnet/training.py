@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -121,14 +122,17 @@ class Trainer:
         if self.compiled:
             compile_parts(self.learner, config.compile)
         self.parameters = list(learner.parameters())
-        self.optimizer = torch.optim.Adam(self.parameters, lr=config.learning_rate, fused=True)
         self.autocast = wants_bf16(config.precision, self.device)
         self.random = torch.Generator(self.device) if config.augment != "none" else None
         self.groups, self.rollbacks = 0, 0
         self.in_order = table
         self._begin_pass(0)
-        self._schedule()
         self.last: Report | None = None  # the last report with finite losses
+
+    @cached_property
+    def optimizer(self) -> torch.optim.Adam:
+        """Made when it is first used: torch then imports its compiler, which takes seconds."""
+        return torch.optim.Adam(self.parameters, lr=self._rate(), fused=True)
 
     def run(self) -> Iterator[Report]:
         """Train on the groups that are left. Raises `RunFailed` if the loss does not stay finite."""
@@ -213,7 +217,8 @@ class Trainer:
         norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm)
         self.optimizer.step()
         self.groups += len(groups)
-        self._schedule()
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._rate()
         if not losses:
             return torch.zeros(6, device=self.device)
         parts = (losses.total.detach(), losses.metric, losses.full, losses.kl, losses.accuracy)
@@ -257,15 +262,15 @@ class Trainer:
             changed.append(augmented(own, self.config.augment, self.random))
         return torch.stack(changed)
 
-    def _schedule(self) -> None:
+    def _rate(self) -> float:
+        """The learning rate of the next step."""
         done = min(1.0, self.groups / self.total)
         rate = self.config.learning_rate * self.learner.rate(done)
         if self.config.schedule == "cosine":
             rate *= half_cosine(done)
         if self.config.schedule == "one_cycle":
             rate *= one_cycle(done)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        return rate
 
     def state_dict(self) -> dict:
         """Everything that the rest of the run depends on, as plain tensors and numbers."""
