@@ -28,10 +28,8 @@ from pipeline.runs.class_split import images_of_a_class
 from pipeline.runs.trial import MetaTraining, TrialSpec
 from pipeline.studies.definition import Row, row_spec
 from pipeline.studies.page import table_of
-from pudnet.baselines.method import Adapter
 from pudnet.data.groups import open_groups
 from pudnet.evaluation import mean_interval, twin_accuracies
-from pudnet.predictor import Predictor
 
 PAGES = Path("studies/results")
 METHODS = {  # rows of each, with the head that is put on it
@@ -105,14 +103,11 @@ def measured(params: Params, method: str, changes: Mapping[str, Any]) -> dict[st
     trial = MetaTraining(spec, torch.device("cpu"))
     for _ in trial.run():
         pass
-    table = open_groups(group_folder(0))[1]["validation"]
-    trainer, parts = trial.trainer, (trial.trainer.learner.model, trial.card, trial.target)
-
-    def accuracies(head: str | None) -> np.ndarray:
-        adapts = Predictor(*parts) if spec.kind == "pudnet" else Adapter(*parts, head)
-        return twin_accuracies(adapts, trainer.images, table, trainer.autocast)
-
-    return {name: accuracies(head) for name, head in METHODS[method].items()}
+    table, trainer = open_groups(group_folder(0))[1]["validation"], trial.trainer
+    return {
+        name: twin_accuracies(trial.adapter(head), trainer.images, table, trainer.autocast)
+        for name, head in METHODS[method].items()
+    }
 
 
 def page(name: str, results: Results, groups: int) -> str:

@@ -132,14 +132,14 @@ class MetaTraining:
     def _validate(self) -> dict[str, float]:
         """Accuracy and its interval, in percent, on validation groups, whose classes the trial does not train on."""
         trainer = self.trainer
-        accuracies = twin_accuracies(self._adapter(), trainer.images, self.validation, trainer.autocast)
+        accuracies = twin_accuracies(self.adapter(), trainer.images, self.validation, trainer.autocast)
         trainer.learner.train()
         return _validation(accuracies)
 
-    def _adapter(self) -> Adapts:
-        model = self.trainer.learner.model
-        kind = Adapter if self.card.kind in LEARNED else Predictor
-        return kind(model, self.card, self.target)
+    def adapter(self, head: str | None = None) -> Adapts:
+        """What adapts the model to a group; with a `head` of pudnet/baselines/heads.py on a baseline's features."""
+        parts = (self.trainer.learner.model, self.card, self.target)
+        return Adapter(*parts, head) if self.card.kind in LEARNED else Predictor(*parts)
 
     def state_dict(self) -> dict:
         """The trainer's state, and separately the state of the model, which is what remains after training."""
