@@ -37,12 +37,13 @@ class Card:
     support_per_class: Positive
     model: dict | None = None  # ModelConfig for kind "pudnet", a baseline's own configuration for a baseline
     sketch_images: Positive | None = None  # how many images a prediction looks at; None: as many as `model` says
-    # The rest up to `looked_at` is for kind "network".
+    # The rest up to `labelled` is for kind "network".
     classes: tuple[Label, ...] = ()
     ridge: PositiveFloat | None = None  # the penalty, if the classifier was fitted by ridge regression
     labels_per_class: int = 0  # the first so many images of each class were used with their labels
     predicted: tuple[str, ...] = ()  # names of the predicted tensors, in the order of the forward pass
     looked_at: tuple[str, ...] = ()  # checksums of the images that the network was predicted from or trained on
+    labelled: tuple[str, ...] = ()  # those of images whose labels the weights were made from
     provenance: dict = dataclasses.field(default_factory=dict)  # setting, class split, seeds, commit, ...
     format: int = FORMAT
 

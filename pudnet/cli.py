@@ -198,7 +198,7 @@ def _info(options: argparse.Namespace) -> None:
 
     tensors, card = read_tensors(local_file(options.file))
     values = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(card).items()}
-    values["looked_at"] = f"{len(card.looked_at)} images, by their checksums"
+    values |= {key: f"{len(getattr(card, key))} images, by their checksums" for key in ("looked_at", "labelled")}
     print(yaml.safe_dump(values, sort_keys=False).rstrip())
     print(f"tensors: {len(tensors)}, {sum(t.numel() for t in tensors.values()):,} numbers")
 

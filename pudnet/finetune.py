@@ -20,7 +20,7 @@ from pudnet.card import Card
 from pudnet.classifier import fit
 from pudnet.cpu import accelerate
 from pudnet.data.rows import CALIBRATION_IMAGES, first_rows, spread_rows
-from pudnet.data.user_images import Images, ImageSet, Pixels, images_at_a_time, labelled_set, noting
+from pudnet.data.user_images import Images, ImageSet, Label, Pixels, images_at_a_time, labelled_set, noting
 from pudnet.device import clock, wants_bf16
 from pudnet.errors import UserError
 from pudnet.network import PredictedNetwork, features_in_parts
@@ -78,7 +78,8 @@ def finetune(
     training images, and there is little left to learn.
 
     The prediction may have seen images that are held out here, but never their labels: images whose labels it used
-    (PudNet+) always become training images. All images are kept in memory at the network's size.
+    (PudNet+), or an earlier fine-tuning, always become training images. All images are kept in memory, at the
+    network's size.
 
     Raises:
         UserError: if images cannot be used, a label is unknown to the network, a class has no images or too few to
@@ -89,7 +90,9 @@ def finetune(
     normalized, columns = _all_images(network, images, labels, seen)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        kept, tested = _hold_out(columns, held_out, network.card)
+        used = _labels_used(network.card)
+        known = torch.tensor([seen[row] in used for row in range(len(columns))], device=columns.device)
+        kept, tested = _hold_out(columns, known, held_out, network.classes)
         parts = Parts(normalized[kept], columns[kept], normalized[tested], columns[tested])
         starts = {"predicted": _ready(network, parts), "random": _ready(_random(network), parts)}
         _warm_up(starts["random"], parts, config)  # so that neither curve's seconds include one-time costs
@@ -100,8 +103,9 @@ def finetune(
                 found[name], points = _train(start, name, parts, config, progress)
                 curve += points
     tuned = found["predicted"]
-    known = {*network.card.looked_at, *(seen[row] for row in kept.tolist())}
-    tuned.card = dataclasses.replace(tuned.card, looked_at=tuple(sorted(known)))
+    trained_on = {seen[row] for row in kept.tolist()}
+    looked_at = tuple(sorted(trained_on | {*network.card.looked_at}))
+    tuned.card = dataclasses.replace(tuned.card, looked_at=looked_at, labelled=tuple(sorted(trained_on | used)))
     return FineTuned(tuned, tuple(curve), len(kept), len(tested))
 
 
@@ -136,25 +140,29 @@ def _all_images(
     return network.normalize(noting(own, seen)), columns.to(network.mean.device)
 
 
-def _hold_out(columns: Tensor, part: float, card: Card) -> tuple[Tensor, Tensor]:
-    """Draw training and test rows from each class. Images whose labels made the weights are not for testing."""
+def _labels_used(card: Card) -> set[str]:
+    """Checksums of the images whose labels made the weights. A file without them may mean all that was looked at."""
+    return {*(card.labelled or (card.looked_at if card.labels_per_class else ()))}
+
+
+def _hold_out(columns: Tensor, known: Tensor, part: float, classes: tuple[Label, ...]) -> tuple[Tensor, Tensor]:
+    """Draw training and test rows from each class. Those of `known` (N,), whose labels made the weights, only train."""
     kept, tested = [], []
     for column in columns.unique().tolist():
         rows = torch.nonzero(columns == column).squeeze(1)
-        seen, rest = rows.split([min(card.labels_per_class, len(rows)), max(0, len(rows) - card.labels_per_class)])
+        learned, rest = rows[known[rows]], rows[~known[rows]]
         count = max(1, round(part * len(rows)))
         if count > len(rest) or count == len(rows):
-            has = f"labels: class {card.classes[column]!r} has {len(rows)} image(s)"
-            if not len(seen):
+            has = f"labels: class {classes[column]!r} has {len(rows)} image(s)"
+            if not len(learned):
                 raise UserError(f"{has}, too few to hold {count} out")
-            used = f"{len(seen)} of which the network was predicted from with their labels, too few to hold {count} out"
-            fewer = (len(rows) - count) * len(card.classes)
-            raise UserError(
-                f"{has}, {used}; give more, or predict from fewer (--sketch {fewer}; in Python sketch_images)"
-            )
+            used = f"{len(learned)} of which the network was predicted from or trained on with their labels"
+            fewer = (len(rows) - count) * len(classes)
+            advice = f", or predict from fewer (--sketch {fewer}; in Python sketch_images)" * (fewer > 0)
+            raise UserError(f"{has}, {used}, too few to hold {count} out; give more{advice}")
         rest = rest[torch.randperm(len(rest), device=rest.device)]
         tested.append(rest[:count])
-        kept.append(torch.cat([seen, rest[count:]]))
+        kept.append(torch.cat([learned, rest[count:]]))
     return torch.cat(kept), torch.cat(tested)
 
 

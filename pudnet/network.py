@@ -25,7 +25,8 @@ def features_in_parts(body: nn.Module, images: Tensor) -> Tensor:
 class PredictedNetwork(nn.Module):
     """A target network with predicted weights and a classifier (features (N, d) -> logits (N, k)), in eval mode.
 
-    It takes the same kinds of images as `Predictor.predict`, and processes them in batches.
+    Its weights are its own, and ask for no gradient; to train them, call `network.body.requires_grad_(True)`. It takes
+    the same kinds of images as `Predictor.predict`, and processes them in batches.
     """
 
     def __init__(self, body: nn.Module, classifier: nn.Module, card: Card) -> None:
@@ -35,7 +36,7 @@ class PredictedNetwork(nn.Module):
         mean, std = (torch.tensor(values, device=device) for values in (card.mean, card.std))
         self.register_buffer("mean", mean, persistent=False)
         self.register_buffer("std", std, persistent=False)
-        self.eval()
+        self.eval().requires_grad_(False)
 
     @property
     def classes(self) -> tuple[Label, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -59,6 +59,21 @@ class Streamed:
         """Rows (n,) -> float (n, C, H, W)."""
         pixels = torch.as_tensor(self.images.read(self.rows[rows.cpu()].tolist()))
         return normalize(pixels.to(self.mean.device), self.mean, self.std)
+
+
+@dataclass(frozen=True)
+class Noted:
+    """Rows (n,) of a user's images that a prediction may look at, and the checksum of each row that it has read."""
+
+    rows: Tensor
+    checksums: dict[int, str]
+
+    def on(self, card: Card, labels: Tensor) -> Card:
+        """A predicted network's card that tells which images it was made from. `labels` (n,) are the rows'."""
+        labelled = self.rows[first_rows(labels.cpu(), card.labels_per_class)].tolist()
+        known = [self.checksums[row] for row in labelled if row in self.checksums]
+        seen = self.checksums.values()
+        return dataclasses.replace(card, looked_at=tuple(sorted(seen)), labelled=tuple(sorted(known)))
 
 
 class Predictor:
@@ -202,12 +217,11 @@ class Predictor:
         networks, batch = [], max(1, min(GROUPS_AT_A_TIME, WEIGHTS_AT_A_TIME // self.target.predicted))
         for first in range(0, len(groups), batch):
             part = groups[first : first + batch]
-            seen: list[dict[int, str]] = [{} for _ in part]
-            prepared = [self._prepare(*group, noted) for group, noted in zip(part, seen, strict=True)]
+            prepared, noted = zip(*(self._prepare(*group) for group in part), strict=True)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
                 predicted = self._one_by_one(prepared) if self.class_aware else self._together(prepared)
-            for network, noted in zip(predicted, seen, strict=True):
-                network.card = dataclasses.replace(network.card, looked_at=tuple(sorted(noted.values())))
+            for network, (_, own, _), seen in zip(predicted, prepared, noted, strict=True):
+                network.card = seen.on(network.card, own)
             networks += predicted
         return networks
 
@@ -221,19 +235,15 @@ class Predictor:
             weights = self.model.generate(sketches)
         return [self.network(own_weights(weights, g), *group) for g, group in enumerate(groups)]
 
-    def _prepare(
-        self, images: Images | ImageSet, labels: Sequence | Pixels | None, seen: dict[int, str]
-    ) -> tuple[Tensor | Streamed, Tensor, tuple]:
-        """Pick the images that a prediction uses: normalised (N, C, H, W), their labels (N,), and the k classes.
-
-        `seen` collects the checksum of each image as it is read.
-        """
+    def _prepare(self, images: Images | ImageSet, labels: Sequence | Pixels | None) -> tuple[tuple, Noted]:
+        """Pick the images that a prediction uses: normalised (N, C, H, W), their labels (N,), and the k classes."""
         own, encoded, classes = labelled_set(images, labels, self.card)
         rows = self.rows(encoded)
-        looked_at = Streamed(noting(own, seen), rows, self.mean, self.std)
+        noted = Noted(rows, {})
+        looked_at = Streamed(noting(own, noted.checksums), rows, self.mean, self.std)
         if len(rows) <= images_at_a_time(self.card.image_size):
             looked_at = looked_at[torch.arange(len(rows))]  # few enough for memory: read each once
-        return looked_at, encoded[rows].to(self.device), classes
+        return (looked_at, encoded[rows].to(self.device), classes), noted
 
     def rows(self, labels: Tensor) -> Tensor:
         """Rows of the images that a prediction uses, for labels (N,) in 0..k-1."""

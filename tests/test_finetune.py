@@ -89,6 +89,37 @@ def test_too_few_images_beside_those_whose_labels_made_the_weights_are_refused()
         finetune(predictor.predict(images, labels), images, labels)
 
 
+@pytest.fixture(scope="module")
+def drawn():
+    """70 images of noise, of two classes in turns."""
+    return np.random.default_rng(0).integers(0, 256, (70, 8, 8), dtype=np.uint8), np.arange(70) % 2
+
+
+def held_out_of(found, images):
+    """The images, by their rows, that a fine-tuning held out: all that it has not trained on."""
+    return [row for row, own in enumerate(checksums(images[..., None])) if own not in found.network.card.labelled]
+
+
+def test_images_whose_labels_made_the_weights_are_known_whatever_their_order(drawn):
+    images, labels = drawn
+    network = plus().predict(images[:10], labels[:10])
+    assert set(network.card.labelled) == set(checksums(images[:10, ..., None]))
+    for order in (np.arange(70), np.arange(70)[::-1]):
+        found = finetune(network, images[order], labels[order], epochs=1, held_out=0.4)
+        tested = order[held_out_of(found, images[order])]
+        assert len(tested) == found.held_out == 28 and tested.min() >= 10
+    assert finetune(network, images[10:30], labels[10:30], epochs=1).held_out == 4  # none of these was looked at
+
+
+def test_what_a_first_finetuning_trained_on_a_second_does_not_hold_out(drawn, predictor):
+    images, labels = drawn
+    first = finetune(predictor.predict(images, labels), images, labels, epochs=1, held_out=0.4)
+    second = finetune(first.network, images, labels, epochs=1, held_out=0.2, seed=1)
+    assert set(held_out_of(second, images)) < set(held_out_of(first, images)) and second.held_out == 14
+    with pytest.raises(UserError, match="21 of which the network was predicted from or trained on"):
+        finetune(first.network, images, labels, epochs=1, held_out=0.5)
+
+
 def test_both_starts_see_the_same_batches(predictor, digits):
     """From the very same start, the two curves are one."""
     images, labels = digits

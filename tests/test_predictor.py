@@ -146,6 +146,22 @@ def test_several_groups_in_one_call_are_the_same_as_one_by_one(at_a_time, predic
         assert_close(found(QUERIES), expected(QUERIES), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("variant", ["pudnet", "pudnet_plus", "static_trunk"])
+def test_to_change_a_network_changes_neither_its_predictor_nor_another_network(variant):
+    plus = variant == "pudnet_plus"
+    predictor = Predictor.untrained("convnet3", 3, 16, variant=variant) if plus else make_predictor(variant)
+    before = {name: tensor.clone() for name, tensor in predictor.model.state_dict().items()}
+    changed, other = predictor.predict_many([(IMAGES, LABELS), (IMAGES, LABELS)])
+    assert not any(parameter.requires_grad for parameter in changed.parameters())
+    expected = other(QUERIES)
+    for tensor in changed.state_dict().values():
+        tensor.fill_(0)
+    assert_close(predictor.model.state_dict(), before, rtol=0, atol=0)
+    assert_close(other(QUERIES), expected, rtol=0, atol=0)
+    sizes = [tensor.untyped_storage().nbytes() for tensor in other.target_state_dict().values()]
+    assert sum(sizes) == sum(tensor.nbytes for tensor in other.target_state_dict().values())  # no part of a larger one
+
+
 def test_a_part_of_the_images_is_looked_at_evenly_over_classes():
     few = Predictor.untrained("convnet3", channels=3, image_size=16)
     few.sketch_images, few.calibration_images, few.support_per_class = 4, 7, 2

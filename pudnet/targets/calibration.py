@@ -41,7 +41,7 @@ class Calibrator:
         """
         network = _copied(self.empty)
         for name, weight in weights.items():
-            _put(network, name, nn.Parameter(weight, requires_grad=False))
+            _put(network, name, nn.Parameter(weight.clone(), requires_grad=False))  # the model's own may be among them
         hooks = [_write_in_passing(network, name, write) for name, write in (writes or {}).items()]
         features = calibrate(network, images)
         for hook in hooks:
