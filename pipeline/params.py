@@ -332,7 +332,13 @@ def resolve(raw: Mapping[str, Any]) -> Params:
     for name in ("scratch_epochs", "scratch_search_epochs"):
         if sorted(set(values := getattr(params.baselines, name))) != values:
             raise UserError(f"baselines.{name}: must be in rising order, got {values!r}")
-    return params
+    return _of_whole(params) if params.groups.test_whole else params
+
+
+def _of_whole(params: Params) -> Params:
+    """With `groups.test_whole` there is one test group for each look, whatever number was asked for."""
+    looks = params.groups.test_looks or params.groups.looks
+    return replace(params, groups=replace(params.groups, test_groups=len(looks)))
 
 
 def _check_sets(params: Params) -> None:

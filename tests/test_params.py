@@ -44,7 +44,9 @@ def test_a_setting_brings_its_own_protocol(raw, name):
 def test_another_set_is_one_test_group_unless_groups_are_asked_for(raw):
     assert not resolve(raw).sizes.test_whole
     raw["prepare"]["test_source"] = "folder:photos"
-    assert resolve(raw).sizes.test_whole
+    assert resolve(raw).sizes.test_whole and resolve(raw).groups.test_groups == 1
+    looks = {**raw, "groups": {**raw["groups"], "test_groups": 50, "test_looks": ["grey", "edges"]}}
+    assert resolve(looks).groups.test_groups == 2  # all images, once with each look
     for name in ("test_classes_per_group", "test_images_per_group"):  # which one group of all images cannot have
         asked = {**raw, "groups": {**raw["groups"], name: 4}}
         with pytest.raises(UserError, match=rf"groups.{name}: .* all test images are one group"):
