@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from pipeline.params import Params
 from pipeline.project import PREPARED, STORE, TEST_STORE, root
 from pipeline.stage import run_stage
@@ -10,13 +12,13 @@ from pudnet.data.sources import open_sources
 from pudnet.data.store import whole_folder, write_store
 
 
-def prepare(params: Params) -> None:
-    """Write data/prepared/train, and data/prepared/test if the setting tests on another set."""
+def prepare(params: Params, project: Path = Path()) -> None:
+    """Write data/prepared/train, and data/prepared/test if the setting tests on another set, below `project`."""
     sources = {STORE.name: params.prepare.source}
     if params.prepare.test_source:
         sources[TEST_STORE.name] = [params.prepare.test_source]
     raw = root() / "data" / "raw"
-    with whole_folder(PREPARED) as folder:
+    with whole_folder(project / PREPARED) as folder:
         for name, specs in sources.items():
             begin = f"prepare: {' + '.join(specs)}"
             source = open_sources(specs, raw, params.prepare.image_size, params.prepare.channels)

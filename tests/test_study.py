@@ -15,8 +15,10 @@ from mlflow import MlflowClient
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from pipeline.project import STORE
 from pipeline.studies.definition import ANY, check_rows, column_params, load_study, row_spec, wanted
-from pipeline.studies.trained import _training
+from pipeline.studies.trained import _data_folder, _training, get_data
+from pudnet.data.store import open_store
 from pudnet.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -255,6 +257,29 @@ def _check_kinds(folder, output):
         ("random", "digits", "0"),
         ("PudNet", "digits", "0"),
     }
+
+
+@pytest.mark.parametrize("source", ["npz:mine.npz", "npz:~/mine.npz", "folder:linked"])
+def test_the_source_of_a_study_may_be_anywhere_and_its_changes_are_noticed(source, project, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    digits = load_digits()
+    for label in range(10):
+        (tmp_path / "elsewhere" / str(label)).mkdir(parents=True)
+        Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "elsewhere" / str(label) / "0.png")
+    (tmp_path / "linked").mkdir()
+    for label in range(10):
+        (tmp_path / "linked" / str(label)).symlink_to(tmp_path / "elsewhere" / str(label))
+
+    def prepared(value):
+        images = np.full((len(digits.target), 8, 8), value, np.uint8)
+        np.savez(tmp_path / "mine.npz", images=images, labels=digits.target)
+        Image.fromarray(images[0]).save(tmp_path / "elsewhere" / "0" / f"{value}.png")
+        params = column_params(load_study("tiny"), "digits")
+        params = replace(params, prepare=replace(params.prepare, source=[source]))
+        get_data(params)
+        return int(open_store(_data_folder(params) / STORE, verify=False).images.max())
+
+    assert [prepared(3), prepared(200)] == [3, 200]
 
 
 def test_a_rows_own_changes_win_over_its_variants(project):

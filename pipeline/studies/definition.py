@@ -247,7 +247,7 @@ def column_params(study: Study, column: str) -> Params:
     for name in settings.targets or ():
         check_target_name(name)
     groups = {} if GROUPS_KEY in own else {"train_groups": max(1, budget(study, params))}
-    if settings.test_groups is not None:
+    if settings.test_groups is not None and not params.groups.test_whole:
         groups["test_groups"] = settings.test_groups
     there, own = settings.sources, params.prepare
     prepare = {"source": [there.get(source, source) for source in own.source]}

@@ -26,6 +26,7 @@ from pipeline.studies.definition import IN_PREDICTIONS, Column, Row, Study, row_
 from pipeline.studies.measuring import StudyCell
 from pipeline.tracking.datasets import test_sets
 from pipeline.tracking.runs import Tracking, open_tracking
+from pudnet.data.folders import look_in
 
 T = TypeVar("T")
 
@@ -177,9 +178,9 @@ def _cell(row: Row, spec: TrialSpec, trained: Finished | None) -> StudyCell:
 def get_data(params: Params) -> None:
     """Prepare the data of a column, unless it is there already. Raises `UserError` if its source is missing."""
     folder = _data_folder(params)
-    with _one_at_a_time(folder), _working_in(folder, "raw", root() / "data" / "raw"):
-        if not PREPARED.is_dir():
-            prepare(params)
+    with _one_at_a_time(folder), contextlib.chdir(root()):  # where the source's path begins
+        if not (folder / PREPARED).is_dir():
+            prepare(params, folder)
 
 
 @contextlib.contextmanager
@@ -187,7 +188,7 @@ def workspace(params: Params) -> Iterator[None]:
     """Make a folder with the data and groups of a column, and make it the working directory inside the block."""
     data = _data_folder(params)
     folder = data / digest([asdict(params.groups), params.split_seeds], [])
-    with _working_in(folder, PREPARED.name, data / PREPARED):
+    with _working_in(folder, data / PREPARED):
         with _one_at_a_time(folder):
             if not GROUPS.is_dir():
                 make_groups(params)
@@ -201,25 +202,32 @@ def _one_at_a_time(folder: Path) -> contextlib.AbstractContextManager[None]:
 
 def _data_folder(params: Params) -> Path:
     sources = filter(None, (*params.prepare.source, params.prepare.test_source))
-    there = [_files(*source.split(":", 1)) for source in sources]
+    with contextlib.chdir(root()):
+        there = [_files(*source.split(":", 1)) for source in sources]
     return root() / ".pud" / "studies" / digest([asdict(params.prepare), there], [])
 
 
 def _files(kind: str, place: str = "") -> list[tuple[str, int, int]]:
-    """The size and time of each file of a source, to notice changed images. (torchvision's sets do not change.)"""
-    path = root() / place
-    if kind == "torchvision":
+    """The size and time of each file of a source, to notice changed images. (torchvision's sets do not change.)
+
+    What the code of a source `python:MODULE:NAME` reads is not known.
+    """
+    if kind not in ("folder", "npz"):
         return []
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    try:
+        path = Path(place).expanduser()
+    except RuntimeError:  # there is no such user, which `prepare` says
+        return []
+    files = look_in(path).files if path.is_dir() else [path]
     found = [(str(file.relative_to(path)), file.stat()) for file in files if file.is_file()]
     return [(name, status.st_size, status.st_mtime_ns) for name, status in found]
 
 
 @contextlib.contextmanager
-def _working_in(folder: Path, link: str, to: Path) -> Iterator[None]:
-    """Work in a folder with a link data/LINK to another folder; `root` still gives the project's own folder."""
+def _working_in(folder: Path, prepared: Path) -> Iterator[None]:
+    """Work in a folder with a link to prepared data; `root` still gives the project's own folder."""
     (folder / "data").mkdir(parents=True, exist_ok=True)
-    path, to = folder / "data" / link, Path(os.path.relpath(to, folder / "data"))  # the project may be moved
+    path, to = folder / PREPARED, Path(os.path.relpath(prepared, folder / "data"))  # the project may be moved
     if not path.is_symlink() or path.readlink() != to:
         path.unlink(missing_ok=True)
         path.symlink_to(to)
