@@ -111,6 +111,8 @@ class Conv2d(nn.Conv2d):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (N, d_in, H, W) -> (N, d_out, H', W'); one image (d_in, H, W) -> (d_out, H', W')."""
+        if images.device.type != "cpu":  # the network was moved
+            return super().forward(images)
         if images.ndim == 3:
             return self(images.unsqueeze(0)).squeeze(0)
         if torch.is_autocast_enabled("cpu"):

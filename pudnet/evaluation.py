@@ -129,7 +129,7 @@ def _classes(images: StoreImages, group: np.ndarray) -> tuple[int, ...]:
 
 @torch.no_grad()
 def group_sketches(predictor: Predictor, images: StoreImages, groups: np.ndarray, bf16: bool) -> list[Tensor]:
-    """The sketch (l, m) of each group of a table (G, N)."""
+    """The sketch of each group of a table (G, N), as the hypernetwork takes it."""
     with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
         return [predictor.sketch(*adapt_input(predictor, images, group)) for group in groups]
 

@@ -97,7 +97,7 @@ def train(
     if gc:
         centralized(optimizer, config.centralize)
     steps = config.epochs * math.ceil(len(images) / config.batch)
-    rate = partial(one_cycle, steps=steps, warm_up=config.warm_up)
+    rate = partial(rise_and_fall, steps=steps, warm_up=config.warm_up)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     for epoch in range(1, config.epochs + 1):
         after_epoch(epoch, train_epoch(network, optimizer, images, labels, config, bf16, schedule))
@@ -147,7 +147,7 @@ def train_epoch(
     return total.item() / len(images)
 
 
-def one_cycle(step: int, steps: int, warm_up: float) -> float:
+def rise_and_fall(step: int, steps: int, warm_up: float) -> float:
     """The factor of the learning rate at a step: rises linearly over `warm_up` of the steps, then falls to zero."""
     rise = max(1.0, warm_up * steps)
     return min(1.0, (step + 1) / rise, max(0.0, (steps - step) / max(1.0, steps - rise)))

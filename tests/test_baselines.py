@@ -22,7 +22,7 @@ from pudnet.gradient_centralization import centralized
 from pudnet.hypernet import PudNet
 from pudnet.learner import MetaLearner
 from pudnet.predictor import Predictor, build_model
-from pudnet.scratch import one_cycle, scratch_network, train
+from pudnet.scratch import rise_and_fall, scratch_network, train
 from pudnet.targets import build_target
 from pudnet.training import Trainer, arranged
 from tests.nets import Depthwise
@@ -460,8 +460,8 @@ def test_methods_take_a_network_of_ones_own(name):
 
 
 def test_the_rate_rises_falls_to_nothing_and_no_image_is_lost_by_augmenting():
-    assert max(one_cycle(step, 12, 0.2) for step in range(12)) == 1.0
-    rates = [one_cycle(step, 100, 0.2) for step in range(100)]
+    assert max(rise_and_fall(step, 12, 0.2) for step in range(12)) == 1.0
+    rates = [rise_and_fall(step, 100, 0.2) for step in range(100)]
     assert rates[0] == 0.05 and max(rates) == rates[19] == 1.0 and 0 < rates[-1] < 0.02
     images = torch.arange(64.0).view(1, 1, 8, 8).repeat(200, 1, 1, 1)
     shifted, mirrored = augmented(images, "shift"), augmented(images, "shift_mirror")

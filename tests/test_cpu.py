@@ -67,6 +67,15 @@ def closed_form(images, weight, gradient, stride, padding):
     return output, of_padded[:, :, padding[0] :, padding[1] :][:, :, :height, :width], of_weight
 
 
+def test_a_network_that_leaves_the_cpu_has_torchs_own_convolutions():
+    layers = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1))
+    accelerate(layers)
+    images = torch.rand(2, 3, 8, 8)
+    own, elsewhere = layers(images), layers.to("meta")(images.to("meta"))
+    assert own.shape == elsewhere.shape
+    assert type(elsewhere.grad_fn).__name__ == "ConvolutionBackward0" != type(own.grad_fn).__name__
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 9, 12])
 @pytest.mark.parametrize("stride", [(1, 1), (2, 2), (3, 3), (2, 1)], ids=str)
 @pytest.mark.parametrize("kernel", [(1, 1), (3, 3), (7, 7), (3, 5)], ids=str)

@@ -101,6 +101,15 @@ def test_grey_bytes_need_no_channel_axis():
     assert torch.equal(first, second)
 
 
+def test_grey_floats_may_be_any_number():
+    predictor = Predictor.untrained("convnet3", channels=1, image_size=16)
+    images = IMAGES[..., 0].astype(np.float32) / 255
+    network = predictor.predict(images, LABELS)
+    expected = network(images)
+    for count in (3, 4, 5):
+        assert_close(network(images[:count]), expected[:count])
+
+
 def test_view_of_an_array_will_do(predictor, network):
     swapped = IMAGES[..., ::-1].copy()  # BGR, as some readers give it
     assert torch.equal(predictor.predict(swapped[..., ::-1], LABELS)(QUERIES), network(QUERIES))

@@ -21,6 +21,7 @@ from pipeline.prepare import prepare
 from pipeline.runs.trial import load_state
 from pipeline.studies.definition import load_study
 from pudnet.baselines import load_method
+from pudnet.card import Card, write_tensors
 from pudnet.data.groups import open_groups
 from pudnet.data.sources import open_source
 from pudnet.data.store import open_store
@@ -46,11 +47,14 @@ def trapped_npy(path, mark):
     np.save(path, np.array([Trap(mark)], dtype=object), allow_pickle=True)
 
 
-@pytest.mark.parametrize(
-    "read",
-    [Predictor.load, PredictedNetwork.load, lambda path: load_method(path, torch.device("cpu"))],
-    ids=["hypernetwork", "network", "baseline"],
-)
+READERS = {  # and the kind of file that each reads
+    "hypernetwork": (Predictor.load, "pudnet"),
+    "network": (PredictedNetwork.load, "network"),
+    "baseline": (lambda path: load_method(path, torch.device("cpu")), "r2d2"),
+}
+
+
+@pytest.mark.parametrize("read", [read for read, _ in READERS.values()], ids=READERS)
 def test_a_pickle_in_place_of_a_model_is_refused_unread(read, tmp_path):
     mark, path = tmp_path / "mark", tmp_path / "model.safetensors"
     path.write_bytes(pickle.dumps(Trap(mark)))
@@ -60,6 +64,16 @@ def test_a_pickle_in_place_of_a_model_is_refused_unread(read, tmp_path):
     with pytest.raises(UserError):
         read(path)
     assert not mark.exists()
+
+
+@pytest.mark.parametrize(("read", "kind"), [*READERS.values()], ids=READERS)
+def test_a_file_does_not_decide_what_is_imported(read, kind, tmp_path, monkeypatch):
+    (tmp_path / "trap_nets.py").write_text("raise AssertionError('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    card = Card(kind, "trap_nets:Net", 1, 8, (0.5,), (0.5,), 10.0, 1, classes=("a", "b"))
+    write_tensors(tmp_path / "m.safetensors", {"w": torch.zeros(1)}, card)
+    with pytest.raises(UserError, match="this file is for trap_nets:Net; give that network as `target`"):
+        read(tmp_path / "m.safetensors")
 
 
 def test_a_pickle_in_a_checkpoint_is_refused_unread(tmp_path):

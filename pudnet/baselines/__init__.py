@@ -20,7 +20,7 @@ from pudnet.baselines.musml import MUSML
 from pudnet.baselines.pretrained import Pretrained
 from pudnet.baselines.protonet import ProtoNet
 from pudnet.baselines.r2d2 import R2D2
-from pudnet.card import loaded, read_tensors
+from pudnet.card import card_target, loaded, read_tensors
 from pudnet.config import parse
 from pudnet.errors import UserError
 from pudnet.scratch import Scratch, ScratchConfig
@@ -71,6 +71,6 @@ def load_method(path: Path, device: torch.device, target: str | None = None) -> 
     if card.kind not in LEARNED:
         raise UserError(f"{path}: holds a {card.kind}, not a trained baseline")
     with torch.random.fork_rng(devices=[]):
-        plain = build_target(target or card.target, card.channels, card.image_size)
+        plain = card_target(card, target)
         method, own = make_method(card.kind, card.model or {}, plain)
     return Adapter(loaded(method, tensors, path).to(device), card, own)

@@ -213,7 +213,7 @@ def _is_unreadable(path: Path) -> bool:
 
 
 def convert(images: np.ndarray, image_size: int, channels: int) -> np.ndarray:
-    """Convert uint8 (B, H, W) or (B, H, W, C), with C 1 or 3, to uint8 (B, image_size, image_size, channels)."""
+    """Convert uint8 (B, H, W) or (B, H, W, C), with C 1 to 4, to uint8 (B, image_size, image_size, channels)."""
     if images.ndim == 3:
         images = images[..., None]
     if images.shape[1:] == (image_size, image_size, channels):

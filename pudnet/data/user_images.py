@@ -148,7 +148,7 @@ def _of_array(images: Pixels, form: Form) -> ImageSet:
         raise UserError(f"images: must be an array, a list of images, a Dataset or a folder, got {_kind(images)}")
     if isinstance(images, Tensor) and images.dtype == torch.uint16:
         images = images.cpu().numpy()  # torch cannot index rows of this type
-    _check_array(images)
+    _check_array(images, form)
     size, channels = _image_shape(images)
     _say_converted(*size, channels, form)
     return ImageSet(len(images), lambda rows: _pixels(images[rows], form))
@@ -173,11 +173,15 @@ def _warn(message: str, kind: type[UserWarning]) -> None:
     warnings.warn(message, kind, stacklevel=level)
 
 
-def _check_array(images: Pixels) -> None:
-    """Raise `UserError` if an array does not hold images. Floats are checked in parts, to save memory."""
+def _check_array(images: Pixels, form: Form) -> None:
+    """Raise `UserError` if an array does not hold images. Floats are checked in parts, to save memory.
+
+    To a model of grey images, floats (3, H, W) are three of them, to another they look like one in colour.
+    """
     if not _is_float(images) and str(images.dtype).removeprefix("torch.") not in ("uint8", "uint16"):
         raise UserError(f"images: must be uint8 (N, H, W, C) or float (N, C, H, W), got {images.dtype}")
-    if images.ndim == 3 and images.shape[0 if _is_float(images) else 2] in (3, 4):
+    several = _is_float(images) and form.channels == 1
+    if images.ndim == 3 and not several and images.shape[0 if _is_float(images) else 2] in (3, 4):
         raise UserError(f"images: shape {tuple(images.shape)} looks like one image; give (N, ...), as `image[None]`")
     if _channel_axis(images) is None or 0 in images.shape:
         raise UserError(
