@@ -11,13 +11,13 @@ import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from pipeline.params import Params
+from pipeline.params import Params, ResourcesParams
 from pipeline.runs.keys import CODE
 from pudnet.errors import RunFailed, UserError
 
@@ -138,9 +138,29 @@ def is_lost() -> bool:
     return not os.environ.get("RAY_ADDRESS") and not any(node["Alive"] for node in ray.nodes())
 
 
-def cpus_of_a_node() -> int:
-    """The CPU cores of the largest node."""
-    return int(max(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]))
+def largest_node(params: Params) -> int:
+    """The CPU cores of the largest node that has the GPUs of a trial. Raises `UserError` as `share` does."""
+    nodes = _nodes()
+    return int(_most_cpus(nodes, _gpus(nodes, params.resources)))
+
+
+def _nodes() -> list[dict[str, float]]:
+    """The resources of each node that is alive."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]] or [{}]
+
+
+def _most_cpus(nodes: Sequence[Mapping[str, float]], gpu: float) -> float:
+    return max(node.get("CPU", 0) for node in nodes if node.get("GPU", 0) >= gpu)
+
+
+def _gpus(nodes: Sequence[Mapping[str, float]], wanted: ResourcesParams) -> float:
+    """The GPUs of a trial. None are requested if there is none: Ray would wait for ever."""
+    gpus = max(node.get("GPU", 0) for node in nodes)
+    if gpus and (wanted.gpus > gpus or (wanted.gpus > 1 and wanted.gpus % 1)):
+        raise UserError(
+            f"resources.gpus: {wanted.gpus:g} for a trial; give a fraction, or a whole number up to {gpus:.0f}"
+        )
+    return wanted.gpus if gpus else 0
 
 
 def has_room(params: Params, workers: int) -> bool:
@@ -153,18 +173,13 @@ def has_room(params: Params, workers: int) -> bool:
 
 
 def share(params: Params, workers: int = 1) -> dict[str, float]:
-    """The resources of a trial, or of each worker. No GPU is requested if there is none: Ray would wait for ever.
+    """The resources of a trial, or of each worker.
 
     Raises `UserError` if no node has the resources of a trial, or all nodes together lack those of its workers.
     """
-    nodes, wanted = [node["Resources"] for node in ray.nodes() if node["Alive"]] or [{}], params.resources
-    gpus = max(node.get("GPU", 0) for node in nodes)
-    if gpus and (wanted.gpus > gpus or (wanted.gpus > 1 and wanted.gpus % 1)):
-        raise UserError(
-            f"resources.gpus: {wanted.gpus} for a trial; give a fraction, or a whole number up to {gpus:.0f}"
-        )
-    gpu = wanted.gpus if gpus else 0
-    cpus = max(node.get("CPU", 0) for node in nodes if node.get("GPU", 0) >= gpu)
+    nodes, wanted = _nodes(), params.resources
+    gpu = _gpus(nodes, wanted)
+    cpus = _most_cpus(nodes, gpu)
     if wanted.cpus > cpus:
         of_what = f"node with {gpu:g} GPU(s)" if gpu else "node"
         raise UserError(f"resources.cpus: {wanted.cpus} for a trial, but the largest {of_what} has {cpus:.0f}")

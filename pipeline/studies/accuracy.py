@@ -41,7 +41,7 @@ def measure(trained: TrainedColumn) -> pd.DataFrame:
     accuracies = {row: [summary(one)["accuracy"] for one in own] for row, own in by_training.items()}
     spread = Spread.of(accuracies.values())
     times, diagnoses = _times(trained, params), _diagnoses(trained)
-    everything = replace(params, resources=replace(params.resources, cpus=cluster.cpus_of_a_node()))
+    everything = replace(params, resources=replace(params.resources, cpus=cluster.largest_node(params)))
     fast_times = _times(trained, everything) if study.axis == "time" else {}
     for row, seed in tables:
         _log(trained, row, seed, tables, times.get(row))
