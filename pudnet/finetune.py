@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -18,14 +17,13 @@ from torch import Tensor, nn
 from pudnet.augmentation import AUGMENTATIONS
 from pudnet.card import Card
 from pudnet.classifier import fit
-from pudnet.cpu import accelerate
 from pudnet.data.rows import CALIBRATION_IMAGES, first_rows, spread_rows
 from pudnet.data.user_images import Images, ImageSet, Label, Pixels, images_at_a_time, labelled_set, noting
 from pudnet.device import clock, wants_bf16
 from pudnet.errors import UserError
 from pudnet.network import PredictedNetwork, features_in_parts
-from pudnet.scratch import ScratchConfig, train
-from pudnet.targets import calibrate
+from pudnet.scratch import ScratchConfig, train, with_head
+from pudnet.targets import calibrate, draw_convolutions
 
 
 @dataclass(frozen=True)
@@ -172,8 +170,7 @@ def _random(network: PredictedNetwork) -> PredictedNetwork:
     for module in body.modules():
         if hasattr(module, "reset_parameters"):
             module.reset_parameters()
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+    draw_convolutions(body)
     return PredictedNetwork(body, network.classifier, network.card)
 
 
@@ -194,11 +191,7 @@ def _calibrate(body: nn.Module, parts: Parts) -> None:
 
 def trainable(start: PredictedNetwork, compiled: bool = False) -> nn.Sequential:
     """A copy of a network in which all weights and the classifier are trainable."""
-    body = copy.deepcopy(start.body).requires_grad_(True)
-    if start.mean.device.type == "cpu":
-        accelerate(body, compiled)
-    head = copy.deepcopy(start.classifier).requires_grad_(True)
-    return nn.Sequential(OrderedDict(body=body, flat=nn.Flatten(), head=head)).to(start.mean.device)
+    return with_head(copy.deepcopy(start.body), copy.deepcopy(start.classifier), compiled)
 
 
 def _warm_up(start: PredictedNetwork, parts: Parts, config: ScratchConfig) -> None:

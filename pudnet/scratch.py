@@ -19,7 +19,7 @@ from pudnet.cpu import accelerate, keep_freed_memory
 from pudnet.device import flushing_denormals
 from pudnet.gradient_centralization import Where, centralized
 from pudnet.network import Classifier
-from pudnet.targets import Target, calibrate
+from pudnet.targets import Target, calibrate, draw_convolutions
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -106,14 +106,16 @@ def train(
 def scratch_network(target: Target, classes: int, device: torch.device, compiled: bool = False) -> nn.Sequential:
     """The plain target, newly He-initialised, with a linear head. Compiled layers keep no running statistics."""
     body = copy.deepcopy(target.network)
-    for module in body.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+    draw_convolutions(body)
     body = body.to(device, memory_format=torch.channels_last)
-    if device.type == "cpu":
-        accelerate(body, compiled)  # as in meta-training
-    head = nn.Linear(target.features, classes, device=device)
-    return nn.Sequential(OrderedDict(body=body, flat=nn.Flatten(), head=head))
+    return with_head(body, nn.Linear(target.features, classes, device=device), compiled)
+
+
+def with_head(body: nn.Module, head: nn.Module, compiled: bool = False) -> nn.Sequential:
+    """Both as one trainable network of `body`, `flat` and `head`, on a CPU with faster layers, as in meta-training."""
+    if next(head.parameters()).device.type == "cpu":
+        accelerate(body, compiled)
+    return nn.Sequential(OrderedDict(body=body, flat=nn.Flatten(), head=head)).requires_grad_(True)
 
 
 def train_epoch(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict
 from dataclasses import asdict
 
 import numpy as np
@@ -22,9 +21,9 @@ from pipeline.studies.measuring import StudyCell, open_cell
 from pipeline.studies.page import number, table_of, trained_on
 from pipeline.studies.trained import TrainedColumn
 from pudnet.baselines import ScratchConfig
-from pudnet.cpu import accelerate
 from pudnet.evaluation import mean_half_width
 from pudnet.finetune import Parts, train_on
+from pudnet.scratch import with_head
 
 SHOWN = (1, 5, 10, 20, 30, 50)  # epochs that the table shows, besides the last
 IMAGES_STREAM = 5  # a stream of random numbers that the group tables do not use
@@ -96,12 +95,9 @@ def _parts(bench: Bench, plan: FineTuning) -> Parts:
 
 def _with_linear_head(body: nn.Module, classes: int, parts: Parts) -> nn.Sequential:
     """A trainable copy of a network, with a new linear layer on its features."""
-    body, device = copy.deepcopy(body).requires_grad_(True), parts.images.device
     with torch.no_grad():
         features = body(parts.images[:1]).flatten(1).shape[1]
-    if device.type == "cpu":
-        accelerate(body)
-    return nn.Sequential(OrderedDict(body=body, flat=nn.Flatten(), head=nn.Linear(features, classes, device=device)))
+    return with_head(copy.deepcopy(body), nn.Linear(features, classes, device=parts.images.device))
 
 
 def figure(study: Study, table: pd.DataFrame) -> Figure:

@@ -18,7 +18,7 @@ from pudnet.targets.build import (
 from pudnet.targets.calibration import Calibrator, calibrate
 from pudnet.targets.convnet3 import Block, ConvNet3, Level, MultilevelConvNet3, last_block_alone
 from pudnet.targets.shared import SharedTarget, check_together, together
-from pudnet.targets.target import ConvShape, Target, Weights, norms, own_weights, put_tensors
+from pudnet.targets.target import ConvShape, Target, Weights, draw_convolutions, norms, own_weights, put_tensors
 
 __all__ = [
     "ALL_BLOCKS",
@@ -36,6 +36,7 @@ __all__ = [
     "calibrate",
     "check_target_name",
     "check_together",
+    "draw_convolutions",
     "has_all_blocks",
     "is_import_path",
     "last_block_alone",

@@ -22,7 +22,7 @@ from pudnet.targets.checks import (
 from pudnet.targets.convnet3 import WIDTH, ConvNet3, MultilevelConvNet3
 from pudnet.targets.layout import give_contiguous_maps, wants_contiguous_maps
 from pudnet.targets.resnets import resnet
-from pudnet.targets.target import Target
+from pudnet.targets.target import Target, draw_convolutions
 
 ALL_BLOCKS = "convnet3_multilevel"
 TARGETS: dict[str, Callable[[int], nn.Module]] = {
@@ -91,9 +91,7 @@ def build_target(target: str | nn.Module, channels: int, image_size: int) -> Tar
     refuse_what_cannot_be_trained(network, name, torch.cat([images, images[:1]]))  # 3 images: another batch size
     if name not in TARGETS:
         refuse_what_a_file_loses(network, _made(target, name, channels), name, images)
-    for module in network.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+    draw_convolutions(network)
     return Target(network, convs, channels, image_size, features)
 
 

@@ -57,6 +57,13 @@ class Target:
         return sum(math.prod(conv.shape) for conv in self.convs)
 
 
+def draw_convolutions(network: nn.Module) -> None:
+    """Draw the weights of all convolutions anew, normally distributed as He et al. (2015) do for ReLU."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+
+
 def norms(network: nn.Module) -> list[_BatchNorm]:
     """The network's BatchNorm layers."""
     return [module for module in network.modules() if isinstance(module, _BatchNorm)]
