@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from functools import partial
 from typing import Annotated
 
 import torch
@@ -18,7 +19,7 @@ from pudnet.config import STRICT, Fraction, Positive, PositiveFloat, TrainConfig
 from pudnet.errors import UserError
 from pudnet.learner import Learner
 from pudnet.ridge import at_least_fp32
-from pudnet.targets import Block, Level, Target
+from pudnet.targets import Block, Level, Target, map_at
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -82,31 +83,11 @@ class BDCNetwork(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """The upper triangle, with the diagonal, of each image's BDC matrix, in fp32 even under autocast."""
-        maps = _map_of(self.body, self.layer, images)
+        maps = map_at(self.body.get_submodule(self.layer), partial(self.body, images), after=True)
         with torch.autocast(images.device.type, enabled=False):
             matrices = bdc(self.reduce(at_least_fp32(maps)).flatten(2), self.tau)  # (N, c, c)
         rows, columns = torch.triu_indices(*matrices.shape[1:], device=matrices.device)
         return matrices[:, rows, columns]
-
-
-class _ReachedError(Exception):
-    """Ends a forward pass at a layer whose output is wanted, and carries that output."""
-
-
-def _map_of(body: nn.Module, layer: str, images: Tensor) -> Tensor:
-    """The output of one layer of a network for images; later layers are not run."""
-
-    def stop(module: nn.Module, inputs: tuple, output: Tensor) -> None:
-        raise _ReachedError(output)
-
-    hook = body.get_submodule(layer).register_forward_hook(stop)
-    try:
-        body(images)
-    except _ReachedError as reached:
-        return reached.args[0]
-    finally:
-        hook.remove()
-    raise RuntimeError(f"layer {layer} was not reached")
 
 
 def bdc(features: Tensor, tau: Tensor) -> Tensor:
@@ -163,7 +144,7 @@ def _cut_off_after(body: nn.Module, layer: str, images: Tensor) -> None:
 
     for path, module in network.named_modules():
         module.register_forward_pre_hook(lambda _, __, path=path: note(path))
-    _map_of(network, layer, images)
+    map_at(network.get_submodule(layer), partial(network, images), after=True)
     for path, _ in list(body.named_modules()):
         parent, _, name = path.rpartition(".")
         if path not in needed and parent in needed:

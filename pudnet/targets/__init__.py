@@ -17,7 +17,7 @@ from pudnet.targets.build import (
 )
 from pudnet.targets.calibration import Calibrator, calibrate
 from pudnet.targets.convnet3 import Block, ConvNet3, Level, MultilevelConvNet3, last_block_alone
-from pudnet.targets.shared import SharedTarget, check_together, together
+from pudnet.targets.shared import SharedTarget, check_together, map_at, together
 from pudnet.targets.target import ConvShape, Target, Weights, draw_convolutions, norms, own_weights, put_tensors
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "has_all_blocks",
     "is_import_path",
     "last_block_alone",
+    "map_at",
     "norms",
     "own_weights",
     "put_tensors",

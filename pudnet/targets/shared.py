@@ -20,11 +20,30 @@ OfOneGroup = Callable[[Tensor, Weights], Tensor]  # a function of one group's im
 
 
 class _Reached(Exception):
-    """Ends a forward pass at the layer whose input is wanted, since the layers after it are not needed."""
+    """Ends a forward pass at the layer whose map is wanted, since the layers after it are not needed."""
 
     def __init__(self, maps: Tensor) -> None:
         super().__init__()
         self.maps = maps
+
+
+def map_at(layer: nn.Module, run: Callable[[], object], after: bool = False) -> Tensor:
+    """Run a forward pass up to a layer -> what goes into it, or what comes `after` it.
+
+    Raises `RuntimeError` if the layer takes no part in it.
+    """
+
+    def stop(module: nn.Module, args: tuple[Tensor], output: Tensor | None = None) -> None:
+        raise _Reached(output if after else args[0])
+
+    hook = layer.register_forward_hook(stop) if after else layer.register_forward_pre_hook(stop)
+    try:
+        run()
+    except _Reached as reached:
+        return reached.maps
+    finally:
+        hook.remove()
+    raise RuntimeError("the layer takes no part in the forward pass")
 
 
 def one_by_one(of_one: OfOneGroup, images: Tensor, weights: Weights) -> Tensor:
@@ -110,7 +129,11 @@ class SharedTarget(nn.Module):
 
     def input_of(self, conv: nn.Conv2d, images: Tensor, weights: Weights) -> Tensor:
         """The input maps (..., N, d_in, H', W') of one of the body's convolutions for images (..., N, C, H, W)."""
-        return self._of_groups(partial(self._input_of, conv), images, weights)
+
+        def of_one(group: Tensor, own: Weights) -> Tensor:
+            return map_at(conv, partial(self.one, group, own))
+
+        return self._of_groups(of_one, images, weights)
 
     def _of_groups(self, of_one: OfOneGroup, images: Tensor, weights: Weights) -> Tensor:
         """Apply `of_one` to images (..., N, C, H, W) of one group or several."""
@@ -120,19 +143,6 @@ class SharedTarget(nn.Module):
             single = {name: weight.squeeze(0) if weight.ndim > 4 else weight for name, weight in weights.items()}
             return of_one(images.squeeze(0), single).unsqueeze(0)
         return (one_by_one if images.device.type == "cpu" else together)(of_one, images, weights)
-
-    def _input_of(self, conv: nn.Conv2d, images: Tensor, weights: Weights) -> Tensor:
-        def stop(module: nn.Module, args: tuple[Tensor]) -> None:
-            raise _Reached(args[0])
-
-        hook = conv.register_forward_pre_hook(stop)
-        try:
-            self.one(images, weights)
-        except _Reached as reached:
-            return reached.maps
-        finally:
-            hook.remove()
-        raise AssertionError("a target's convolutions all take part in its forward pass")
 
     def one(self, images: Tensor, weights: Weights) -> Tensor:
         """`forward` of one group's images (N, C, H, W)."""
