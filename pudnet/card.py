@@ -43,7 +43,7 @@ class Card:
     labels_per_class: int = 0  # the first so many images of each class were used with their labels
     predicted: tuple[str, ...] = ()  # names of the predicted tensors, in the order of the forward pass
     looked_at: tuple[str, ...] = ()  # checksums of the images that the network was predicted from or trained on
-    labelled: tuple[str, ...] = ()  # those of images whose labels the weights were made from
+    labelled: tuple[str, ...] = ()  # the ones of these whose labels made the weights
     provenance: dict = dataclasses.field(default_factory=dict)  # setting, class split, seeds, commit, ...
     format: int = FORMAT
 

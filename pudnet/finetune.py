@@ -76,8 +76,8 @@ def finetune(
     training images, and there is little left to learn.
 
     The prediction may have seen images that are held out here, but never their labels: images whose labels it used
-    (PudNet+), or an earlier fine-tuning, always become training images. All images are kept in memory, at the
-    network's size.
+    (PudNet+), or that an earlier fine-tuning trained on, always become training images. All images are
+    kept in memory, at the network's size.
 
     Raises:
         UserError: if images cannot be used, a label is unknown to the network, a class has no images or too few to
@@ -139,7 +139,7 @@ def _all_images(
 
 
 def _labels_used(card: Card) -> set[str]:
-    """Checksums of the images whose labels made the weights. A file without them may mean all that was looked at."""
+    """Checksums of the images whose labels made the weights: all that were looked at, if an older file does not say."""
     return {*(card.labelled or (card.looked_at if card.labels_per_class else ()))}
 
 

@@ -281,7 +281,7 @@ class Trainer:
             "rollbacks": self.rollbacks,
             "last": asdict(self.last) if self.last else None,
             "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],  # a CPU's leaves GPUs be
+            "cuda_rng": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],  # asking opens every GPU
         }
 
     def load_state_dict(self, state: dict) -> None:

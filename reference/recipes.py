@@ -4,7 +4,8 @@
     OMP_NUM_THREADS=1 python reference/recipes.py rates        # some 40 minutes on two cores of a CPU
     OMP_NUM_THREADS=1 python reference/recipes.py schedules    # as long
 
-The study `domains` trains all of them with PudNet+'s recipe. It writes studies/results/rates.md or schedules.md.
+The study `domains` trains all of them with PudNet+'s recipe. This script writes rates.md or schedules.md in
+studies/results/.
 """
 
 from __future__ import annotations
