@@ -144,7 +144,8 @@ def names_of(node: ast.AST) -> list[str]:
 
 
 def on_page_content(page_html: str, **about: object) -> str:
-    """Turn equations into MathML: of the pages, and of docstrings, where they are written as :math:`...`."""
+    """Turn equations (of pages, and of docstrings: :math:`...`) into MathML, and keep an interval in one line."""
+    page_html = page_html.replace(" ± ", "&nbsp;±&nbsp;")
     page_html = re.sub(
         r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', _equation, page_html, flags=re.DOTALL
     )

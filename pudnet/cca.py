@@ -1,4 +1,4 @@
-"""Canonical correlation analysis: how closely two descriptions of the same data sets are related (Fig. 1)."""
+"""Canonical correlation analysis: how closely two descriptions of the same datasets are related (Fig. 1)."""
 
 from __future__ import annotations
 

@@ -171,7 +171,7 @@ CLASSIFY = "classify --weights {weights} --data {data}"
         ("predict --data {tmp}/absent --out {tmp}/o", "absent: no such folder"),
         (
             "predict --data {tmp}/set --out {tmp}/o",
-            "set: subfolders called train, val are taken for parts of a data set",
+            "set: subfolders called train, val are taken for parts of a dataset",
         ),
         (
             "finetune --weights {weights} --data {tmp}/set --out {tmp}/o",

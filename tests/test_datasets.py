@@ -146,7 +146,7 @@ def test_what_is_not_clear_of_a_hugging_face_dataset_is_asked_for(table, predict
         predictor.predict(twice)
     with pytest.raises(UserError, match="no column of the Dataset is clearly its image"):
         predictor.predict(PIXELS, LABELS).classify(twice)
-    with pytest.raises(UserError, match=r"these are the parts of a data set \(train, test\); give one, \['train'\]"):
+    with pytest.raises(UserError, match=r"these are the parts of a dataset \(train, test\); give one, \['train'\]"):
         predictor.predict(datasets.DatasetDict({"train": table, "test": table}))
     with pytest.raises(UserError, match="must have a length"):
         predictor.predict(DataLoader(table.to_iterable_dataset()))

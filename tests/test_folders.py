@@ -1,4 +1,4 @@
-"""Folders as people keep them: links, deep trees, and the root of a data set given for its training part."""
+"""Folders as people keep them: links, deep trees, and the root of a dataset given for its training part."""
 
 import errno
 import re
@@ -134,7 +134,7 @@ def test_parts_of_a_data_set_are_not_taken_for_classes(files, parts, first, pred
     refused(
         root,
         predictor,
-        rf"subfolders called {parts} are taken for parts of a data set, not for classes; give one of them, as "
+        rf"subfolders called {parts} are taken for parts of a dataset, not for classes; give one of them, as "
         rf"{re.escape(str(root / first))} \(or rename them, if they are classes\)$",
     )
     assert len(predictor.predict(fill(tmp_path / "two", "a/x.png", "b/x.png")).classify(root)) == len(files)
@@ -145,7 +145,7 @@ def test_parts_inside_each_class_are_not_taken_together(predictor, tmp_path):
     refused(
         root,
         predictor,
-        r"cat: holds test and train, which are taken for parts of a data set; use one part only "
+        r"cat: holds test and train, which are taken for parts of a dataset; use one part only "
         r"\(a folder with a link cat to .*/cat/train, and so on\), or rename them to use all images",
     )
     (tmp_path / "one").mkdir()

@@ -59,7 +59,7 @@ def render(name: str, study: Study, tables: str, left_out: Mapping[str, str], as
 
 
 def _command(name: str, asked: StudyParams) -> str:
-    """The command that runs the study as it was run, except for the places of data sets."""
+    """The command that runs the study as it was run, except for the places of datasets."""
     changed = {key: value for key, value in asdict(asked).items() if value is not None and key != "sources"}
     if not changed:
         return f"python -m pipeline.study {name}"

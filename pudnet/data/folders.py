@@ -16,7 +16,7 @@ from pudnet.errors import UserError, not_its_fault
 
 HEIC = {".heic", ".heics", ".heif", ".heifs", ".hif"}
 LET_HEIC_BE_READ = "`pip install 'pillow-heif==1.8.1'` lets HEIC be read"
-PART = re.compile(  # usual names of the parts of a data set
+PART = re.compile(  # usual names of the parts of a dataset
     r"(train|training|val|valid|validation|dev|test|testing|eval|evaluation|holdout|fold|split)"
     r"([ _-]?(set|split|data|images))?[ _-]?\d*",
     re.IGNORECASE,
@@ -180,15 +180,15 @@ def image_suffixes() -> frozenset[str]:
     return frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN)
 
 
-# The parts of a data set
+# The parts of a dataset
 
 
 def _refuse_parts(folder: Path, classes: Mapping[Path, Sequence[Path]]) -> None:
-    """Raise `UserError` if subfolders look like the parts of a data set (`train`, `val`) or contain such parts.
+    """Raise `UserError` if subfolders look like the parts of a dataset (`train`, `val`) or contain such parts.
 
     Parts are recognised by their names, or because their own subfolders have the same names (`a/cat`, `b/cat`).
     """
-    while len(classes) == 1 and not PART.fullmatch(min(classes).name):  # the data set may be further down
+    while len(classes) == 1 and not PART.fullmatch(min(classes).name):  # the dataset may be further down
         ((folder, files),) = classes.items()
         classes = _by_subfolder(folder, files)
     parts = [child for child in classes if PART.fullmatch(child.name)]
@@ -197,7 +197,7 @@ def _refuse_parts(folder: Path, classes: Mapping[Path, Sequence[Path]]) -> None:
         first = next((child for child in nested if child.name.lower().startswith("train")), nested[0])
         names = ", ".join(child.name for child in parts[:5])
         raise UserError(
-            f"{folder}: subfolders called {names} are taken for parts of a data set, not for classes; give one of "
+            f"{folder}: subfolders called {names} are taken for parts of a dataset, not for classes; give one of "
             f"them, as {first} (or rename them, if they are classes)"
         )
     for child, files in classes.items():
@@ -205,7 +205,7 @@ def _refuse_parts(folder: Path, classes: Mapping[Path, Sequence[Path]]) -> None:
         train = next((name for name in inner if name.lower().startswith("train")), None)
         if train and len(inner) > 1:
             raise UserError(
-                f"{child}: holds {' and '.join(inner[:5])}, which are taken for parts of a data set; use one part only "
+                f"{child}: holds {' and '.join(inner[:5])}, which are taken for parts of a dataset; use one part only "
                 f"(a folder with a link {child.name} to {child / train}, and so on), or rename them to use all images"
             )
     _refuse_repeated(folder, classes)

@@ -144,7 +144,7 @@ def _of_array(images: Pixels, form: Form) -> ImageSet:
     if not isinstance(images, np.ndarray | Tensor):
         if isinstance(images, Mapping) and images and all(is_dataset(part) for part in images.values()):
             first = next(iter(images))
-            raise UserError(f"images: these are the parts of a data set ({', '.join(images)}); give one, [{first!r}]")
+            raise UserError(f"images: these are the parts of a dataset ({', '.join(images)}); give one, [{first!r}]")
         raise UserError(f"images: must be an array, a list of images, a Dataset or a folder, got {_kind(images)}")
     if isinstance(images, Tensor) and images.dtype == torch.uint16:
         images = images.cpu().numpy()  # torch cannot index rows of this type
