@@ -125,8 +125,8 @@ def _predict(options: argparse.Namespace) -> None:
     network = predictor.predict(images)
     network.save(options.out)
     print(
-        f"{options.out}: {card.target} for {len(network.classes)} classes, predicted from {_looked_at(network)} of "
-        f"{images.count} images{_as_trained(card)}{_left_out(images)}"
+        f"{options.out}: {network.card.target} for {len(network.classes)} classes, predicted from "
+        f"{_looked_at(network)} of {images.count} images{_as_trained(card)}{_left_out(images)}"
     )
 
 

@@ -1,6 +1,6 @@
 """The named settings (section 4.1 of the paper): the source of images, the sizes of groups, eta and depth.
 
-`domains` is ours: datasets that differ as users' do.
+Two are ours: `digits`, a small one that needs no download, and `domains`, where datasets differ as users' do.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from pudnet.errors import UserError
 
 @dataclass(frozen=True)
 class Setting:
-    """One setting, with the paper's own counts. `images_per_group` None: half of each class's images.
+    """One setting, with the paper's own counts unless it is `ours`.
 
-    There may be several sources; `train_classes` then has a number for each.
+    `images_per_group` None: half of each class's images. There may be several sources; `train_classes` then has a number for each.
     """
 
     source: str | list[str]
@@ -26,6 +26,7 @@ class Setting:
     train_groups: int
     test_groups: int
     looks: tuple[str, ...] = ("plain",)  # of the images, one for a group (pudnet/data/looks.py)
+    ours: bool = False  # not one of the paper's
     test_source: str | None = None  # test on this other set as a whole: one half is the group, the other its twin
     eta: dict[str, float] = field(default_factory=lambda: {"convnet3": 0.2, "resnet18": 0.2, "resnet34": 0.2})
     depth: dict[str, int] = field(default_factory=lambda: {"convnet3": 2, "resnet18": 2, "resnet34": 2})
@@ -70,6 +71,7 @@ SETTINGS: dict[str, Setting] = {
         images_per_group=None,
         train_groups=400,
         test_groups=100,
+        ours=True,
     ),
     "fashion": Setting(
         source="torchvision:FashionMNIST",
@@ -94,6 +96,7 @@ SETTINGS: dict[str, Setting] = {
         images_per_group=240,
         train_groups=10_000,
         test_groups=500,
+        ours=True,
         looks=(
             "plain",
             "grey",

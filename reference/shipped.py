@@ -37,14 +37,15 @@ TEXT = """# What the shipped models add to a trunk with a classifier
 For groups of images, mostly from sets that the model was not trained on, what a shipped model predicts, and three
 classifiers that have less of it:
 
-- its ridge classifier on the last block alone, without the choice. (A prediction that keeps the last block may choose
-  another penalty for it.)
+- its ridge classifier on the last block alone, without the choice of blocks. (A prediction that keeps the last block
+  may choose another penalty for it.)
 - the same on the trunk that the model has for all groups, without the filters that it makes for the group;
 - scikit-learn's ridge on the last block of that trunk.
 
 All choose their penalty on the group. They are given the same labelled images, and measured on other images of the
 same classes: {groups} groups of each kind. A group has all ten classes of scikit-learn's digits or of Fashion-MNIST,
-five of CIFAR-100, or two of Fashion-MNIST for `fashion-convnet3`; the model has seen none of them. Groups are drawn
+five of CIFAR-100, or two of Fashion-MNIST for `fashion-convnet3`; the model has seen none of them. Images are made as
+the model's training data was: for `fashion-convnet3`, those of CIFAR-100 are grey and of 28 pixels. Groups are drawn
 from the same images again and again, of digits from 1,797, and intervals are over such draws. The scale of earlier
 blocks, a half or one, was chosen on twelve other draws. In brackets: the difference to the prediction, paired over
 the groups.

@@ -66,6 +66,13 @@ def test_predict_says_what_it_looked_at(photos, tmp_path, capsys):
     assert PredictedNetwork.load(tmp_path / "w.safetensors").card.provenance["support_images"] == 51
 
 
+def test_predict_names_the_network_that_these_images_chose(tmp_path, capsys):
+    data, out = write_digits(tmp_path / "data", range(10), 20), tmp_path / "w.safetensors"
+    assert main(["predict", "--model", "fashion-convnet3", "--data", str(data), "--out", str(out)]) == 0
+    assert capsys.readouterr().out.startswith(f"{out}: convnet3_multilevel for 10 classes")
+    assert PredictedNetwork.load(out).card.target == "convnet3_multilevel"
+
+
 def test_images_without_labels_are_classified_too(photos, weights, tmp_path, capsys):
     command = ["classify", "--weights", str(weights), "--data", str(photos / "flat"), "--out", str(tmp_path / "c.csv")]
     assert main(command) == 0

@@ -219,6 +219,7 @@ def _check_passes(table, page, output):
     """With patience a row passes its groups as often as the best report of its validation run says."""
     assert table.passes[:2].tolist() == [3, 1] and "2 validation run(s)" in output
     assert "\n4 training groups, passed" in page and "| passes |" in page
+    assert "(the paper: " not in page  # it has no setting `digits`
     for slug, passes, limit in zip(["patient", "patient-protonet"], table.passes[2:], [3, 2], strict=True):
         told = re.findall(rf"{slug}-split0-validation: group +(\d+) of {4 * limit}, .*validation +([\d.]+)", output)
         groups, accuracies = zip(*((int(groups), float(accuracy)) for groups, accuracy in told), strict=True)

@@ -44,9 +44,9 @@ A prediction looks at {most}. What it costs to look at more, on {threads} thread
 
 **Limits.** A small training budget: the paper uses up to 100,000 groups. Other images are cropped to their centre
 square and resized to {size} px, where fine detail is lost; the further they are from {setting}'s, the worse. What else
-does as well from the same images, and what training on them takes, is in docs/results. It tells apart the classes it
-is given examples of, a class with far fewer images than the others worse, and knows no "none of these"; its softmax is
-not calibrated. Not for decisions about people.
+does as well from the same images, and what training on them takes, is in docs/results. It only tells apart
+the classes that it is given examples of: it has no answer "none of these". A class with far fewer images than the
+others is recognised less well. Its softmax is not calibrated. Not for decisions about people.
 """
 
 

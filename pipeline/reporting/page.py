@@ -182,7 +182,7 @@ def render(
         palette=figures.PALETTE,
         svg=svg,
         commit=git_commit(),
-        paper_groups=get_setting(params.setting).train_groups,
+        setting=get_setting(params.setting),
     )
 
 

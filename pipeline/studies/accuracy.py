@@ -24,12 +24,13 @@ from pipeline.studies.page import number, table_of, trained_on
 from pipeline.studies.trained import TrainedColumn
 from pudnet.config import passed
 from pudnet.evaluation import mean_interval
-from pudnet.settings import SETTINGS
+from pudnet.settings import get_setting
 
 
 def measure(trained: TrainedColumn) -> pd.DataFrame:
     """Measure a column: one line for each row."""
     study, params = trained.study, trained.params
+    setting = get_setting(params.setting)
     cells = [cell for own in trained.trainings.values() for cell in own]
     measured = dict(zip(cells, measure_cells(params, cells), strict=True))
     tables = {at: [measured[cell] for cell in own] for at, own in trained.trainings.items()}
@@ -52,7 +53,7 @@ def measure(trained: TrainedColumn) -> pd.DataFrame:
                 "column": trained.column,
                 "splits": params.splits,
                 **trained.length(row),
-                "paper_groups": SETTINGS[params.setting].train_groups,
+                "paper_groups": None if setting.ours else setting.train_groups,
                 **_numbers(frame, frames.get(study.reference)),
                 **_over_trainings(trained, row, accuracies, spread),
                 **_paper(trained, row),
@@ -229,10 +230,8 @@ def _overview_cell(study: Study, line: Any) -> str:
 
 def _table(study: Study, column: str, part: pd.DataFrame) -> str:
     first, hardware = part.iloc[0], load_reported()["hardware"]
-    caption = (
-        f"{trained_on(part)} (the paper: {first.paper_groups:,} groups), "
-        f"{part.test_groups.max():,} test groups, {first.splits} class split(s)."
-    )
+    papers = "" if pd.isna(first.paper_groups) else f" (the paper: {first.paper_groups:,.0f} groups)"
+    caption = f"{trained_on(part)}{papers}, {part.test_groups.max():,} test groups, {first.splits} class split(s)."
     columns = {
         study.axis_name if study.axis == "rows" else "": part.row,
         "accuracy": [plus_minus(line.accuracy, line.ci95) for line in part.itertuples()],
