@@ -14,7 +14,8 @@ from pudnet.errors import UserError
 class Setting:
     """One setting, with the paper's own counts unless it is `ours`.
 
-    `images_per_group` None: half of each class's images. There may be several sources; `train_classes` then has a number for each.
+    `images_per_group` None: half of each class's images. There may be several sources; `train_classes` then has a
+    number for each.
     """
 
     source: str | list[str]
