@@ -185,11 +185,13 @@ def test_every_kind_of_study_runs_and_what_is_done_is_not_done_again(project, tm
     assert all(f"| {row} | " in page for row in TINY["rows"])
     assert "| 91.07 ± 1.11 |" in page and "| 870 ms |" in page
     _check_kinds(tmp_path, first)
-    project({**TINY, "rows": {row: own for row, own in TINY["rows"].items() if row != "untrained"}})
+    rows = {row: own for row, own in TINY["rows"].items() if row != "untrained"}
+    project({**TINY, "rows": rows, "reference": ["PudNet+", "few images"]})
     again = run_studies(tmp_path, "tiny")
     assert "2 of 2 trials are finished already" in again and "test groups done" not in again
-    rest, _ = results(tmp_path, "tiny")
+    rest, page = results(tmp_path, "tiny")
     assert rest.accuracy.tolist() == table.accuracy[table.row != "untrained"].tolist()
+    _check_references(rest.set_index("row"), page)
     params = (tmp_path / "params.yaml").read_text()
     (tmp_path / "params.yaml").write_text(params.replace("trainings: null", "trainings: 2"))
     project({**TINY, "rows": {row: TINY["rows"][row] for row in ("static trunk", "PudNet+", "untrained")}})
@@ -203,6 +205,14 @@ def test_a_study_ends_after_its_hours(project, tmp_path):
     done = command(tmp_path, "tiny")
     assert (done.returncode, done.stderr.count("\n")) == (1, 1) and "study.hours: 0.0001 hours are over" in done.stderr
     assert not (tmp_path / "studies" / "results").exists()
+
+
+def _check_references(table, page):
+    """Of several references, a row is compared with the one of as many images."""
+    less = table.accuracy - table.accuracy["PudNet+"]
+    assert table.difference["few images"] == 0 != less["few images"]
+    assert table.difference["static trunk"] == pytest.approx(less["static trunk"], abs=1e-3)
+    assert "Differences are to “PudNet+” or “few images”, whichever was given as many images" in page
 
 
 def _check_trainings(table, page):
@@ -322,6 +332,11 @@ def test_a_baseline_beside_a_variant_is_trained_as_it_is_and_given_as_many_label
     ("changes", "message"),
     [
         ({"reference": "best"}, "reference: no row is called 'best'"),
+        ({"reference": ["PudNet+", "best"]}, "reference: no row is called 'best'"),
+        (
+            {"reference": ["PudNet+", "few images"], "axis": "time"},
+            "reference: several are for a study without an axis",
+        ),
         ({"rows": {"a": {"method": "magic"}}}, "rows.a.method: "),
         ({"rows": {"a": {"variant": "pudnet_minus"}}}, "rows.a.variant: "),
         ({"rows": {"a": {"colour": 1}}}, "rows.a.colour: unknown key"),

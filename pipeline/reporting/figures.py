@@ -268,17 +268,17 @@ def _panels(
 
 
 @matplotlib.rc_context(STYLE | {"axes.grid.axis": "x"})
-def differences_figure(table: pd.DataFrame, reference: str) -> Figure:
-    """Draw each row's difference to the reference row, in points with its 95% interval; one panel for each column."""
+def differences_figure(table: pd.DataFrame, references: Sequence[str]) -> Figure:
+    """Draw each row's difference to its reference row, in points with its 95% interval; one panel for each column."""
     columns = list(table.groupby("column", sort=False))
     across = 2 if len(columns) > 3 else len(columns)
     figure, panels = _panels(len(columns), across, (280 + 280 * across, 70 + 24 * table.row.nunique()), sharey=True)
     for axes, (column, part) in zip(panels, columns, strict=True):
-        colors = [LIGHT["s4"] if row == reference else LIGHT["s0"] for row in part.row]
+        colors = [LIGHT["s4"] if row in references else LIGHT["s0"] for row in part.row]
         axes.axvline(0, color=SOFT, lw=0.9)
         axes.hlines(part.row, part.difference - part.difference_ci95, part.difference + part.difference_ci95, colors)
         axes.scatter(part.difference, part.row, c=colors, s=26, zorder=3)
-        axes.set(title=column, xlabel=f"points above “{reference}”")
+        axes.set(title=column, xlabel="points above “" + "” or\n“".join(references) + "”")
     panels[0].invert_yaxis()
     for axes in panels[::across]:
         axes.tick_params(axis="y", labelcolor=INK)

@@ -54,7 +54,7 @@ def measure(trained: TrainedColumn) -> pd.DataFrame:
                 "splits": params.splits,
                 **trained.length(row),
                 "paper_groups": None if setting.ours else setting.train_groups,
-                **_numbers(frame, frames.get(study.reference)),
+                **_numbers(frame, frames.get(study.reference_of(row))),
                 **_over_trainings(trained, row, accuracies, spread),
                 **_paper(trained, row),
                 "milliseconds": times.get(row),
@@ -102,7 +102,7 @@ def _over_trainings(
     If a row uses the reference's own models, its difference to the reference is paired over trainings; else it is a
     difference of means.
     """
-    own, reference, split = accuracies[row], trained.study.reference, trained.params.seed
+    own, reference, split = accuracies[row], trained.study.reference_of(row), trained.params.seed
     several, half = len(own) > 1, math.nan
     if reference is not None and row != reference:
         others, cells = accuracies[reference], trained.trainings
@@ -156,7 +156,7 @@ def _log(
     trained: TrainedColumn, row: str, seed: int, tables: dict[tuple[str, int], list[pd.DataFrame]], time: float | None
 ) -> None:
     """Log a run for each training, with its difference to the reference's training of the same number."""
-    reference = tables.get((trained.study.reference, seed))
+    reference = tables.get((trained.study.reference_of(row), seed))
     for n, table in enumerate(tables[row, seed]):
         numbers = _numbers(table, reference and reference[n % len(reference)])
         named = {"accuracy": "test_accuracy", "ci95": "test_ci95"}
@@ -169,9 +169,10 @@ def figure(study: Study, table: pd.DataFrame) -> Figure:
     """Draw lines over the study's axis; without an axis, differences to the reference, or else accuracies."""
     table = _over_both(table)
     if study.axis == "time":
-        return times_figure(on_all_groups(table, study.reference), study.reference)
-    if study.axis is None and study.reference is not None:
-        return differences_figure(table, study.reference)
+        reference = next(iter(study.references), None)
+        return times_figure(on_all_groups(table, reference), reference)
+    if study.axis is None and study.references:
+        return differences_figure(table, study.references)
     if study.axis is None:
         return bars_figure(table, "accuracy, %")
     return lines_figure(_points(study, table), study.axis_name, "accuracy, %", log=study.axis == "columns")
@@ -223,13 +224,14 @@ def overview(study: Study, table: pd.DataFrame) -> str:
 
 def _overview_cell(study: Study, line: Any) -> str:
     accuracy = plus_minus(line.accuracy, line.ci95)
-    if study.reference in (None, line.row):
+    if not study.references or line.row in study.references:
         return accuracy
     return f"{accuracy} ({plus_minus(line.difference, line.difference_ci95, '+')})"
 
 
 def _table(study: Study, column: str, part: pd.DataFrame) -> str:
     first, hardware = part.iloc[0], load_reported()["hardware"]
+    reference = " or ".join(study.references)
     papers = "" if pd.isna(first.paper_groups) else f" (the paper: {first.paper_groups:,.0f} groups)"
     caption = f"{trained_on(part)}{papers}, {part.test_groups.max():,} test groups, {first.splits} class split(s)."
     columns = {
@@ -239,9 +241,9 @@ def _table(study: Study, column: str, part: pd.DataFrame) -> str:
         "less the paper's": _to_the_papers(part),
         "groups": part.test_groups.map("{:,}".format) if part.test_groups.nunique() > 1 else None,
         "passes": part.passes.map(lambda value: number(value, "{:.3g}")) if part.passes.nunique() > 1 else None,
-        f"less {study.reference}": _differences(study, part),
+        f"less {reference}": _differences(study, part),
         "deviation of a training": part.trainings_sd.map(lambda value: number(value, "{:.2f}")),
-        f"the paper's, less {study.reference}": _papers_differences(study, part),
+        f"the paper's, less {reference}": _papers_differences(study, part),
         "time a group": part.milliseconds.map(duration),
         f"with {first.all_threads} threads": part.milliseconds_all_threads.map(duration),
         f"the paper's ({hardware})": (1000 * part.paper_seconds.astype(float)).map(duration),
@@ -256,24 +258,22 @@ def _to_the_papers(part: pd.DataFrame) -> pd.Series:
 
 
 def _differences(study: Study, part: pd.DataFrame) -> list[str] | None:
-    if study.reference is None:
+    if not study.references:
         return None
     return [
-        "" if line.row == study.reference else plus_minus(line.difference, line.difference_ci95, "+")
+        "" if line.row in study.references else plus_minus(line.difference, line.difference_ci95, "+")
         for line in part.itertuples()
     ]
 
 
-def _but_of_the_reference(study: Study, part: pd.DataFrame, values: pd.Series, form: str) -> list[str]:
-    return [number(value, form) for value in values.where(part.row != study.reference)]
-
-
 def _papers_differences(study: Study, part: pd.DataFrame) -> list[str] | None:
-    """The paper's own differences to the reference, if it reports the reference."""
-    reference = part.paper[part.row == study.reference].astype(float)
-    if reference.empty or reference.isna().all():
+    """The paper's own differences to the references, if it reports them."""
+    paper = part.set_index("row").paper.astype(float)
+    references = part.row.map(study.reference_of)
+    if paper.reindex(references).isna().all():
         return None
-    return _but_of_the_reference(study, part, part.paper.astype(float) - reference.item(), "{:+.2f}")
+    differences = paper - paper.reindex(references).to_numpy()
+    return [number(value, "{:+.2f}") for value in differences.where(~paper.index.isin(study.references))]
 
 
 def _grid(study: Study, panel: str, part: pd.DataFrame) -> str:

@@ -94,7 +94,8 @@ class Study:
     title: str
     columns: Annotated[dict[str, Column], Field(min_length=1)]
     rows: Annotated[dict[str, Row], Field(min_length=1)]
-    reference: str | None = None  # the row that all others are compared with, paired over test groups
+    # The row that all others are compared with, paired over test groups; of several, the one of as many images.
+    reference: str | list[str] | None = None
     over: dict[str, Any] = field(default_factory=dict)
     text: str = ""  # what a reader should know, above the table
     measure: Literal["accuracy", "losses", "finetune", "correlation", "whole"] = "accuracy"
@@ -106,6 +107,16 @@ class Study:
     finetune: FineTuning = field(default_factory=FineTuning)
     correlation: Correlation = field(default_factory=Correlation)
     whole: WholeSet | None = None
+
+    @property
+    def references(self) -> tuple[str, ...]:
+        """The rows that others are compared with."""
+        return (self.reference,) if isinstance(self.reference, str) else tuple(self.reference or ())
+
+    def reference_of(self, row: str) -> str | None:
+        """The row that a row is compared with: the first reference of as many images, or else the first."""
+        alike = [name for name in self.references if self.rows[name].images == self.rows[row].images]
+        return next(iter([*alike, *self.references]), None)
 
 
 def load_study(name: str) -> Study:
@@ -153,8 +164,11 @@ def _check_blocks(path: Path, where: str, blocks: Any) -> None:
 
 
 def _check(path: Path, study: Study) -> None:
-    if study.reference is not None and study.reference not in study.rows:
-        raise UserError(f"{path}: reference: no row is called {study.reference!r}")
+    for name in study.references:
+        if name not in study.rows:
+            raise UserError(f"{path}: reference: no row is called {name!r}")
+    if len(study.references) > 1 and study.axis is not None:
+        raise UserError(f"{path}: reference: several are for a study without an axis; give one")
     if study.measure == "whole" and study.whole is None:
         raise UserError(f"{path}: whole: missing; `measure: whole` needs its images and test_images")
     for what, cells in (("rows", study.rows), ("columns", study.columns)):
