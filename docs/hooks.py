@@ -145,7 +145,7 @@ def names_of(node: ast.AST) -> list[str]:
 
 def on_page_content(page_html: str, **about: object) -> str:
     """Turn equations (of pages, and of docstrings: :math:`...`) into MathML, and keep an interval in one line."""
-    page_html = page_html.replace(" ± ", "&nbsp;±&nbsp;")
+    page_html = re.sub(r"(?<=\S)\s±\s", "&nbsp;±&nbsp;", page_html)
     page_html = re.sub(
         r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', _equation, page_html, flags=re.DOTALL
     )

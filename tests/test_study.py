@@ -16,6 +16,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from pipeline.project import STORE
+from pipeline.studies.accuracy import Spread
 from pipeline.studies.definition import ANY, check_rows, column_params, load_study, row_spec, wanted
 from pipeline.studies.trained import _data_folder, _training, get_data
 from pudnet.data.store import open_store
@@ -199,6 +200,15 @@ def test_every_kind_of_study_runs_and_what_is_done_is_not_done_again(project, tm
     _check_trainings(*results(tmp_path, "tiny"))
 
 
+def test_rows_of_the_same_models_are_not_counted_as_more_trainings():
+    models = {"a": (Path("1"), Path("2"), Path("3")), "untrained": (None,)}
+    once = Spread.of({"a": [70, 71, 72], "untrained": [60]}, models)
+    again = Spread.of({"a": [70, 71, 72], "a, all images": [80, 81, 82]}, models | {"a, all images": models["a"]})
+    assert once == again == Spread(1.0, 2)
+    assert once.half_width(3) == pytest.approx(4.3027 / 3**0.5, rel=1e-4)  # Student's t, two degrees of freedom
+    assert once.half_width(3, 3) == pytest.approx(4.3027 * (2 / 3) ** 0.5, rel=1e-4)
+
+
 def test_a_study_ends_after_its_hours(project, tmp_path):
     params = (tmp_path / "params.yaml").read_text()
     (tmp_path / "params.yaml").write_text(params.replace("hours: null", "hours: 0.0001"))
@@ -212,7 +222,7 @@ def _check_references(table, page):
     less = table.accuracy - table.accuracy["PudNet+"]
     assert table.difference["few images"] == 0 != less["few images"]
     assert table.difference["static trunk"] == pytest.approx(less["static trunk"], abs=1e-3)
-    assert "Differences are to “PudNet+” or “few images”, whichever was given as many images" in page
+    assert "Differences to “PudNet+” or, for rows of as many images, “few images” are paired" in page
 
 
 def _check_trainings(table, page):
@@ -333,6 +343,7 @@ def test_a_baseline_beside_a_variant_is_trained_as_it_is_and_given_as_many_label
     [
         ({"reference": "best"}, "reference: no row is called 'best'"),
         ({"reference": ["PudNet+", "best"]}, "reference: no row is called 'best'"),
+        ({"reference": ["PudNet+", "static trunk"]}, "reference: of several, each must be a row of another number of"),
         (
             {"reference": ["PudNet+", "few images"], "axis": "time"},
             "reference: several are for a study without an axis",

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,7 +41,7 @@ def measure(trained: TrainedColumn) -> pd.DataFrame:
     }
     frames = {row: _mean(own) for row, own in by_training.items()}
     accuracies = {row: [summary(one)["accuracy"] for one in own] for row, own in by_training.items()}
-    spread = Spread.of(accuracies.values())
+    spread = Spread.of(accuracies, {row: _models(trained, row) for row in study.rows})
     times, diagnoses = _times(trained, params), _diagnoses(trained)
     everything = replace(params, resources=replace(params.resources, cpus=cluster.largest_node(params)))
     fast_times = _times(trained, everything) if study.axis == "time" else {}
@@ -81,17 +82,25 @@ class Spread:
     freedom: int
 
     @classmethod
-    def of(cls, accuracies: Iterable[Sequence[float]]) -> Spread:
-        """Pool the deviation over the rows that were trained more than once."""
-        several = [own for own in accuracies if len(own) > 1]
-        freedom = sum(len(own) - 1 for own in several)
-        squares = sum((len(own) - 1) * np.var(own, ddof=1) for own in several)
-        return cls(math.sqrt(squares / freedom) if freedom else math.nan, freedom)
+    def of(cls, accuracies: Mapping[str, Sequence[float]], models: Mapping[str, tuple[Path | None, ...]]) -> Spread:
+        """Pool the deviation over the rows that were trained more than once.
+
+        Rows of the same models share their degrees of freedom: they are one training, measured in several ways.
+        """
+        several = [row for row, own in accuracies.items() if len(own) > 1]
+        freedom = sum(len(trainings) - 1 for trainings in {models[row] for row in several})
+        variances = [np.var(accuracies[row], ddof=1) for row in several]
+        return cls(math.sqrt(np.mean(variances)) if several else math.nan, freedom)
 
     def half_width(self, *counts: int) -> float:
         """Half-width of the 95% interval (Student's t) of a mean over trainings, or of two means' difference."""
         parts = sum(1 / count for count in counts if count > 1)  # a row without training has no such uncertainty
         return float(stdtrit(self.freedom, 0.975)) * self.deviation * math.sqrt(parts) if parts else math.nan
+
+
+def _models(trained: TrainedColumn, row: str) -> tuple[Path | None, ...]:
+    """The trained models of a row, on the first class split."""
+    return tuple(cell.checkpoint for cell in trained.trainings[row, trained.params.seed])
 
 
 def _over_trainings(
@@ -102,12 +111,10 @@ def _over_trainings(
     If a row uses the reference's own models, its difference to the reference is paired over trainings; else it is a
     difference of means.
     """
-    own, reference, split = accuracies[row], trained.study.reference_of(row), trained.params.seed
+    own, reference = accuracies[row], trained.study.reference_of(row)
     several, half = len(own) > 1, math.nan
     if reference is not None and row != reference:
-        others, cells = accuracies[reference], trained.trainings
-        models = [[cell.checkpoint for cell in cells[name, split]] for name in (row, reference)]
-        shared = several and models[0] == models[1]
+        others, shared = accuracies[reference], several and _models(trained, row) == _models(trained, reference)
         half = mean_interval(np.subtract(own, others))[1] if shared else spread.half_width(len(own), len(others))
     return {
         "trainings": len(own),
@@ -231,7 +238,7 @@ def _overview_cell(study: Study, line: Any) -> str:
 
 def _table(study: Study, column: str, part: pd.DataFrame) -> str:
     first, hardware = part.iloc[0], load_reported()["hardware"]
-    reference = " or ".join(study.references)
+    less = f"less {study.references[0]}" if len(study.references) == 1 else "difference"
     papers = "" if pd.isna(first.paper_groups) else f" (the paper: {first.paper_groups:,.0f} groups)"
     caption = f"{trained_on(part)}{papers}, {part.test_groups.max():,} test groups, {first.splits} class split(s)."
     columns = {
@@ -241,9 +248,9 @@ def _table(study: Study, column: str, part: pd.DataFrame) -> str:
         "less the paper's": _to_the_papers(part),
         "groups": part.test_groups.map("{:,}".format) if part.test_groups.nunique() > 1 else None,
         "passes": part.passes.map(lambda value: number(value, "{:.3g}")) if part.passes.nunique() > 1 else None,
-        f"less {reference}": _differences(study, part),
+        less: _differences(study, part),
         "deviation of a training": part.trainings_sd.map(lambda value: number(value, "{:.2f}")),
-        f"the paper's, less {reference}": _papers_differences(study, part),
+        f"the paper's {less}": _papers_differences(study, part),
         "time a group": part.milliseconds.map(duration),
         f"with {first.all_threads} threads": part.milliseconds_all_threads.map(duration),
         f"the paper's ({hardware})": (1000 * part.paper_seconds.astype(float)).map(duration),

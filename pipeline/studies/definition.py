@@ -164,11 +164,7 @@ def _check_blocks(path: Path, where: str, blocks: Any) -> None:
 
 
 def _check(path: Path, study: Study) -> None:
-    for name in study.references:
-        if name not in study.rows:
-            raise UserError(f"{path}: reference: no row is called {name!r}")
-    if len(study.references) > 1 and study.axis is not None:
-        raise UserError(f"{path}: reference: several are for a study without an axis; give one")
+    _check_references(path, study)
     if study.measure == "whole" and study.whole is None:
         raise UserError(f"{path}: whole: missing; `measure: whole` needs its images and test_images")
     for what, cells in (("rows", study.rows), ("columns", study.columns)):
@@ -184,6 +180,17 @@ def _check(path: Path, study: Study) -> None:
     for column in study.columns.values():
         for row in study.rows.values():
             reported(column, row)
+
+
+def _check_references(path: Path, study: Study) -> None:
+    names = study.references
+    for name in names:
+        if name not in study.rows:
+            raise UserError(f"{path}: reference: no row is called {name!r}")
+    if len({study.rows[name].images for name in names}) < len(names):
+        raise UserError(f"{path}: reference: of several, each must be a row of another number of images")
+    if len(names) > 1 and study.axis is not None:
+        raise UserError(f"{path}: reference: several are for a study without an axis; give one")
 
 
 def _check_names(path: Path, study: Study) -> None:

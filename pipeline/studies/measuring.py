@@ -36,7 +36,6 @@ from pudnet.predictor import Predictor
 from pudnet.targets import build_target
 
 MOVED_GROUPS = 50  # groups whose weights are compared
-HERE = Path(__file__).parent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,8 +67,7 @@ class StudyCell:
         how = [self.sketch, self.images, self.head, self.checkpoint is None]
         how += [params.baselines.scratch_groups, self.finetune and asdict(self.finetune)] if self.slow else []
         plain = [*how, *more, trial_key(self.spec), params.evaluate.precision, params.baselines.sketch_groups]
-        code = set(HERE.glob("*.py"))
-        code -= {HERE / f"{name}.py" for name in ("accuracy", "page", "running")}  # which only sum up and write results
+        code = {Path(__file__)}  # the other files of a study act through the spec and the cell, or on what is measured
         code |= set(code_files(["baselines/heads"]) if self.head else [])
         code |= set(code_files(["baselines/finetuned", "finetune", "scratch"]) if self.finetune else [])
         return f"cell-{measurement_key(self.spec.kind, self.spec.target, self.spec.split_seed, plain, code)}"

@@ -32,7 +32,6 @@ TRAININGS = (
     "all rows of a column)."
 )
 PAIRED = " Differences to “{}” are paired over the same test groups."
-PAIRED_ALIKE = " Differences are to “{}”, whichever was given as many images, and paired over the same test groups."
 PAPER = " The paper's results are for its own class split and {groups} number of groups."
 DIAGNOSED = """ *Weights move*: how far
 predicted weights are from their mean over groups, relative to its size, mean over layers. *Probe*: how well a linear
@@ -43,8 +42,7 @@ def render(name: str, study: Study, tables: str, left_out: Mapping[str, str], as
     """Render the study as Markdown. `asked` is the block `study` of params.yaml, which the page's command repeats."""
     several = study.measure == "accuracy" and asked.trainings
     legend = TRAININGS.format(trainings=asked.trainings) if several else LEGENDS[study.measure]
-    paired = PAIRED if len(study.references) == 1 else PAIRED_ALIKE
-    legend += paired.format("” or “".join(study.references)) if study.references else ""
+    legend += PAIRED.format("” or, for rows of as many images, “".join(study.references)) if study.references else ""
     groups = "the same" if study.axis == "columns" else "its full"
     of_the_paper = any(own.paper for column, own in study.columns.items() if column not in left_out)
     legend += PAPER.format(groups=groups) if of_the_paper else ""
