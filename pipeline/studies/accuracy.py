@@ -250,7 +250,7 @@ def _table(study: Study, column: str, part: pd.DataFrame) -> str:
         "passes": part.passes.map(lambda value: number(value, "{:.3g}")) if part.passes.nunique() > 1 else None,
         less: _differences(study, part),
         "deviation of a training": part.trainings_sd.map(lambda value: number(value, "{:.2f}")),
-        f"the paper's {less}": _papers_differences(study, part),
+        f"the paper's, {less}": _papers_differences(study, part),
         "time a group": part.milliseconds.map(duration),
         f"with {first.all_threads} threads": part.milliseconds_all_threads.map(duration),
         f"the paper's ({hardware})": (1000 * part.paper_seconds.astype(float)).map(duration),
