@@ -404,6 +404,11 @@ def test_what_is_wrong_in_a_study_is_said_in_one_line(changes, message, project)
             "rows.PudNet.changes.pretraining_share: unknown key",
         ),
         (
+            {"groups.test_classes_per_group": 4},
+            {"method": "r2d2", "variant": "pudnet_plus"},
+            "rows.PudNet: images: missing; test groups have 4 classes and training groups 2",
+        ),
+        (
             {"target": "resnet18"},
             {"method": "r2d2", "changes": {"blocks": "leave_one_out"}},
             "rows.PudNet: r2d2.blocks: leave_one_out needs target: convnet3",
@@ -440,6 +445,21 @@ def test_a_row_has_the_columns_target_or_its_own(project):
     specs = [row_spec(params, name, row, 0, 10) for name, row in study.rows.items()]
     assert [spec.target for spec in specs] == ["convnet3", "convnet3_multilevel"]
     check_rows(study, params)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"method": "static_trunk"},  # each class has as many labels as in every row of this variant
+        {"method": "r2d2", "variant": "pudnet_plus", "images": 40},
+        {"method": "scratch_gc", "variant": "pudnet_plus"},  # has all labels
+    ],
+)
+def test_test_groups_may_have_other_classes_than_training_groups(row, project):
+    rows = {"one": row, "other": {}}
+    project({**TINY, "over": {"groups.test_classes_per_group": 4}, "rows": rows, "reference": "one"})
+    study = load_study("tiny")
+    check_rows(study, column_params(study, "digits"))
 
 
 def test_a_budget_is_a_part_of_the_papers_number_of_groups(project, tmp_path):
@@ -499,6 +519,6 @@ def test_every_committed_study_is_sound_and_a_stage(name, monkeypatch):
     study = load_study(name)
     columns = [column_params(study, column) for column in study.columns]
     assert all(row_spec(params, row, own, 0, ANY) for params in columns for row, own in study.rows.items())
-    for params in {(params.setting, params.target): params for params in columns}.values():
+    for params in {(own.setting, own.target, own.groups.test_classes_per_group): own for own in columns}.values():
         check_rows(study, params)
     assert name in yaml.safe_load((ROOT / "studies" / "dvc.yaml").read_text())["stages"]["study"]["matrix"]["name"]

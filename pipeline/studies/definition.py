@@ -17,7 +17,7 @@ from pipeline.params import PARAMS, Params, baseline_keys, changed, check_block,
 from pipeline.reporting.paper import Reported, paper_figure
 from pipeline.runs.trial import TrialSpec, make_spec
 from pudnet.baselines import HEADS, LEARNED, SCRATCH, check_method
-from pudnet.config import STRICT, VARIANTS, ModelConfig, Positive, TrainConfig, paper_target, parse
+from pudnet.config import STRICT, VARIANTS, ModelConfig, Positive, TrainConfig, apply_variant, paper_target, parse
 from pudnet.errors import UserError
 from pudnet.scratch import ScratchConfig
 from pudnet.settings import SETTINGS, get_setting
@@ -364,8 +364,25 @@ def _why_not(study: Study, params: Params) -> str | None:
     return None
 
 
+def _uneven(row: Row, params: Params) -> str | None:
+    """The reason if a row may have other numbers of labels than its neighbours in the column, else None.
+
+    What PudNet+ looks at is a number of images in all, and what other methods are given is one of each class: they are
+    as many in training groups, but not in test groups of more classes, or fewer.
+    """
+    trained, tested = params.groups.classes_per_group, params.groups.test_classes_per_group or 0
+    if row.images is not None or row.method in SCRATCH or tested in (0, trained):
+        return None
+    if not apply_variant(row.variant, params.model, params.train)[0].class_filters:
+        return None
+    return f"images: missing; test groups have {tested} classes and training groups {trained}, so say how many labels"
+
+
 def check_rows(study: Study, params: Params) -> None:
-    """Raise `UserError` if a row has wrong keys or values in this column, or a hypernetwork that is too large."""
+    """Raise `UserError` if a row has wrong keys or values in this column, or a hypernetwork that is too large.
+
+    Also if it would have more labels than another row, or fewer, only because test groups have other classes.
+    """
     targets: dict[str, Target] = {}
     sound: set[tuple] = set()
     seen: dict[str, list] = {}
@@ -375,6 +392,8 @@ def check_rows(study: Study, params: Params) -> None:
         if other := next((row for row, content in seen.items() if content == same), ""):
             raise UserError(f"rows.{name}: means the same as row {other}")
         seen[name] = same
+        if why := _uneven(row, params):
+            raise UserError(f"rows.{name}: {why}")
         model = spec.model | {"eta": 0.0}  # eta has no size: rows that differ in it alone are checked once
         content = (spec.target, spec.kind, *model.items())
         if content in sound:
