@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 import yaml
 from mlflow import MlflowClient
 from PIL import Image
@@ -18,7 +19,9 @@ from sklearn.datasets import load_digits
 from pipeline.project import STORE
 from pipeline.studies.accuracy import Spread
 from pipeline.studies.definition import ANY, check_rows, column_params, load_study, row_spec, wanted
+from pipeline.studies.measuring import given_labels
 from pipeline.studies.trained import _data_folder, _training, get_data
+from pudnet import Predictor
 from pudnet.data.store import open_store
 from pudnet.errors import UserError
 
@@ -445,6 +448,20 @@ def test_a_row_has_the_columns_target_or_its_own(project):
     specs = [row_spec(params, name, row, 0, 10) for name, row in study.rows.items()]
     assert [spec.target for spec in specs] == ["convnet3", "convnet3_multilevel"]
     check_rows(study, params)
+
+
+@pytest.mark.parametrize("classes", [2, 5, 10, 30])
+@pytest.mark.parametrize("variant", ["pudnet", "pudnet_plus"])
+def test_a_row_has_the_labels_of_as_many_images_as_it_says(variant, classes):
+    """Of ten classes, too, where a prediction for a user would have ten of each, whatever it looks at."""
+    some = Predictor.untrained("convnet3", channels=1, image_size=8, variant=variant)
+    labels = torch.arange(classes).repeat_interleave(50)
+    predictor = Predictor(some.model, given_labels(some.card, 90, classes), some.target, sketch_images=90)
+    network = predictor.adapt(torch.randn(len(labels), 1, 8, 8), labels, tuple(range(classes)))
+    used = network.card.provenance
+    assert used["support_images"] == used["sketch_images"] == 90
+    if variant == "pudnet_plus":
+        assert used["calibration_images"] == 90  # so one pass is enough
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ from pipeline.runs.measuring import (
 from pipeline.runs.trial import TrialSpec, card_of, load_state, untrained
 from pudnet.baselines import LEARNED, SCRATCH, Adapter, Scratch, ScratchConfig
 from pudnet.baselines.finetuned import FineTunedPrediction
+from pudnet.card import Card
 from pudnet.data.store import open_store
 from pudnet.device import wants_bf16
 from pudnet.diagnosis import movement, probe
@@ -99,14 +100,26 @@ def diagnose_cells(params: Params, cells: Sequence[StudyCell]) -> list[Diagnosis
     return [cluster.result(ended) for ended in [diagnose(cell) for cell in cells]]
 
 
+def given_labels(card: Card, images: int, classes: int) -> Card:
+    """A model's card, if it is given the labels of so many images of a group.
+
+    A ridge classifier has all images that are looked at, and at least `support_per_class` of each class: of many
+    classes that would be more than these.
+    """
+    each = math.ceil(images / classes)
+    if (card.model or {}).get("classifier") == "ridge":
+        each = min(each, card.support_per_class)
+    return dataclasses.replace(card, support_per_class=each)
+
+
 def open_cell(cell: StudyCell, bench: Bench, params: Params) -> Adapts:
     """The cell's model, ready to adapt to groups."""
     if cell.spec.kind in SCRATCH:
         return _scratch(cell.spec, bench, params)
     card = card_of(cell.spec, open_store(Path(cell.spec.store), verify=False))
-    if cell.images is not None and cell.spec.model.get("classifier") != "ridge":
+    if cell.images is not None:
         classes = len(bench.images.block_classes(bench.tables["test"][0, FROM]))
-        card = dataclasses.replace(card, support_per_class=math.ceil(cell.images / classes))
+        card = given_labels(card, cell.images, classes)
     torch.manual_seed(cell.spec.split_seed)  # for untrained models
     model, target = untrained(cell.spec, card)
     if cell.checkpoint is not None:
