@@ -22,7 +22,8 @@ def groups(params: Params) -> None:
 
 def _build_split(params: Params, store: Store, other: Store | None, seed: int, folder: Path) -> None:
     own = params.groups
-    split = split_sets(store, own.train_classes, own.classes_per_group, seed, other, own.test_classes)
+    tested = 2 if own.test_whole else own.test_classes_per_group  # a whole set is one group, of two classes or more
+    split = split_sets(store, own.train_classes, own.classes_per_group, seed, other, own.test_classes, tested)
     tables = build_groups(split, params.sizes, store, other, own.looks, own.test_looks)
     test_names = (other or store).class_names
     write_groups(folder, split, tables, store.class_names, test_names)

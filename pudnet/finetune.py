@@ -155,8 +155,9 @@ def _hold_out(columns: Tensor, known: Tensor, part: float, classes: tuple[Label,
             if not len(learned):
                 raise UserError(f"{has}, too few to hold {count} out")
             used = f"{len(learned)} of which the network was predicted from or trained on with their labels"
-            fewer = (len(rows) - count) * len(classes)
-            advice = f", or predict from fewer (--sketch {fewer}; in Python sketch_images)" * (fewer > 0)
+            each = len(rows) - count
+            fewer = f"--sketch {each * len(classes)} --support {each}; in Python sketch_images, support_per_class"
+            advice = f", or predict from fewer ({fewer})" * (each > 0)
             raise UserError(f"{has}, {used}, too few to hold {count} out; give more{advice}")
         rest = rest[torch.randperm(len(rest), device=rest.device)]
         tested.append(rest[:count])

@@ -340,6 +340,10 @@ class Predictor:
             return self.support_per_class
         return max(self.support_per_class, self._labelled(labels))
 
+    def _labels_used(self, labels: Tensor) -> int:
+        """How many images of a class make the weights with their labels, or choose the penalty and the blocks."""
+        return self._labelled(labels) if self.regression is None else self._support_count(labels)
+
     def _labelled(self, labels: Tensor) -> int:
         """How many images of a class, at most, enter the sketch with their labels."""
         if not self.class_aware:
@@ -395,7 +399,7 @@ class Predictor:
             sketch_images=None,
             classes=classes,
             support_per_class=self._support_count(labels),
-            labels_per_class=self._labelled(labels),
+            labels_per_class=self._labels_used(labels),
             predicted=tuple(conv.name for conv in self.target.convs),
             provenance={**self.card.provenance, **looked_at},
         )

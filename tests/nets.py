@@ -1,5 +1,7 @@
 """Networks that are not ours: what a user may name as a target, and what must be refused."""
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -62,6 +64,15 @@ class Wrapped(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         maps = self.stem(images)
         return self.layer(maps) if self.use else maps
+
+
+def named(name: str) -> nn.Module:
+    network = nn.Sequential(nn.Conv2d(3, 4, 3))
+    network.register_parameter(name, nn.Parameter(torch.zeros(4)))
+    return network
+
+
+narrow = functools.partial(Depthwise, channels=3)
 
 
 def tied() -> nn.Module:
@@ -148,6 +159,7 @@ REFUSED: dict[str, nn.Module | str] = {
     "weight of layer layer is parametrized": Wrapped(weight_norm(nn.Conv2d(4, 4, 3))),
     "layer layer takes no part": Wrapped(nn.Conv2d(4, 4, 3), use=False),
     "0.weight and 1.weight are one tensor": tied(),
+    "head_bias is what a file calls a tensor of the classifier": named("head_bias"),
     "layer norm is used twice": Awkward("norm"),
     "layer norm is used twice: the": Awkward("norm in training"),
     "cache changes in training": Awkward("cache"),

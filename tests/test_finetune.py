@@ -85,8 +85,11 @@ def test_too_few_images_beside_those_whose_labels_made_the_weights_are_refused()
     predictor, images, labels = plus(), np.zeros((8, 8, 8), np.uint8), [0, 1] * 4
     with pytest.raises(
         UserError, match="class 0 has 4 image.*4 of which the network was predicted from.*, too few to hold 1 out"
-    ):
+    ) as error:
         finetune(predictor.predict(images, labels), images, labels)
+    assert "(--sketch 6 --support 3; in Python sketch_images, support_per_class)" in str(error.value)
+    predictor.sketch_images, predictor.support_per_class = 6, 3
+    finetune(predictor.predict(images, labels), images, labels, epochs=1)
 
 
 @pytest.fixture(scope="module")

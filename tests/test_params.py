@@ -14,6 +14,7 @@ from pipeline.params import PLUS, load_params, resolve
 from pipeline.reporting import methods
 from pipeline.runs.keys import CODE, TRAINING_CODE, VALIDATION_CODE, code_files
 from pipeline.runs.trial import make_spec, pick_device
+from pipeline.studies.trained import GROUPS_CODE, PREPARE_CODE
 from pipeline.tracking.runs import provenance
 from pudnet.config import VARIANTS, paper_target
 from pudnet.errors import UserError
@@ -234,6 +235,8 @@ def test_results_depend_on_every_file_of_the_method_that_a_trial_imports():
 @pytest.mark.parametrize(
     ("stage", "names"),
     [
+        ("prepare", PREPARE_CODE),
+        ("groups", GROUPS_CODE),
         ("search", TRAINING_CODE + VALIDATION_CODE),
         ("train", TRAINING_CODE),
         ("evaluate", (*VALIDATION_CODE, "hypernet", "targets", "classifier", "ridge", "cpu", "device", "data/images")),

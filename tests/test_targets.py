@@ -18,6 +18,7 @@ from pudnet.targets import (
     SharedTarget,
     all_blocks,
     build_target,
+    calibrate,
     check_together,
     last_block_alone,
     norms,
@@ -239,6 +240,14 @@ def test_what_is_neither_a_name_nor_a_module_is_refused(target):
 def test_code_of_a_users_network_is_all_of_its_package():
     assert {path.name for path in target_code("tests.nets:Depthwise")} > {"nets.py", "smallest.py"}
     assert [path.name for path in target_code("textwrap:TextWrapper")] == ["textwrap.py"]
+    assert target_code("tests.nets:narrow") == target_code("tests.nets:Depthwise")  # a partial, which has no file
+
+
+def test_one_image_is_too_few_where_a_layer_has_one_value_of_it():
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    assert calibrate(network, torch.randn(2, 3, 3, 3)).shape == (2, 4)
+    with pytest.raises(UserError, match="^calibration_images: one image is too few for this network"):
+        calibrate(network, torch.randn(1, 3, 3, 3))
 
 
 def test_hooks_on_one_network_are_not_on_the_next():

@@ -9,6 +9,7 @@ groups shows how large correlations are by chance.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -47,7 +48,8 @@ def measure(trained: TrainedColumn) -> pd.DataFrame:
         at: [Part(cell, first, min(first + PART, count)) for first in range(0, count, PART)]
         for at, cell in trained.cells.items()
     }
-    keys = {part: part.cell.key(trained.params, part.first, part.end) for of_cell in parts.values() for part in of_cell}
+    every = [part for of_cell in parts.values() for part in of_cell]
+    keys = {part: part.cell.key(trained.params, part.first, part.end, code=[Path(__file__)]) for part in every}
     tables = measure_missing(
         trained.params, _points, keys, lambda part, table: f"{part.cell.spec.name}: groups up to {part.end} done"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -15,6 +16,7 @@ from pipeline.params import Params
 from pipeline.reporting.figures import lines_figure
 from pipeline.reporting.numbers import plus_minus
 from pipeline.runs.class_split import Bench
+from pipeline.runs.keys import code_files
 from pipeline.runs.measuring import measure_missing, open_worker
 from pipeline.studies.definition import FineTuning, Study, reported
 from pipeline.studies.measuring import StudyCell, open_cell
@@ -32,7 +34,8 @@ IMAGES_STREAM = 5  # a stream of random numbers that the group tables do not use
 def measure(trained: TrainedColumn) -> pd.DataFrame:
     """Measure a column: for each row and epoch, the mean accuracy over splits, and its interval over test images."""
     plan, rows = trained.study.finetune, []
-    keys = {(cell, plan): cell.key(trained.params, asdict(plan)) for cell in trained.cells.values()}
+    code = [Path(__file__), *code_files(["finetune", "scratch"])]
+    keys = {(cell, plan): cell.key(trained.params, asdict(plan), code=code) for cell in trained.cells.values()}
     tables = measure_missing(
         trained.params, _finetune, keys, lambda one, table: f"{one[0].spec.name}: {table.epoch.max()} epochs done"
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -63,12 +63,12 @@ class StudyCell:
         """Whether a network is trained on every test group, so that fewer test groups are measured."""
         return self.spec.kind in SCRATCH or self.finetune is not None
 
-    def key(self, params: Params, *more: object) -> str:
-        """A hash of everything that the cell's results depend on; `more` comes from the kind of measurement."""
+    def key(self, params: Params, *more: object, code: Iterable[Path] = ()) -> str:
+        """A hash of everything that the cell's results depend on; `more` and `code` are the kind of measurement's."""
         how = [self.sketch, self.images, self.head, self.checkpoint is None]
         how += [params.baselines.scratch_groups, self.finetune and asdict(self.finetune)] if self.slow else []
         plain = [*how, *more, trial_key(self.spec), params.evaluate.precision, params.baselines.sketch_groups]
-        code = {Path(__file__)}  # the other files of a study act through the spec and the cell, or on what is measured
+        code = {Path(__file__), *code}  # other files of a study act through spec and cell, or on what is measured
         code |= set(code_files(["baselines/heads"]) if self.head else [])
         code |= set(code_files(["baselines/finetuned", "finetune", "scratch"]) if self.finetune else [])
         return f"cell-{measurement_key(self.spec.kind, self.spec.target, self.spec.split_seed, plain, code)}"

@@ -18,7 +18,7 @@ from pipeline.prepare import prepare
 from pipeline.project import GROUPS, PREPARED, locked, root
 from pipeline.runs.class_split import images_of_a_class
 from pipeline.runs.executor import Experiment, run_missing
-from pipeline.runs.keys import digest, trial_key
+from pipeline.runs.keys import CODE, code_files, digest, trial_key
 from pipeline.runs.trial import TrialSpec
 from pipeline.runs.trial_folder import Finished
 from pipeline.runs.trial_log import datasets
@@ -29,6 +29,9 @@ from pipeline.tracking.runs import Tracking, open_tracking
 from pudnet.data.folders import look_in
 
 T = TypeVar("T")
+# What the stages `prepare` and `groups` run, whose results a study keeps for itself.
+PREPARE_CODE = tuple(f"data/{n}" for n in ("datasets", "decode", "folders", "sources", "store", "user_images"))
+GROUPS_CODE = ("data/groups", "data/looks")
 
 
 @dataclass(frozen=True)
@@ -187,7 +190,7 @@ def get_data(params: Params) -> None:
 def workspace(params: Params) -> Iterator[None]:
     """Make a folder with the data and groups of a column, and make it the working directory inside the block."""
     data = _data_folder(params)
-    folder = data / digest([asdict(params.groups), params.split_seeds], [])
+    folder = data / digest([asdict(params.groups), params.split_seeds], stage_code("groups", GROUPS_CODE))
     with _working_in(folder, data / PREPARED):
         with _one_at_a_time(folder):
             if not GROUPS.is_dir():
@@ -203,11 +206,17 @@ def _one_at_a_time(folder: Path) -> contextlib.AbstractContextManager[None]:
 def _data_folder(params: Params) -> Path:
     sources = filter(None, (*params.prepare.source, params.prepare.test_source))
     with contextlib.chdir(root()):
-        there = [_files(*source.split(":", 1)) for source in sources]
-    return root() / ".pud" / "studies" / digest([asdict(params.prepare), there], [])
+        there = [files_of(*source.split(":", 1)) for source in sources]
+    code = stage_code("prepare", PREPARE_CODE)
+    return root() / ".pud" / "studies" / digest([asdict(params.prepare), there], code)
 
 
-def _files(kind: str, place: str = "") -> list[tuple[str, int, int]]:
+def stage_code(stage: str, names: Sequence[str]) -> list[Path]:
+    """The file of a stage, and those of `pudnet/` that it runs."""
+    return [CODE / "pipeline" / f"{stage}.py", *code_files(names)]
+
+
+def files_of(kind: str, place: str = "") -> list[tuple[str, int, int]]:
     """The size and time of each file of a source, to notice changed images. (torchvision's sets do not change.)
 
     What the code of a source `python:MODULE:NAME` reads is not known.

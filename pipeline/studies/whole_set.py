@@ -7,6 +7,7 @@ in parts, never all at once.
 from __future__ import annotations
 
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pandas as pd
 import torch
@@ -16,11 +17,12 @@ from pipeline.params import Params
 from pipeline.project import root
 from pipeline.reporting.figures import bars_figure
 from pipeline.reporting.numbers import duration, plus_minus
+from pipeline.runs.keys import code_files
 from pipeline.runs.measuring import measure_missing, open_worker
 from pipeline.studies.definition import Study, WholeSet, reported
 from pipeline.studies.measuring import StudyCell, open_cell
 from pipeline.studies.page import number, table_of, trained_on
-from pipeline.studies.trained import TrainedColumn
+from pipeline.studies.trained import TrainedColumn, files_of
 from pudnet.data.images import normalize
 from pudnet.data.user_images import images_at_a_time, labelled_set
 from pudnet.device import clock
@@ -41,7 +43,9 @@ def measure(trained: TrainedColumn) -> pd.DataFrame:
     """Measure a column: one line for each row."""
     plan, lines = trained.study.whole, []
     there = replace(plan, images=str(root() / plan.images), test_images=str(root() / plan.test_images))
-    keys = {(cell, there): cell.key(trained.params, asdict(plan)) for cell in trained.cells.values()}
+    found = [files_of("folder", folder) for folder in (there.images, there.test_images)]
+    code = [Path(__file__), *code_files(["data/user_images", "data/decode", "data/folders"])]
+    keys = {(cell, there): cell.key(trained.params, asdict(plan), found, code=code) for cell in trained.cells.values()}
     tables = measure_missing(
         trained.params, _accuracy, keys, lambda one, table: f"{one[0].spec.name}: {table.images[0]:,} test images done"
     )
@@ -84,7 +88,7 @@ def _accuracy(folder: str, params: Params, one: tuple[StudyCell, WholeSet]) -> p
     hits = done = 0
     for pixels in images.chunks(images_at_a_time(network.card.image_size)):
         logits = network.logits(normalize(pixels.to(network.mean.device), network.mean, network.std))
-        best = logits.topk(min(plan.top, len(names)), dim=1).indices.cpu()
+        best = logits.topk(min(plan.top, len(network.classes)), dim=1).indices.cpu()
         hits += int((best == truth[done : done + len(best), None]).any(1).sum())
         done += len(best)
     accuracy = 100 * hits / images.count

@@ -80,14 +80,16 @@ def split_classes(
     seed: int,
     test_store_classes: int | None = None,
     test_classes: int | None = None,
+    test_classes_per_group: int | None = None,
 ) -> Split:
     """Split `classes` class ids at random into `train_classes` for training and the rest for test.
 
     With `test_store_classes`, the number of classes in another store, all of these are the test classes instead. Of the
     test classes only the last `test_classes` are kept (None: all), so that they do not change with `train_classes`.
     The search validates on about a fifth of the training classes. Raises `UserError` if a part has fewer classes than
-    a group.
+    a group (a test group: `test_classes_per_group`; None: as others).
     """
+    tested = test_classes_per_group or classes_per_group
     order = np.random.default_rng([seed, SPLIT_STREAM]).permutation(classes).tolist()
     train, rest = order[:train_classes], order[train_classes:]
     test = rest if test_store_classes is None else list(range(test_store_classes))
@@ -97,10 +99,10 @@ def split_classes(
     validating = max(classes_per_group, round(train_classes / 5))
     if train_classes > classes:
         raise UserError(f"train_classes is {train_classes}, but the training set has {classes} classes; lower it")
-    if classes_per_group > len(test):
+    if tested > len(test):
+        key = "test_classes_per_group" if test_classes_per_group else "classes_per_group"
         raise UserError(
-            f"a group has {classes_per_group} classes, but {len(test)} are left for test; "
-            "lower classes_per_group or train_classes"
+            f"a group has {tested} classes, but {len(test)} are left for test; lower {key} or train_classes"
         )
     if train_classes - validating < classes_per_group:
         raise UserError(
@@ -117,6 +119,7 @@ def split_sets(
     seed: int,
     test_store: Store | None = None,
     test_classes: int | None = None,
+    test_classes_per_group: int | None = None,
 ) -> Split:
     """Split the classes of each set of a store as `split_classes` does, whichever other sets there are.
 
@@ -125,7 +128,7 @@ def split_sets(
     other, parts = len(test_store.class_names) if test_store else None, []
     for (name, ids), count in zip(store.set_classes.items(), train_classes, strict=True):
         try:
-            own = split_classes(len(ids), count, classes_per_group, seed, other, test_classes)
+            own = split_classes(len(ids), count, classes_per_group, seed, other, test_classes, test_classes_per_group)
         except UserError as error:
             raise UserError(f"{name}: {error}" if name else str(error)) from None
         parts.append((ids, own))

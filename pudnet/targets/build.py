@@ -60,7 +60,10 @@ def target_name(target: str | nn.Module) -> str:
 def target_code(name: str) -> list[Path]:
     """The source files of an import path's network: the file that defines it, and the other files of its package."""
     module, _, attribute = name.partition(":")
-    defined = inspect.getsourcefile(inspect.unwrap(getattr(importlib.import_module(module), attribute)))
+    imported = importlib.import_module(module)
+    built_by = inspect.unwrap(getattr(imported, attribute))
+    known = inspect.isclass(built_by) or inspect.isroutine(built_by)  # else it may be a partial, which has no file
+    defined = inspect.getsourcefile(built_by if known else imported)
     folder, files = Path(defined).parent, {Path(defined)}
     if "." in module or Path(defined).name == "__init__.py":
         files |= set(folder.glob("*.py"))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
+from pudnet.errors import UserError, one_line
 from pudnet.targets.shared import SharedTarget
 from pudnet.targets.target import Target, Weights, norms
 
@@ -51,12 +52,20 @@ class Calibrator:
 
 @torch.no_grad()
 def calibrate(network: nn.Module, images: Tensor) -> Tensor:
-    """Set BatchNorm's running statistics to those of the images (N, C, H, W), in place -> their features (N, d)."""
+    """Set BatchNorm's running statistics to those of the images (N, C, H, W), in place -> their features (N, d).
+
+    Raises `UserError` if it is one image, of which a layer has a single value.
+    """
     calibrated = [(norm, norm.momentum, norm.register_forward_hook(_make_biased)) for norm in norms(network)]
     for norm, _, _ in calibrated:
         norm.train()
         norm.momentum = 1.0  # forget earlier statistics
-    features = network(images).flatten(1)
+    try:
+        features = network(images).flatten(1)
+    except ValueError as error:
+        if len(images) > 1:
+            raise
+        raise UserError(f"calibration_images: one image is too few for this network ({one_line(error)})") from None
     for norm, momentum, hook in calibrated:
         hook.remove()
         norm.eval()

@@ -16,6 +16,7 @@ from pudnet.device import wants_bf16
 from pudnet.errors import UserError, one_line
 from pudnet.targets.target import ConvShape, forget_statistics, put_tensors
 
+OF_CLASSIFIERS = ("centroids", "head_weight", "head_bias")  # tensors that a file has beside the network's
 UNFIT = (
     nn.Conv1d,
     nn.Conv3d,
@@ -34,6 +35,8 @@ def refuse_unfit_layers(network: nn.Module, name: str) -> None:
     for path, tensor in tensors:
         if owners.setdefault(id(tensor), path) != path:
             raise UserError(f"target {name}: {owners[id(tensor)]} and {path} are one tensor; untie them")
+        if path in OF_CLASSIFIERS:
+            raise UserError(f"target {name}: {path} is what a file calls a tensor of the classifier; rename it")
     for path, module in network.named_modules():
         kind = type(module).__name__
         if isinstance(module, UNFIT):
