@@ -82,7 +82,8 @@ def test_nothing_of_the_held_out_images_is_known_at_the_start(variant, predictor
 
 
 def test_too_few_images_beside_those_whose_labels_made_the_weights_are_refused():
-    predictor, images, labels = plus(), np.zeros((8, 8, 8), np.uint8), [0, 1] * 4
+    predictor, labels = plus(), [0, 1] * 4
+    images = np.random.default_rng(0).integers(0, 256, (8, 8, 8), dtype=np.uint8)
     with pytest.raises(
         UserError, match="class 0 has 4 image.*4 of which the network was predicted from.*, too few to hold 1 out"
     ) as error:
