@@ -14,7 +14,7 @@ from pudnet.card import Card
 from pudnet.config import Penalty
 from pudnet.ridge import at_least_fp32, left_out, one_hot, ridge_weights
 
-PENALTY_PARTS = (1.0, 0.5, 0.25, 0.125)  # what `smaller_penalty` chooses from, of the learned penalty
+PENALTY_PARTS = (1.0, 0.5, 0.25, 0.125)  # of the learned penalty, what `penalty: leave_one_out` chooses from
 
 
 def centroids(features: Tensor, labels: Tensor, classes: int) -> Tensor:
@@ -72,37 +72,15 @@ def _balanced(features: Tensor, labels: Tensor, classes: int) -> _Balanced:
     return _Balanced(root * x / norm, root * (y - 1 / classes), share, mean, norm)
 
 
-def smaller_penalty(features: Tensor, labels: Tensor, classes: int, ridge: Tensor) -> Tensor:
-    """A penalty for `ridge_layer`: the largest of `ridge`, its half, quarter and eighth that is not clearly too large.
-
-    Images of another kind than those that the penalty was learned on may want a smaller one. Each penalty is judged by
-    the squared errors of the images when they are left out, at the best scale, since a classifier's scale changes no
-    decision. Clearly too large: worse than the best by more than two standard errors of the paired difference. (Class
-    filters are not left out: they were solved from all images.) Features (..., N, d), labels (N,) -> (..., 1, 1).
-    """
-    penalties = _penalties(ridge)
-    chosen = _first_not_clearly_worse(_left_out_errors(features, labels, classes, penalties))
-    return penalties[chosen][..., None, None]
-
-
-def _penalties(ridge: Tensor) -> Tensor:
-    return ridge * torch.tensor(PENALTY_PARTS, device=ridge.device)
-
-
 def _left_out_errors(features: Tensor, labels: Tensor, classes: int, penalties: Tensor) -> Tensor:
-    """Squared errors (M, ..., N) of images that are left out of `ridge_layer`, for each of penalties (M,)."""
+    """Squared errors (M, N) of images that are left out of `ridge_layer`, for each of penalties (M,).
+
+    At the best scale, since a classifier's scale changes no decision.
+    """
     with torch.autocast(features.device.type, enabled=False):
         x, y, share, *_ = _balanced(features, labels, classes)
         known = x.nan_to_num()  # features that are not finite have no eigenvalues; as zeros they keep the first penalty
-        return _scale_free_errors(left_out(known, y, penalties.view(-1, *[1] * x.ndim), share), y)
-
-
-def _first_not_clearly_worse(errors: Tensor) -> Tensor:
-    """Of errors (M, ..., N), the first of M that is worse than the best by at most two standard errors: (...)."""
-    best = errors.mean(-1, keepdim=True).argmin(0, keepdim=True).expand_as(errors[:1])
-    worse = errors - errors.gather(0, best)
-    clearly = worse.mean(-1) > 2 * worse.std(-1) / math.sqrt(errors.shape[-1])
-    return (~clearly).float().argmax(0)
+        return _scale_free_errors(left_out(known, y, penalties[:, None, None], share), y)
 
 
 def _scale_free_errors(predicted: Tensor, y: Tensor) -> Tensor:
@@ -110,6 +88,13 @@ def _scale_free_errors(predicted: Tensor, y: Tensor) -> Tensor:
     products, squares = ((predicted * each).sum((-2, -1), keepdim=True) for each in (y, predicted))
     scale = (products / squares.clamp_min(1e-12)).clamp_min(0)  # a negative one would turn decisions round
     return (y - scale * predicted).square().sum(-1)
+
+
+def _first_not_clearly_worse(errors: Tensor) -> int:
+    """Of errors (M, N), the first of M that is worse than the best by at most two standard errors of the difference."""
+    worse = errors - errors[errors.mean(1).argmin()]
+    clearly = worse.mean(1) > 2 * worse.std(1) / math.sqrt(errors.shape[1])
+    return int((~clearly).float().argmax())
 
 
 class Regression(nn.Module):
@@ -128,34 +113,27 @@ class Regression(nn.Module):
 
     def forward(self, queries: Tensor, support: Tensor, labels: Tensor, classes: int) -> Tensor:
         """Queries (..., Q, d) and support features (..., S, d) with labels (S,) in 0..k-1 -> logits (..., Q, k)."""
-        weight, bias = self.layer(support, labels, classes)
+        weight, bias = ridge_layer(support, labels, classes, self.log_ridge.exp(), self.log_scale.exp())
         with torch.autocast(queries.device.type, enabled=False):
             return at_least_fp32(queries) @ weight.mT + bias.unsqueeze(-2)
 
-    def layer(self, support: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
-        """The linear layer, weight (..., k, d) and bias (..., k), for support features (..., S, d), labels (S,)."""
-        return ridge_layer(support, labels, classes, self.ridge(support, labels, classes), self.log_scale.exp())
-
-    def ridge(self, support: Tensor, labels: Tensor, classes: int) -> Tensor:
-        """The penalty: the learned one; after training, with `leave_one_out`, what `smaller_penalty` chooses."""
-        learned = self.log_ridge.exp()
-        if self.training or self.penalty == "learned":
-            return learned
-        return smaller_penalty(support, labels, classes, learned)
-
     def choose(self, candidates: Sequence[Tensor], labels: Tensor, classes: int) -> tuple[int, Tensor]:
-        """Which of several features (S, d) of a group's images to solve for the layer on, and with which penalty.
+        """Which of several features (S, d) of a group's images, labels (S,), to solve the layer for, and its penalty.
 
-        Of all pairs, in the order of candidates and then of falling penalties, the first that is not clearly worse than
-        the best with each image left out in turn (`smaller_penalty`). So the first candidate may have a larger penalty
-        than if it were alone. Of one candidate: 0 and `ridge`.
+        With `penalty: leave_one_out`, it may also be a half, a quarter or an eighth of the learned penalty: images of
+        another kind than those that it was learned on may want a smaller one. Each image is left out of the layer in
+        turn, and the squared errors of these predictions judge the pairs of features and penalty, in the order of
+        features and then of falling penalties. The first is taken that is not clearly worse than the best: not by more
+        than two standard errors of the paired difference. (Class filters are not left out: they were solved from all
+        images.)
         """
-        if len(candidates) == 1:
-            return 0, self.ridge(candidates[0], labels, classes)
         learned = self.log_ridge.exp()
-        penalties = learned[None] if self.penalty == "learned" else _penalties(learned)
+        parts = PENALTY_PARTS if self.penalty == "leave_one_out" else (1.0,)
+        penalties = learned * torch.tensor(parts, device=learned.device)
+        if len(candidates) == len(parts) == 1:
+            return 0, learned
         errors = torch.cat([_left_out_errors(each, labels, classes, penalties) for each in candidates])
-        candidate, penalty = divmod(int(_first_not_clearly_worse(errors)), len(penalties))
+        candidate, penalty = divmod(_first_not_clearly_worse(errors), len(penalties))
         return candidate, penalties[penalty]
 
 

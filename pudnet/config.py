@@ -22,7 +22,7 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 # A ridge classifier's penalty in a prediction: the learned one, or a smaller one if that is clearly better with each
-# labelled image left out in turn (`pudnet.classifier.smaller_penalty`).
+# labelled image left out in turn (`pudnet.classifier.Regression.choose`).
 Penalty = Literal["learned", "leave_one_out"]
 
 # What a ridge classifier sees of a ConvNet-3 in a prediction: its last block, or all blocks if that is clearly better

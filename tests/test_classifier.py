@@ -8,7 +8,7 @@ from torch.testing import assert_close
 from pudnet.baselines import Adapter, make_method
 from pudnet.baselines.finetuned import FineTunedPrediction
 from pudnet.card import Card
-from pudnet.classifier import Regression, ridge_layer, smaller_penalty
+from pudnet.classifier import Regression, ridge_layer
 from pudnet.errors import UserError
 from pudnet.network import PredictedNetwork
 from pudnet.predictor import Predictor
@@ -47,24 +47,29 @@ def test_a_row_left_out_is_predicted_as_by_a_fit_to_the_others(size):
         assert_close(centred[i], (x[i] - mean) @ weights.T + level)
 
 
+def penalty_for(features: torch.Tensor, labels: torch.Tensor = LABELS) -> float:
+    """The penalty that is chosen for features (N, d) of three classes, where 2 was learned."""
+    with torch.no_grad():
+        chosen, penalty = Regression(2.0, 5.0, "leave_one_out").choose([features], labels, 3)
+    assert chosen == 0
+    return penalty.item()
+
+
 def test_the_penalty_is_smaller_only_if_that_is_clearly_better():
-    learned = torch.tensor(2.0)
-    groups = [separable(1.0), 100 * separable(0.1, common=1.0)]  # how large features are does not matter
-    chosen = [smaller_penalty(features, LABELS, 3, learned) for features in groups]
-    assert chosen[0].item() == 2.0 and chosen[1].item() == 0.25
-    assert_close(smaller_penalty(torch.stack(groups), LABELS, 3, learned), torch.stack(chosen))
+    assert penalty_for(separable(1.0)) == pytest.approx(2.0)
+    assert penalty_for(100 * separable(0.1, common=1.0)) == pytest.approx(0.25)  # how large features are is all one
 
 
 def test_one_image_a_class_equal_images_and_nan_keep_the_learned_penalty():
     for features in (noise(3, 9), torch.ones(3, 9), torch.full((3, 9), torch.nan)):
-        assert smaller_penalty(features, torch.arange(3), 3, torch.tensor(2.0)).item() == 2.0
+        assert penalty_for(features, torch.arange(3)) == pytest.approx(2.0)
 
 
 def test_training_takes_the_learned_penalty_and_a_prediction_the_chosen_one():
     regression, features = Regression(2.0, 5.0, "leave_one_out"), separable(0.1, common=1.0)
-    for training, ridge in ((True, 2.0), (False, 0.25)):
-        weight, bias = ridge_layer(features, LABELS, 3, ridge, 5.0)
-        assert_close(regression.train(training)(features, features, LABELS, 3), features @ weight.T + bias)
+    weight, bias = ridge_layer(features, LABELS, 3, 2.0, 5.0)
+    assert_close(regression(features, features, LABELS, 3), features @ weight.T + bias)
+    assert penalty_for(features) == pytest.approx(0.25)
 
 
 def test_a_predicted_network_has_the_chosen_penalty():
@@ -75,9 +80,10 @@ def test_a_predicted_network_has_the_chosen_penalty():
     seen = torch.cat([torch.arange(4) + 6 * c for c in range(3)])
     with torch.no_grad():
         support, queries = (network.body(part).flatten(1) for part in (images[seen], images))
-        logits = model.regression(queries, support, labels[seen], 3)
-        assert network.card.ridge == pytest.approx(model.regression.ridge(support, labels[seen], 3).item())
-    assert_close(network.logits(images), logits, rtol=1e-3, atol=1e-3)
+        _, penalty = model.regression.choose([support], labels[seen], 3)
+        weight, bias = ridge_layer(support, labels[seen], 3, penalty, model.regression.log_scale.exp())
+    assert network.card.ridge == pytest.approx(penalty.item())
+    assert_close(network.logits(images), queries @ weight.T + bias, rtol=1e-3, atol=1e-3)
 
 
 def test_a_penalty_is_chosen_for_no_other_classifier():
@@ -91,7 +97,7 @@ def test_more_features_are_chosen_only_if_they_are_clearly_better():
     for candidates, expected in (([useful, useless], 0), ([useful, useful], 0), ([useless, useful], 1)):
         candidate, ridge = regression.choose(candidates, LABELS, 3)
         assert candidate == expected
-        assert_close(ridge, smaller_penalty(useful, LABELS, 3, torch.tensor(2.0)).squeeze())
+        assert ridge.item() == pytest.approx(penalty_for(useful))
     candidate, ridge = Regression(2.0, 5.0).choose([useless, useful], LABELS, 3)
     assert (candidate, ridge.item()) == (1, pytest.approx(2.0))
 
