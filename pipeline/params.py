@@ -300,6 +300,14 @@ def _check_extent(path: Path, raw: Any) -> None:
 def resolve(raw: Mapping[str, Any]) -> Params:
     """Check the values of a params.yaml, and fill null values from the setting."""
     _check_keys(raw)
+    params = _filled(raw)
+    for check in (_check_spaces, _check_whole, _check_workers, _check_lists, _check_sets):
+        check(params)
+    return _of_whole(params) if params.groups.test_whole else params
+
+
+def _filled(raw: Mapping[str, Any]) -> Params:
+    """The blocks of a params.yaml, each checked by itself, with the setting's values for null ones."""
     setting = get_setting(raw["setting"])
     check_target_name(raw["target"])
     if raw["variant"] not in VARIANTS:
@@ -310,29 +318,39 @@ def resolve(raw: Mapping[str, Any]) -> Params:
     for name, kind in BLOCKS.items():
         given = {key: value for key, value in raw[name].items() if value is not None}
         values[name] = parse(kind, {**own.get(name, {}), **given}, name)
-    params = parse(Params, values, "")
-    _check_spaces(params)
+    return parse(Params, values, "")
+
+
+def _check_whole(params: Params) -> None:
+    """Check that a test set that is one group as a whole is given no other size."""
     for name in ("test_classes_per_group", "test_images_per_group"):
         if params.groups.test_whole and getattr(params.groups, name) is not None:
             raise UserError(
                 f"groups.{name}: with groups.test_whole (null means true if there is a prepare.test_source), all test "
                 "images are one group; set groups.test_whole to false, or leave this null"
             )
+
+
+def _check_workers(params: Params) -> None:
+    """Check that each worker has a group of a step."""
     if params.resources.workers > params.train.groups_per_step:
         raise UserError(
             f"resources.workers: {params.resources.workers} workers cannot split the {params.train.groups_per_step} "
             "group(s) of a step; raise train.groups_per_step"
         )
+
+
+def _check_lists(params: Params) -> None:
+    """Check that lists name nothing twice, and that numbers of epochs rise."""
     for where in ("baselines.methods", "prepare.source", "groups.looks", "groups.test_looks"):
         block, _, key = where.partition(".")
-        values = getattr(getattr(params, block), key) or []
-        if len(set(values)) < len(values):
-            raise UserError(f"{where}: one is listed twice in {values!r}")
-    _check_sets(params)
+        names = getattr(getattr(params, block), key) or []
+        if len(set(names)) < len(names):
+            raise UserError(f"{where}: one is listed twice in {names!r}")
     for name in ("scratch_epochs", "scratch_search_epochs"):
-        if sorted(set(values := getattr(params.baselines, name))) != values:
-            raise UserError(f"baselines.{name}: must be in rising order, got {values!r}")
-    return _of_whole(params) if params.groups.test_whole else params
+        epochs = getattr(params.baselines, name)
+        if sorted(set(epochs)) != epochs:
+            raise UserError(f"baselines.{name}: must be in rising order, got {epochs!r}")
 
 
 def _of_whole(params: Params) -> Params:

@@ -205,8 +205,7 @@ def _points(study: Study, table: pd.DataFrame) -> pd.DataFrame:
     panels, places = zip(*map(point, named), strict=True)
     other = table.column if study.axis == "rows" else table.row
     parts = {"panel": other, "line": panels} if study.axis == "rows" else {"panel": panels, "line": other}
-    numbers = table[["paper", "paper_ci95"]].rename(columns={"paper": "reference", "paper_ci95": "reference_ci95"})
-    return pd.DataFrame({**parts, "x": places, "y": table.accuracy, "ci95": table.ci95}).join(numbers)
+    return pd.DataFrame({**parts, "x": places, "y": table.accuracy, "ci95": table.ci95, "reference": table.paper})
 
 
 def tables(study: Study, table: pd.DataFrame) -> str:

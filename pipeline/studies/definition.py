@@ -253,31 +253,40 @@ def column_params(study: Study, column: str) -> Params:
     A column may set its own number of training groups; otherwise that is the budget, or 1 if the budget is below 1
     (`wanted` then leaves the column out).
     """
-    raw, own = read_yaml(PARAMS), study.columns[column].changes
-    for where, changes in (("over", study.over), (f"columns.{column}", own)):
-        for key, value in changes.items():
+    own = study.columns[column].changes
+    params = resolve(_changed(read_yaml(PARAMS), {"over": study.over, f"columns.{column}": own}))
+    for name in params.study.settings or ():
+        get_setting(name)
+    for name in params.study.targets or ():
+        check_target_name(name)
+    return _relocated(_sized(study, params, own))
+
+
+def _changed(raw: dict[str, Any], changes: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The content of a params.yaml with changes, whose keys are written with dots, by the place that they stand in."""
+    for where, values in changes.items():
+        for key, value in values.items():
             block, _, name = key.rpartition(".")
             place = raw.get(block) if block else raw
             if not isinstance(place, dict) or name not in place:
                 raise UserError(f"{where}: {key}: no such key in {PARAMS}")
             place[name] = value
-    params = resolve(raw)
-    settings = params.study
-    for name in settings.settings or ():
-        get_setting(name)
-    for name in settings.targets or ():
-        check_target_name(name)
-    groups = {} if GROUPS_KEY in own else {"train_groups": max(1, budget(study, params))}
-    if settings.test_groups is not None and not params.groups.test_whole:
-        groups["test_groups"] = settings.test_groups
-    there, own = settings.sources, params.prepare
-    prepare = {"source": [there.get(source, source) for source in own.source]}
-    prepare["test_source"] = there.get(own.test_source, own.test_source)
-    return dataclasses.replace(
-        params,
-        groups=dataclasses.replace(params.groups, **groups),
-        prepare=dataclasses.replace(params.prepare, **prepare),
-    )
+    return raw
+
+
+def _sized(study: Study, params: Params, column: Mapping[str, Any]) -> Params:
+    """With the numbers of groups that the block `study` asks for, unless the column's changes have their own."""
+    groups = {} if GROUPS_KEY in column else {"train_groups": max(1, budget(study, params))}
+    if params.study.test_groups is not None and not params.groups.test_whole:
+        groups["test_groups"] = params.study.test_groups
+    return dataclasses.replace(params, groups=dataclasses.replace(params.groups, **groups))
+
+
+def _relocated(params: Params) -> Params:
+    """With the places of the user's own copies of sets, from `study.sources`."""
+    there, own = params.study.sources, params.prepare
+    source, test = [there.get(each, each) for each in own.source], there.get(own.test_source, own.test_source)
+    return dataclasses.replace(params, prepare=dataclasses.replace(own, source=source, test_source=test))
 
 
 def budget(study: Study, params: Params) -> int:
