@@ -17,7 +17,8 @@ from collections.abc import Iterator, Sequence
 from pipeline.params import load_params
 from pipeline.project import folder_locked
 from pipeline.runs import cluster
-from pipeline.studies.definition import STUDIES, check_rows, column_params, load_study, wanted
+from pipeline.studies.columns import check_rows, column_params, wanted
+from pipeline.studies.definition import STUDIES, load_study
 from pipeline.studies.running import run_study
 from pudnet.errors import RunFailed, UserError, exit_code
 

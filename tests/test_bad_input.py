@@ -29,7 +29,8 @@ from pipeline.groups import groups as make_groups
 from pipeline.params import load_params
 from pipeline.prepare import prepare
 from pipeline.project import STORE, TEST_STORE, group_folder
-from pipeline.studies.definition import ANY, column_params, load_study, row_spec, wanted
+from pipeline.studies.columns import ANY, column_params, row_spec, wanted
+from pipeline.studies.definition import load_study
 from pudnet import PredictedNetwork, Predictor
 from pudnet.cli import main
 from pudnet.data.groups import open_groups

@@ -18,7 +18,8 @@ from sklearn.datasets import load_digits
 
 from pipeline.project import STORE
 from pipeline.studies.accuracy import Spread
-from pipeline.studies.definition import ANY, check_rows, column_params, load_study, row_spec, wanted
+from pipeline.studies.columns import ANY, check_rows, column_params, row_spec, wanted
+from pipeline.studies.definition import load_study
 from pipeline.studies.measuring import given_labels
 from pipeline.studies.trained import _data_folder, _training, get_data
 from pudnet import Predictor
