@@ -9,6 +9,7 @@ from pipeline.project import GROUPS, STORE, TEST_STORE, group_folder
 from pipeline.stage import run_stage
 from pudnet.data.groups import build_groups, split_sets, write_groups
 from pudnet.data.store import Store, open_store, whole_folder
+from pudnet.errors import UserError
 
 
 def groups(params: Params) -> None:
@@ -22,7 +23,9 @@ def groups(params: Params) -> None:
 
 def _build_split(params: Params, store: Store, other: Store | None, seed: int, folder: Path) -> None:
     own = params.groups
-    tested = 2 if own.test_whole else own.test_classes_per_group  # a whole set is one group, of two classes or more
+    if other is not None and len(other.class_names) < 2:
+        raise UserError(f"{params.prepare.test_source}: has one class; a group needs two")
+    tested = 2 if own.test_whole else own.test_classes_per_group  # a whole set is one group, of all its classes
     split = split_sets(store, own.train_classes, own.classes_per_group, seed, other, own.test_classes, tested)
     tables = build_groups(split, params.sizes, store, other, own.looks, own.test_looks)
     test_names = (other or store).class_names

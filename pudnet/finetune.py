@@ -146,16 +146,16 @@ def _labels_used(card: Card) -> set[str]:
 def _hold_out(columns: Tensor, known: Tensor, part: float, classes: tuple[Label, ...]) -> tuple[Tensor, Tensor]:
     """Draw training and test rows from each class. Those of `known` (N,), whose labels made the weights, only train."""
     kept, tested = [], []
-    for column in columns.unique().tolist():
+    wanted = [max(1, round(part * count)) for count in columns.bincount().tolist()]
+    for column, count in enumerate(wanted):
         rows = torch.nonzero(columns == column).squeeze(1)
         learned, rest = rows[known[rows]], rows[~known[rows]]
-        count = max(1, round(part * len(rows)))
         if count > len(rest) or count == len(rows):
             has = f"labels: class {classes[column]!r} has {len(rows)} image(s)"
             if not len(learned):
                 raise UserError(f"{has}, too few to hold {count} out")
             used = f"{len(learned)} of which the network was predicted from or trained on with their labels"
-            each = len(rows) - count
+            each = min(own - held for own, held in zip(columns.bincount().tolist(), wanted, strict=True))
             fewer = f"--sketch {each * len(classes)} --support {each}; in Python sketch_images, support_per_class"
             advice = f", or predict from fewer ({fewer})" * (each > 0)
             raise UserError(f"{has}, {used}, too few to hold {count} out; give more{advice}")

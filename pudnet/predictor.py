@@ -341,8 +341,9 @@ class Predictor:
         return max(self.support_per_class, self._labelled(labels))
 
     def _labels_used(self, labels: Tensor) -> int:
-        """How many images of a class make the weights with their labels, or choose the penalty and the blocks."""
-        return self._labelled(labels) if self.regression is None else self._support_count(labels)
+        """How many images of a class make the weights with their labels, or choose the penalty or the blocks."""
+        chooses = self.regression is not None and (self.regression.penalty != "learned" or self.all_blocks is not None)
+        return self._support_count(labels) if chooses else self._labelled(labels)
 
     def _labelled(self, labels: Tensor) -> int:
         """How many images of a class, at most, enter the sketch with their labels."""

@@ -73,6 +73,7 @@ def named(name: str) -> nn.Module:
 
 
 narrow = functools.partial(Depthwise, channels=3)
+partial_of_another_file = functools.partial(nn.Conv2d, 3, 4, 3)
 
 
 def tied() -> nn.Module:

@@ -200,9 +200,12 @@ def test_a_classifier_that_is_solved_for_is_of_all_images_that_are_looked_at(tmp
     more.sketch_images = 18
     looked_at = more.adapt(images, labels, (0, 1, 2)).card
     assert looked_at.support_per_class == 6 and looked_at.provenance["calibration_images"] == 18
-    more.sketch_images, more.support_per_class = 6, 5  # more labels choose its penalty than make its filters
-    chosen = more.adapt(images, labels, (0, 1, 2)).card
-    assert chosen.labels_per_class == chosen.support_per_class == 5  # so fine-tuning holds none of them out
+    more.sketch_images, more.support_per_class = 6, 5  # more labels for the classifier than for the filters
+    for penalty, used in (("learned", 2), ("leave_one_out", 5)):  # may be held out in fine-tuning, unless they chose
+        more.regression.penalty = penalty
+        card = more.adapt(images, labels, (0, 1, 2)).card
+        assert (card.support_per_class, card.labels_per_class) == (5, used)
+    model.regression.penalty = "learned"
     network.save(tmp_path / "a.safetensors")
     again = PredictedNetwork.load(tmp_path / "a.safetensors")
     assert torch.equal(again.logits(images), network.logits(images))

@@ -68,7 +68,8 @@ def test_one_image_a_class_equal_images_and_nan_keep_the_learned_penalty():
 def test_training_takes_the_learned_penalty_and_a_prediction_the_chosen_one():
     regression, features = Regression(2.0, 5.0, "leave_one_out"), separable(0.1, common=1.0)
     weight, bias = ridge_layer(features, LABELS, 3, 2.0, 5.0)
-    assert_close(regression(features, features, LABELS, 3), features @ weight.T + bias)
+    for training in (True, False):
+        assert_close(regression.train(training)(features, features, LABELS, 3), features @ weight.T + bias)
     assert penalty_for(features) == pytest.approx(0.25)
 
 
@@ -93,7 +94,7 @@ def test_a_penalty_is_chosen_for_no_other_classifier():
 
 @torch.no_grad()
 def test_more_features_are_chosen_only_if_they_are_clearly_better():
-    regression, useless, useful = Regression(2.0, 5.0, "leave_one_out").eval(), noise(60, 40), separable(0.1)
+    regression, useless, useful = Regression(2.0, 5.0, "leave_one_out"), noise(60, 40), separable(0.1)
     for candidates, expected in (([useful, useless], 0), ([useful, useful], 0), ([useless, useful], 1)):
         candidate, ridge = regression.choose(candidates, LABELS, 3)
         assert candidate == expected

@@ -323,7 +323,7 @@ def test_impossible_split_says_the_numbers(train_classes, k, message):
 
 def test_test_groups_may_have_fewer_classes_than_are_left_for_training_groups():
     assert len(split_classes(10, 8, 3, seed=0, test_classes_per_group=2).test_classes) == 2
-    with pytest.raises(UserError, match="a group has 4 classes, but 3 are left for test; lower test_classes_per_group"):
+    with pytest.raises(UserError, match="a group has 4 classes, but 3 are left for test; lower train_classes"):
         split_classes(10, 7, 2, seed=0, test_classes_per_group=4)
 
 

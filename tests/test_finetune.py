@@ -91,6 +91,11 @@ def test_too_few_images_beside_those_whose_labels_made_the_weights_are_refused()
     assert "(--sketch 6 --support 3; in Python sketch_images, support_per_class)" in str(error.value)
     predictor.sketch_images, predictor.support_per_class = 6, 3
     finetune(predictor.predict(images, labels), images, labels, epochs=1)
+    labels = [0] * 5 + [1] * 3  # classes of other sizes: the smallest decides how few
+    with pytest.raises(UserError, match=r"--sketch 4 --support 2; "):
+        finetune(plus().predict(images, labels), images, labels)
+    predictor.sketch_images, predictor.support_per_class = 4, 2
+    finetune(predictor.predict(images, labels), images, labels, epochs=1)
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from sklearn.datasets import load_digits
 
 from pipeline.project import STORE
 from pipeline.studies.accuracy import Spread
-from pipeline.studies.columns import ANY, check_rows, column_params, row_spec, wanted
+from pipeline.studies.columns import ANY, check_labels, check_rows, column_params, row_spec, wanted
 from pipeline.studies.definition import load_study
 from pipeline.studies.measuring import given_labels
 from pipeline.studies.trained import _data_folder, _training, get_data
@@ -375,6 +375,10 @@ def test_a_baseline_beside_a_variant_is_trained_as_it_is_and_given_as_many_label
         ({"measure": "speed"}, "measure: "),
         ({"measure": "whole"}, "whole: missing"),
         ({"finetune": {"epochs": 0}}, "finetune.epochs: "),
+        (
+            {"measure": "finetune", "rows": {"few": {"images": 20}}, "reference": None},
+            "few: images: is not for `measure",
+        ),
         ({"axis": "columns"}, "columns.digits: must be called NUMBER or PANEL / NUMBER"),
         ({"rows": {"static trunk": {"paper": "best"}}, "columns": {"a": {"paper": "table9.{row}"}}}, "'table9.best'"),
         ({"size": 3}, "size: unknown key"),
@@ -478,6 +482,7 @@ def test_test_groups_may_have_other_classes_than_training_groups(row, project):
     project({**TINY, "over": {"groups.test_classes_per_group": 4}, "rows": rows, "reference": "one"})
     study = load_study("tiny")
     check_rows(study, column_params(study, "digits"))
+    check_labels(study, column_params(study, "digits"), tested=10)  # as of a whole set
 
 
 def test_a_budget_is_a_part_of_the_papers_number_of_groups(project, tmp_path):

@@ -2,6 +2,7 @@
 
 import copy
 from collections import defaultdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -241,12 +242,13 @@ def test_code_of_a_users_network_is_all_of_its_package():
     assert {path.name for path in target_code("tests.nets:Depthwise")} > {"nets.py", "smallest.py"}
     assert [path.name for path in target_code("textwrap:TextWrapper")] == ["textwrap.py"]
     assert target_code("tests.nets:narrow") == target_code("tests.nets:Depthwise")  # a partial, which has no file
+    assert Path(nn.__file__).parent / "modules" / "conv.py" in target_code("tests.nets:partial_of_another_file")
 
 
 def test_one_image_is_too_few_where_a_layer_has_one_value_of_it():
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
     assert calibrate(network, torch.randn(2, 3, 3, 3)).shape == (2, 4)
-    with pytest.raises(UserError, match="^calibration_images: one image is too few for this network"):
+    with pytest.raises(UserError, match="^one image is too few for this network's BatchNorm; give more"):
         calibrate(network, torch.randn(1, 3, 3, 3))
 
 

@@ -48,7 +48,7 @@ def _changed(raw: dict[str, Any], changes: Mapping[str, Mapping[str, Any]]) -> d
 
 
 def _sized(study: Study, params: Params, column: Mapping[str, Any]) -> Params:
-    """With the numbers of groups that the block `study` asks for, unless the column's changes have their own."""
+    """With the numbers of groups that the block `study` asks for; of training groups the column's own comes first."""
     groups = {} if GROUPS_KEY in column else {"train_groups": max(1, budget(study, params))}
     if params.study.test_groups is not None and not params.groups.test_whole:
         groups["test_groups"] = params.study.test_groups
@@ -141,18 +141,20 @@ def _why_not(study: Study, params: Params) -> str | None:
     return None
 
 
-def _uneven(row: Row, params: Params) -> str | None:
-    """The reason if a row may have other numbers of labels than its neighbours in the column, else None.
+def check_labels(study: Study, params: Params, tested: int) -> None:
+    """Raise `UserError` if rows have as many labels in training groups, but not in test groups of `tested` classes.
 
-    What PudNet+ looks at is a number of images in all, and what other methods are given is one of each class: they are
-    as many in training groups, but not in test groups of more classes, or fewer.
+    What PudNet+ looks at is a number of images in all, and what other methods are given is one of each class.
     """
-    trained, tested = params.groups.classes_per_group, params.groups.test_classes_per_group or 0
-    if row.images is not None or row.method in SCRATCH or tested in (0, trained):
-        return None
-    if not apply_variant(row.variant, params.model, params.train)[0].class_filters:
-        return None
-    return f"images: missing; test groups have {tested} classes and training groups {trained}, so say how many labels"
+    trained = params.groups.classes_per_group
+    model, _ = apply_variant("pudnet_plus", params.model, params.train)
+    for name, row in study.rows.items() if tested != trained else ():
+        beside = row.variant == "pudnet_plus" and row.changes.get("class_filters", model.class_filters)
+        if beside and row.images is None and row.method not in SCRATCH:
+            raise UserError(
+                f"rows.{name}: images: missing; test groups have {tested} classes and training groups {trained}, "
+                "so say how many labels"
+            )
 
 
 def check_rows(study: Study, params: Params) -> None:
@@ -160,6 +162,8 @@ def check_rows(study: Study, params: Params) -> None:
 
     Also if it would have more labels than another row, or fewer, only because test groups have other classes.
     """
+    if study.measure == "accuracy" and not params.groups.test_whole:
+        check_labels(study, params, params.groups.test_classes_per_group or params.groups.classes_per_group)
     targets: dict[str, Target] = {}
     sound: set[tuple] = set()
     seen: dict[str, list] = {}
@@ -169,8 +173,6 @@ def check_rows(study: Study, params: Params) -> None:
         if other := next((row for row, content in seen.items() if content == same), ""):
             raise UserError(f"rows.{name}: means the same as row {other}")
         seen[name] = same
-        if why := _uneven(row, params):
-            raise UserError(f"rows.{name}: {why}")
         model = spec.model | {"eta": 0.0}  # eta has no size: rows that differ in it alone are checked once
         content = (spec.target, spec.kind, *model.items())
         if content in sound:

@@ -19,6 +19,7 @@ from torch import nn
 
 from pipeline.params import Params
 from pipeline.reporting.figures import correlations_figure
+from pipeline.runs.keys import digest
 from pipeline.runs.measuring import measure_missing, open_worker
 from pipeline.studies.definition import Study
 from pipeline.studies.measuring import StudyCell, open_cell
@@ -56,7 +57,8 @@ def measure(trained: TrainedColumn) -> pd.DataFrame:
     for (row, seed), of_cell in parts.items():
         points = pd.concat([tables[part] for part in of_cell])
         found = _correlations(points, plan.components, plan.pairings, seed)
-        trained.log(row, seed, {f"correlation_{line['layer']}": line["correlation"] for line in found}, {})
+        metrics = {f"correlation_{line['layer']}": line["correlation"] for line in found}
+        trained.log(row, seed, metrics, {}, key=digest([keys[part] for part in of_cell], []))
         own = {"row": row, "column": trained.column, "seed": seed, "groups": count, "components": plan.components}
         lines += [{**own, **line} for line in found]
     return pd.DataFrame(lines)

@@ -34,7 +34,8 @@ class Row:
     target: str | None = None  # the network that is predicted; null: the column's
     changes: dict[str, Any] = field(default_factory=dict)  # keys of `model` and `train`, or a baseline's own
     sketch: Literal[("own", *OTHERS_SKETCHES)] = "own"
-    images: Positive | None = None  # how many of a test group's labelled images are used; null: as in training
+    images: Positive | None = None  # how many of a test group's labelled images are used; null: as in training.
+    # With `measure: whole`, how many PudNet looks at; its classifier has at least ten of each class.
     head: Literal[HEADS] | None = None  # fitted to a baseline's features; replaces its own rule
     finetune: ScratchConfig | None = None  # trains the predicted network further, on all labelled images of the group
     paper: str | None = None  # the row's name in the paper's table
@@ -210,6 +211,8 @@ def _unfit(row: Row, measure: str) -> str | None:
         return f"sketch: {row.sketch} is for `method: pudnet` and `measure: accuracy`"
     if row.images is not None and row.method in SCRATCH:
         return f"images: {row.method} trains on all labelled images of a group"
+    if row.images is not None and measure in ("losses", "finetune", "correlation"):
+        return f"images: is not for `measure: {measure}`"
     if row.finetune is not None and (row.method != "pudnet" or measure != "accuracy"):
         return "finetune: is for `method: pudnet` and `measure: accuracy`"
     if row.head is not None and (row.method not in LEARNED or measure != "accuracy"):

@@ -42,7 +42,8 @@ def measure(trained: TrainedColumn) -> pd.DataFrame:
     for row, own in trained.study.rows.items():
         curves = [tables[trained.cells[row, seed], plan] for seed in trained.params.split_seeds]
         for seed, curve in zip(trained.params.split_seeds, curves, strict=True):
-            trained.log(row, seed, {}, {"test_accuracy": dict(zip(curve.epoch, curve.accuracy, strict=True))})
+            points = {"test_accuracy": dict(zip(curve.epoch, curve.accuracy, strict=True))}
+            trained.log(row, seed, {}, points, key=keys[trained.cells[row, seed], plan])
         figure = reported(trained.definition, own)
         for points in zip(*(curve.itertuples() for curve in curves), strict=True):
             last = points[0].epoch == plan.epochs

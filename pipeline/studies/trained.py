@@ -15,19 +15,20 @@ from mlflow.entities import DatasetInput
 from pipeline.groups import groups as make_groups
 from pipeline.params import Params
 from pipeline.prepare import prepare
-from pipeline.project import GROUPS, PREPARED, locked, root
+from pipeline.project import GROUPS, PREPARED, group_folder, locked, root
 from pipeline.runs.class_split import images_of_a_class
 from pipeline.runs.executor import Experiment, run_missing
 from pipeline.runs.keys import CODE, code_files, digest, trial_key
 from pipeline.runs.trial import TrialSpec
 from pipeline.runs.trial_folder import Finished
 from pipeline.runs.trial_log import datasets
-from pipeline.studies.columns import row_spec
+from pipeline.studies.columns import check_labels, row_spec
 from pipeline.studies.definition import IN_PREDICTIONS, Column, Row, Study
 from pipeline.studies.measuring import StudyCell
 from pipeline.tracking.datasets import test_sets
 from pipeline.tracking.runs import Tracking, open_tracking
 from pudnet.data.folders import look_in
+from pudnet.data.groups import open_groups
 
 T = TypeVar("T")
 # What the stages `prepare` and `groups` run, whose results a study keeps for itself.
@@ -72,11 +73,10 @@ class TrainedColumn:
         metrics: Mapping[str, float],
         curve: Mapping[str, Mapping[int, float]],
         training: int = 0,
+        key: str = "",
     ) -> None:
-        """Log a cell's MLflow run: its metrics, and its curves by step."""
-        key = self.trainings[row, seed][training].key(
-            self.params
-        )  # not later: it hashes files of this working directory
+        """Log a cell's MLflow run: its metrics, its curves by step. `key`: of the measurement, if not the cell's."""
+        key = key or self.trainings[row, seed][training].key(self.params)  # now: it hashes files of this folder
         used = self._datasets(row, seed)
         self.tracking.submit(lambda: self._log(key, row, seed, metrics, curve, training, used))
 
@@ -118,6 +118,8 @@ def train(name: str, study: Study, column: str, params: Params) -> TrainedColumn
     """Run all trainings of a column that are not done yet. A training that several rows share is run once."""
     tracking = open_tracking(params, "study", f"studies/results/{name}.md")
     rows = study.rows.items()
+    if params.groups.test_whole and study.measure == "accuracy":  # now its classes are known
+        check_labels(study, params, len(open_groups(group_folder(params.seed))[0].test_classes))
     images, seeds = images_of_a_class(params), params.study.trainings or 1
     specs = {
         (row, split, n): _seeded(row_spec(params, row, own, split, images), n)

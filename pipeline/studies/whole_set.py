@@ -43,16 +43,17 @@ def measure(trained: TrainedColumn) -> pd.DataFrame:
     """Measure a column: one line for each row."""
     plan, lines = trained.study.whole, []
     there = replace(plan, images=str(root() / plan.images), test_images=str(root() / plan.test_images))
-    found = [files_of("folder", folder) for folder in (there.images, there.test_images)]
+    files = [files_of("folder", folder) for folder in (there.images, there.test_images)]
     code = [Path(__file__), *code_files(["data/user_images", "data/decode", "data/folders"])]
-    keys = {(cell, there): cell.key(trained.params, asdict(plan), found, code=code) for cell in trained.cells.values()}
+    keys = {(cell, there): cell.key(trained.params, asdict(plan), files, code=code) for cell in trained.cells.values()}
     tables = measure_missing(
         trained.params, _accuracy, keys, lambda one, table: f"{one[0].spec.name}: {table.images[0]:,} test images done"
     )
     for row, own in trained.study.rows.items():
         found = pd.concat([tables[trained.cells[row, seed], there] for seed in trained.params.split_seeds])
         for seed, accuracy in zip(trained.params.split_seeds, found.accuracy, strict=True):
-            trained.log(row, seed, {f"top{plan.top}_accuracy": accuracy}, {})
+            key = keys[trained.cells[row, seed], there]
+            trained.log(row, seed, {f"top{plan.top}_accuracy": accuracy}, {}, key=key)
         figure = reported(trained.definition, own)
         lines.append(
             {
@@ -77,7 +78,8 @@ def _accuracy(folder: str, params: Params, one: tuple[StudyCell, WholeSet]) -> p
     """In a Ray task: a cell's top-k accuracy, and the seconds from the folder to the predicted network."""
     cell, plan = one
     bench = open_worker(folder, params, cell.spec.split_seed, None)
-    predictor = open_cell(cell, bench, params)
+    predictor = open_cell(replace(cell, images=None), bench, params)  # it is not for a test group
+    predictor.sketch_images = cell.images or predictor.sketch_images
     start = clock(bench.images.device)
     network = predictor.predict(plan.images)
     seconds = (clock(bench.images.device) - start) / 1000

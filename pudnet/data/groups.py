@@ -100,9 +100,9 @@ def split_classes(
     if train_classes > classes:
         raise UserError(f"train_classes is {train_classes}, but the training set has {classes} classes; lower it")
     if tested > len(test):
-        key = "test_classes_per_group" if test_classes_per_group else "classes_per_group"
         raise UserError(
-            f"a group has {tested} classes, but {len(test)} are left for test; lower {key} or train_classes"
+            f"a group has {tested} classes, but {len(test)} are left for test; "
+            "lower train_classes, or the number of classes in a test group"
         )
     if train_classes - validating < classes_per_group:
         raise UserError(

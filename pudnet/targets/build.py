@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
 import inspect
 from collections.abc import Callable
@@ -62,11 +63,15 @@ def target_code(name: str) -> list[Path]:
     module, _, attribute = name.partition(":")
     imported = importlib.import_module(module)
     built_by = inspect.unwrap(getattr(imported, attribute))
-    known = inspect.isclass(built_by) or inspect.isroutine(built_by)  # else it may be a partial, which has no file
-    defined = inspect.getsourcefile(built_by if known else imported)
-    folder, files = Path(defined).parent, {Path(defined)}
-    if "." in module or Path(defined).name == "__init__.py":
-        files |= set(folder.glob("*.py"))
+    files = set()
+    while isinstance(built_by, functools.partial):  # made in the one file, of what another may define
+        files.add(Path(imported.__file__))
+        built_by = inspect.unwrap(built_by.func)
+    has_file = inspect.isclass(built_by) or inspect.isroutine(built_by)  # an object that can be called has none
+    defined = Path(inspect.getsourcefile(built_by if has_file else imported))
+    files.add(defined)
+    if "." in module or defined.name == "__init__.py":
+        files |= set(defined.parent.glob("*.py"))
     return sorted(files)
 
 

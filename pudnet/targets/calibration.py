@@ -65,7 +65,7 @@ def calibrate(network: nn.Module, images: Tensor) -> Tensor:
     except ValueError as error:
         if len(images) > 1:
             raise
-        raise UserError(f"calibration_images: one image is too few for this network ({one_line(error)})") from None
+        raise UserError(f"one image is too few for this network's BatchNorm; give more ({one_line(error)})") from None
     for norm, momentum, hook in calibrated:
         hook.remove()
         norm.eval()
