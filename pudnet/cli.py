@@ -57,7 +57,10 @@ def _parser() -> argparse.ArgumentParser:
         "make the classifier from N images of each class (default: 10, as in training; PudNet+ also uses --sketch's)"
     )
     predict.add_argument("--support", type=int, metavar="N", help=support)
-    sketch = "look at N images in all (default: up to 1,000 for the models that ship, else as many as in training)"
+    sketch = (
+        "look at N images in all, but at least at --support of each class (default: up to 1,000 for the models that "
+        "ship, else as many as in training)"
+    )
     predict.add_argument("--sketch", type=int, metavar="N", help=sketch)
     _add_target(predict)
     predict.set_defaults(run=_predict)

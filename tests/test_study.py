@@ -188,7 +188,7 @@ def test_every_kind_of_study_runs_and_what_is_done_is_not_done_again(project, tm
     assert table.accuracy.nunique() >= 4 and table.accuracy.between(50, 100).all()
     assert table.set_index("row").milliseconds.notna().tolist() == [True, True, False, True, True, True]
     assert all(f"| {row} | " in page for row in TINY["rows"])
-    assert "| 91.07 ± 1.11 |" in page and "| 870 ms |" in page
+    assert "| 91.07 ± 1.11 |" in page and "| 870 ms |" in page and "| labels, at most |" in page
     _check_kinds(tmp_path, first)
     rows = {row: own for row, own in TINY["rows"].items() if row != "untrained"}
     project({**TINY, "rows": rows, "reference": ["PudNet+", "few images"]})
@@ -370,7 +370,7 @@ def test_a_baseline_beside_a_variant_is_trained_as_it_is_and_given_as_many_label
         ),
         ({"rows": {"static trunk": {}, "same": {}}}, "rows.same: stands twice"),
         ({"columns": {"a": {"setting": "digits"}, "b": {"setting": "digits"}}}, "columns.b: stands twice"),
-        ({"columns": {}}, "columns: "),
+        ({"columns": {}}, "tiny.yaml: columns: needs one at least, such as `digits: {setting: digits}`"),
         ({"columns": {"a": 3}}, "columns.a: must be a block"),
         ({"measure": "speed"}, "measure: "),
         ({"measure": "whole"}, "whole: missing"),

@@ -239,7 +239,10 @@ def _table(study: Study, column: str, part: pd.DataFrame) -> str:
     first, hardware = part.iloc[0], load_reported()["hardware"]
     less = f"less {study.references[0]}" if len(study.references) == 1 else "difference"
     papers = "" if pd.isna(first.paper_groups) else f" (the paper: {first.paper_groups:,.0f} groups)"
-    caption = f"{trained_on(part)}{papers}, {part.test_groups.max():,} test groups, {first.splits} class split(s)."
+    classes = (study.over | study.columns[column].changes).get("groups.test_classes_per_group")
+    tested = f"{part.test_groups.max():,} test groups" + (f" of {classes} classes" if classes else "")
+    caption = f"{trained_on(part)}{papers}, {tested}, {first.splits} class split(s)."
+    given = [study.rows[row].images for row in part.row]
     columns = {
         study.axis_name if study.axis == "rows" else "": part.row,
         "accuracy": [plus_minus(line.accuracy, line.ci95) for line in part.itertuples()],
@@ -247,6 +250,7 @@ def _table(study: Study, column: str, part: pd.DataFrame) -> str:
         "less the paper's": _to_the_papers(part),
         "groups": part.test_groups.map("{:,}".format) if part.test_groups.nunique() > 1 else None,
         "passes": part.passes.map(lambda value: number(value, "{:.3g}")) if part.passes.nunique() > 1 else None,
+        "labels, at most": [f"{images:,}" if images else "" for images in given] if any(given) else None,
         less: _differences(study, part),
         "deviation of a training": part.trainings_sd.map(lambda value: number(value, "{:.2f}")),
         f"the paper's, {less}": _papers_differences(study, part),

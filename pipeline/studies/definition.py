@@ -125,6 +125,9 @@ def load_study(name: str) -> Study:
     check_block(str(path), raw)
     for key in ("rows", "columns"):
         _check_blocks(path, key, raw.setdefault(key, {}))
+        if not raw[key]:
+            example = {"rows": "PudNet+: {variant: pudnet_plus}", "columns": "digits: {setting: digits}"}[key]
+            raise UserError(f"{path}: {key}: needs one at least, such as `{example}`")
     raw["rows"] = {row: _row(values, f"{path}: rows.{row}") for row, values in raw["rows"].items()}
     raw["columns"] = {
         column: parse(Column, _column(values), f"{path}: columns.{column}") for column, values in raw["columns"].items()
