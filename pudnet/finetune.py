@@ -146,7 +146,8 @@ def _labels_used(card: Card) -> set[str]:
 def _hold_out(columns: Tensor, known: Tensor, part: float, classes: tuple[Label, ...]) -> tuple[Tensor, Tensor]:
     """Draw training and test rows from each class. Those of `known` (N,), whose labels made the weights, only train."""
     kept, tested = [], []
-    wanted = [max(1, round(part * count)) for count in columns.bincount().tolist()]
+    sizes = columns.bincount().tolist()
+    wanted = [max(1, round(part * size)) for size in sizes]
     for column, count in enumerate(wanted):
         rows = torch.nonzero(columns == column).squeeze(1)
         learned, rest = rows[known[rows]], rows[~known[rows]]
@@ -155,7 +156,7 @@ def _hold_out(columns: Tensor, known: Tensor, part: float, classes: tuple[Label,
             if not len(learned):
                 raise UserError(f"{has}, too few to hold {count} out")
             used = f"{len(learned)} of which the network was predicted from or trained on with their labels"
-            each = min(own - held for own, held in zip(columns.bincount().tolist(), wanted, strict=True))
+            each = min(size - held for size, held in zip(sizes, wanted, strict=True))
             fewer = f"--sketch {each * len(classes)} --support {each}; in Python sketch_images, support_per_class"
             advice = f", or predict from fewer ({fewer})" * (each > 0)
             raise UserError(f"{has}, {used}, too few to hold {count} out; give more{advice}")

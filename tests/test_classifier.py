@@ -8,7 +8,7 @@ from torch.testing import assert_close
 from pudnet.baselines import Adapter, make_method
 from pudnet.baselines.finetuned import FineTunedPrediction
 from pudnet.card import Card
-from pudnet.classifier import Regression, ridge_layer
+from pudnet.classifier import CentroidClassifier, LinearClassifier, Regression, ridge_layer
 from pudnet.errors import UserError
 from pudnet.network import PredictedNetwork
 from pudnet.predictor import Predictor
@@ -16,6 +16,7 @@ from pudnet.ridge import left_out, one_hot, ridge_weights
 from pudnet.scratch import ScratchConfig
 from pudnet.targets import ConvNet3, MultilevelConvNet3, build_target
 from pudnet.targets.build import EARLIER_BLOCKS
+from pudnet.targets.checks import OF_CLASSIFIERS
 from tests.test_class_filters import labelled, noise, plus
 
 LABELS = torch.arange(60) % 3
@@ -45,6 +46,12 @@ def test_a_row_left_out_is_predicted_as_by_a_fit_to_the_others(size):
         mean, level = x[others].mean(0), y[others].mean(0)
         weights = ridge_weights(x[others] - mean, y[others] - level, ridge)
         assert_close(centred[i], (x[i] - mean) @ weights.T + level)
+
+
+def test_the_names_that_a_target_may_not_use_are_those_of_the_classifiers_tensors():
+    point = torch.ones(1, 2)
+    both = CentroidClassifier(point, 1.0).state_dict() | LinearClassifier(point, torch.ones(1)).state_dict()
+    assert set(both) == set(OF_CLASSIFIERS)
 
 
 def penalty_for(features: torch.Tensor, labels: torch.Tensor = LABELS) -> float:

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from pipeline.params import PARAMS, Params, baseline_keys, changed, outline, read_yaml, resolve
+from pipeline.params import PARAMS, PLUS, Params, baseline_keys, changed, outline, read_yaml, resolve
 from pipeline.runs.trial import TrialSpec, make_spec
 from pipeline.studies.definition import Row, Study, slug
 from pudnet.baselines import LEARNED, SCRATCH, check_method
-from pudnet.config import ModelConfig, TrainConfig, apply_variant, paper_target
+from pudnet.config import ModelConfig, TrainConfig, paper_target
 from pudnet.errors import UserError
 from pudnet.settings import SETTINGS, get_setting
 from pudnet.targets import Target, build_target, check_target_name
@@ -147,9 +147,8 @@ def check_labels(study: Study, params: Params, tested: int) -> None:
     What PudNet+ looks at is a number of images in all, and what other methods are given is one of each class.
     """
     trained = params.groups.classes_per_group
-    model, _ = apply_variant("pudnet_plus", params.model, params.train)
     for name, row in study.rows.items() if tested != trained else ():
-        beside = row.variant == "pudnet_plus" and row.changes.get("class_filters", model.class_filters)
+        beside = row.variant == PLUS and row.changes.get("class_filters", True)
         if beside and row.images is None and row.method not in SCRATCH:
             raise UserError(
                 f"rows.{name}: images: missing; test groups have {tested} classes and training groups {trained}, "
