@@ -19,11 +19,12 @@ PAGES = {"README.md": "opening", "docs/results/index.md": "bench"}  # a page -> 
 STUDY = "instead_of_training"
 CAPTION = """\
 A ConvNet-3 for a *group*: 500 labelled images of five classes, or 1,000 of ten. Accuracy in percent, on other images of
-these classes, ± its 95% interval over test groups, whose classes are not in the training groups. Rows that train on
-each group were measured on fewer groups (in brackets, last row). So that all rows can be compared, they are shown as
-PudNet+'s accuracy on all groups plus their difference to it; the linked page has the plain accuracies. Everything else
-was trained once on each class split, on {train_groups:,} groups. (Made by `python -m pipeline.study {name}`:
-[all rows](studies/results/{name}.md). [Words](docs/index.md#words).)
+these classes, ± its 95% interval over test groups, whose classes are not in the training groups. Three rows train a
+network on each group: the two from scratch, and the last. They were measured on fewer groups (in brackets, below). To
+make them comparable, each shows PudNet+'s accuracy on all groups, plus its own difference to PudNet+ on its groups; the
+linked page has the plain accuracies. The models of the other rows were trained once on each class split, on
+{train_groups:,} groups. (Made by `python -m pipeline.study {name}`: [all rows](studies/results/{name}.md).
+[Words](docs/index.md#words).)
 """
 COLUMNS_SHOWN = (
     "CIFAR-100, 5 classes",
