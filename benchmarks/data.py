@@ -1,6 +1,12 @@
-"""Groups of the shape of CIFAR-100's, of noise: speed does not depend on what an image shows."""
+"""What the benchmarks have in common: groups of CIFAR-100's shape, of noise, and numbers on their command lines.
+
+Speed does not depend on what an image shows.
+"""
 
 from __future__ import annotations
+
+import argparse
+import math
 
 import numpy as np
 import torch
@@ -26,3 +32,17 @@ def make_groups(count: int) -> np.ndarray:
     rng = np.random.default_rng(1)
     blocks = np.arange(CLASSES * PER_CLASS).reshape(CLASSES, PER_CLASS)
     return np.stack([blocks[rng.permutation(CLASSES)[:CLASSES_PER_GROUP]].ravel() for _ in range(count)])
+
+
+def positive(text: str) -> int:
+    """A count on the command line."""
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def positive_number(text: str) -> float:
+    """A time on the command line."""
+    if not 0 < (value := float(text)) < math.inf:
+        raise argparse.ArgumentTypeError(f"must be above 0, got {value}")
+    return value

@@ -12,6 +12,7 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Column, Table
 
+from benchmarks.data import positive
 from pipeline.project import write_json
 from pudnet.data.sources import Source, open_source
 from pudnet.errors import UserError, exit_code
@@ -28,17 +29,11 @@ def unseen_classes(predictor: Predictor, source: Source) -> list[np.ndarray]:
     """
     if (seen := predictor.card.provenance.get("train_classes")) is None:
         raise UserError("model: does not say which classes it was trained on; take one that `dvc repro` made")
-    numbers = np.array([number for number, name in enumerate(source.class_names) if name not in seen])
+    known = {*seen, *(name.partition(" ")[2] for name in seen)}  # a model of several sets has the set before the name
+    numbers = np.array([number for number, name in enumerate(source.class_names) if name not in known])
     if len(numbers) < CLASSES:
         raise UserError(f"{source.name}: {len(numbers)} classes that the model was not trained on; it takes {CLASSES}")
     return list(numbers[: len(numbers) // CLASSES * CLASSES].reshape(-1, CLASSES))
-
-
-def positive(text: str) -> int:
-    """A count on the command line."""
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
 
 
 def measure(

@@ -29,6 +29,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.data import positive_number
 from benchmarks.gpu_report import Report, Run
 from pudnet.errors import RunFailed, UserError, exit_code
 
@@ -88,7 +89,9 @@ def main() -> None:
     parser.add_argument("--smallest", action="store_true", help="every part as small as it gets, to see that it works")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--data", help="for `scale`: npz:FILE of CIFAR-100; noise, and no accuracy, without")
-    parser.add_argument("--minutes", type=float, default=6.0, help="for `scale`: what its five methods have together")
+    parser.add_argument(
+        "--minutes", type=positive_number, default=6.0, help="for `scale`: what its five methods have together"
+    )
     parser.add_argument("--out", type=Path, default=Path("results/benchmarks/gpu"))
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from rich.table import Column, Table
 
-from benchmarks.data import CHANNELS, SIZE, make_groups, make_images
+from benchmarks.data import CHANNELS, SIZE, make_groups, make_images, positive
 from benchmarks.memory import peak_of, peak_so_far
 from pipeline.params import load_params
 from pipeline.project import PUDNET, STORE, write_json
@@ -26,7 +26,7 @@ from pipeline.runs.class_split import Bench, open_bench
 from pipeline.runs.trial import pick_device
 from pudnet.data.images import StoreImages
 from pudnet.device import wants_bf16
-from pudnet.errors import UserError
+from pudnet.errors import exit_code
 from pudnet.evaluation import (
     FROM,
     ON,
@@ -36,6 +36,7 @@ from pudnet.evaluation import (
     time_prediction,
     twin_accuracies,
 )
+from pudnet.files import check_writable
 from pudnet.predictor import Predictor
 from pudnet.scratch import ScratchConfig, scratch_network, train_epoch
 
@@ -200,25 +201,22 @@ def _show_trained(trained: dict) -> None:
     Console().print(table)
 
 
-def main() -> int:
-    """Measure, print, write JSON. Exit code 2 for a run that cannot be read, said in one line."""
+def main() -> None:
+    """Measure, print, write JSON. Raises `UserError` for a run that cannot be read."""
     parser = argparse.ArgumentParser("python -m benchmarks.prediction", description=__doc__)
     parser.add_argument("--targets", nargs="+", default=TARGETS, choices=TARGETS)
     parser.add_argument("--variant", default="pudnet", choices=("pudnet", "pudnet_plus"))
-    parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--groups", type=int, default=20, help="test groups for a trained model's tables")
-    parser.add_argument("--epochs", type=int, default=20, help="from scratch, at most")
+    parser.add_argument("--repeats", type=positive, default=15)
+    parser.add_argument("--groups", type=positive, default=20, help="test groups for a trained model's tables")
+    parser.add_argument("--epochs", type=positive, default=20, help="from scratch, at most")
     parser.add_argument("--out", type=Path, default=Path("results/benchmarks/prediction.json"))
     parser.add_argument("--memory", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.memory:
         _measure_memory(options.memory, options.variant)
-        return 0
-    try:
-        trained = open_trained(options.groups)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return
+    check_writable(options.out)
+    trained = open_trained(options.groups)
     images = make_images(pick_device())
     rows = [measure(target, images, options.repeats, options.variant) for target in options.targets]
     saved = measure_trained(trained, options.epochs) if trained else None
@@ -227,8 +225,7 @@ def main() -> int:
         print(f"no trained model at {PUDNET}: what it saves was not measured; `dvc repro` makes one")
     write_json(options.out, {"rows": rows, "trained": saved})
     print(f"written: {options.out}")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import dataclasses
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from torch import nn
 
-from benchmarks.data import CHANNELS, CLASSES, CLASSES_PER_GROUP, SIZE, make_groups, make_images
+from benchmarks.data import CHANNELS, CLASSES, CLASSES_PER_GROUP, SIZE, make_groups, make_images, positive_number
 from benchmarks.floors import Counter, Floor, Machine, measure_machine
 from benchmarks.memory import peak_of, peak_so_far
 from pipeline.project import write_json
@@ -27,7 +28,9 @@ from pudnet import cpu
 from pudnet.config import ModelConfig, TrainConfig, default_extractor
 from pudnet.data.images import StoreImages
 from pudnet.device import wants_bf16
+from pudnet.errors import exit_code
 from pudnet.evaluation import clock
+from pudnet.files import check_writable
 from pudnet.hypernet import PudNet
 from pudnet.learner import MetaLearner
 from pudnet.objective import Objective
@@ -207,13 +210,14 @@ def main() -> None:
         metavar="1..64",
         help="groups a step in the batched version",
     )
-    parser.add_argument("--seconds", type=float, default=30, help="of measuring, a target")
+    parser.add_argument("--seconds", type=positive_number, default=30, help="of measuring, a target")
     parser.add_argument("--out", type=Path, default=Path("results/benchmarks/training.json"))
     parser.add_argument("--memory", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.memory:
         _measure_memory(options.memory)
         return
+    check_writable(options.out)
     device = pick_device()
     cpu.keep_freed_memory()
     machine = measure_machine(device, torch.bfloat16 if wants_bf16("auto", device) else torch.float32)
@@ -225,4 +229,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

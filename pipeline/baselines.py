@@ -17,16 +17,16 @@ from pipeline.runs.final_training import train_baselines, write_curves
 from pipeline.runs.measuring import measure_all, time_all
 from pipeline.runs.summary import compare
 from pipeline.runs.tuning import named, tune
-from pipeline.stage import run_stage, wants_fresh
+from pipeline.stage import run_stage
 from pipeline.tracking.evaluation import log_baseline
 from pipeline.tracking.runs import open_tracking
 from pudnet.errors import UserError
 
 
-def baselines(params: Params) -> None:
+def baselines(params: Params, fresh: bool = False) -> None:
     """Tune, train, measure and time every method; write the tables, and log one run for each method."""
     params = params.for_baselines(images_of_a_class(params))
-    fresh, methods, tracking = wants_fresh(), _possible(params), open_tracking(params, "baselines")
+    methods, tracking = _possible(params), open_tracking(params, "baselines")
     pudnet = read_result(RESULTS / "pudnet.csv", pd.read_csv, "evaluate")
     with cluster.session():
         tuning, choices = tune(params, [m for m in methods if m not in CONTROLS], tracking, fresh)
@@ -64,4 +64,4 @@ def _possible(params: Params) -> list[str]:
 
 
 if __name__ == "__main__":
-    run_stage(baselines)
+    run_stage(baselines, resumes=True)

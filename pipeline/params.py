@@ -21,7 +21,6 @@ from pudnet.config import (
     VARIANTS,
     ModelConfig,
     Positive,
-    PositiveFloat,
     TrainConfig,
     apply_variant,
     default_extractor,
@@ -130,7 +129,9 @@ class StudyParams:
 
     sources: dict[str, str]  # where your copy of a source is: torchvision:CIFAR100 -> npz:data/raw/cifar100.npz
     budget: Annotated[float, Field(gt=0, le=1)] | None = None  # training groups, as a fraction of the paper's number
-    hours: PositiveFloat | None = None  # the command ends after so many hours; the same command continues
+    hours: Annotated[float, Field(gt=0, le=8760)] | None = (
+        None  # the command ends after so many hours; the same command continues
+    )
     test_groups: Annotated[int, Field(ge=2)] | None = None
     trainings: Annotated[int, Field(ge=2)] | None = None  # seeds for each row and class split, in studies of accuracies
     settings: Annotated[list[str], Field(min_length=1)] | None = None  # columns of other settings are left out
@@ -332,11 +333,21 @@ def _check_whole(params: Params) -> None:
 
 
 def _check_workers(params: Params) -> None:
-    """Check that each worker has a group of a step."""
-    if params.resources.workers > params.train.groups_per_step:
+    """Check that each worker has a group of a step and a GPU, and that they keep no statistics of their own groups."""
+    workers, gpus = params.resources.workers, params.resources.gpus
+    if workers > params.train.groups_per_step:
         raise UserError(
-            f"resources.workers: {params.resources.workers} workers cannot split the {params.train.groups_per_step} "
+            f"resources.workers: {workers} workers cannot split the {params.train.groups_per_step} "
             "group(s) of a step; raise train.groups_per_step"
+        )
+    if workers > 1 and 0 < gpus < 1:
+        raise UserError(
+            f"resources.workers: {workers} workers cannot share a GPU; set resources.gpus to 1, or to 0 for CPUs"
+        )
+    if workers > 1 and any(params.configured(cell)[0].normalization == "batch" for cell in params.grid()):
+        raise UserError(
+            "resources.workers: with model.normalization batch, each worker would keep statistics of its own groups; "
+            "take group or layer, or one worker"
         )
 
 
@@ -426,19 +437,23 @@ def _check_spaces(params: Params) -> None:
     wanted, there = params.baselines.scratch_search_groups, params.groups.validation_groups
     if wanted > there:
         raise UserError(f"baselines.scratch_search_groups: {wanted}, but groups.validation_groups is {there}")
-    _check_space("search.space", params.search.space, {**asdict(params.model), **asdict(params.train)})
+    known = {**asdict(params.model), **asdict(params.train)}
+    _check_space("search.space", params.search.space, [key for key in known if key != "report_every"])  # search has it
     for cell in params.grid():
         params.configured(cell)
     for method, space in params.baselines.space.items():
-        fixed = (*THE_SAME_FOR_ALL, *(["centralize"] if method == "scratch_adam" else []))
-        _check_space(f"baselines.space.{method}", space, [key for key in baseline_keys(method) if key not in fixed])
+        _check_space(
+            f"baselines.space.{method}", space, [key for key in own_keys(method) if key not in THE_SAME_FOR_ALL]
+        )
         for cell in params.baseline_grid(method):
             params.baseline(method, cell)
 
 
-def baseline_keys(method: str) -> list[str]:
+def own_keys(method: str) -> list[str]:
     """The keys that mean something to a baseline: its own options, and those of `train` that its training reads."""
     own = list(asdict(config_type(method)()))
+    if method == "scratch_adam":
+        own.remove("centralize")  # that is scratch_gc
     if method in SCRATCH:
         return own
     unread = (*OF_PUDNET, *([] if LEARNED[method].takes_pretraining_share else ["pretraining_share"]))

@@ -41,7 +41,7 @@ def publish(params: Params) -> None:
     card = dataclasses.replace(card, sketch_images=most, provenance={**card.provenance, "test": test})
     name = f"{params.setting}-{params.target}"
     write_tensors(SHIPPED / f"{name}.safetensors", tensors, card)
-    write(SHIPPED / f"{name}.md", model_card(name, params, card, split, measured))
+    write(SHIPPED / f"{name}.md", model_card(name, params, card, split, bench.tables["test"].shape[2], measured))
     print(f"publish: {SHIPPED / name}.safetensors, {sum(t.numel() for t in tensors.values()) * 4 / 1e6:.1f} MB")
 
 

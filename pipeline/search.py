@@ -16,14 +16,14 @@ from pipeline.runs.executor import Experiment, run_missing
 from pipeline.runs.parents import close_search
 from pipeline.runs.trial import TrialSpec, make_spec
 from pipeline.runs.trial_folder import Finished
-from pipeline.stage import run_stage, wants_fresh
+from pipeline.stage import run_stage
 from pipeline.tracking.runs import open_tracking
 from pudnet.errors import RunFailed
 
 
-def search(params: Params) -> None:
+def search(params: Params, fresh: bool = False) -> None:
     """Train every cell of the grid on every class split; write results/search.csv and results/best.yaml."""
-    fresh, tracking = wants_fresh(), open_tracking(params, "search")
+    tracking = open_tracking(params, "search")
     cells, groups = params.grid(), params.groups.search_groups
     print(f"search: {len(cells)} trials of {groups} groups on each of {params.splits} class splits")
     rows, best = [], {}
@@ -72,4 +72,4 @@ def _best(trials: list[Finished], params: Params) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run_stage(search)
+    run_stage(search, resumes=True)

@@ -6,16 +6,15 @@ from pipeline.params import Params
 from pipeline.project import RESULTS, write
 from pipeline.runs import cluster
 from pipeline.runs.final_training import read_best, train_all, write_curves
-from pipeline.stage import run_stage, wants_fresh
+from pipeline.stage import run_stage
 
 
-def train(params: Params) -> None:
-    """Write models/pudnet*.safetensors and results/train_curves.csv."""
-    fresh = wants_fresh()
+def train(params: Params, fresh: bool = False) -> None:
+    """Train the final PudNet of each class split; write models/ and results/train_curves.csv."""
     with cluster.session():
         curves = train_all(params, "train", {"pudnet": read_best()}, fresh)
     write(RESULTS / "train_curves.csv", write_curves(curves))
 
 
 if __name__ == "__main__":
-    run_stage(train)
+    run_stage(train, resumes=True)

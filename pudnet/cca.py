@@ -18,6 +18,8 @@ def held_out_correlation(x: np.ndarray, y: np.ndarray, components: int) -> float
         UserError: if a half has so few points that some correlations would be 1 whatever they are, if the points cannot
             be paired, or if columns are linearly dependent.
     """
+    if len(x) != len(y):
+        raise UserError(f"cca: {len(x)} points cannot be paired with {len(y)}")
     half = len(x) // 2
     found = []
     for fit, test in ((slice(None, half), slice(half, None)), (slice(half, None), slice(None, half))):
@@ -34,8 +36,6 @@ def held_out_correlation(x: np.ndarray, y: np.ndarray, components: int) -> float
 
 
 def _check(x: np.ndarray, y: np.ndarray) -> None:
-    if len(x) != len(y):
-        raise UserError(f"cca: {len(x)} points cannot be paired with {len(y)}")
     if x.shape[1] + y.shape[1] >= len(x) - 1:
         raise UserError(
             f"cca: {len(x)} points are too few for {x.shape[1]} + {y.shape[1]} columns: every correlation would "

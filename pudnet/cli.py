@@ -59,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--support", type=int, metavar="N", help=support)
     sketch = (
         "look at N images in all, but at least at --support of each class (default: up to 1,000 for the models that "
-        "ship, else as many as in training)"
+        "ship, else as many as the model's card says)"
     )
     predict.add_argument("--sketch", type=int, metavar="N", help=sketch)
     _add_target(predict)
@@ -118,6 +118,7 @@ def _predict(options: argparse.Namespace) -> None:
     from pudnet.predictor import Predictor
 
     _check_ending(options.out)
+    _check_other(options.out, options.model)
     predictor = Predictor.load(options.model, target=options.target)
     if options.support is not None:
         predictor.support_per_class = options.support
@@ -137,6 +138,7 @@ def _classify(options: argparse.Namespace) -> None:
     from pudnet.data.user_images import noting, open_folder
     from pudnet.network import PredictedNetwork
 
+    _check_other(options.out, options.weights)
     network = PredictedNetwork.load(options.weights, options.target)
     images = open_folder(options.data, network.card, options.skip_bad)
     known = set(map(str, network.classes))
@@ -161,6 +163,8 @@ def _finetune(options: argparse.Namespace) -> None:
     from pudnet.network import PredictedNetwork
 
     _check_ending(options.out)
+    _check_other(options.curve, options.weights)
+    _check_other(options.curve, options.out)
     network = PredictedNetwork.load(options.weights, options.target)
     images = open_folder(options.data, network.card, options.skip_bad)
     for path in (options.out, options.curve):
@@ -184,8 +188,7 @@ def _finetune(options: argparse.Namespace) -> None:
 def _export(options: argparse.Namespace) -> None:
     from pudnet.network import PredictedNetwork
 
-    if options.out.exists() and Path(options.weights).exists() and options.out.samefile(options.weights):
-        raise UserError(f"{options.out}: is the file to be exported; give another --out")
+    _check_other(options.out, options.weights)
     network = PredictedNetwork.load(options.weights, options.target)
     network.export(options.out)
     print(f"{options.out}: gives the same logits as {options.weights}")
@@ -208,10 +211,16 @@ def _info(options: argparse.Namespace) -> None:
 
 def _check_ending(path: Path) -> None:
     """Raise `UserError` if a file that is written as .safetensors has the ending of another format."""
-    if path.suffix in OTHER_FORMATS:
+    if path.suffix.lower() in OTHER_FORMATS:
         raise UserError(
             f"{path}: this command writes .safetensors, so give that ending; `pudnet export` makes .onnx and .pt2 of it"
         )
+
+
+def _check_other(path: Path | None, other: str | Path) -> None:
+    """Raise `UserError` if a file that is to be written is `other`, which the command reads or writes, too."""
+    if path is not None and path.resolve() == Path(other).resolve():
+        raise UserError(f"{path}: this command would write it over another of its files; give another name")
 
 
 def _looked_at(network: PredictedNetwork) -> int:

@@ -35,12 +35,13 @@ def probe(sketches: Sequence[Tensor], classes: Sequence[Sequence[int]]) -> float
     """How well a linear probe tells from a sketch which classes its group has, on groups that it was not fitted to.
 
     Returns the area under the ROC curve in percent, averaged over classes: 50 is chance, 100 is perfect. All sketches
-    have the same shape; `classes` lists each group's. Classes of almost no groups or almost all are left out.
+    have the same shape; `classes` lists each group's. Classes of almost no groups or almost all are left out; NaN if
+    fewer than two are left.
     """
     values = torch.stack([sketch.flatten() for sketch in sketches]).float().cpu().numpy()
     truth = MultiLabelBinarizer().fit_transform(classes)
     truth = truth[:, (truth.sum(0) >= FOLDS) & (truth.sum(0) <= len(truth) - FOLDS)]
-    if truth.shape[1] == 0:
+    if truth.shape[1] < 2:
         return float("nan")
     linear = make_pipeline(StandardScaler(), OneVsRestClassifier(LogisticRegression(C=0.01, max_iter=300)))
     folds = KFold(FOLDS, shuffle=True, random_state=0)

@@ -12,6 +12,7 @@ from scipy.special import stdtrit  # `scipy.stats` takes a second to import
 from torch import Tensor
 
 from pudnet.data.images import StoreImages
+from pudnet.data.rows import spread_rows
 from pudnet.device import clock
 from pudnet.predictor import Predictor
 from pudnet.scratch import ScratchConfig, scratch_network, train_epoch
@@ -179,8 +180,8 @@ def time_prediction(
         device=str(torch.cuda.get_device_name() if images.device.type == "cuda" else images.device),
         threads=torch.get_num_threads(),
         images=groups.shape[1],
-        sketch_images=predictor.sketch_images,
-        calibration_images=len(predictor.calibration_rows(block_labels(images, groups[0])[0])),
+        sketch_images=len(spread_rows(labels, predictor.sketch_images)),
+        calibration_images=len(predictor.calibration_rows(labels)),
         sketch_ms=sketch,
         generation_ms=generation,
         calibration_ms=calibration,

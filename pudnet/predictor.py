@@ -83,7 +83,7 @@ class Predictor:
     needs only some of a group's images:
 
     - The sketch averages over `sketch_images` images, spread evenly over the classes. None: as many as the card says;
-      the shipped models look at up to 1,000, others at as many as in training.
+      the shipped models look at up to 1,000, others at the model's `sketch_images`.
     - BatchNorm's statistics come from `calibration_images` images, spread likewise. None means:
       - the sketch's images, for a class-aware model (labels enter its sketch);
       - else the support set, if it has more than 50 images and fits in one batch;

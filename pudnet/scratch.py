@@ -127,13 +127,15 @@ def train_epoch(
     bf16: bool,
     schedule: torch.optim.lr_scheduler.LRScheduler | None = None,
 ) -> float:
-    """Train for one epoch on shuffled batches of equal size, at most `batch` -> the mean cross-entropy.
+    """Train for one epoch on shuffled batches of equal size -> the mean cross-entropy.
+
+    A batch has at most `batch` images, but at least two, since BatchNorm cannot be trained on one value.
 
     Autocast's cache is off, because it would keep casts of weights that the step has changed since.
     """
     network.train()
     total = torch.zeros((), device=images.device)
-    batches = math.ceil(len(images) / config.batch)
+    batches = max(1, min(math.ceil(len(images) / config.batch), len(images) // 2))
     for rows in torch.randperm(len(images), device=images.device).tensor_split(batches):
         optimizer.zero_grad()
         batch = augmented(images[rows], config.augment)

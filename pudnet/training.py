@@ -87,7 +87,8 @@ class Trainer:
     if the support set would take all images of a group.
 
     With several `workers` (processes of one torch.distributed group), each process has its own trainer and `rank`. They
-    split the groups of a step and add up their gradients, so that each makes the update that one process would make.
+    split the groups of a step and add up their gradients, so that each makes the update that one process would make
+    (but for dropout, whose random numbers differ).
     """
 
     def __init__(
@@ -165,6 +166,7 @@ class Trainer:
         )
         self.load_state_dict(good)
         self.groups, self.rollbacks = reached, rollbacks
+        self._set_rate()
 
     def _interval(self) -> Report:
         """Train until the next report. Only its end waits for the device."""
@@ -208,6 +210,7 @@ class Trainer:
         """One update on groups (B, N) -> losses, accuracy and gradient norm, summed over this worker's groups (6,)."""
         if self.compiled:
             torch.compiler.cudagraph_mark_step_begin()  # the last step's graph outputs may be overwritten
+        torch.manual_seed(group_seed(self.seed, self.groups + self.rank))  # for dropout, so that resume is exact
         own = groups[self.rank :: self.workers]
         losses = self._losses(own) if len(own) else None  # the last step may have fewer groups than workers
         self.optimizer.zero_grad()
@@ -217,24 +220,25 @@ class Trainer:
         norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm)
         self.optimizer.step()
         self.groups += len(groups)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self._rate()
+        self._set_rate()
         if not losses:
             return torch.zeros(6, device=self.device)
         parts = (losses.total.detach(), losses.metric, losses.full, losses.kl, losses.accuracy)
         return torch.stack([*(part.float().sum() for part in parts), norm * len(own)])
 
     def _add_gradients(self) -> None:
-        """Add up the workers' gradients, in one all-reduce."""
+        """Add up the workers' gradients, in one all-reduce.
+
+        A parameter that no worker has a gradient of keeps none, so that Adam passes over it, as in one process.
+        """
         if self.workers == 1:
             return
-        for parameter in self.parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        flat = self._added(torch.cat([parameter.grad.flatten() for parameter in self.parameters]))
-        parts = flat.split([parameter.numel() for parameter in self.parameters])
-        for parameter, part in zip(self.parameters, parts, strict=True):
-            parameter.grad.copy_(part.view_as(parameter))
+        there = torch.tensor([float(p.grad is not None) for p in self.parameters], device=self.device)
+        own = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
+        added = self._added(torch.cat([there, *(gradient.flatten() for gradient in own)]))
+        there, *parts = added.split([len(own), *(p.numel() for p in self.parameters)])
+        for parameter, gradient, part, owners in zip(self.parameters, own, parts, there.tolist(), strict=True):
+            parameter.grad = gradient.copy_(part.view_as(gradient)) if owners else None  # keeps its memory layout
 
     def _added(self, values: Tensor) -> Tensor:
         """The sum over the workers."""
@@ -262,6 +266,10 @@ class Trainer:
             changed.append(augmented(own, self.config.augment, self.random))
         return torch.stack(changed)
 
+    def _set_rate(self) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._rate()
+
     def _rate(self) -> float:
         """The learning rate of the next step."""
         done = min(1.0, self.groups / self.total)
@@ -280,8 +288,6 @@ class Trainer:
             "groups": self.groups,
             "rollbacks": self.rollbacks,
             "last": asdict(self.last) if self.last else None,
-            "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],  # asking opens every GPU
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -290,6 +296,3 @@ class Trainer:
         self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         self.groups, self.rollbacks = state["groups"], state["rollbacks"]
         self.last = Report(**state["last"]) if state["last"] else None
-        torch.set_rng_state(state["rng"])
-        if state["cuda_rng"] and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(state["cuda_rng"][: torch.cuda.device_count()])

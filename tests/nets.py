@@ -151,7 +151,15 @@ def number() -> int:
     return 3
 
 
+def with_parameter(name: str, value: Tensor) -> nn.Module:
+    """A network with a parameter of its own."""
+    network = nn.Sequential(nn.Conv2d(3, 4, 3))
+    network.register_parameter(name, nn.Parameter(value))
+    return network
+
+
 REFUSED: dict[str, nn.Module | str] = {
+    "five has five dimensions": with_parameter("five", torch.zeros(1, 1, 1, 1, 8)),
     "layer .*ConvTranspose2d": Wrapped(nn.ConvTranspose2d(4, 4, 3)),
     "layer layer is a Conv1d": Wrapped(nn.Conv1d(4, 4, 3), use=False),
     "layer layer is a LazyConv2d": Wrapped(nn.LazyConv2d(4, 3)),

@@ -57,7 +57,7 @@ def test_the_prediction_benchmark_prints_a_table_and_writes_json(tmp_path, monke
     out = tmp_path / "new" / "prediction.json"
     monkeypatch.setattr("sys.argv", ["prediction", "--targets", "convnet3", "--repeats", "1", "--out", str(out)])
     monkeypatch.setattr(prediction, "PUDNET", tmp_path / "missing")  # whatever has been trained in this folder
-    assert prediction.main() == 0
+    assert exit_code(prediction.main) == 0
     printed = capsys.readouterr().out
     assert "calibration" in printed and f"no trained model at {tmp_path}" in printed
     (row,) = json.loads(out.read_text())["rows"]

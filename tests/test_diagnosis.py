@@ -26,3 +26,4 @@ def test_a_probe_finds_the_classes_in_a_sketch_that_tells_them_and_in_no_other(t
 
 def test_without_two_sets_of_classes_there_is_nothing_to_read():
     assert np.isnan(probe([torch.randn(2, 8) for _ in range(20)], [[0, 1]] * 20))
+    assert np.isnan(probe([torch.randn(2, 8) for _ in range(20)], [[0, 1]] * 10 + [[0]] * 10))

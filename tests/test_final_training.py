@@ -85,8 +85,10 @@ def test_two_workers_train_as_one_does_with_all_groups_of_a_step(patient, tmp_pa
     one, two = (pd.read_csv(project / "results/train_curves.csv") for project in projects)
     assert "1 of 1 trials are finished already" in stages(projects[1], "train")
     assert two.groups.tolist() == [10, 19]
-    for curve in ("loss", "metric_loss", "full_loss", "kl_loss", "train_accuracy"):
+    for curve in ("loss", "metric_loss", "full_loss", "kl_loss"):
         assert two[curve].tolist() == pytest.approx(one[curve].tolist(), rel=1e-3)
+    # On some processors rounding decides about one image of the 700 or so between two reports.
+    assert two.train_accuracy.tolist() == pytest.approx(one.train_accuracy.tolist(), abs=0.3)
     expected, found = (Predictor.load(project / "models/pudnet.safetensors").model for project in projects)
     for name, weight in expected.state_dict().items():
         assert (found.state_dict()[name] - weight).abs().max() <= 0.05 * weight.abs().max() + 1e-4, name

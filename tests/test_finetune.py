@@ -152,7 +152,9 @@ def test_random_start_has_nothing_of_the_predicted_one(predictor, digits):
 def test_no_batch_is_of_one_image():
     """BatchNorm cannot be trained on one value a channel: 51 images are batches of 26 and 25, not of 50 and 1."""
     network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2))
-    train(network, torch.randn(51, 1, 2, 2), torch.arange(51) % 2, ScratchConfig(epochs=1, batch=50), bf16=False)
+    for images, batch in ((51, 50), (3, 2), (4, 1)):
+        config = ScratchConfig(epochs=1, batch=batch)
+        train(network, torch.randn(images, 1, 2, 2), torch.arange(images) % 2, config, bf16=False)
 
 
 def test_folders_labels_are_strings_and_are_matched(predictor, digits, tmp_path):

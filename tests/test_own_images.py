@@ -80,6 +80,14 @@ def test_every_form_of_the_same_images_gives_the_same_pixels(tmp_path):
         assert torch.equal(pixels(tmp_path), source) and torch.equal(pixels(str(tmp_path)), source)
 
 
+def test_an_image_in_a_list_that_cannot_be_read_is_named(tmp_path):
+    Image.fromarray(picture(40, 24, 3)).save(tmp_path / "whole.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:900])
+    images = [Image.open(tmp_path / f"{name}.png") for name in ("whole", "cut")]
+    with pytest.raises(UserError, match="image 1: OSError: .*truncated"), pytest.warns(ConvertedImages):
+        pixels(images)
+
+
 def test_images_of_the_models_form_are_left_as_they_are():
     images = picture(16, 16, 3)[None].repeat(2, 0)
     with warnings.catch_warnings():

@@ -174,6 +174,8 @@ MISTAKES = {
     "search.space.etta": ("search.space.etta", [0.1]),
     "search.space.eta": ("search.space.eta", []),
     "search.space": ("search.space.eta", [0.1, 7]),
+    "search.space.report_every: unknown key": ("search.space.report_every", [10, 20]),
+    "study.hours": ("study.hours", 1e300),
     "prepare.channels": ("prepare.channels", 4),
     "resources.gpus": ("resources.gpus", -1),
     "prepare.test_source": ("prepare.test_source", "sklearn:digits"),
@@ -208,6 +210,17 @@ def test_a_mistake_is_one_line_that_names_its_key(raw, named, mistake):
         resolve(raw)
     assert str(error.value).startswith(named)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "normalization", "said"), [(0.5, "group", "cannot share a GPU"), (1, "batch", "normalization batch")]
+)
+def test_workers_that_could_not_train_as_one_process_are_refused(raw, gpus, normalization, said):
+    raw["resources"] |= {"workers": 2, "gpus": gpus}
+    raw["train"]["groups_per_step"] = 2
+    raw["model"]["normalization"] = normalization
+    with pytest.raises(UserError, match=f"resources.workers: .*{said}"):
+        resolve(raw)
 
 
 @pytest.mark.parametrize("text", ["setting: [", "- a list", "", "setting: digits"])

@@ -23,6 +23,8 @@ from mlflow import MlflowClient
 from sklearn.datasets import load_digits
 from torch.testing import assert_close
 
+from pipeline.check import check
+from pipeline.stage import run_stage
 from pipeline.tracking.registry import download, png
 from pudnet import PredictedNetwork, Predictor
 from pudnet.baselines import LEARNED
@@ -326,6 +328,13 @@ def test_a_mistake_in_params_stops_the_stage_with_one_line(repro, tmp_path, chan
     assert done.stderr.startswith("error: ")
     assert named in done.stderr
     assert [path for path in sorted(tmp_path.rglob("*")) if ".pud" not in path.parts] == before
+
+
+def test_a_stage_refuses_an_argument_that_it_does_not_take(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["check", "--fresh"])
+    with pytest.raises(SystemExit) as ended:
+        run_stage(check)
+    assert ended.value.code == 2 and "unrecognized arguments: --fresh" in capsys.readouterr().err
 
 
 def run_stage_from(folder: Path, stage: str) -> subprocess.CompletedProcess:

@@ -284,6 +284,9 @@ def test_a_variant_in_a_setting_that_the_paper_lacks(tmp_path):
     write_report(FakeParams(setting="digits"), folder)
     page = (folder / "report.html").read_text()
     assert "the paper has no result for this setting." in page and "96.64 ±" not in page
+    (folder / "metrics.json").write_text(json.dumps({**metrics, "variant": "pudnet_plus"}))
+    write_report(FakeParams(setting="fashion"), folder)
+    assert "the paper has no result for this variant." in (folder / "report.html").read_text()
     assert "Without KL" in page and "a variant of the method, “Without KL”" in page
 
 

@@ -16,11 +16,13 @@ from mlflow import MlflowClient
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from pipeline.params import resolve
 from pipeline.project import STORE
 from pipeline.studies.accuracy import Spread
 from pipeline.studies.columns import ANY, check_labels, check_rows, column_params, row_spec, wanted
-from pipeline.studies.definition import load_study
+from pipeline.studies.definition import Column, Row, Study, load_study
 from pipeline.studies.measuring import given_labels
+from pipeline.studies.page import render
 from pipeline.studies.trained import _data_folder, _training, get_data
 from pudnet import Predictor
 from pudnet.data.store import open_store
@@ -362,6 +364,7 @@ def test_a_baseline_beside_a_variant_is_trained_as_it_is_and_given_as_many_label
             "rows.static trunk: head: ridge replaces the classifier that changes.penalty is for",
         ),
         ({"measure": "losses", "rows": {"static trunk": {"method": "scratch_gc"}}}, "has no losses"),
+        ({"measure": "correlation"}, "method: static_trunk has the same weights for all groups"),
         ({"axis": "columns", "columns": {"x / nan": {}}}, "axis: columns.x / nan: must be called NUMBER"),
         ({"rows": {}}, "rows: "),
         (
@@ -415,6 +418,19 @@ def test_what_is_wrong_in_a_study_is_said_in_one_line(changes, message, project)
             {"groups.test_classes_per_group": 4},
             {"method": "r2d2", "variant": "pudnet_plus"},
             "rows.PudNet: images: missing; test groups have 4 classes and training groups 2",
+        ),
+        ({"groups.test_groups": 1}, {"sketch": "shuffled"}, "rows.PudNet: sketch: shuffled needs another test group"),
+        ({"study.hours": 1}, {}, "over: study.hours: is for all studies; set it in params.yaml"),
+        (
+            {},
+            {"method": "scratch_adam", "changes": {"centralize": "update"}},
+            "changes.centralize: unknown key; known: ",
+        ),
+        ({}, {"method": "random_weights", "changes": {"eta": 0.5}}, "changes.eta: unknown key; known: none"),
+        (
+            {},
+            {"images": 13},
+            "rows.PudNet: images: 13 labels are not as many of each of a test group's 2 classes",
         ),
         (
             {"target": "resnet18"},
@@ -493,6 +509,26 @@ def test_a_budget_is_a_part_of_the_papers_number_of_groups(project, tmp_path):
     params = {column: column_params(study, column) for column in columns}
     assert [own.groups.train_groups for own in params.values()] == [500, 10]
     assert wanted(study, params) == (params, {})
+
+
+def test_without_a_budget_params_say_how_many_groups_if_the_study_does_not(project, tmp_path):
+    columns = {"one": {"setting": "fashion"}, "ten": {"setting": "fashion", "groups.train_groups": 10}}
+    over = {key: value for key, value in SMALL.items() if key != "groups.train_groups"}
+    project({**TINY, "columns": columns, "over": over})
+    text = (ROOT / "params.yaml").read_text()
+    for given, expected in (("null", 2000), ("70", 70)):
+        (tmp_path / "params.yaml").write_text(text.replace("train_groups: null", f"train_groups: {given}"))
+        study = load_study("tiny")
+        assert [column_params(study, column).groups.train_groups for column in columns] == [expected, 10]
+
+
+def test_a_pages_command_repeats_what_params_say_to_all_studies():
+    raw = yaml.safe_load((ROOT / "params.yaml").read_text())
+    study = Study(title="", columns={"digits": Column({})}, rows={"PudNet": Row()})
+    assert "Made by `python -m pipeline.study tiny`." in render("tiny", study, "", {}, resolve(raw))
+    raw |= {"seed": 5, "splits": 3, "study": raw["study"] | {"settings": ["digits"], "hours": 2}}
+    command = "dvc exp run -S 'study.settings=[digits]' -S 'seed=5' -S 'splits=3' studies/dvc.yaml:study@tiny"
+    assert f"Made by `{command}`." in render("tiny", study, "", {}, resolve(raw))
 
 
 def test_a_column_that_is_not_to_run_stops_no_other(project, tmp_path):

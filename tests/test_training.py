@@ -1,6 +1,7 @@
 """Meta-training on real digits: it learns, resumes bit for bit, and outlives NaN."""
 
 import copy
+import math
 from dataclasses import asdict
 
 import numpy as np
@@ -149,6 +150,36 @@ def test_run_goes_on_from_the_last_good_weights_without_the_groups_that_broke_th
     without = make_trainer(digits, np.delete(table, range(4, 8), axis=0))
     list(without.run())
     assert same(weights(trainer), weights(without))
+
+
+def test_after_a_nan_the_rate_is_the_schedules_at_the_group_that_follows(digits):
+    table = digits.train[:12]
+    trainer = make_trainer(digits, table, images=PoisonedImages(digits.store, table[5:6]), schedule="cosine")
+    used = []
+    step = trainer.optimizer.step
+    trainer.optimizer.step = lambda: (used.append((trainer.groups, trainer.optimizer.param_groups[0]["lr"])), step())
+    list(trainer.run())
+    expected = {group: 0.001 * (1 + math.cos(math.pi * group / 12)) / 2 for group in range(12)}
+    assert [group for group, _ in used] == list(range(12))
+    assert all(rate == pytest.approx(expected[group]) for group, rate in used)
+
+
+@pytest.fixture
+def world_of_one(tmp_path):
+    """torch.distributed with this process alone: what it adds up is its own."""
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_a_worker_makes_one_processs_updates_also_where_parts_begin_later(world_of_one, digits):
+    model, _ = apply_variant("pudnet_plus", ModelConfig(), TrainConfig())
+    trainers = [make_trainer(digits, digits.train[:8], model=model, pretraining_share=0.5) for _ in range(2)]
+    trainers[1].workers = 2  # the first of two takes the only group of each step
+    for trainer in trainers:
+        list(trainer.run())
+    assert same(weights(trainers[0]), weights(trainers[1]))
 
 
 def test_nan_in_the_last_groups_leaves_the_last_good_weights(digits):

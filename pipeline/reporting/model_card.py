@@ -30,7 +30,7 @@ A PudNet (variant `{variant}`) that predicts {target} for images of {size}x{size
 | accuracy on unseen classes | {accuracy:.2f} ± {ci95:.2f} % (95% interval over {test_groups} test groups; 1 split), \
 from {images} images |
 | a group | {k} classes, {group_images} images; predicted from one, accuracy on its twin (no image in common) |
-| trained on | {train_groups:,} task groups of {source}, {passed}, one update each time; L1{losses} |
+| trained on | {train_groups:,} task groups of {source}, {passed}, {updates}; L1{losses} |
 | hypernetwork | {hypernetwork} |
 | class split | seed {split_seed} |
 | training classes | {train_classes} |
@@ -51,11 +51,17 @@ others is recognised less well. Its softmax is not calibrated. Not for decisions
 
 
 def model_card(
-    name: str, params: Params, card: Card, split: Mapping[str, Any], measured: Sequence[Mapping[str, Any]]
+    name: str,
+    params: Params,
+    card: Card,
+    split: Mapping[str, Any],
+    group_images: int,
+    measured: Sequence[Mapping[str, Any]],
 ) -> str:
     """The card as Markdown.
 
-    `split` is what `evaluate` wrote of the model's split, `measured` has accuracy and time by number of images.
+    `split` is what `evaluate` wrote of the model's split, `group_images` how many images a group has, and `measured`
+    has accuracy and time by number of images looked at.
     """
     made = card.provenance
     _, train = params.configured({key: made[key] for key in params.search.space if key in made})
@@ -71,9 +77,10 @@ def model_card(
         channels=card.channels,
         commit=made["git_commit"].removesuffix("-dirty"),
         k=params.groups.classes_per_group,
-        group_images=params.groups.images_per_group,
+        group_images=group_images,
         train_groups=made["train_groups"],
         passed=passed(made.get("passes", 1)),
+        updates="one update each time" if train.groups_per_step == 1 else f"{train.groups_per_step} in each update",
         source=params.setting,
         losses=("".join(f" + {weight:g} {name}" for name, weight in weights.items() if weight) or " alone") + how,
         hypernetwork=hypernetwork(card),

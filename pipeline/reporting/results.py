@@ -191,7 +191,7 @@ def race(results: Results) -> Race | None:
         if section(method) == "scratch":
             name, _, epochs = method.rpartition("_")
             point = {"epochs": int(epochs), "accuracy": row["accuracy"], "ci95": row["ci95"]}
-            ahead = row["difference"] > (row["difference_ci95"] or 0)
+            ahead = row["difference_ci95"] is not None and row["difference"] > row["difference_ci95"]
             points.setdefault(name, []).append(point | {"elapsed_ms": results.adaptation[method], "ahead": ahead})
     if not points:
         return None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -80,7 +80,7 @@ def run_missing(
     """
     log = TrialLog(params, tracking, experiment.keys, (experiment.key, parent) if parent else None)
     progress = TrialProgress(experiment.keys, log)
-    with locked(root() / ".pud" / "running" / f"{experiment.key}.lock"):
+    with _locked(experiment, fresh):
         _read_earlier(experiment, progress, fresh)
         for spec in experiment.specs:
             if spec.name not in progress.ended:
@@ -101,6 +101,17 @@ def run_missing(
         else:  # MLflow may lack a trial that another experiment ran, or that ended while it did not answer
             log.write(trial.spec, trial.history, "FINISHED")
     return [trial for trial in trials if not trial.diverged]
+
+
+@contextlib.contextmanager
+def _locked(experiment: Experiment, fresh: bool) -> Iterator[None]:
+    """Hold the locks of all trials that are to run, since another experiment may have some of them, too."""
+    with contextlib.ExitStack() as locks:
+        for spec in experiment.specs:
+            key = experiment.keys[spec.name]
+            if fresh or read_trial(key, spec)[1] is None:
+                locks.enter_context(locked(root() / ".pud" / "running" / f"{key}.lock"))
+        yield
 
 
 def _read_earlier(experiment: Experiment, progress: TrialProgress, fresh: bool) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 from pipeline.project import STORE, TEST_STORE, group_folder
 from pipeline.runs.trial import TrialSpec
 from pudnet.baselines import LEARNED, SCRATCH
+from pudnet.card import read_tensors
 from pudnet.data.groups import open_groups
 from pudnet.targets import is_import_path, target_code
 
@@ -57,6 +58,14 @@ def measurement_key(kind: str, target: str, split_seed: int, plain: Any, files: 
     code = code_files(TRAINING_CODE + VALIDATION_CODE) + method_files(kind, target)
     code += [CODE / "pipeline" / "runs" / name for name in ("class_split.py", "measuring.py")]
     return digest([kind, target, split_seed, plain], [*data, *code, *files])
+
+
+def model_key(path: Path) -> str:
+    """A hash of a model's file, but for the commit that it was made from: another commit may make the same model."""
+    tensors, card = read_tensors(path)
+    provenance = {key: value for key, value in card.provenance.items() if key != "git_commit"}
+    values = [[name, hashlib.sha256(value.numpy().tobytes()).hexdigest()] for name, value in sorted(tensors.items())]
+    return digest([values, asdict(card) | {"provenance": provenance}], [])
 
 
 def code_files(names: Sequence[str]) -> list[Path]:

@@ -21,7 +21,7 @@ from pipeline.project import root, split_model, write
 from pipeline.runs import cluster
 from pipeline.runs.class_split import Bench, open_bench
 from pipeline.runs.display import bars
-from pipeline.runs.keys import digest, measurement_key
+from pipeline.runs.keys import digest, measurement_key, model_key
 from pipeline.runs.tuning import Cell, Choices
 from pudnet.baselines import LEARNED, SCRATCH, Scratch, ScratchConfig, load_method
 from pudnet.cpu import compiling_pays
@@ -53,9 +53,10 @@ class Job:
         if self.method in SCRATCH:
             own = {"epochs": params.baselines.scratch_epochs, "cells": self.cells, "groups": self.groups}
         plain = [params.train.support_per_class, params.train.precision, params.evaluate.precision, own]
-        needs_pudnet = self.method in SKETCHES or self.method == "random_weights"
-        models = [] if self.method in SCRATCH else [split_model("pudnet" if needs_pudnet else self.method, self.seed)]
-        key = measurement_key(self.method, params.target, self.seed, plain, models)
+        if self.method not in SCRATCH:
+            needs_pudnet = self.method in SKETCHES or self.method == "random_weights"
+            plain.append(model_key(split_model("pudnet" if needs_pudnet else self.method, self.seed)))
+        key = measurement_key(self.method, params.target, self.seed, plain, [])
         return f"{self.method}-split{self.seed}-{key}"
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from pipeline.params import PARAMS, PLUS, Params, baseline_keys, changed, outline, read_yaml, resolve
+from pipeline.params import PARAMS, PLUS, Params, changed, outline, own_keys, read_yaml, resolve
 from pipeline.runs.trial import TrialSpec, make_spec
 from pipeline.studies.definition import Row, Study, slug
 from pudnet.baselines import LEARNED, SCRATCH, check_method
@@ -23,8 +23,8 @@ ANY = 1_000_000  # images of a class, when rows are checked before groups are ma
 def column_params(study: Study, column: str) -> Params:
     """params.yaml with the changes of the study and of the column, and with the block `study` applied.
 
-    A column may set its own number of training groups; otherwise that is the budget, or 1 if the budget is below 1
-    (`wanted` then leaves the column out).
+    A column may set its own number of training groups. Otherwise that is the budget if there is one, or 1 if it is
+    below 1 (`wanted` then leaves the column out).
     """
     own = study.columns[column].changes
     params = resolve(_changed(read_yaml(PARAMS), {"over": study.over, f"columns.{column}": own}))
@@ -41,6 +41,8 @@ def _changed(raw: dict[str, Any], changes: Mapping[str, Mapping[str, Any]]) -> d
         for key, value in values.items():
             block, _, name = key.rpartition(".")
             place = raw.get(block) if block else raw
+            if block == "study":
+                raise UserError(f"{where}: {key}: is for all studies; set it in {PARAMS}")
             if not isinstance(place, dict) or name not in place:
                 raise UserError(f"{where}: {key}: no such key in {PARAMS}")
             place[name] = value
@@ -49,7 +51,9 @@ def _changed(raw: dict[str, Any], changes: Mapping[str, Mapping[str, Any]]) -> d
 
 def _sized(study: Study, params: Params, column: Mapping[str, Any]) -> Params:
     """With the numbers of groups that the block `study` asks for; of training groups the column's own comes first."""
-    groups = {} if GROUPS_KEY in column else {"train_groups": max(1, budget(study, params))}
+    groups = {}
+    if params.study.budget is not None and GROUPS_KEY not in column:
+        groups["train_groups"] = max(1, budget(study, params))
     if params.study.test_groups is not None and not params.groups.test_whole:
         groups["test_groups"] = params.study.test_groups
     return dataclasses.replace(params, groups=dataclasses.replace(params.groups, **groups))
@@ -98,10 +102,10 @@ def row_spec(params: Params, name: str, row: Row, seed: int, images: int) -> Tri
     trial = f"{slug(name)}-split{seed}"
     spec = make_spec(params, trial, kind, seed, row.changes if baseline else {}, "train", 0)
     parts = {"model": ModelConfig, "train": TrainConfig}
-    known = baseline_keys(kind) if baseline else [*spec.model, *spec.train]
+    known = own_keys(kind) if baseline else [*spec.model, *spec.train] if row.trained else []
     for key in row.changes:
         if key not in known:
-            raise UserError(f"{where}.{key}: unknown key; known: {', '.join(known)}")
+            raise UserError(f"{where}.{key}: unknown key; known: {', '.join(known) or 'none'}")
     if baseline:
         return spec
     own = {part: asdict(changed(kind(**getattr(spec, part)), row.changes, where)) for part, kind in parts.items()}
@@ -144,11 +148,18 @@ def _why_not(study: Study, params: Params) -> str | None:
 def check_labels(study: Study, params: Params, tested: int) -> None:
     """Raise `UserError` if rows have as many labels in training groups, but not in test groups of `tested` classes.
 
-    What PudNet+ looks at is a number of images in all, and what other methods are given is one of each class.
+    What PudNet+ looks at is a number of images in all, and what other methods are given is one of each class. Also if a
+    row's number of labels is not as many of each class.
     """
     trained = params.groups.classes_per_group
-    for name, row in study.rows.items() if tested != trained else ():
-        beside = row.variant == PLUS and row.changes.get("class_filters", True)
+    for name, row in study.rows.items():
+        if row.images is not None and row.images % tested:
+            fewer = row.images // tested * tested
+            raise UserError(
+                f"rows.{name}: images: {row.images} labels are not as many of each of a test group's {tested} classes; "
+                f"give {f'{fewer} or ' * (fewer > 0)}{fewer + tested}"
+            )
+        beside = row.variant == PLUS and row.changes.get("class_filters", True) and tested != trained
         if beside and row.images is None and row.method not in SCRATCH:
             raise UserError(
                 f"rows.{name}: images: missing; test groups have {tested} classes and training groups {trained}, "
@@ -161,6 +172,9 @@ def check_rows(study: Study, params: Params) -> None:
 
     Also if it would have more labels than another row, or fewer, only because test groups have other classes.
     """
+    if study.measure == "accuracy" and params.groups.test_groups == 1:
+        for name in (name for name, row in study.rows.items() if row.sketch == "shuffled"):
+            raise UserError(f"rows.{name}: sketch: shuffled needs another test group, and there is one")
     if study.measure == "accuracy" and not params.groups.test_whole:
         check_labels(study, params, params.groups.test_classes_per_group or params.groups.classes_per_group)
     targets: dict[str, Target] = {}

@@ -224,6 +224,8 @@ def _unfit(row: Row, measure: str) -> str | None:
         return f"head: {row.head} replaces the classifier that changes.{own} is for; leave one of the two out"
     if measure == "whole" and row.method in (*LEARNED, *SCRATCH):
         return f"method: {row.method} is not for `measure: whole`, which takes networks of predicted weights"
+    if measure == "correlation" and row.method in ("static_trunk", "random_weights"):
+        return f"method: {row.method} has the same weights for all groups, so there is nothing to correlate"
     if measure == "losses" and not row.trained:
         return f"method: {row.method} is not trained on groups, and has no losses"
     return None

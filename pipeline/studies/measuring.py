@@ -89,7 +89,7 @@ def time_cells(params: Params, cells: Mapping[str, StudyCell]) -> dict[str, floa
     A cell has `resources.cpus` threads.
     """
     keys = [[name, cell.key(params, params.evaluate.timing_groups)] for name, cell in cells.items()]
-    items, key = tuple(cells.items()), f"time-{digest([keys, params.resources.cpus], [])}"
+    items, key = tuple(cells.items()), f"time-{digest([keys, cluster.share(params)], [])}"
     tables = measure_missing(params, _time, {items: key}, lambda *_: "times are measured")
     return dict(zip(tables[items].row, tables[items].milliseconds, strict=True))
 

@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 import pandas as pd
 
-from pipeline.params import StudyParams
+from pipeline.params import Params
 from pipeline.studies.definition import Study
 from pudnet.config import passed
 
@@ -20,7 +20,7 @@ PAGE = """# {title}
 LEGENDS = {
     "accuracy": "Accuracy in percent, with its 95% interval over test groups. Each row is trained once on each class "
     "split; the intervals do not include what another training seed would change.",
-    "losses": "Training losses, mean over the groups since the previous line.",
+    "losses": "Training losses, mean over the groups since the report before, of which not all are shown.",
     "finetune": "Accuracy in percent on test images that were not trained on, with its 95% interval over them.",
     "correlation": "Canonical correlations on groups that they were not fitted to. Shuffled pairs: the same for "
     "weights paired with other groups, as mean and 95% range.",
@@ -33,16 +33,20 @@ TRAININGS = (
 )
 PAIRED = " Differences to “{}” are paired over the same test groups."
 PAPER = " The paper's results are for its own class split and {groups} number of groups."
+UNTOLD = ("sources", "hours")  # keys of the block `study` that change no result
+SPLITS = {"seed": 0, "splits": 1}  # the other keys of params.yaml that are for all studies, as the project has them
 DIAGNOSED = """ *Weights move*: how far
 predicted weights are from their mean over groups, relative to its size, mean over layers. *Probe*: how well a linear
 probe reads from the sketch which classes a group has (area under the ROC curve; 50 is chance)."""
 
 
-def render(name: str, study: Study, tables: str, left_out: Mapping[str, str], asked: StudyParams) -> str:
-    """Render the study as Markdown. `asked` is the block `study` of params.yaml, which the page's command repeats."""
+def render(name: str, study: Study, tables: str, left_out: Mapping[str, str], params: Params) -> str:
+    """Render the study as Markdown. The page's command repeats what `params` (of params.yaml) say to all studies."""
+    asked = params.study
     several = study.measure == "accuracy" and asked.trainings
     legend = TRAININGS.format(trainings=asked.trainings) if several else LEGENDS[study.measure]
-    legend += PAIRED.format("” or, for rows of as many images, “".join(study.references)) if study.references else ""
+    if study.references and study.axis != "columns":  # such a study's tables have no differences
+        legend += PAIRED.format("” or, for rows of as many images, “".join(study.references))
     groups = "the same" if study.axis == "columns" else "its full"
     of_the_paper = any(own.paper for column, own in study.columns.items() if column not in left_out)
     legend += PAPER.format(groups=groups) if of_the_paper else ""
@@ -51,20 +55,23 @@ def render(name: str, study: Study, tables: str, left_out: Mapping[str, str], as
         title=study.title,
         text=f"{study.text.strip()}\n\n" if study.text.strip() else "",
         name=name,
-        command=_command(name, asked),
+        command=_command(name, study, params),
         legend=legend,
     )
     reasons = "".join(f"- {column}: {reason}\n" for column, reason in left_out.items())
     return page + tables + (f"\n## Not run\n\n{reasons}" if reasons else "")
 
 
-def _command(name: str, asked: StudyParams) -> str:
-    """The command that runs the study as it was run, except for the places of datasets."""
-    changed = {key: value for key, value in asdict(asked).items() if value is not None and key != "sources"}
+def _command(name: str, study: Study, params: Params) -> str:
+    """The command that runs the study as it was run, except for the places of datasets and a limit of time."""
+    asked = asdict(params.study)
+    changed = {f"study.{key}": asked[key] for key in asked if asked[key] is not None and key not in UNTOLD}
+    changed |= {key: value for key, usual in SPLITS.items() if (value := getattr(params, key)) != usual}
+    changed = {key: value for key, value in changed.items() if key not in study.over}
     if not changed:
         return f"python -m pipeline.study {name}"
     lists = {key: f"[{','.join(value)}]" if isinstance(value, list) else value for key, value in changed.items()}
-    changes = " ".join(f"-S 'study.{key}={value}'" for key, value in lists.items())
+    changes = " ".join(f"-S '{key}={value}'" for key, value in lists.items())
     return f"dvc exp run {changes} studies/dvc.yaml:study@{name}"
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
-from pipeline.params import Params, StudyParams
+from pipeline.params import Params, load_params
 from pipeline.project import write
 from pipeline.reporting.figures import to_png
 from pipeline.studies import accuracy, correlation, finetuning, losses, page, trained, whole_set
@@ -35,8 +35,8 @@ def run_study(name: str, study: Study, columns: Mapping[str, Params], left_out: 
             if study.whole is not None:
                 whole_set.check(study.whole)
         except UserError as error:
-            left_out[column] = str(error)
-            print(f"study: {name}, {column}: not run: {error}", flush=True)
+            left_out[column] = f"{error}; then `python -m pipeline.study {name}` runs it"
+            print(f"study: {name}, {column}: not run: {left_out[column]}", flush=True)
             continue
         try:
             with trained.workspace(params):
@@ -45,21 +45,19 @@ def run_study(name: str, study: Study, columns: Mapping[str, Params], left_out: 
             left_out[column], unfit = str(error), unfit or f"study: {name}, {column}: {error}"
             print(f"study: {name}, {column}: not run: {error}", flush=True)
         if waiting and frames:  # write what there is so far; after the last column it is written below
-            _write(name, study, frames, left_out | waiting, params.study)
+            _write(name, study, frames, left_out | waiting)
     if not frames:
         raise UserError(f"study: {name}: no column can be run: {next(iter(left_out.values()))}")
-    _write(name, study, frames, left_out, params.study)
+    _write(name, study, frames, left_out)
     if unfit:
         raise UserError(unfit)
     print(f"study: {name}: {sum(map(len, frames))} lines in {STUDIES / 'results' / name}.md")
 
 
-def _write(
-    name: str, study: Study, frames: Sequence[pd.DataFrame], left_out: Mapping[str, str], asked: StudyParams
-) -> None:
+def _write(name: str, study: Study, frames: Sequence[pd.DataFrame], left_out: Mapping[str, str]) -> None:
     """Write the study as measured so far: a table, a figure, a page."""
     table, kind, folder = pd.concat(frames, ignore_index=True), KINDS[study.measure], STUDIES / "results"
     table.insert(0, "study", name)
     write(folder / f"{name}.csv", table.to_csv(index=False, float_format="%.4f"))
     write(folder / f"{name}.png", to_png(kind.figure(study, table)))
-    write(folder / f"{name}.md", page.render(name, study, kind.tables(study, table), left_out, asked))
+    write(folder / f"{name}.md", page.render(name, study, kind.tables(study, table), left_out, load_params()))

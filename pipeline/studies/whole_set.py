@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
@@ -49,12 +50,12 @@ def measure(trained: TrainedColumn) -> pd.DataFrame:
     tables = measure_missing(
         trained.params, _accuracy, keys, lambda one, table: f"{one[0].spec.name}: {table.images[0]:,} test images done"
     )
-    for row, own in trained.study.rows.items():
+    for row, definition in trained.study.rows.items():
         found = pd.concat([tables[trained.cells[row, seed], there] for seed in trained.params.split_seeds])
         for seed, accuracy in zip(trained.params.split_seeds, found.accuracy, strict=True):
             key = keys[trained.cells[row, seed], there]
             trained.log(row, seed, {f"top{plan.top}_accuracy": accuracy}, {}, key=key)
-        figure = reported(trained.definition, own)
+        figure = reported(trained.definition, definition)
         lines.append(
             {
                 "row": row,
@@ -65,7 +66,7 @@ def measure(trained: TrainedColumn) -> pd.DataFrame:
                 "classes": found.classes.iloc[0],
                 "images": found.images.iloc[0],
                 "accuracy": found.accuracy.mean(),
-                "ci95": mean_half_width(list(zip(found.accuracy, found.images, strict=True))),
+                "ci95": np.mean([mean_half_width([own]) for own in zip(found.accuracy, found.images, strict=True)]),
                 "paper": figure and figure.accuracy,
                 "seconds": found.seconds.median(),
                 "paper_seconds": figure and figure.seconds,

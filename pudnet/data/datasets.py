@@ -79,6 +79,7 @@ def _joined(parts: Sequence[Rows]) -> Rows:
     starts = list(accumulate((part.count for part in parts), initial=0))
 
     def image(row: int) -> Any:
+        row = row % starts[-1]  # torch takes negative rows, too
         part = bisect_right(starts, row) - 1
         return parts[part].image(row - starts[part])
 

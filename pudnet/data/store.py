@@ -54,24 +54,31 @@ class Store:
 def whole_folder(destination: Path) -> Iterator[Path]:
     """Yield a new folder to write to. It replaces `destination` if the block ends without an error.
 
-    Raises `UserError` if it cannot be written.
+    Raises `UserError` if it cannot be written; the old folder is then still there.
     """
-    partial = destination.with_name(f".{destination.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # which a killed process may have left
+    partial, old = (destination.with_name(f".{destination.name}.{name}") for name in ("partial", "old"))
+    for left in (partial, old):  # which a killed process may have left
+        shutil.rmtree(left, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
         yield partial
         for file in filter(Path.is_file, partial.rglob("*")):
             to_disk(file)
         if destination.exists():
-            shutil.rmtree(destination)
-        partial.rename(destination)
+            destination.rename(old)
+        try:
+            partial.rename(destination)
+        except OSError:
+            if old.exists():
+                old.rename(destination)
+            raise
     except OSError as error:
         if is_full(error):
             raise
         raise UserError(f"{destination}: cannot be written ({error})") from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        for folder in (partial, old):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_store(source: Source, destination: Path) -> None:

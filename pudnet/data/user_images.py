@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from pudnet.data.datasets import is_dataset, rows_of
 from pudnet.data.decode import convert, eight_bits, read_images, to_array, unreadable
 from pudnet.data.folders import by_type, look_in
-from pudnet.errors import UserError
+from pudnet.errors import UserError, one_line
 
 AT_A_TIME = 500  # images of 32 px in one batch; of larger images fewer
 CHANNELS = (1, 2, 3, 4)  # grey, grey and alpha, RGB, RGB and alpha
@@ -245,7 +245,10 @@ def _one(image: Pixels | Image.Image, row: int, form: Form) -> Tensor:
     try:
         if isinstance(image, Image.Image):
             _say_converted(image.height, image.width, len(image.getbands()), form)
-            return torch.from_numpy(to_array(image, form.image_size, form.channels))
+            try:
+                return torch.from_numpy(to_array(image, form.image_size, form.channels))
+            except (OSError, SyntaxError) as error:  # Pillow reads an image when it is first used
+                raise UserError(one_line(error)) from None
         if not isinstance(image, np.ndarray | Tensor):
             raise UserError(f"images: must be PIL images, arrays or tensors, got {_kind(image)}")
         one = _of_array(image[None], form)
@@ -359,7 +362,7 @@ def _sorted_distinct(keys: list[tuple[type, Any]]) -> list[tuple[type, Any]]:
             "labels: give one label for each image, an integer or a string; these are collections"
         ) from None
     try:
-        return sorted(distinct, key=lambda key: key[1])
+        return sorted(distinct, key=lambda key: (key[1], key[0].__name__))
     except TypeError:  # labels of several types cannot be sorted
         return sorted(distinct, key=lambda key: (key[0].__name__, str(key[1])))
 

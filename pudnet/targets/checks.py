@@ -37,6 +37,8 @@ def refuse_unfit_layers(network: nn.Module, name: str) -> None:
             raise UserError(f"target {name}: {owners[id(tensor)]} and {path} are one tensor; untie them")
         if path in OF_CLASSIFIERS:
             raise UserError(f"target {name}: {path} is what a file calls a tensor of the classifier; rename it")
+        if not nn.parameter.is_lazy(tensor) and tensor.ndim == 5:
+            raise UserError(f"target {name}: {path} has five dimensions; at most four can be channels_last")
     for path, module in network.named_modules():
         kind = type(module).__name__
         if isinstance(module, UNFIT):
