@@ -420,7 +420,7 @@ def test_what_is_wrong_in_a_study_is_said_in_one_line(changes, message, project)
             "rows.PudNet: images: missing; test groups have 4 classes and training groups 2",
         ),
         ({"groups.test_groups": 1}, {"sketch": "shuffled"}, "rows.PudNet: sketch: shuffled needs another test group"),
-        ({"study.hours": 1}, {}, "over: study.hours: is for all studies; set it in params.yaml"),
+        ({"study.hours": 1}, {}, "over: study.hours: is for a command, not for a study; set it in"),
         (
             {},
             {"method": "scratch_adam", "changes": {"centralize": "update"}},

@@ -41,8 +41,8 @@ def _changed(raw: dict[str, Any], changes: Mapping[str, Mapping[str, Any]]) -> d
         for key, value in values.items():
             block, _, name = key.rpartition(".")
             place = raw.get(block) if block else raw
-            if block == "study":
-                raise UserError(f"{where}: {key}: is for all studies; set it in {PARAMS}")
+            if key == "study.hours":
+                raise UserError(f"{where}: {key}: is for a command, not for a study; set it in {PARAMS}")
             if not isinstance(place, dict) or name not in place:
                 raise UserError(f"{where}: {key}: no such key in {PARAMS}")
             place[name] = value

@@ -41,7 +41,7 @@ probe reads from the sketch which classes a group has (area under the ROC curve;
 
 
 def render(name: str, study: Study, tables: str, left_out: Mapping[str, str], params: Params) -> str:
-    """Render the study as Markdown. The page's command repeats what `params` (of params.yaml) say to all studies."""
+    """Render the study as Markdown. `params` are those of any column; the page's command has what the study lacks."""
     asked = params.study
     several = study.measure == "accuracy" and asked.trainings
     legend = TRAININGS.format(trainings=asked.trainings) if several else LEGENDS[study.measure]
@@ -67,7 +67,8 @@ def _command(name: str, study: Study, params: Params) -> str:
     asked = asdict(params.study)
     changed = {f"study.{key}": asked[key] for key in asked if asked[key] is not None and key not in UNTOLD}
     changed |= {key: value for key, usual in SPLITS.items() if (value := getattr(params, key)) != usual}
-    changed = {key: value for key, value in changed.items() if key not in study.over}
+    own = {*study.over, *(key for column in study.columns.values() for key in column.changes)}
+    changed = {key: value for key, value in changed.items() if key not in own}
     if not changed:
         return f"python -m pipeline.study {name}"
     lists = {key: f"[{','.join(value)}]" if isinstance(value, list) else value for key, value in changed.items()}

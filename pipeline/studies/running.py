@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
-from pipeline.params import Params, load_params
+from pipeline.params import Params
 from pipeline.project import write
 from pipeline.reporting.figures import to_png
 from pipeline.studies import accuracy, correlation, finetuning, losses, page, trained, whole_set
@@ -45,19 +45,21 @@ def run_study(name: str, study: Study, columns: Mapping[str, Params], left_out: 
             left_out[column], unfit = str(error), unfit or f"study: {name}, {column}: {error}"
             print(f"study: {name}, {column}: not run: {error}", flush=True)
         if waiting and frames:  # write what there is so far; after the last column it is written below
-            _write(name, study, frames, left_out | waiting)
+            _write(name, study, frames, left_out | waiting, params)
     if not frames:
         raise UserError(f"study: {name}: no column can be run: {next(iter(left_out.values()))}")
-    _write(name, study, frames, left_out)
+    _write(name, study, frames, left_out, params)
     if unfit:
         raise UserError(unfit)
     print(f"study: {name}: {sum(map(len, frames))} lines in {STUDIES / 'results' / name}.md")
 
 
-def _write(name: str, study: Study, frames: Sequence[pd.DataFrame], left_out: Mapping[str, str]) -> None:
-    """Write the study as measured so far: a table, a figure, a page."""
+def _write(
+    name: str, study: Study, frames: Sequence[pd.DataFrame], left_out: Mapping[str, str], params: Params
+) -> None:
+    """Write the study as measured so far: a table, a figure, a page. `params` are those of any column."""
     table, kind, folder = pd.concat(frames, ignore_index=True), KINDS[study.measure], STUDIES / "results"
     table.insert(0, "study", name)
     write(folder / f"{name}.csv", table.to_csv(index=False, float_format="%.4f"))
     write(folder / f"{name}.png", to_png(kind.figure(study, table)))
-    write(folder / f"{name}.md", page.render(name, study, kind.tables(study, table), left_out, load_params()))
+    write(folder / f"{name}.md", page.render(name, study, kind.tables(study, table), left_out, params))

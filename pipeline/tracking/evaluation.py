@@ -38,9 +38,8 @@ def log_evaluation(tracking: Tracking, params: Params, metrics: Mapping[str, Any
     run_id = evaluation_run(tracking, params)
     note = (
         f"Test of `{params.variant}`: it predicts a network for each of {metrics['test_groups']:,} test groups, whose "
-        f"classes no training has seen: {metrics['accuracy']:.2f} ± {metrics['ci95']:.2f} % accuracy on other images "
-        "of these classes. Artifacts: `report.html` (the page of all stages), `plots` (figures, predicted filters), "
-        "`weights` (predicted networks)."
+        "classes no training has seen, and measures its accuracy on other images of these classes. Artifacts: "
+        "`report.html` (the page of all stages), `plots` (figures, predicted filters), `weights` (predicted networks)."
     )
     plain = {"splits": params.splits, "seed": params.seed, **asdict(params.groups)}
     tracking.describe(run_id, note, plain, test_sets(params))

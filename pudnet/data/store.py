@@ -60,6 +60,8 @@ def whole_folder(destination: Path) -> Iterator[Path]:
     for left in (partial, old):  # which a killed process may have left
         shutil.rmtree(left, ignore_errors=True)
     try:
+        if destination.is_file():
+            raise FileExistsError("it is a file")
         partial.mkdir(parents=True)
         yield partial
         for file in filter(Path.is_file, partial.rglob("*")):
