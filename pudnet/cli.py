@@ -118,7 +118,8 @@ def _predict(options: argparse.Namespace) -> None:
     from pudnet.predictor import Predictor
 
     _check_ending(options.out)
-    _check_other(options.out, options.model)
+    if options.out.exists():  # else --model is the name of a model that ships, if it is the same
+        _check_other(options.out, options.model)
     predictor = Predictor.load(options.model, target=options.target)
     if options.support is not None:
         predictor.support_per_class = options.support

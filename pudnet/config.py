@@ -42,8 +42,8 @@ class ModelConfig:
     extractor: Annotated[str, Field(pattern=r"^[1-9]conv(-1linear)?$")] = "1conv-1linear"  # table 12's names
     extractor_channels: Positive = 32
     normalization: Literal["batch", "group", "layer"] = "group"
-    pooling: Literal["mean", "sum", "geometric_mean", "mean_var"] = "mean"  # table 9; sum: training sums over a whole
-    # group, so let sketch_images be as many
+    pooling: Literal["mean", "sum", "geometric_mean", "mean_var"] = "mean"  # table 9
+    # (With `sum`, set sketch_images to the size of a group, since training sums over all images of it.)
     sketch: Literal["images", "constant"] = "images"  # constant: a control, whose weights do not depend on the group
     context: Literal["gru", "ahru", "none"] = "gru"
     initial_state: Literal["sketch", "random"] = "sketch"

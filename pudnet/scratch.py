@@ -96,7 +96,7 @@ def train(
     )
     if gc:
         centralized(optimizer, config.centralize)
-    steps = config.epochs * math.ceil(len(images) / config.batch)
+    steps = config.epochs * batches_of(len(images), config.batch)
     rate = partial(rise_and_fall, steps=steps, warm_up=config.warm_up)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     for epoch in range(1, config.epochs + 1):
@@ -127,16 +127,13 @@ def train_epoch(
     bf16: bool,
     schedule: torch.optim.lr_scheduler.LRScheduler | None = None,
 ) -> float:
-    """Train for one epoch on shuffled batches of equal size -> the mean cross-entropy.
-
-    A batch has at most `batch` images, but at least two, since BatchNorm cannot be trained on one value.
+    """Train for one epoch on shuffled batches of equal size (`batches_of`) -> the mean cross-entropy.
 
     Autocast's cache is off, because it would keep casts of weights that the step has changed since.
     """
     network.train()
     total = torch.zeros((), device=images.device)
-    batches = max(1, min(math.ceil(len(images) / config.batch), len(images) // 2))
-    for rows in torch.randperm(len(images), device=images.device).tensor_split(batches):
+    for rows in torch.randperm(len(images), device=images.device).tensor_split(batches_of(len(images), config.batch)):
         optimizer.zero_grad()
         batch = augmented(images[rows], config.augment)
         with torch.enable_grad():
@@ -149,6 +146,11 @@ def train_epoch(
         if schedule:
             schedule.step()
     return total.item() / len(images)
+
+
+def batches_of(images: int, batch: int) -> int:
+    """How many batches of at most `batch` images; fewer if one had a single image, which BatchNorm cannot train on."""
+    return max(1, min(math.ceil(images / batch), images // 2))
 
 
 def rise_and_fall(step: int, steps: int, warm_up: float) -> float:

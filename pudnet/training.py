@@ -169,7 +169,7 @@ class Trainer:
         self._set_rate()
 
     def _interval(self) -> Report:
-        """Train until the next report. Only its end waits for the device."""
+        """Train until the next report. With one worker only its end waits for the device."""
         start, begin = time.perf_counter(), self.groups
         end = min(self.total, (begin // self.config.report_every + 1) * self.config.report_every)
         with flushing_denormals(self.device):

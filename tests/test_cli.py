@@ -198,7 +198,7 @@ CLASSIFY = "classify --weights {weights} --data {data}"
         ("finetune --weights {weights} --data {data} --out {tmp}/o --curve {tmp}/none", "none: cannot be written"),
         ("export --weights {weights} --out {weights}", "write it over another of its files; give another name"),
         (CLASSIFY + " --out {weights}", "write it over another of its files; give another name"),
-        ("predict --data {data} --model {tmp}/m --out {tmp}/m", "/m: this command would write it over another"),
+        ("predict --data {data} --model {weights} --out {weights}", "this command would write it over another"),
         ("finetune --weights {weights} --data {data} --out {tmp}/o --curve {tmp}/o", "/o: this command would write"),
         ("finetune --weights {weights} --data {data} --out {tmp}/o --curve {weights}", "write it over another"),
         ("predict --data {data} --out {tmp}/o.ONNX", "o.ONNX: this command writes .safetensors"),

@@ -28,7 +28,7 @@ from pudnet.data.groups import (
     write_groups,
 )
 from pudnet.data.sources import Source, open_source
-from pudnet.data.store import Store, open_store, write_store
+from pudnet.data.store import Store, open_store, whole_folder, write_store
 from pudnet.errors import UserError
 
 
@@ -54,6 +54,16 @@ def make_store(counts):
 def sample(labels, groups=20, k=2, n=5, twins=True, seed=0):
     names = [f"name{label}" for label in range(10)]
     return sample_groups(labels, [1, 2, 4, 7], names, groups, k, n, twins, np.random.default_rng(seed))
+
+
+def test_a_folder_that_cannot_be_replaced_is_still_there(tmp_path):
+    """Here the new one is moved away before it could take the old one's place."""
+    with whole_folder(tmp_path / "store") as folder:
+        (folder / "content").write_text("old")
+    with pytest.raises(UserError, match="store: cannot be written"), whole_folder(tmp_path / "store") as folder:
+        folder.rename(tmp_path / "elsewhere")
+    assert (tmp_path / "store" / "content").read_text() == "old"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "store"]
 
 
 # Sources

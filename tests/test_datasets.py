@@ -181,6 +181,8 @@ def test_a_loaders_sampler_picks_rows(predictor):
     check(DataLoader(Pairs(), sampler=rows), predictor, (0, 1, 2), rows)
     joined = ConcatDataset([Subset(Pairs(), range(5)), Subset(Pairs(), range(5, 12))])
     check(Subset(joined, [-1, 4, -12]), predictor, (0, 1, 2), [11, 4, 0])
+    with pytest.raises(UserError, match="item 12 of the Dataset cannot be read"):
+        predictor.predict(Pairs()).classify(Subset(joined, [12]))
     check(DataLoader(Pairs(), batch_sampler=[[5, 4], [3, 5, 8]]), predictor, (0, 1, 2), rows)
     check(DataLoader(Pairs(), batch_sampler=BatchSampler(rows, 2, False)), predictor, (0, 1, 2), rows)
     assert len(predictor.predict(Pairs()).classify(DataLoader(Pairs(), sampler=[5, 5, 3]))) == 3

@@ -527,7 +527,9 @@ def test_a_pages_command_repeats_what_params_say_to_all_studies():
     study = Study(title="", columns={"digits": Column({})}, rows={"PudNet": Row()})
     assert "Made by `python -m pipeline.study tiny`." in render("tiny", study, "", {}, resolve(raw))
     raw |= {"seed": 5, "splits": 3, "study": raw["study"] | {"settings": ["digits"], "hours": 2}}
-    command = "dvc exp run -S 'study.settings=[digits]' -S 'seed=5' -S 'splits=3' studies/dvc.yaml:study@tiny"
+    raw["groups"]["train_groups"] = 70
+    changes = "-S 'study.settings=[digits]' -S 'seed=5' -S 'splits=3' -S 'groups.train_groups=70'"
+    command = f"dvc exp run {changes} studies/dvc.yaml:study@tiny"
     assert f"Made by `{command}`." in render("tiny", study, "", {}, resolve(raw))
 
 

@@ -2,15 +2,16 @@
 
 import contextlib
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
 from ray import tune
 
 from pipeline.runs import trainable, trial_folder
-from pipeline.runs.executor import Asha
+from pipeline.runs.executor import Asha, _locked
 from pipeline.runs.trial import DIVERGED, STATE, TrialSpec
-from pudnet.errors import RunFailed
+from pudnet.errors import RunFailed, UserError
 
 NAMES = {field.name for field in dataclasses.fields(TrialSpec)}
 
@@ -116,3 +117,20 @@ def test_asha_stops_no_trial_for_what_it_reported_before_but_remembers_it():
     assert asha.on_trial_result(None, weak, report | {"validation_accuracy": 50}) == asha.CONTINUE
     assert asha.on_trial_result(None, weak, {"groups": 4, "validation_accuracy": 50}) == asha.CONTINUE
     assert asha.on_trial_result(None, other, {"groups": 2, "validation_accuracy": 50}) == asha.STOP
+
+
+def test_a_trial_of_two_experiments_is_run_by_one_of_them_unless_it_has_ended(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+
+    def held(*trials: str) -> contextlib.AbstractContextManager[None]:
+        specs = [SimpleNamespace(name=name) for name in trials]
+        return _locked(SimpleNamespace(specs=specs, keys={name: name for name in trials}), fresh=False)
+
+    with held("common", "first"):
+        with pytest.raises(UserError, match="common: is already running"), held("second", "common"):
+            pass
+        folder = trial_folder.trial_folder("common")
+        folder.mkdir(parents=True)
+        (folder / trial_folder.ENDED).touch()
+        with held("second", "common"):
+            pass

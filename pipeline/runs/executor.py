@@ -27,7 +27,7 @@ from pipeline.runs.keys import digest, trial_key
 from pipeline.runs.progress import TrialProgress
 from pipeline.runs.trainable import REPLAYED, run_trial
 from pipeline.runs.trial import TrialSpec, open_trial
-from pipeline.runs.trial_folder import Finished, read_trial, trial_folder
+from pipeline.runs.trial_folder import ENDED, Finished, read_trial, trial_folder
 from pipeline.runs.trial_log import TrialLog
 from pipeline.runs.waiting import WaitingNotice
 from pipeline.tracking.runs import Tracking
@@ -109,7 +109,7 @@ def _locked(experiment: Experiment, fresh: bool) -> Iterator[None]:
     with contextlib.ExitStack() as locks:
         for spec in experiment.specs:
             key = experiment.keys[spec.name]
-            if fresh or read_trial(key, spec)[1] is None:
+            if fresh or not (trial_folder(key) / ENDED).is_file():
                 locks.enter_context(locked(root() / ".pud" / "running" / f"{key}.lock"))
         yield
 

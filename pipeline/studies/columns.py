@@ -136,7 +136,7 @@ def _why_not(study: Study, params: Params) -> str | None:
             f"study.budget: {asked.budget} of the {paper:,} groups of {setting} leaves none; "
             f"give at least {1 / paper:g}"
         )
-    if groups > limit:
+    if groups > limit and (asked.budget is not None or GROUPS_KEY in study.over):
         part = min(1.0, groups / paper)
         return f"{groups:,} training groups are over the budget of {limit:,}; study.budget: {part:g} runs it"
     plan, half = study.correlation, min(study.correlation.groups, groups) // 2

@@ -8,8 +8,10 @@ from dataclasses import asdict
 import pandas as pd
 
 from pipeline.params import Params
+from pipeline.studies.columns import GROUPS_KEY
 from pipeline.studies.definition import Study
 from pudnet.config import passed
+from pudnet.settings import SETTINGS
 
 PAGE = """# {title}
 
@@ -34,7 +36,7 @@ TRAININGS = (
 PAIRED = " Differences to “{}” are paired over the same test groups."
 PAPER = " The paper's results are for its own class split and {groups} number of groups."
 UNTOLD = ("sources", "hours")  # keys of the block `study` that change no result
-SPLITS = {"seed": 0, "splits": 1}  # the other keys of params.yaml that are for all studies, as the project has them
+OF_ALL = {"seed": 0, "splits": 1}  # the other keys of params.yaml that are for all studies, as the project has them
 DIAGNOSED = """ *Weights move*: how far
 predicted weights are from their mean over groups, relative to its size, mean over layers. *Probe*: how well a linear
 probe reads from the sketch which classes a group has (area under the ROC curve; 50 is chance)."""
@@ -66,7 +68,9 @@ def _command(name: str, study: Study, params: Params) -> str:
     """The command that runs the study as it was run, except for the places of datasets and a limit of time."""
     asked = asdict(params.study)
     changed = {f"study.{key}": asked[key] for key in asked if asked[key] is not None and key not in UNTOLD}
-    changed |= {key: value for key, usual in SPLITS.items() if (value := getattr(params, key)) != usual}
+    changed |= {key: value for key, usual in OF_ALL.items() if (value := getattr(params, key)) != usual}
+    if params.study.budget is None and params.groups.train_groups != SETTINGS[params.setting].train_groups:
+        changed[GROUPS_KEY] = params.groups.train_groups
     own = {*study.over, *(key for column in study.columns.values() for key in column.changes)}
     changed = {key: value for key, value in changed.items() if key not in own}
     if not changed:

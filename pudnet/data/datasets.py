@@ -79,6 +79,8 @@ def _joined(parts: Sequence[Rows]) -> Rows:
     starts = list(accumulate((part.count for part in parts), initial=0))
 
     def image(row: int) -> Any:
+        if not -starts[-1] <= row < starts[-1]:
+            raise UserError(f"images: item {row} of the Dataset cannot be read (it has {starts[-1]})")
         row = row % starts[-1]  # torch takes negative rows, too
         part = bisect_right(starts, row) - 1
         return parts[part].image(row - starts[part])

@@ -57,6 +57,8 @@ def whole_folder(destination: Path) -> Iterator[Path]:
     Raises `UserError` if it cannot be written; the old folder is then still there.
     """
     partial, old = (destination.with_name(f".{destination.name}.{name}") for name in ("partial", "old"))
+    if old.exists() and not destination.exists():  # a process was killed between the two renames below
+        old.rename(destination)
     for left in (partial, old):  # which a killed process may have left
         shutil.rmtree(left, ignore_errors=True)
     try:
@@ -68,19 +70,16 @@ def whole_folder(destination: Path) -> Iterator[Path]:
             to_disk(file)
         if destination.exists():
             destination.rename(old)
-        try:
-            partial.rename(destination)
-        except OSError:
-            if old.exists():
-                old.rename(destination)
-            raise
+        partial.rename(destination)
     except OSError as error:
         if is_full(error):
             raise
         raise UserError(f"{destination}: cannot be written ({error})") from error
     finally:
-        for folder in (partial, old):
-            shutil.rmtree(folder, ignore_errors=True)
+        if old.exists() and not destination.exists():
+            old.rename(destination)
+        for left in (partial, old):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def write_store(source: Source, destination: Path) -> None:
