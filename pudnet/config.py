@@ -43,7 +43,6 @@ class ModelConfig:
     extractor_channels: Positive = 32
     normalization: Literal["batch", "group", "layer"] = "group"
     pooling: Literal["mean", "sum", "geometric_mean", "mean_var"] = "mean"  # table 9
-    # (With `sum`, set sketch_images to the size of a group, since training sums over all images of it.)
     sketch: Literal["images", "constant"] = "images"  # constant: a control, whose weights do not depend on the group
     context: Literal["gru", "ahru", "none"] = "gru"
     initial_state: Literal["sketch", "random"] = "sketch"

@@ -40,6 +40,7 @@ from pudnet.targets import (
 if TYPE_CHECKING:
     from pudnet.finetune import FineTuned
 
+ALL_IMAGES = 10**9  # more than any group has
 AT_ONCE = 100  # at least this many images go in one batch; more if they are small
 WEIGHTS_AT_A_TIME, GROUPS_AT_A_TIME = 2**26, 100  # limits of one pass of the hypernetwork over several groups
 
@@ -108,8 +109,10 @@ class Predictor:
         self.regression = model.regression if hypernetwork else None
         # None: the classifier sees the last block, or whatever else the target gives
         self.all_blocks = all_blocks(target) if (card.model or {}).get("blocks", "last") != "last" else None
-        in_training = model.config.sketch_images if hypernetwork else CALIBRATION_IMAGES
-        self.sketch_images = (card.sketch_images or in_training) if sketch_images is None else sketch_images
+        usual = card.sketch_images or (model.config.sketch_images if hypernetwork else CALIBRATION_IMAGES)
+        if hypernetwork and model.config.pooling == "sum" and not self.class_aware:
+            usual = ALL_IMAGES  # as in training, since a sum over fewer is smaller
+        self.sketch_images = usual if sketch_images is None else sketch_images
         self._calibration_images = calibration_images
         self.support_per_class = card.support_per_class
         self.device = next(model.parameters()).device

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from torchvision.models import mnasnet0_5
 
 from pudnet.card import FORMAT, METADATA, Card, read_tensors, write_tensors
-from pudnet.config import parse
+from pudnet.config import ModelConfig, parse
 from pudnet.data.rows import spread_rows
 from pudnet.errors import UserError
 from pudnet.network import PredictedNetwork
@@ -208,6 +208,18 @@ def test_a_card_says_how_many_images_are_looked_at_and_the_caller_has_the_last_w
     assert network.card.provenance["sketch_images"] == 9 and network.card.sketch_images is None
     assert Predictor(predictor.model, card, predictor.target, sketch_images=4).sketch_images == 4
     assert predictor.sketch_images == predictor.model.config.sketch_images
+
+
+def test_a_sum_is_over_all_images_of_a_group_as_in_training():
+    config = ModelConfig(pooling="sum", extractor="2conv", sketch_images=4)
+    card = replace(make_predictor().card, model=asdict(config))
+    predictor = Predictor.from_card(card)
+    pixels = torch.as_tensor(IMAGES).permute(0, 3, 1, 2) / 255
+    columns = torch.arange(len(LABELS)) % 3
+    assert torch.equal(predictor.rows(columns), torch.arange(len(LABELS)))
+    with torch.no_grad():
+        assert_close(predictor.sketch(pixels, columns), predictor.model.sketch(pixels))
+    assert len(predictor.predict(IMAGES, LABELS).classify(QUERIES)) == len(QUERIES)
 
 
 @pytest.mark.parametrize("count", [0, -1, "10", 2.5])
