@@ -129,9 +129,7 @@ class StudyParams:
 
     sources: dict[str, str]  # where your copy of a source is: torchvision:CIFAR100 -> npz:data/raw/cifar100.npz
     budget: Annotated[float, Field(gt=0, le=1)] | None = None  # training groups, as a fraction of the paper's number
-    hours: Annotated[float, Field(gt=0, le=8760)] | None = (
-        None  # the command ends after so many hours; the same command continues
-    )
+    hours: Annotated[float, Field(gt=0, le=8760)] | None = None  # then the command ends; the same command continues
     test_groups: Annotated[int, Field(ge=2)] | None = None
     trainings: Annotated[int, Field(ge=2)] | None = None  # seeds for each row and class split, in studies of accuracies
     settings: Annotated[list[str], Field(min_length=1)] | None = None  # columns of other settings are left out

@@ -71,10 +71,9 @@ def finetune(
 
     The share `held_out` of each class, at least one image, is kept from training and gives the accuracies. For both
     starts, BatchNorm and the classifier are first fitted to training images, the classifier to as many of each class as
-    the prediction's; then both are trained on the same
-    batches, with the same loss (cross-entropy) and schedule (`ScratchConfig`: AdamW, with a rate that rises and then
-    falls to zero). `augment` is one of `AUGMENTATIONS`. With "none" the fitted classifier is right about nearly all
-    training images, and there is little left to learn.
+    in the prediction; then both are trained on the same batches, with the same loss (cross-entropy) and schedule
+    (`ScratchConfig`: AdamW, with a rate that rises and then falls to zero). `augment` is one of `AUGMENTATIONS`. With
+    "none" the fitted classifier is right about nearly all training images, and there is little left to learn.
 
     The prediction may have seen images that are held out here, but never their labels: images whose labels it used
     (PudNet+), or that an earlier fine-tuning trained on, always become training images. All images are

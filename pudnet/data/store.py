@@ -57,10 +57,7 @@ def whole_folder(destination: Path) -> Iterator[Path]:
     Raises `UserError` if it cannot be written; the old folder is then still there.
     """
     partial, old = (destination.with_name(f".{destination.name}.{name}") for name in ("partial", "old"))
-    if old.exists() and not destination.exists():  # a process was killed between the two renames below
-        old.rename(destination)
-    for left in (partial, old):  # which a killed process may have left
-        shutil.rmtree(left, ignore_errors=True)
+    _clear(destination, partial, old)  # of what a killed process may have left
     try:
         if destination.is_file():
             raise FileExistsError("it is a file")
@@ -76,10 +73,15 @@ def whole_folder(destination: Path) -> Iterator[Path]:
             raise
         raise UserError(f"{destination}: cannot be written ({error})") from error
     finally:
-        if old.exists() and not destination.exists():
-            old.rename(destination)
-        for left in (partial, old):
-            shutil.rmtree(left, ignore_errors=True)
+        _clear(destination, partial, old)
+
+
+def _clear(destination: Path, partial: Path, old: Path) -> None:
+    """Remove what `whole_folder` leaves, but put the old folder back if no new one has taken its place."""
+    if old.exists() and not destination.exists():
+        old.rename(destination)
+    for left in (partial, old):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def write_store(source: Source, destination: Path) -> None:

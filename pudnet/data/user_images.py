@@ -245,16 +245,15 @@ def _one(image: Pixels | Image.Image, row: int, form: Form) -> Tensor:
     try:
         if isinstance(image, Image.Image):
             _say_converted(image.height, image.width, len(image.getbands()), form)
-            try:
-                return torch.from_numpy(to_array(image, form.image_size, form.channels))
-            except (OSError, SyntaxError) as error:  # Pillow reads an image when it is first used
-                raise UserError(one_line(error)) from None
+            return torch.from_numpy(to_array(image, form.image_size, form.channels))
         if not isinstance(image, np.ndarray | Tensor):
             raise UserError(f"images: must be PIL images, arrays or tensors, got {_kind(image)}")
         one = _of_array(image[None], form)
         return torch.as_tensor(one.read([0]))[0]
     except (UserError, ValueError) as error:
         raise UserError(f"image {row}: {str(error).removeprefix('images: ')}") from None
+    except (OSError, SyntaxError) as error:  # Pillow reads an image when it is first used
+        raise UserError(f"image {row}: {one_line(error)}") from None
 
 
 # Folders
