@@ -287,20 +287,28 @@ def differences_figure(table: pd.DataFrame, references: Sequence[str]) -> Figure
 
 @matplotlib.rc_context(STYLE)
 def lines_figure(points: pd.DataFrame, x_label: str, y_label: str, log: bool = False) -> Figure:
-    """Draw y over x: a panel for each `panel`, a line for each `line`, and `ci95` and `reference` (dashed) if given."""
-    panels = list(points.groupby("panel", sort=False))
-    figure = new_figure(60 + 400 * len(panels), 310)
+    """Draw y over x: a panel for each `panel`, a line for each `line`, and `ci95` and `reference` (dashed) if given.
+
+    A line looks the same in all panels. The legend is above them, where it hides no point.
+    """
+    panels, lines, handles = list(points.groupby("panel", sort=False)), points.line.unique(), {}
+    looks = dict(zip(lines, itertools.product("-:", SERIES), strict=False))
+    across = len(panels) * (1 if points.line.str.len().max() > 20 else 2)
+    figure = new_figure(60 + 400 * len(panels), 310 + 18 * math.ceil(len(lines) / across))
     for axes, (panel, part) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        for (line, own), color in zip(part.groupby("line", sort=False), itertools.cycle(SERIES)):
-            _series(axes, own.sort_values("x"), str(line), LIGHT[color])
+        for line, own in part.groupby("line", sort=False):
+            style, color = looks[line]
+            _series(axes, own.sort_values("x"), line, LIGHT[color], style)
         if log:
             axes.set_xscale("log")
             axes.set_xticks(sorted(part.x.unique()))
             axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
             axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.set(title=str(panel), xlabel=x_label, ylabel=y_label)
-        if len(axes.get_legend_handles_labels()[0]) > 1:
-            axes.legend(labelcolor=INK)
+        axes.set(title=panel, xlabel=x_label, ylabel=y_label)
+        drawn, names = axes.get_legend_handles_labels()
+        handles |= dict(zip(names, drawn, strict=True))
+    if len(handles) > 1:
+        figure.legend(handles.values(), handles, loc="outside upper left", ncols=across, labelcolor=INK)
     return figure
 
 
@@ -349,9 +357,10 @@ def _name_ends(axes: Axes, part: pd.DataFrame) -> None:
         axes.annotate(point.point, where, shift, textcoords="offset points", ha=place, fontsize=8, color=SOFT)
 
 
-def _series(axes: Axes, points: pd.DataFrame, label: str, color: str) -> None:
+def _series(axes: Axes, points: pd.DataFrame, label: str, color: str, style: str) -> None:
     """Draw one line with its interval and, dashed, its reference."""
-    axes.plot(points.x, points.y, color=color, marker="o" if len(points) < 20 else None, ms=4, label=label)
+    marker = "o" if len(points) < 20 else None
+    axes.plot(points.x, points.y, style, color=color, marker=marker, ms=4, label=label)
     if "ci95" in points:
         low, high = points.y - points.ci95, points.y + points.ci95
         axes.fill_between(points.x, low, high, color=color, alpha=0.15, lw=0)
