@@ -184,7 +184,7 @@ class Params:
         """The model and training configurations with a grid cell's changes, and then the variant's, applied."""
         own = (changed(base, changes, "search.space") for base in (self.model, self.train))
         model, train = apply_variant(self.variant, *own)
-        return model, self._pretrained(train, model)
+        return model, self.pretrained(train, model)
 
     def for_baselines(self, images: int) -> Params:
         """Params by which baselines are trained like the variant, with as many labels of each class as it uses.
@@ -204,9 +204,9 @@ class Params:
         where = f"baselines.space.{method}"
         own, train = (changed(base, changes, where) for base in (config_type(method)(), self.train))
         model, _ = apply_variant(self.variant, self.model, self.train)
-        return own, self._pretrained(train, model)
+        return own, self.pretrained(train, model)
 
-    def _pretrained(self, train: TrainConfig, model: ModelConfig) -> TrainConfig:
+    def pretrained(self, train: TrainConfig, model: ModelConfig) -> TrainConfig:
         """The same training, with the share of pretraining that the target and PudNet's model need if none is given."""
         if train.pretraining_share is not None:
             return train

@@ -108,8 +108,12 @@ def row_spec(params: Params, name: str, row: Row, seed: int, images: int) -> Tri
             raise UserError(f"{where}.{key}: unknown key; known: {', '.join(known) or 'none'}")
     if baseline:
         return spec
-    own = {part: asdict(changed(kind(**getattr(spec, part)), row.changes, where)) for part, kind in parts.items()}
-    return dataclasses.replace(spec, train=own["train"], model=own["model"] if spec.model else {})
+    model, train = (changed(kind(**getattr(spec, part)), row.changes, where) for part, kind in parts.items())
+    if not spec.model:
+        return dataclasses.replace(spec, train=asdict(train))
+    if "pretraining_share" not in row.changes:  # it may depend on a change
+        train = dataclasses.replace(train, pretraining_share=params.train.pretraining_share)
+    return dataclasses.replace(spec, model=asdict(model), train=asdict(params.pretrained(train, model)))
 
 
 def _row_target(params: Params, name: str, row: Row) -> str:
