@@ -14,7 +14,6 @@ import posixpath
 import re
 import subprocess
 import sys
-from itertools import takewhile
 from pathlib import Path
 
 import yaml
@@ -100,9 +99,6 @@ def listing(what: str) -> str:
     if not path.is_file():
         raise PluginError(f"{{{{ {what} }}}}: there is no file {name}")
     lines = path.read_text().splitlines()
-    if path.suffix == ".md":
-        first = next(number for number, line in enumerate(lines) if line.startswith("|"))
-        return "\n".join(takewhile(lambda line: line.startswith("|"), lines[first:]))
     first, last = part_of(path, part) if part else (1, len(lines))
     code = "\n".join(lines[first - 1 : last])
     return f'```{LANGUAGES[path.suffix]} title="{name}" linenums="{first}"\n{code}\n```'

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,15 @@ from pipeline.studies.page import table_of
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "studies" / "results"
-PAGES = {"README.md": "opening", "docs/results/index.md": "bench"}  # a page -> the part of it that is made here
 STUDY = "instead_of_training"
 CAPTION = """\
 A ConvNet-3 for a *group*: 500 labelled images of five classes, or 1,000 of ten. Accuracy in percent, on other images of
 these classes, ± its 95% interval over test groups, whose classes are not in the training groups. Three rows train a
-network on each group: the two from scratch, and the last. They were measured on fewer groups (in brackets, below). To
-make them comparable, each shows PudNet+'s accuracy on all groups, plus its own difference to PudNet+ on its groups; the
-linked page has the plain accuracies. The models of the other rows were trained once on each class split, on
-{train_groups:,} groups. (Made by `python -m pipeline.study {name}`: [all rows](studies/results/{name}.md).
-[Words](docs/index.md#words).)
+network on each group: the two from scratch, and the last. That is slow, so they were measured on fewer groups (in
+brackets, below). They show PudNet+'s accuracy on all groups, plus their difference to it on these few; their plain
+accuracies are on the linked page. The models of the other rows were trained once on each class split, on
+{train_groups:,} groups. A → B: trained on A, tested on B. (Made by `python -m pipeline.study {name}`: [all
+rows](studies/results/{name}.md).)
 """
 COLUMNS_SHOWN = (
     "CIFAR-100, 5 classes",
@@ -43,9 +43,10 @@ REFERENCE = "PudNet+ / all images"
 COUNTS = "*test groups (for the rows that train on each), class splits*"
 BENCHES = {"CIFAR-100": "cifar100-convnet3-bench", "Fashion-MNIST": "fashion-convnet3-bench"}
 BENCH_CAPTION = """\
-Every method on one bench with ConvNet-3, fp32 on one thread: accuracy, difference to PudNet paired over
-the same test groups, and time a group. PudNet has the losses that its search chose, L1 alone but for one split;
-training from scratch has the labels of all of a group's images, the others those of 10 a class.
+The methods that were on the bench then (`r2d2` and `pudnet_plus` came later), with ConvNet-3, fp32 on one thread:
+accuracy, difference to PudNet paired over the same test groups, and time a group. PudNet has the losses that its search
+chose, L1 alone but for one split; training from scratch has the labels of all of a group's images, the others those of
+10 a class.
 
 {about}
 """
@@ -67,6 +68,13 @@ def opening() -> str:
     times = [duration(lines[row, timed].milliseconds) for row in ROWS]
     cells[f"time, {timed.partition(',')[0]}, one core"] = [*times, ""]
     return f"{caption}\n{table_of({'': [*ROWS.values(), COUNTS], **cells})}"
+
+
+def matters() -> str:
+    """The overview of the study `matters`."""
+    lines = (RESULTS / "matters.md").read_text().splitlines(keepends=True)
+    first = next(number for number, line in enumerate(lines) if line.startswith("|"))
+    return "".join(takewhile(lambda line: line.startswith("|"), lines[first:]))
 
 
 def _count(part: pd.DataFrame) -> str:
@@ -131,15 +139,19 @@ def _label(method: str) -> str:
     return f"`{name}`, {epochs} epoch{'s' if epochs != '1' else ''}"
 
 
+# A page -> the part of it that is made here
+PAGES = {"README.md": opening, "docs/results/index.md": matters, "docs/results/paper.md": bench}
+
+
 def written(page: str) -> str:
     """The text of a page of `PAGES`, with what stands between its marks made anew."""
-    part = PAGES[page]
+    part = PAGES[page].__name__
     begin, end = f"<!-- {part}: python reference/readme.py -->\n", f"<!-- end of {part} -->\n"
     before, found, rest = (HERE.parent / page).read_text().partition(begin)
     _, ended, after = rest.partition(end)
     if not found or not ended:
         raise SystemExit(f"error: {page} lacks {begin.strip()} or {end.strip()}")
-    return before + begin + {"opening": opening, "bench": bench}[part]() + end + after
+    return before + begin + PAGES[page]() + end + after
 
 
 if __name__ == "__main__":
