@@ -126,6 +126,7 @@ def _predict(options: argparse.Namespace) -> None:
     if options.sketch is not None:
         predictor.sketch_images = options.sketch
     card = predictor.card
+    check_writable(options.out)
     images = open_folder(options.data, card, options.skip_bad)
     network = predictor.predict(images)
     network.save(options.out)
@@ -141,11 +142,15 @@ def _classify(options: argparse.Namespace) -> None:
 
     _check_other(options.out, options.weights)
     network = PredictedNetwork.load(options.weights, options.target)
+    if options.out:
+        check_writable(options.out)
     images = open_folder(options.data, network.card, options.skip_bad)
     known = set(map(str, network.classes))
     seen: dict[int, str] = {}
     found = [str(label) for label in network.classify(noting(images, seen))]
-    truth = [label if label in known else "" for label in images.labels or [None] * images.count]
+    labels = images.labels or [None] * images.count
+    truth = [label if label in known else "" for label in labels]
+    strange = [label for label in labels if label and label not in known]
     rows = list(zip(map(str, images.files), found, truth, strict=True))
     if options.out:
         _write_csv(options.out, ("file", "class", "label"), rows)
@@ -153,7 +158,9 @@ def _classify(options: argparse.Namespace) -> None:
     accuracy = f", accuracy {100 * sum(right) / len(right):.2f} % of {len(right)} labelled" if right else ""
     looked_at = set(network.card.looked_at)
     again = sum(checksum in looked_at for checksum in seen.values())
-    print(f"{len(rows)} images{_as_trained(network.card)}{accuracy}{_again(again)}{_left_out(images)}")
+    print(
+        f"{len(rows)} images{_as_trained(network.card)}{accuracy}{_strange(strange)}{_again(again)}{_left_out(images)}"
+    )
 
 
 def _finetune(options: argparse.Namespace) -> None:
@@ -167,10 +174,10 @@ def _finetune(options: argparse.Namespace) -> None:
     _check_other(options.curve, options.weights)
     _check_other(options.curve, options.out)
     network = PredictedNetwork.load(options.weights, options.target)
-    images = open_folder(options.data, network.card, options.skip_bad)
     for path in (options.out, options.curve):
         if path:
             check_writable(path)
+    images = open_folder(options.data, network.card, options.skip_bad)
     found = finetune(
         network, images, None, options.epochs, options.held_out, options.learning_rate, augment=options.augment
     )
@@ -206,7 +213,7 @@ def _info(options: argparse.Namespace) -> None:
     tensors, card = read_tensors(local_file(options.file))
     values = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(card).items()}
     values |= {key: f"{len(getattr(card, key))} images, by their checksums" for key in ("looked_at", "labelled")}
-    print(yaml.safe_dump(values, sort_keys=False).rstrip())
+    print(yaml.safe_dump(values, sort_keys=False, allow_unicode=True).rstrip())
     print(f"tensors: {len(tensors)}, {sum(t.numel() for t in tensors.values()):,} numbers")
 
 
@@ -227,6 +234,15 @@ def _check_other(path: Path | None, other: str | Path) -> None:
 def _looked_at(network: PredictedNetwork) -> int:
     """How many images a prediction used. Sketch, calibration and support overlap: each takes a class's first images."""
     return max(network.card.provenance[f"{use}_images"] for use in ("sketch", "calibration", "support"))
+
+
+def _strange(labels: Sequence[str]) -> str:
+    """What to say of images in folders that have the name of no class of the network."""
+    if not labels:
+        return ""
+    names = sorted(set(labels))
+    first = ", ".join(names[:5]) + ", ..." * (len(names) > 5)
+    return f"; {len(labels)} are in folders that are none of its classes ({first})"
 
 
 def _again(count: int) -> str:

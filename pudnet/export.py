@@ -65,7 +65,8 @@ def export(body: nn.Module, classifier: nn.Module, card: Card, path: Path) -> No
     if path.suffix == ".onnx" and (missing := [name for name in FOR_ONNX if not find_spec(name)]):
         raise UserError(f"{path}: first run `pip install {' '.join(missing)}`, or export as .pt2")
     own = ReadyClassifier(body, classifier, card)
-    images = torch.rand(CHECKED_IMAGES, card.channels, card.image_size, card.image_size)
+    shape = (CHECKED_IMAGES, card.channels, card.image_size, card.image_size)
+    images = torch.rand(shape, generator=torch.Generator().manual_seed(0))
     with replacing(path) as partial, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporters' warnings do not help the user
         try:

@@ -25,8 +25,9 @@ def features_in_parts(body: nn.Module, images: Tensor) -> Tensor:
 class PredictedNetwork(nn.Module):
     """A target network with predicted weights and a classifier (features (N, d) -> logits (N, k)), in eval mode.
 
-    Its weights are its own, and ask for no gradient; to train them, call `network.body.requires_grad_(True)`. It takes
-    the same kinds of images as `Predictor.predict`, and processes them in batches.
+    It takes the same kinds of images as `Predictor.predict`, and processes them in batches. Its weights are its own and
+    ask for no gradient, and its methods give none: to train it, call `network.body.requires_grad_(True)`, and then
+    `network.body` and `network.classifier` on what `network.normalize(images)` gives.
     """
 
     def __init__(self, body: nn.Module, classifier: nn.Module, card: Card) -> None:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -251,7 +252,7 @@ class Predictor:
     def rows(self, labels: Tensor) -> Tensor:
         """Rows of the images that a prediction uses, for labels (N,) in 0..k-1."""
         for name in ("sketch_images", "calibration_images", "support_per_class"):
-            if not isinstance(value := getattr(self, name), int) or value < 1:
+            if not isinstance(value := getattr(self, name), Integral) or value < 1:
                 raise UserError(f"{name}: must be an integer of at least 1, got {value!r}")
         classes = int(labels.max()) + 1
         shares = [math.ceil(count / classes) for count in (self.sketch_images, self.calibration_images)]

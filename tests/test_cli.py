@@ -137,6 +137,16 @@ def test_classify_says_which_images_the_weights_were_predicted_from(photos, weig
     assert "looked_at: 30 images, by their checksums" in capsys.readouterr().out
 
 
+def test_folders_that_are_no_class_are_said_and_names_stay_readable(photos, weights, tmp_path, capsys):
+    new = write_digits(tmp_path / "new", (0, 7, 9), 2)
+    assert main(["classify", "--weights", str(weights), "--data", str(new)]) == 0
+    assert "of 2 labelled; 4 are in folders that are none of its classes (7, 9)" in capsys.readouterr().out
+    (new / "7").rename(new / "\u0446\u0438\u0444\u0440\u0430")
+    assert main(["predict", "--data", str(new), "--out", str(tmp_path / "w.safetensors")]) == 0
+    assert main(["info", str(tmp_path / "w.safetensors")]) == 0
+    assert "- \u0446\u0438\u0444\u0440\u0430\n" in capsys.readouterr().out
+
+
 def test_files_of_a_type_that_is_not_read_are_said(weights, tmp_path, capsys):
     folder = write_digits(tmp_path / "data", (0, 1, 4), 20)
     (folder / "0" / "x.psdx").write_text("no image")
@@ -193,6 +203,7 @@ CLASSIFY = "classify --weights {weights} --data {data}"
         ("predict --data {data} --out {tmp}/none", "none: cannot be written (it is a folder)"),
         ("predict --data {data} --out {tmp}/o.pth", "o.pth: this command writes .safetensors"),
         ("finetune --weights {weights} --data {data} --out {tmp}/o.onnx", "o.onnx: this command writes .safetensors"),
+        ("predict --data {tmp}/absent --out .", ".: cannot be written (it is a folder)"),  # before a file is read
         (PREDICT + " --model {tmp}", "is a folder, not a file"),
         (PREDICT + " --model " + 300 * "x", "xxx: no such file, nor a model"),
         ("finetune --weights {weights} --data {data} --out {tmp}/o --curve {tmp}/none", "none: cannot be written"),

@@ -236,6 +236,16 @@ class Endless(IterableDataset):
         yield from ()
 
 
+def test_a_tensor_dataset_is_read_for_the_images_that_are_looked_at_only(predictor, monkeypatch):
+    given, read = TensorDataset(torch.from_numpy(PIXELS), torch.tensor(LABELS)), []
+    get = TensorDataset.__getitem__
+    monkeypatch.setattr(TensorDataset, "__getitem__", lambda own, row: [read.append(row), get(own, row)][1])
+    few = Predictor(predictor.model, predictor.card, predictor.target, sketch_images=3, calibration_images=3)
+    few.support_per_class = 1
+    assert few.predict(given).classes == (0, 1, 2) and sorted(read) == [0, 1, 2]
+    check(given, predictor, (0, 1, 2))
+
+
 def test_what_cannot_be_read_by_row_is_refused_in_one_line(predictor):
     with pytest.raises(UserError, match="a Dataset must have a length"):
         predictor.predict(DataLoader(Endless()))

@@ -83,8 +83,12 @@ def test_state_dict_of_layers_that_look_at_their_versions_is_exported(tmp_path):
 
 def test_exporting_leaves_the_network_as_it_is(network, images, tmp_path):
     kinds, before = [type(module) for module in network.modules()], network(images)
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
     for suffix in ("pt2", "safetensors"):
         network.export(tmp_path / f"n.{suffix}")
+    assert torch.equal(torch.rand(3), expected)
     assert [type(module) for module in network.modules()] == kinds and torch.equal(network(images), before)
 
 

@@ -3,6 +3,7 @@
 import errno
 import re
 import tomllib
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -198,13 +199,20 @@ def test_hidden_and_other_files_are_left_aside(tmp_path):
     assert found.passed_over == [root / "notes.txt"]
 
 
+def test_names_of_classes_have_one_unicode_form(tmp_path):
+    names = [unicodedata.normalize(form, "caf\u00e9") for form in ("NFC", "NFD")]
+    roots = [fill(tmp_path / str(i), f"{name}/a.png", "dog/b.png") for i, name in enumerate(names)]
+    assert names[0] != names[1] and [look_in(root).labels for root in roots] == [[names[0], "dog"]] * 2
+
+
 def test_files_of_a_type_that_is_not_read_are_counted(predictor, tmp_path):
     root = fill(tmp_path / "root", "cat/a.png", "cat/b.png", "dog/c.png")
     for row in range(5):
         (root / "cat" / f"{row}.xcf").write_bytes(b"a layered image")
     (root / "dog" / "notes.txt").write_text("no image")
     (root / "beside.xyzw").write_bytes(b"a photo")
-    expected = r"5 \.xcf, 1 \.txt, 1 \.xyzw"
+    (root / "dog" / "clip.mpg").write_bytes(b"a video")  # of a format that Pillow knows and cannot read
+    expected = r"5 \.xcf, 1 \.mpg, 1 \.txt, 1 \.xyzw"
     with pytest.warns(PassedOver, match=f"files passed over, since .*: {expected}, in .*root") as said:
         predictor.predict(root)
     assert said[0].filename == __file__

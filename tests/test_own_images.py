@@ -80,6 +80,29 @@ def test_every_form_of_the_same_images_gives_the_same_pixels(tmp_path):
         assert torch.equal(pixels(tmp_path), source) and torch.equal(pixels(str(tmp_path)), source)
 
 
+def test_a_set_of_many_sizes_warns_once(tmp_path):
+    images = [Image.fromarray(picture(20 + row, 24, 3)).convert("P" if row == 0 else "RGB") for row in range(9)]
+    sets = images, [np.asarray(image.convert("RGB")) for image in images], Listed(images)
+    for given in sets:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            pixels(given)
+        assert ["images of 24x20 px and 3 channel(s)" in str(warning.message) for warning in said] == [True]
+
+
+class Listed(Dataset):
+    """A Dataset of what a list has."""
+
+    def __init__(self, images):
+        self.images = images
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, row):
+        return self.images[row]
+
+
 def test_an_image_in_a_list_that_cannot_be_read_is_named(tmp_path):
     Image.fromarray(picture(40, 24, 3)).save(tmp_path / "whole.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:900])

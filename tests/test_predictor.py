@@ -222,6 +222,16 @@ def test_a_sum_is_over_all_images_of_a_group_as_in_training():
     assert len(predictor.predict(IMAGES, LABELS).classify(QUERIES)) == len(QUERIES)
 
 
+def test_numpys_integers_are_counts_too(predictor, tmp_path):
+    few, plain = (Predictor(predictor.model, predictor.card, predictor.target) for _ in range(2))
+    for name in ("sketch_images", "calibration_images", "support_per_class"):
+        setattr(few, name, np.int64(4))
+        setattr(plain, name, 4)
+    network = few.predict(IMAGES, LABELS)
+    network.save(tmp_path / "w.safetensors")
+    assert torch.equal(network(QUERIES), plain.predict(IMAGES, LABELS)(QUERIES))
+
+
 @pytest.mark.parametrize("count", [0, -1, "10", 2.5])
 def test_how_many_images_are_looked_at_is_a_count(count, predictor):
     few = Predictor(predictor.model, predictor.card, predictor.target, sketch_images=count)
@@ -423,6 +433,24 @@ def test_path_that_cannot_be_written_is_named(place, predictor, network, tmp_pat
     assert {path.name for path in tmp_path.iterdir()} == {"taken", "file"}
 
 
+def test_files_are_loaded_in_inference_mode_too(predictor, network, tmp_path):
+    predictor.save(tmp_path / "model.safetensors")
+    network.save(tmp_path / "network.safetensors")
+    with torch.inference_mode():
+        again = Predictor.load(tmp_path / "model.safetensors").predict(IMAGES, LABELS)
+        read = PredictedNetwork.load(tmp_path / "network.safetensors")
+        assert again.classify(QUERIES) == read.classify(QUERIES) == network.classify(QUERIES)
+
+
+def test_a_networks_parts_give_gradients(predictor):
+    network = predictor.predict(IMAGES, LABELS)
+    network.body.requires_grad_(True)
+    logits = network.classifier(network.body(network.normalize(IMAGES)).flatten(1))
+    assert_close(logits, network(IMAGES))
+    torch.nn.functional.cross_entropy(logits, torch.arange(len(LABELS)) % 3).backward()
+    assert all(weight.grad is not None for weight in network.body.parameters())
+
+
 # Bad input
 
 
@@ -436,6 +464,7 @@ def test_path_that_cannot_be_written_is_named(place, predictor, network, tmp_pat
         ([0.0, float("nan")] * 18, r"labels: image 1 has none \(nan\)"),
         (["red", None] * 18, r"labels: image 1 has none \(None\)"),
         ([["red"], ["red", "blue"]] * 18, "labels: .*collections"),
+        ([torch.tensor([1, 0]), torch.tensor([0, 1])] * 18, "labels: .*collections"),
         (None, "labels: give one label for each image"),
         ("red" * 12, "labels: give one label for each image, got a str"),
         (7, "labels: give one label for each image, got a int"),

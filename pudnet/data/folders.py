@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,6 +17,7 @@ from pudnet.errors import UserError, not_its_fault
 
 HEIC = {".heic", ".heics", ".heif", ".heifs", ".hif"}
 LET_HEIC_BE_READ = "`pip install 'pillow-heif==1.8.1'` lets HEIC be read"
+NEVER_READ = {"MPEG", "HDF5", "BUFR", "GRIB"}  # formats that Pillow knows but has no decoder of
 PART = re.compile(  # usual names of the parts of a dataset
     r"(train|training|val|valid|validation|dev|test|testing|eval|evaluation|holdout|fold|split)"
     r"([ _-]?(set|split|data|images))?[ _-]?\d*",
@@ -41,8 +43,12 @@ class Found:
 
     @property
     def labels(self) -> list[str | None]:
-        """The name of each file's subfolder, in the order of `files`; None for files beside the subfolders."""
-        return [child.name for child, files in self.classes.items() for _ in files] + [None] * len(self.loose)
+        """The name of each file's subfolder, in the order of `files`; None for files beside the subfolders.
+
+        In one Unicode form (NFC): folders that come from a Mac have another.
+        """
+        names = {child: unicodedata.normalize("NFC", child.name) for child in self.classes}
+        return [names[child] for child, files in self.classes.items() for _ in files] + [None] * len(self.loose)
 
     def without(self, bad: set[Path]) -> Found:
         """The same folder without some files. Raises `UserError` if a class loses all of its files."""
@@ -177,7 +183,8 @@ def image_suffixes() -> frozenset[str]:
         import pillow_heif
 
         pillow_heif.register_heif_opener()
-    return frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN)
+    kinds = Image.registered_extensions()  # fills Image.OPEN, too
+    return frozenset(suffix for suffix, kind in kinds.items() if kind in Image.OPEN and kind not in NEVER_READ)
 
 
 # The parts of a dataset

@@ -216,15 +216,15 @@ def _how_to_get(dataset_class: type, raw: Path, error: Exception) -> str:
 def _open_folder(folder: Path, image_size: int, channels: int) -> Source:
     """A folder with one subfolder for each class, sorted by name. Images may be at any depth."""
     found = look_in(folder)
-    names, files = tuple(child.name for child in found.classes), found.files
-    position = {name: label for label, name in enumerate(names)}
-    labels = np.array([position[name] for name in found.class_names()], np.int64)
+    files, names = found.files, found.class_names()
+    position = {name: label for label, name in enumerate(dict.fromkeys(names))}
+    labels = np.array([position[name] for name in names], np.int64)
 
     def batches() -> Iterator[np.ndarray]:
         for start in range(0, len(files), BATCH):
             yield read_images(files[start : start + BATCH], image_size, channels)
 
-    return Source(f"folder:{folder}", names, labels, batches, tuple(found.passed_over))
+    return Source(f"folder:{folder}", tuple(position), labels, batches, tuple(found.passed_over))
 
 
 # Datasets of the user's own

@@ -42,6 +42,29 @@ class ConvertedImages(UserWarning):
     """Warns that images were converted to the model's size and channels, as its training data was."""
 
 
+class Conversion:
+    """The conversion of a set of images to the model's form. It warns once, of the first image that it changes."""
+
+    def __init__(self, form: Form) -> None:
+        self.form, self.warned = form, False
+
+    def warn_of(self, image: Image.Image) -> None:
+        """Warn, if it is the first such image, that an image has another size or other channels than the model."""
+        self.warn((image.height, image.width), 3 if image.mode == "P" else len(image.getbands()))
+
+    def warn(self, size: tuple[int, int], channels: int) -> None:
+        """The same for images of such a height, width and number of channels."""
+        (height, width), side = size, self.form.image_size
+        if self.warned or (height, width, channels) == (side, side, self.form.channels):
+            return
+        self.warned = True
+        _warn(
+            f"images of {width}x{height} px and {channels} channel(s) become {side}x{side} px and "
+            f"{self.form.channels}, as the model's training data",
+            ConvertedImages,
+        )
+
+
 class PassedOver(UserWarning):
     """Warns that files of a folder were passed over, since their type cannot be read."""
 
@@ -88,15 +111,15 @@ def image_set(images: Images | ImageSet, form: Form) -> ImageSet:
     if isinstance(images, str | Path):
         return open_folder(Path(images), form)
     if is_dataset(images):
-        rows = rows_of(images)
+        rows, to = rows_of(images), Conversion(form)
 
         def read(wanted: list[int]) -> Tensor:
-            return torch.stack([_one(rows.image(row), row, form) for row in wanted])
+            return torch.stack([_one(rows.image(row), row, to) for row in wanted])
 
         return ImageSet(rows.count, read, own_labels=rows.labels)
     if isinstance(images, Sequence) and not isinstance(images, bytes | bytearray):
-        return _of_list(images, form)
-    return _of_array(images, form)
+        return _of_list(images, Conversion(form))
+    return _of_array(images, Conversion(form))
 
 
 def labelled_set(
@@ -140,7 +163,7 @@ def checksums(pixels: Pixels) -> list[str]:
 # Arrays and tensors
 
 
-def _of_array(images: Pixels, form: Form) -> ImageSet:
+def _of_array(images: Pixels, to: Conversion) -> ImageSet:
     if not isinstance(images, np.ndarray | Tensor):
         if isinstance(images, Mapping) and images and all(is_dataset(part) for part in images.values()):
             first = next(iter(images))
@@ -148,21 +171,9 @@ def _of_array(images: Pixels, form: Form) -> ImageSet:
         raise UserError(f"images: must be an array, a list of images, a Dataset or a folder, got {_kind(images)}")
     if isinstance(images, Tensor) and images.dtype == torch.uint16:
         images = images.cpu().numpy()  # torch cannot index rows of this type
-    _check_array(images, form)
-    size, channels = _image_shape(images)
-    _say_converted(*size, channels, form)
-    return ImageSet(len(images), lambda rows: _pixels(images[rows], form))
-
-
-def _say_converted(height: int, width: int, channels: int, form: Form) -> None:
-    """Warn if images have another size or other channels than the model."""
-    if (height, width, channels) == (form.image_size, form.image_size, form.channels):
-        return
-    _warn(
-        f"images of {width}x{height} px and {channels} channel(s) become {form.image_size}x{form.image_size} px and "
-        f"{form.channels}, as the model's training data",
-        ConvertedImages,
-    )
+    _check_array(images, to.form)
+    to.warn(*_image_shape(images))
+    return ImageSet(len(images), lambda rows: _pixels(images[rows], to.form))
 
 
 def _warn(message: str, kind: type[UserWarning]) -> None:
@@ -234,21 +245,21 @@ def _pixels(images: Pixels, form: Form) -> Tensor:
 # Lists
 
 
-def _of_list(images: Sequence, form: Form) -> ImageSet:
+def _of_list(images: Sequence, to: Conversion) -> ImageSet:
     if not images:
         raise UserError("images: there are none")
-    return ImageSet(len(images), lambda rows: torch.stack([_one(images[row], row, form) for row in rows]))
+    return ImageSet(len(images), lambda rows: torch.stack([_one(images[row], row, to) for row in rows]))
 
 
-def _one(image: Pixels | Image.Image, row: int, form: Form) -> Tensor:
+def _one(image: Pixels | Image.Image, row: int, to: Conversion) -> Tensor:
     """Convert one image, (H, W, C), (H, W), float (C, H, W) or a PIL image, to (S, S, C) of 0..255."""
     try:
         if isinstance(image, Image.Image):
-            _say_converted(image.height, image.width, len(image.getbands()), form)
-            return torch.from_numpy(to_array(image, form.image_size, form.channels))
+            to.warn_of(image)
+            return torch.from_numpy(to_array(image, to.form.image_size, to.form.channels))
         if not isinstance(image, np.ndarray | Tensor):
             raise UserError(f"images: must be PIL images, arrays or tensors, got {_kind(image)}")
-        one = _of_array(image[None], form)
+        one = _of_array(image[None], to)
         return torch.as_tensor(one.read([0]))[0]
     except (UserError, ValueError) as error:
         raise UserError(f"image {row}: {str(error).removeprefix('images: ')}") from None
@@ -274,7 +285,7 @@ def open_folder(folder: Path, form: Form, skip_bad: bool = False) -> ImageSet:
     found = found.without(bad)
     files = found.files
     with contextlib.suppress(Exception), Image.open(files[0]) as first:  # a damaged file is reported when it is needed
-        _say_converted(first.height, first.width, len(first.getbands()), form)
+        Conversion(form).warn_of(first)
     if found.passed_over:
         _warn(f"files passed over, since their type is not read: {by_type(found.passed_over)}, in {folder}", PassedOver)
 
@@ -338,8 +349,8 @@ def plain_labels(labels: Sequence | Pixels) -> list:
 def _plain_label(label: Any) -> Any:
     if isinstance(label, np.datetime64 | np.timedelta64):
         return None if np.isnat(label) else str(label)
-    if isinstance(label, np.generic | Tensor) and not label.ndim:
-        return label.item()
+    if isinstance(label, np.generic | Tensor):
+        return label.tolist()  # of a vector, a list, which is refused
     if hasattr(label, "as_py"):  # a pyarrow scalar
         return label.as_py()
     return label.decode(errors="replace") if isinstance(label, bytes) else label

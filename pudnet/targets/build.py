@@ -75,6 +75,7 @@ def target_code(name: str) -> list[Path]:
     return sorted(files)
 
 
+@torch.inference_mode(False)  # the checks need gradients, which a caller's inference mode would not record
 def build_target(target: str | nn.Module, channels: int, image_size: int) -> Target:
     """Build a target from its name, an import path (`package.module:Name`), or a module, which is copied.
 
