@@ -12,6 +12,7 @@ from pipeline.reporting.methods import target_name
 from pipeline.reporting.numbers import duration, plus_minus
 from pipeline.reporting.results import read_results
 from pipeline.stage import run_stage
+from pudnet.targets import is_import_path
 
 
 def answer(params: Params) -> None:
@@ -26,7 +27,9 @@ def answer(params: Params) -> None:
     console.print(f"\nthe whole report   {RESULTS / 'report.html'}")
     console.print("all runs           make ui (MLflow)")
     size, colour = params.prepare.image_size, "grey" if params.prepare.channels == 1 else "colour"
-    console.print(f"your own images    .venv/bin/pudnet predict --model {model} --data FOLDER --out mine.safetensors")
+    network = f" --target {params.target}" if is_import_path(params.target) else ""
+    command = f".venv/bin/pudnet predict --model {model}{network} --data FOLDER --out mine.safetensors"
+    console.print(f"your own images    {command}")
     console.print(
         f"                   FOLDER has a folder of images for each class; they are made {size}x{size} px, {colour}"
     )

@@ -5,24 +5,31 @@ from __future__ import annotations
 import sys
 
 from pipeline.params import MUCH_LARGER, Params, outline
+from pipeline.project import RESULTS, write
 from pipeline.runs.trial import pick_device
 from pipeline.stage import run_stage
 from pudnet.targets import build_target, check_together
 
 
 def check(params: Params) -> None:
-    """Build target and hypernetwork once, so that a target that cannot be used stops here; print their sizes."""
+    """Build target and hypernetwork once, so that a target that cannot be used stops here; print their sizes.
+
+    Writes results/checked.txt, always the same: with it DVC knows that this stage comes first.
+    """
     target = build_target(params.target, params.prepare.channels, params.prepare.image_size)
     if params.train.groups_per_step > 1 and pick_device(params.resources.gpus).type == "cuda":
         check_together(target)
-    model, parameters = outline(params.model, target)
+    configured, _ = params.configured({})
+    model, parameters = outline(configured, target)
     sizes = {key: max(values) for key, values in params.search.space.items() if all(type(v) is int for v in values)}
-    if (largest := params.configured(sizes)[0]) != params.model:
+    if (largest := params.configured(sizes)[0]) != configured:
         outline(largest, target)
     print(
         f"check: {params.setting}, {params.target}, {params.variant}: params.yaml is sound; a hypernetwork of "
-        f"{parameters:,} parameters writes the {target.predicted:,} weights of {len(target.convs)} convolutions"
+        f"{parameters:,} parameters for the {target.predicted:,} weights of {len(target.convs)} convolutions"
     )
+    if overridden := params.overridden():
+        print(f"check: {params.variant} sets {', '.join(overridden)} itself, not as params.yaml has them")
     ratio = sum(parameter.numel() for parameter in model.generators.parameters()) / target.predicted
     if ratio > MUCH_LARGER:
         print(
@@ -30,6 +37,7 @@ def check(params: Params) -> None:
             f"write; lower model.generator_hidden, which is {params.model.generator_hidden}",
             file=sys.stderr,
         )
+    write(RESULTS / "checked.txt", "params.yaml is sound\n")
 
 
 if __name__ == "__main__":

@@ -180,6 +180,20 @@ class Params:
         fixed = VARIANTS[self.variant]  # keys that the variant sets are not searched
         return combinations({name: values for name, values in self.search.space.items() if name not in fixed})
 
+    def overridden(self) -> list[str]:
+        """The keys of `model` and `train` that the variant sets, though params.yaml has another value than usual."""
+        setting, paper = get_setting(self.setting), paper_target(self.target)
+        usual = {
+            "model": asdict(ModelConfig()) | {"eta": setting.eta[paper], "depth": setting.depth[paper]},
+            "train": asdict(TrainConfig()),
+        }
+        return [
+            f"{block}.{key}"
+            for block, values in usual.items()
+            for key, value in VARIANTS[self.variant].items()
+            if key in values and getattr(getattr(self, block), key) not in (value, values[key])
+        ]
+
     def configured(self, changes: Mapping[str, Any]) -> tuple[ModelConfig, TrainConfig]:
         """The model and training configurations with a grid cell's changes, and then the variant's, applied."""
         own = (changed(base, changes, "search.space") for base in (self.model, self.train))

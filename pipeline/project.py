@@ -31,6 +31,10 @@ WEIGHTS = RESULTS / "weights"  # predicted for some test groups
 T = TypeVar("T")
 
 
+class Busy(UserError):
+    """Another process does the same."""
+
+
 def root() -> Path:
     """The repository that has the state and tracking, even if a stage runs in a workspace of `dvc exp run --queue`."""
     return Path(os.environ.get("DVC_ROOT", ".")).resolve()
@@ -50,7 +54,7 @@ def read_result(path: Path, parse: Callable[[Path], T], stage: str) -> T:
 def locked(path: Path, wait: bool = False) -> Iterator[None]:
     """Hold a lock inside the block, so that two processes do not write the same files at once.
 
-    If another process holds it, `wait` until it is free, or raise `UserError`.
+    If another process holds it, `wait` until it is free, or raise `Busy`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+") as lock:
@@ -64,7 +68,7 @@ def locked(path: Path, wait: bool = False) -> Iterator[None]:
                 ) from None
             lock.seek(0)
             name, owner = path.name.partition(".")[0], lock.read().strip()
-            raise UserError(f"{name}: is already running as process {owner}; wait for it or stop it") from None
+            raise Busy(f"{name}: is already running as process {owner}; wait for it or stop it") from None
         lock.truncate(0)
         print(os.getpid(), file=lock, flush=True)
         yield
@@ -83,6 +87,12 @@ def git_commit() -> str:
     command = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return done.stdout.strip()
+
+
+def committed(path: Path) -> str:
+    """What the commit that is checked out has of a file in this folder; empty outside git, or if it lacks the file."""
+    done = subprocess.run(["git", "show", f"HEAD:./{path}"], capture_output=True, text=True, check=False)
+    return done.stdout
 
 
 def group_folder(split_seed: int) -> Path:

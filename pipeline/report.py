@@ -24,8 +24,9 @@ def write_report(params: Params, folder: Path = RESULTS) -> None:
     bins = histogram(results.accuracies)
     pictures = draw(results, moved, raced, bins)
     plots = folder / "plots"
+    searched = results.search if "eta" in results.search else results.search.assign(eta=params.configured({})[0].eta)
     tables = {
-        "search": with_series(results.search, ["split_seed", *(k for k in results.knobs if k != "eta")]),
+        "search": with_series(searched, ["split_seed", *(k for k in results.knobs if k != "eta")]),
         "loss_curves": with_series(results.curves, ["method", "split_seed"]),
         "accuracy_histogram": with_series(bins, ["method"]),
     }

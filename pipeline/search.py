@@ -26,6 +26,8 @@ def search(params: Params, fresh: bool = False) -> None:
     tracking = open_tracking(params, "search")
     cells, groups = params.grid(), params.groups.search_groups
     print(f"search: {len(cells)} trials of {groups} groups on each of {params.splits} class splits")
+    if left := [key for key in params.search.space if key not in cells[0]]:
+        print(f"search: {params.variant} sets {', '.join(left)} itself; not searched")
     rows, best = [], {}
     with cluster.session():
         for seed in params.split_seeds:

@@ -18,8 +18,9 @@ from pipeline.studies.trained import GROUPS_CODE, PREPARE_CODE
 from pipeline.tracking.runs import provenance
 from pudnet.config import VARIANTS, paper_target
 from pudnet.errors import UserError
+from pudnet.hypernet import PudNet
 from pudnet.settings import SETTINGS
-from pudnet.targets.build import TARGETS
+from pudnet.targets.build import TARGETS, build_target
 
 ROOT = Path(__file__).parent.parent
 
@@ -78,10 +79,11 @@ def test_every_target_has_a_name_for_pages_and_one_of_the_paper_that_it_is_like(
     assert methods.TARGETS.keys() == TARGETS.keys()
 
 
-def test_the_check_says_how_large_the_hypernetwork_is_and_warns_of_one_too_large(raw, capsys):
+def test_the_check_says_how_large_the_hypernetwork_is_and_warns_of_one_too_large(raw, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # where it writes that it is done
     raw["target"] = "tests.nets:Depthwise"
     check(resolve(raw))
-    assert "writes the 1,680 weights of 4 convolutions" in capsys.readouterr().out
+    assert "for the 1,680 weights of 4 convolutions" in capsys.readouterr().out
     raw["model"]["generator_hidden"] = 64
     check(resolve(raw))
     assert "lower model.generator_hidden, which is 64" in capsys.readouterr().err
@@ -89,6 +91,28 @@ def test_the_check_says_how_large_the_hypernetwork_is_and_warns_of_one_too_large
     check(resolve(raw))
     captured = capsys.readouterr()
     assert "20 convolutions" in captured.out and not captured.err
+    assert (tmp_path / "results/checked.txt").is_file()
+
+
+def test_the_check_is_of_the_variant_and_says_what_that_sets_itself(raw, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    raw |= {"variant": "pudnet_plus", "model": raw["model"] | {"penalty": "leave_one_out", "blocks": "leave_one_out"}}
+    params = resolve(raw)
+    check(params)
+    target = build_target("convnet3", 1, 8)
+    parameters = sum(weight.numel() for weight in PudNet(params.configured({})[0], target).parameters())
+    assert capsys.readouterr().out.count("\n") == 1 and params.overridden() == []
+    raw["model"]["sketch_images"], raw["train"]["learning_rate"] = 200, 0.003
+    check(resolve(raw))
+    said = capsys.readouterr().out
+    assert f"a hypernetwork of {parameters:,} parameters" in said
+    assert "pudnet_plus sets model.sketch_images, train.learning_rate itself, not as params.yaml has them" in said
+
+
+def test_the_check_comes_before_everything_else():
+    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+    assert set(stages["check"]["outs"]) <= set(stages["prepare"]["deps"])
+    assert "data/prepared" in stages["groups"]["deps"] and "data/groups" in stages["search"]["deps"]
 
 
 def test_a_given_value_wins_over_the_setting(raw):

@@ -70,6 +70,7 @@ def repro(tmp_path_factory) -> Path:
     shrink(project / "params.yaml")
     done = run(project, "dvc", "repro")
     assert done.returncode == 0, done.stdout + done.stderr
+    assert re.findall("Running stage '(.*)'", done.stdout)[:2] == ["check", "prepare"]
     return project
 
 

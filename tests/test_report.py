@@ -5,13 +5,15 @@ import json
 import re
 import shutil
 import subprocess
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import yaml
 
+from pipeline.params import Params, resolve
 from pipeline.report import write_report
 from pipeline.reporting.answer import answer_rows
 from pipeline.reporting.figures import search_figure, to_svg
@@ -20,10 +22,10 @@ from pipeline.reporting.numbers import duration, plus_minus, signed
 from pipeline.reporting.page import verdict
 from pipeline.reporting.paper import load_reported, paper_figures
 from pipeline.reporting.results import PRODUCERS, histogram, read_results
-from pudnet.config import TrainConfig
 from pudnet.errors import UserError
 from pudnet.predictor import Predictor
 
+ROOT = Path(__file__).parent.parent
 SPLITS = (0, 1, 2)
 CLASSES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
 CHANCE = {
@@ -41,13 +43,9 @@ CHANCE = {
 }
 
 
-@dataclass(frozen=True)
-class FakeParams:
-    setting: str = "fashion"
-    target: str = "convnet3"
-    split_seeds: tuple[int, ...] = SPLITS
-    seed: int = 0
-    train: TrainConfig = TrainConfig()
+def run_of(setting: str = "fashion") -> Params:
+    own = {"setting": setting, "splits": len(SPLITS)}
+    return resolve(yaml.safe_load((ROOT / "params.yaml").read_text()) | own)
 
 
 def write_search(folder, rng):
@@ -173,7 +171,7 @@ def build_results(folder, groups=40):
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = build_results(tmp_path_factory.mktemp("run") / "results")
-    write_report(FakeParams(), folder)
+    write_report(run_of(), folder)
     return folder
 
 
@@ -265,7 +263,7 @@ def test_every_colour_of_a_picture_follows_the_scheme(page):
 def test_two_renderings_are_the_same_bytes(results):
     files = [results / "report.html", *sorted((results / "plots").iterdir())]
     before = [file.read_bytes() for file in files]
-    write_report(FakeParams(), results)
+    write_report(run_of(), results)
     assert [file.read_bytes() for file in files] == before
 
 
@@ -277,15 +275,27 @@ def test_plot_files(results):
     assert (bins.groupby("method")["groups"].sum() == 120).all()
 
 
+def test_dvcs_plot_has_its_axis_after_a_search_of_anything(tmp_path):
+    folder = build_results(tmp_path / "results", groups=4)
+    search, best = pd.read_csv(folder / "search.csv"), yaml.safe_load((folder / "best.yaml").read_text())["splits"]
+    search.drop(columns="eta").to_csv(folder / "search.csv", index=False)
+    for cell in best.values():
+        del cell["eta"]
+    (folder / "best.yaml").write_text(yaml.safe_dump({"splits": best}))
+    params = run_of()
+    write_report(params, folder)
+    assert set(pd.read_csv(folder / "plots" / "search.csv").eta) == {params.model.eta}
+
+
 def test_a_variant_in_a_setting_that_the_paper_lacks(tmp_path):
     folder = build_results(tmp_path / "results", groups=4)
     metrics = json.loads((folder / "metrics.json").read_text())
     (folder / "metrics.json").write_text(json.dumps({**metrics, "variant": "without_kl"}))
-    write_report(FakeParams(setting="digits"), folder)
+    write_report(run_of(setting="digits"), folder)
     page = (folder / "report.html").read_text()
     assert "the paper has no result for this setting." in page and "96.64 ±" not in page
     (folder / "metrics.json").write_text(json.dumps({**metrics, "variant": "pudnet_plus"}))
-    write_report(FakeParams(setting="fashion"), folder)
+    write_report(run_of(setting="fashion"), folder)
     assert "the paper has no result for this variant." in (folder / "report.html").read_text()
     assert "Without KL" in page and "a variant of the method, “Without KL”" in page
 
@@ -306,7 +316,7 @@ def test_one_split_no_kept_weights_and_an_unknown_method(tmp_path):
     (folder / "baselines.json").write_text(text)
     methods = {m: row for m, row in json.loads(text)["methods"].items() if not m.startswith("scratch_")}
     (folder / "baselines.json").write_text(json.dumps({"methods": methods}))
-    write_report(FakeParams(), folder)
+    write_report(run_of(), folder)
     page = (folder / "report.html").read_text()
     assert "Against training from scratch" not in page
     assert "No predicted weights were kept" in page
@@ -321,7 +331,7 @@ def test_a_missing_result_is_named_with_its_stage(tmp_path, name, stage):
     for other in set(PRODUCERS) - {name}:
         (tmp_path / other).touch()
     with pytest.raises(UserError, match=rf"{re.escape(name)} is missing.*dvc repro {stage}"):
-        write_report(FakeParams(), tmp_path)
+        write_report(run_of(), tmp_path)
 
 
 @pytest.mark.parametrize(

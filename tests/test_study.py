@@ -1,11 +1,13 @@
 """Studies: a small one for real, and what is wrong in a file said in one line."""
 
+import contextlib
 import re
 import subprocess
 import sys
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -17,11 +19,13 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from pipeline.params import resolve
-from pipeline.project import STORE
+from pipeline.project import STORE, Busy
+from pipeline.reporting.figures import lines_figure, to_png
+from pipeline.studies import measuring, running, trained
 from pipeline.studies.accuracy import Spread
 from pipeline.studies.columns import ANY, check_labels, check_rows, column_params, row_spec, wanted
 from pipeline.studies.definition import Column, Row, Study, load_study
-from pipeline.studies.measuring import given_labels
+from pipeline.studies.measuring import StudyCell, given_labels
 from pipeline.studies.page import render
 from pipeline.studies.trained import _data_folder, _training, get_data
 from pudnet import Predictor
@@ -533,7 +537,7 @@ def test_without_a_budget_params_say_how_many_groups_if_the_study_does_not(proje
         assert [column_params(study, column).groups.train_groups for column in columns] == [expected, 10]
 
 
-def test_a_pages_command_repeats_what_params_say_to_all_studies():
+def test_a_pages_command_repeats_what_params_say_to_all_studies(project):
     raw = yaml.safe_load((ROOT / "params.yaml").read_text())
     study = Study(title="", columns={"digits": Column({})}, rows={"PudNet": Row()})
     assert "Made by `python -m pipeline.study tiny`." in render("tiny", study, "", {}, resolve(raw))
@@ -542,6 +546,76 @@ def test_a_pages_command_repeats_what_params_say_to_all_studies():
     changes = "-S 'study.settings=[digits]' -S 'seed=5' -S 'splits=3' -S 'groups.train_groups=70'"
     command = f"dvc exp run {changes} studies/dvc.yaml:study@tiny"
     assert f"Made by `{command}`." in render("tiny", study, "", {}, resolve(raw))
+
+
+def test_a_pages_command_has_what_differs_from_the_committed_params(project, tmp_path):
+    for command in ("init -q", "add params.yaml", "-c user.name=t -c user.email=t@example.invalid commit -qm t"):
+        subprocess.run(["git", *command.split()], cwd=tmp_path, check=True)
+    raw = yaml.safe_load((tmp_path / "params.yaml").read_text())
+    study = Study(title="", over={"train.passes": 2}, columns={"digits": Column({})}, rows={"PudNet": Row()})
+    raw["train"] |= {"augment": "shift_mirror", "passes": 2, "learn_temperature": True}
+    raw["search"]["space"] |= {"eta": [0.0, 0.5], "pooling": ["mean"]}
+    raw["study"]["hours"], raw["seed"] = 3, 1
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(raw))
+    page = render("tiny", study, "", {}, resolve(raw))
+    changes = re.findall(r"-S '(.*?)'", page[page.index("Made by") : page.index("studies/dvc.yaml")])
+    assert sorted(changes) == [
+        "+search.space.pooling=[mean]",
+        "search.space.eta=[0.0,0.5]",
+        "seed=1",
+        "train.augment=shift_mirror",
+        "train.learn_temperature=true",
+    ]
+
+
+def test_a_study_that_finds_its_trainings_running_elsewhere_leaves_its_page(project, tmp_path, monkeypatch):
+    columns = {name: {"setting": "digits", "seed": seed} for seed, name in enumerate(("one", "two"))}
+    project({**TINY, "columns": columns})
+    study, done = load_study("tiny"), pd.DataFrame({"row": ["PudNet+"]})
+    said = iter([done, Busy("study-tiny: is already running as process 7")])
+
+    def train(*_):
+        if isinstance(found := next(said), Busy):
+            raise found
+        return found
+
+    monkeypatch.setattr(running.trained, "get_data", lambda params: None)
+    monkeypatch.setattr(running.trained, "workspace", lambda params: contextlib.nullcontext())
+    monkeypatch.setattr(running.trained, "train", train)
+    monkeypatch.setitem(running.KINDS, "accuracy", SimpleNamespace(measure=lambda found: found))
+    written = []
+    monkeypatch.setattr(running, "_write", lambda name, study, frames, left_out, params: written.append(left_out))
+    with pytest.raises(Busy, match="already running as process 7"):
+        running.run_study("tiny", study, {name: column_params(study, name) for name in columns}, {})
+    assert written == [{"two": "not yet"}]
+
+
+def test_code_that_is_edited_during_a_study_spoils_nothing(project, monkeypatch):
+    study = load_study("tiny")
+    params = column_params(study, "digits")
+    rows = {name: row for name, row in study.rows.items() if row.trained}
+    specs = {name: row_spec(params, name, row, 0, ANY) for name, row in rows.items()}
+    code = ["before"]
+    for module in (trained, measuring):
+        monkeypatch.setattr(module, "trial_key", lambda spec: f"{spec.kind}-{code[0]}")
+
+    def run_missing(experiment, *_):
+        code[0] = "after"
+        return [f"{spec.kind}'s" for spec in experiment.specs]
+
+    monkeypatch.setattr(trained, "run_missing", run_missing)
+    monkeypatch.setattr(measuring, "measurement_key", lambda kind, target, seed, plain, code: str(plain))
+    ended = trained._run_once("{}", "tiny", specs, params, None)
+    assert ended == {name: f"{spec.kind}'s" for name, spec in specs.items()}
+    keys = {StudyCell(specs["PudNet+"], Path(f"{key}/checkpoint")).key(params) for key in ("before", "after")}
+    assert len(keys) == 2
+
+
+def test_any_number_of_lines_has_a_figure_and_a_place_may_be_a_fraction(project):
+    points = pd.DataFrame({"panel": "a", "line": [f"row {i}" for i in range(40)] * 2, "x": [0.25] * 40 + [1000.0] * 40})
+    assert to_png(lines_figure(points.assign(y=1.0), "x", "y", log=True)).startswith(b"\x89PNG")
+    axes = lines_figure(points.assign(y=1.0), "x", "y", log=True).axes[0]
+    assert [axes.xaxis.get_major_formatter()(x) for x in (0.25, 1000.0)] == ["0.25", "1,000"]
 
 
 def test_a_column_that_is_not_to_run_stops_no_other(project, tmp_path):

@@ -292,7 +292,7 @@ def lines_figure(points: pd.DataFrame, x_label: str, y_label: str, log: bool = F
     A line looks the same in all panels. The legend is above them, where it hides no point.
     """
     panels, lines, handles = list(points.groupby("panel", sort=False)), points.line.unique(), {}
-    looks = dict(zip(lines, itertools.product("-:", SERIES), strict=False))
+    looks = dict(zip(lines, itertools.cycle(itertools.product("-:", SERIES))))
     across = len(panels) * (1 if points.line.str.len().max() > 20 else 2)
     figure = new_figure(60 + 400 * len(panels), 310 + 18 * math.ceil(len(lines) / across))
     for axes, (panel, part) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
@@ -302,7 +302,7 @@ def lines_figure(points: pd.DataFrame, x_label: str, y_label: str, log: bool = F
         if log:
             axes.set_xscale("log")
             axes.set_xticks(sorted(part.x.unique()))
-            axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+            axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
             axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set(title=panel, xlabel=x_label, ylabel=y_label)
         drawn, names = axes.get_legend_handles_labels()

@@ -95,7 +95,8 @@ def run_missing(
     trials = [progress.ended[spec.name] for spec in experiment.specs]
     for trial in trials:
         if trial.diverged and not experiment.keep_going:
-            raise RunFailed(f"{trial.spec.name}: {trial.diverged}")
+            again = f"to try the same again, delete {trial_folder(trial.key)}"
+            raise RunFailed(f"{trial.spec.name}: {trial.diverged} ({again})")
         if trial.diverged:
             print(f"  {trial.spec.name} is left out: {trial.diverged}", flush=True)
         else:  # MLflow may lack a trial that another experiment ran, or that ended while it did not answer

@@ -22,7 +22,9 @@ def close_search(
         f"trial(s), this run's children, each trained on {params.groups.search_groups:,} task groups. Chosen by "
         f"accuracy on {params.groups.validation_groups} validation groups: {chosen} ({best['accuracy']:.2f} %)."
     )
-    space = {f"space.{name}": values for name, values in params.search.space.items()}
+    space = {
+        f"space.{name}": values for name, values in params.search.space.items() if name in experiment.specs[0].cell
+    }
     tracking.describe(run_id, note, space, datasets(experiment.specs[0]))
     tracking.log_metrics(run_id, {"best_validation_accuracy": best["accuracy"]})
     tracking.finish(run_id)

@@ -65,7 +65,7 @@ class StudyCell:
 
     def key(self, params: Params, *more: object, code: Iterable[Path] = ()) -> str:
         """A hash of everything that the cell's results depend on; `more` and `code` are the kind of measurement's."""
-        how = [self.sketch, self.images, self.head, self.checkpoint is None]
+        how = [self.sketch, self.images, self.head, self.checkpoint and self.checkpoint.parent.name]
         how += [params.baselines.scratch_groups, self.finetune and asdict(self.finetune)] if self.slow else []
         plain = [*how, *more, trial_key(self.spec), params.evaluate.precision, params.baselines.sketch_groups]
         code = {Path(__file__), *code}  # other files of a study act through spec and cell, or on what is measured

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from typing import Any
 
 import pandas as pd
+import yaml
 
-from pipeline.params import Params
+from pipeline.params import PARAMS, Loader, Params, read_yaml
+from pipeline.project import committed
 from pipeline.studies.columns import GROUPS_KEY
 from pipeline.studies.definition import Study
 from pudnet.config import passed
@@ -71,13 +76,43 @@ def _command(name: str, study: Study, params: Params) -> str:
     changed |= {key: value for key, usual in OF_ALL.items() if (value := getattr(params, key)) != usual}
     if params.study.budget is None and params.groups.train_groups != SETTINGS[params.setting].train_groups:
         changed[GROUPS_KEY] = params.groups.train_groups
+    changed |= _since_commit()
     own = {*study.over, *(key for column in study.columns.values() for key in column.changes)}
     changed = {key: value for key, value in changed.items() if key not in own}
     if not changed:
         return f"python -m pipeline.study {name}"
-    lists = {key: f"[{','.join(value)}]" if isinstance(value, list) else value for key, value in changed.items()}
-    changes = " ".join(f"-S '{key}={value}'" for key, value in lists.items())
+    changes = " ".join(f"-S '{key}={_value(value)}'" for key, value in changed.items())
     return f"dvc exp run {changes} studies/dvc.yaml:study@{name}"
+
+
+def _since_commit() -> dict[str, Any]:
+    """The keys of params.yaml, with dots, that have another value than in the commit, but for those of all studies.
+
+    A key that the commit lacks has a + in front, as DVC wants it.
+    """
+    before: dict[str, Any] = {}
+    with contextlib.suppress(yaml.YAMLError, AttributeError):  # what is committed may be anything
+        before = _flat(yaml.load(committed(PARAMS), Loader=Loader))
+    now = _flat(read_yaml(PARAMS)) if before else {}
+    return {
+        key if key in before else f"+{key}": value
+        for key, value in now.items()
+        if key not in OF_ALL and not key.startswith("study.") and (key not in before or before[key] != value)
+    }
+
+
+def _flat(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{above}{key}.") if isinstance(value, dict) and value else {f"{above}{key}": value}
+    return flat
+
+
+def _value(value: Any) -> str:
+    """A value as DVC's `-S` takes it."""
+    if isinstance(value, list):
+        return f"[{','.join(map(_value, value))}]"
+    return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
 
 
 def trained_on(part: pd.DataFrame) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import pandas as pd
 
 from pipeline.params import Params
-from pipeline.project import write
+from pipeline.project import Busy, write
 from pipeline.reporting.figures import to_png
 from pipeline.studies import accuracy, correlation, finetuning, losses, page, trained, whole_set
 from pipeline.studies.definition import STUDIES, Study
@@ -25,7 +25,8 @@ KINDS = {
 def run_study(name: str, study: Study, columns: Mapping[str, Params], left_out: Mapping[str, str]) -> None:
     """Run a study. A column whose data is missing is left out, and the page says what is missing.
 
-    Raises `UserError` if no column is left, or, after the other columns have run, if a column does not fit its data.
+    Raises `UserError` if no column is left, or, after the other columns have run, if a column does not fit its data;
+    and at once if another process runs the same trainings.
     """
     frames, left_out, waiting, unfit = [], dict(left_out), dict.fromkeys(columns, "not yet"), None
     for column, params in columns.items():
@@ -41,6 +42,8 @@ def run_study(name: str, study: Study, columns: Mapping[str, Params], left_out: 
         try:
             with trained.workspace(params):
                 frames.append(KINDS[study.measure].measure(trained.train(name, study, column, params)))
+        except Busy:  # another study has some of the same trainings
+            raise
         except UserError as error:
             left_out[column], unfit = str(error), unfit or f"study: {name}, {column}: {error}"
             print(f"study: {name}, {column}: not run: {error}", flush=True)

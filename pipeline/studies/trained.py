@@ -147,13 +147,16 @@ def _run_once(
     what: str, name: str, specs: Mapping[T, TrialSpec], params: Params, tracking: Tracking
 ) -> dict[T, Finished]:
     """Run trainings, each once even if several rows share it. `what` is printed, with their number."""
+    keys = {
+        at: trial_key(spec) for at, spec in specs.items()
+    }  # once: they hash the code, which may be edited meanwhile
     wanted: dict[str, TrialSpec] = {}
-    for spec in specs.values():
-        wanted.setdefault(trial_key(spec), spec)
+    for at, key in keys.items():
+        wanted.setdefault(key, specs[at])
     print(what.format(len(wanted)))
     ended = run_missing(Experiment(f"study-{name}", list(wanted.values())), params, tracking) if wanted else []
     of_key = dict(zip(wanted, ended, strict=True))
-    return {at: of_key[trial_key(spec)] for at, spec in specs.items()}
+    return {at: of_key[key] for at, key in keys.items()}
 
 
 def _validating(spec: TrialSpec, params: Params) -> TrialSpec:
