@@ -14,16 +14,18 @@ from rich.table import Column, Table
 
 from benchmarks.data import positive
 from pipeline.project import write_json
+from pipeline.reporting.numbers import plus_minus
 from pudnet.data.sources import Source, open_source
 from pudnet.errors import UserError, exit_code
+from pudnet.evaluation import mean_interval
 from pudnet.files import check_writable
 from pudnet.predictor import Predictor
 
-CLASSES = 5
+CLASSES, SEED = 5, 0
 
 
-def unseen_classes(predictor: Predictor, source: Source) -> list[np.ndarray]:
-    """Classes that the model was not trained on, by their numbers, in fives of neighbours in the source's order.
+def unseen_classes(predictor: Predictor, source: Source, fives: int) -> list[np.ndarray]:
+    """So many draws of five classes that the model was not trained on, by their numbers.
 
     Raises `UserError` where there are not five, or the model does not say what it was trained on.
     """
@@ -33,7 +35,8 @@ def unseen_classes(predictor: Predictor, source: Source) -> list[np.ndarray]:
     numbers = np.array([number for number, name in enumerate(source.class_names) if name not in known])
     if len(numbers) < CLASSES:
         raise UserError(f"{source.name}: {len(numbers)} classes that the model was not trained on; it takes {CLASSES}")
-    return list(numbers[: len(numbers) // CLASSES * CLASSES].reshape(-1, CLASSES))
+    draws = np.random.default_rng(SEED)
+    return [np.sort(draws.choice(numbers, CLASSES, replace=False)) for _ in range(fives)]
 
 
 def measure(
@@ -76,15 +79,18 @@ def looked_at(images: int) -> int:
 
 
 def show(rows: pd.DataFrame, own: int, epochs: int) -> None:
-    """Print the mean over fives."""
-    mean = rows.mean()
+    """Print the means over fives, with their 95% intervals."""
+    mean = {name: plus_minus(*mean_interval(rows[name])) for name in rows}
+    few = looked_at(CLASSES * own)
     table = Table(f"percent right, mean of {len(rows)} times {CLASSES} classes", Column("", justify="right"))
-    table.add_row(f"new images, as predicted from {looked_at(CLASSES * own)}", f"{mean.predicted:.1f}")
-    table.add_row(f"  as predicted from all {CLASSES * own}", f"{mean.of_all_images:.1f}")
-    table.add_row(f"  after {epochs} epochs on {looked_at(CLASSES * own)}", f"{mean.finetuned:.1f}")
+    table.add_row(f"new images, as predicted from {few}", mean["predicted"])
+    table.add_row(f"  as predicted from all {CLASSES * own}", mean["of_all_images"])
+    table.add_row(f"  after {epochs} epochs on {few}", mean["finetuned"])
+    gain = mean_interval(rows.finetuned - rows.predicted)
+    table.add_row("  what these epochs add", plus_minus(*gain, "+"))
     for start in ("predicted", "random"):
         first, last = (mean[f"held_out_{start}_{epoch}"] for epoch in (0, epochs))
-        table.add_row(f"the fifth held out, from {start} weights", f"{first:.1f} to {last:.1f}")
+        table.add_row(f"the fifth held out, from {start} weights", f"{first} to {last}")
     Console().print(table)
 
 
@@ -96,6 +102,7 @@ def main() -> None:
     parser.add_argument("--images", type=positive, default=100, help="of each class, to predict from and train on")
     parser.add_argument("--new", type=positive, default=400, help="of each class, new ones")
     parser.add_argument("--epochs", type=positive, default=20)
+    parser.add_argument("--fives", type=positive, default=12, help="draws of five classes (%(default)s)")
     parser.add_argument("--augment", default="shift_mirror", help="as for `pudnet finetune` (%(default)s)")
     parser.add_argument("--out", type=Path, default=Path("results/benchmarks/finetuning.json"))
     options = parser.parse_args()
@@ -105,7 +112,7 @@ def main() -> None:
     images = np.concatenate(list(source.batches()))
     rows = pd.DataFrame(
         measure(predictor, images, source.labels, classes, options.images, options.new, options.epochs, options.augment)
-        for classes in unseen_classes(predictor, source)
+        for classes in unseen_classes(predictor, source, options.fives)
     )
     show(rows, options.images, options.epochs)
     write_json(options.out, {"fives": rows.to_dict("records")})
