@@ -24,7 +24,7 @@ from pudnet.predictor import Predictor
 CLASSES, SEED = 5, 0
 
 
-def unseen_classes(predictor: Predictor, source: Source, fives: int) -> list[np.ndarray]:
+def unseen_classes(predictor: Predictor, source: Source, fives: int, draws: np.random.Generator) -> list[np.ndarray]:
     """So many draws of five classes that the model was not trained on, by their numbers.
 
     Raises `UserError` where there are not five, or the model does not say what it was trained on.
@@ -35,7 +35,6 @@ def unseen_classes(predictor: Predictor, source: Source, fives: int) -> list[np.
     numbers = np.array([number for number, name in enumerate(source.class_names) if name not in known])
     if len(numbers) < CLASSES:
         raise UserError(f"{source.name}: {len(numbers)} classes that the model was not trained on; it takes {CLASSES}")
-    draws = np.random.default_rng(SEED)
     return [np.sort(draws.choice(numbers, CLASSES, replace=False)) for _ in range(fives)]
 
 
@@ -48,16 +47,17 @@ def measure(
     new: int,
     epochs: int,
     augment: str,
+    draws: np.random.Generator,
 ) -> dict[str, float]:
     """One five: percent right of its new images, as predicted and after fine-tuning, and of those held out in it.
 
     Both the prediction and fine-tuning are given four fifths of the user's images; the fifth that is left is held out.
-    The first `own` images (uint8, N, H, W, C) of each class are the user's, the next `new` are new. Raises `UserError`
-    where a class has fewer.
+    Of each class `own` images (uint8, N, H, W, C) are drawn to be the user's, and `new` others to be new. Raises
+    `UserError` where a class has fewer.
     """
     if (there := np.bincount(labels)[classes].min()) < own + new:
         raise UserError(f"--images {own} and --new {new}: a class has {there} images; ask for fewer")
-    rows = np.stack([np.flatnonzero(labels == number)[: own + new] for number in classes])
+    rows = np.stack([draws.permutation(np.flatnonzero(labels == number))[: own + new] for number in classes])
     mine, others = rows[:, :own].ravel(), rows[:, own:].ravel()
     predictor.sketch_images = len(mine)
     everything = predictor.predict(images[mine], labels[mine])
@@ -102,7 +102,7 @@ def main() -> None:
     parser.add_argument("--images", type=positive, default=100, help="of each class, to predict from and train on")
     parser.add_argument("--new", type=positive, default=400, help="of each class, new ones")
     parser.add_argument("--epochs", type=positive, default=20)
-    parser.add_argument("--fives", type=positive, default=12, help="draws of five classes (%(default)s)")
+    parser.add_argument("--fives", type=positive, default=20, help="draws of five classes (%(default)s)")
     parser.add_argument("--augment", default="shift_mirror", help="as for `pudnet finetune` (%(default)s)")
     parser.add_argument("--out", type=Path, default=Path("results/benchmarks/finetuning.json"))
     options = parser.parse_args()
@@ -110,9 +110,10 @@ def main() -> None:
     predictor = Predictor.load(options.model)
     source = open_source(options.source, Path("data/raw"), predictor.card.image_size, predictor.card.channels)
     images = np.concatenate(list(source.batches()))
+    draws, sizes = np.random.default_rng(SEED), (options.images, options.new, options.epochs)
     rows = pd.DataFrame(
-        measure(predictor, images, source.labels, classes, options.images, options.new, options.epochs, options.augment)
-        for classes in unseen_classes(predictor, source, options.fives)
+        measure(predictor, images, source.labels, classes, *sizes, options.augment, draws)
+        for classes in unseen_classes(predictor, source, options.fives, draws)
     )
     show(rows, options.images, options.epochs)
     write_json(options.out, {"fives": rows.to_dict("records")})

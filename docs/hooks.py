@@ -1,8 +1,8 @@
 """What mkdocs does besides: pages and listings made from other files of the repository, and equations as MathML.
 
 A line `{{ FILE }}` in a page is replaced by that file, `{{ FILE::NAME }}` by one part of it (a function, class or
-value, a block of a YAML file, the first `table` of a page), and `{{ $ COMMAND }}` by the command and what it prints.
-So none of them can fall behind.
+value, a block of a YAML file), and `{{ $ COMMAND }}` by the command and what it prints. So none of them can fall
+behind.
 """
 
 from __future__ import annotations

@@ -236,6 +236,19 @@ class Endless(IterableDataset):
         yield from ()
 
 
+class Halved(TensorDataset):
+    """Gives other labels than its tensor has."""
+
+    def __getitem__(self, row):
+        image, label = super().__getitem__(row)
+        return image, int(label) // 2
+
+
+def test_what_is_derived_from_a_tensor_dataset_gives_its_own_labels(predictor):
+    _, labels, classes = labelled_set(Halved(torch.from_numpy(PIXELS), torch.tensor(LABELS)), None, predictor.card)
+    assert classes == (0, 1) and labels.tolist() == [label // 2 for label in LABELS]
+
+
 def test_a_tensor_dataset_is_read_for_the_images_that_are_looked_at_only(predictor, monkeypatch):
     given, read = TensorDataset(torch.from_numpy(PIXELS), torch.tensor(LABELS)), []
     get = TensorDataset.__getitem__

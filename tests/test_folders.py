@@ -203,6 +203,10 @@ def test_names_of_classes_have_one_unicode_form(tmp_path):
     names = [unicodedata.normalize(form, "caf\u00e9") for form in ("NFC", "NFD")]
     roots = [fill(tmp_path / str(i), f"{name}/a.png", "dog/b.png") for i, name in enumerate(names)]
     assert names[0] != names[1] and [look_in(root).labels for root in roots] == [[names[0], "dog"]] * 2
+    fill(tmp_path / "1", f"{names[1][:-2]}z/c.png")  # between the two forms, if they were sorted as they are
+    assert look_in(roots[1]).labels == [f"{names[0][:-1]}z", names[0], "dog"]
+    with pytest.raises(UserError, match="two subfolders are called caf\u00e9, in two Unicode forms"):
+        look_in(fill(tmp_path / "1", f"{names[0]}/d.png")).class_names()
 
 
 def test_files_of_a_type_that_is_not_read_are_counted(predictor, tmp_path):

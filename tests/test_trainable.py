@@ -8,10 +8,11 @@ import pytest
 import torch
 from ray import tune
 
-from pipeline.runs import trainable, trial_folder
+from pipeline.project import Busy
+from pipeline.runs import executor, trainable, trial_folder
 from pipeline.runs.executor import Asha, _locked
 from pipeline.runs.trial import DIVERGED, STATE, TrialSpec
-from pudnet.errors import RunFailed, UserError
+from pudnet.errors import RunFailed
 
 NAMES = {field.name for field in dataclasses.fields(TrialSpec)}
 
@@ -119,6 +120,17 @@ def test_asha_stops_no_trial_for_what_it_reported_before_but_remembers_it():
     assert asha.on_trial_result(None, other, {"groups": 2, "validation_accuracy": 50}) == asha.STOP
 
 
+def test_a_trial_that_diverged_names_the_folder_to_delete(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    spec = SimpleNamespace(name="steep")
+    trial_folder.mark_ended(trial_folder.Finished(spec, "key", [], "the loss was not finite"))
+    experiment = SimpleNamespace(specs=[spec], keys={"steep": "key"}, key="one", keep_going=False)
+    monkeypatch.setattr(executor, "TrialLog", lambda *_: SimpleNamespace(write=None))
+    said = "steep: the loss was not finite .to try the same again, delete .*/.pud/trials/key.$"
+    with pytest.raises(RunFailed, match=said):
+        executor.run_missing(experiment, None, None)
+
+
 def test_a_trial_of_two_experiments_is_run_by_one_of_them_unless_it_has_ended(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
@@ -127,7 +139,7 @@ def test_a_trial_of_two_experiments_is_run_by_one_of_them_unless_it_has_ended(mo
         return _locked(SimpleNamespace(specs=specs, keys={name: name for name in trials}), fresh=False)
 
     with held("common", "first"):
-        with pytest.raises(UserError, match="common: is already running"), held("second", "common"):
+        with pytest.raises(Busy, match="common: is already running"), held("second", "common"):
             pass
         folder = trial_folder.trial_folder("common")
         folder.mkdir(parents=True)

@@ -302,7 +302,7 @@ def lines_figure(points: pd.DataFrame, x_label: str, y_label: str, log: bool = F
         if log:
             axes.set_xscale("log")
             axes.set_xticks(sorted(part.x.unique()))
-            axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+            axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.10g}"))
             axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set(title=panel, xlabel=x_label, ylabel=y_label)
         drawn, names = axes.get_legend_handles_labels()

@@ -288,7 +288,7 @@ def _papers_differences(study: Study, part: pd.DataFrame) -> list[str] | None:
 
 def _grid(study: Study, panel: str, part: pd.DataFrame) -> str:
     """A table of places on the axis by rows, with the paper's result and the difference to it beside each."""
-    columns = {study.axis_name: [f"{point(column)[1]:,g}" for column in part.column.unique()]}
+    columns = {study.axis_name: [f"{point(column)[1]:,.10g}" for column in part.column.unique()]}
     for row, own in part.groupby("row", sort=False):
         columns[row] = [plus_minus(line.accuracy, line.ci95) for line in own.itertuples()]
         columns[f"{row}, the paper's"] = [plus_minus(line.paper, line.paper_ci95) for line in own.itertuples()]

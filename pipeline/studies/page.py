@@ -42,6 +42,8 @@ PAIRED = " Differences to “{}” are paired over the same test groups."
 PAPER = " The paper's results are for its own class split and {groups} number of groups."
 UNTOLD = ("sources", "hours")  # keys of the block `study` that change no result
 OF_ALL = {"seed": 0, "splits": 1}  # the other keys of params.yaml that are for all studies, as the project has them
+# Places of datasets, and keys that studies do not read: a row has its own variant, and nothing is searched.
+UNREAD = ("prepare.source", "prepare.test_source", "variant", "search.space", "search.asha", "baselines.space")
 DIAGNOSED = """ *Weights move*: how far
 predicted weights are from their mean over groups, relative to its size, mean over layers. *Probe*: how well a linear
 probe reads from the sketch which classes a group has (area under the ROC curve; 50 is chance)."""
@@ -86,9 +88,10 @@ def _command(name: str, study: Study, params: Params) -> str:
 
 
 def _since_commit() -> dict[str, Any]:
-    """The keys of params.yaml, with dots, that have another value than in the commit, but for those of all studies.
+    """The keys of params.yaml, with dots, that have another value than in the commit, and that studies read.
 
-    A key that the commit lacks has a + in front, as DVC wants it.
+    Without those of `study` and `OF_ALL`, and the places of datasets. A key that the commit lacks has a + in front, as
+    DVC wants it.
     """
     before: dict[str, Any] = {}
     with contextlib.suppress(yaml.YAMLError, AttributeError):  # what is committed may be anything
@@ -97,7 +100,7 @@ def _since_commit() -> dict[str, Any]:
     return {
         key if key in before else f"+{key}": value
         for key, value in now.items()
-        if key not in OF_ALL and not key.startswith("study.") and (key not in before or before[key] != value)
+        if key not in OF_ALL and not key.startswith(("study.", *UNREAD)) and (key not in before or before[key] != value)
     }
 
 

@@ -147,9 +147,8 @@ def _run_once(
     what: str, name: str, specs: Mapping[T, TrialSpec], params: Params, tracking: Tracking
 ) -> dict[T, Finished]:
     """Run trainings, each once even if several rows share it. `what` is printed, with their number."""
-    keys = {
-        at: trial_key(spec) for at, spec in specs.items()
-    }  # once: they hash the code, which may be edited meanwhile
+    # Once: a key hashes the code, which may be edited while the trainings run.
+    keys = {at: trial_key(spec) for at, spec in specs.items()}
     wanted: dict[str, TrialSpec] = {}
     for at, key in keys.items():
         wanted.setdefault(key, specs[at])

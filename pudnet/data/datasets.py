@@ -149,9 +149,9 @@ def _label_of(item: Any, row: int) -> Any:
 def _labels(dataset: Dataset) -> Sequence:
     """A Dataset's labels: its `targets`, if it has any. As in torchvision, its `classes` may give them names.
 
-    A `TensorDataset` has them in its second tensor. Of any other Dataset, every item is read.
+    A plain `TensorDataset` has them in its second tensor. Of any other Dataset, every item is read.
     """
-    if isinstance(dataset, TensorDataset) and len(dataset.tensors) == 2:
+    if type(dataset) is TensorDataset and len(dataset.tensors) == 2:
         return dataset.tensors[1]
     if getattr(dataset, "target_transform", None) is not None:
         return [_label_of(_item(dataset, row), row) for row in range(len(dataset))]

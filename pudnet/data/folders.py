@@ -17,7 +17,7 @@ from pudnet.errors import UserError, not_its_fault
 
 HEIC = {".heic", ".heics", ".heif", ".heifs", ".hif"}
 LET_HEIC_BE_READ = "`pip install 'pillow-heif==1.8.1'` lets HEIC be read"
-NEVER_READ = {"MPEG", "HDF5", "BUFR", "GRIB"}  # formats that Pillow knows but has no decoder of
+NEVER_READ = {"MPEG", "HDF5", "BUFR", "GRIB", "WMF"}  # formats that Pillow knows, but cannot decode (here)
 PART = re.compile(  # usual names of the parts of a dataset
     r"(train|training|val|valid|validation|dev|test|testing|eval|evaluation|holdout|fold|split)"
     r"([ _-]?(set|split|data|images))?[ _-]?\d*",
@@ -43,12 +43,8 @@ class Found:
 
     @property
     def labels(self) -> list[str | None]:
-        """The name of each file's subfolder, in the order of `files`; None for files beside the subfolders.
-
-        In one Unicode form (NFC): folders that come from a Mac have another.
-        """
-        names = {child: unicodedata.normalize("NFC", child.name) for child in self.classes}
-        return [names[child] for child, files in self.classes.items() for _ in files] + [None] * len(self.loose)
+        """The name of each file's subfolder, in the order of `files`; None for files beside the subfolders."""
+        return [class_name(child) for child, files in self.classes.items() for _ in files] + [None] * len(self.loose)
 
     def without(self, bad: set[Path]) -> Found:
         """The same folder without some files. Raises `UserError` if a class loses all of its files."""
@@ -65,9 +61,17 @@ class Found:
         _refuse_parts(self.folder, self.classes)
         if self.loose:
             raise UserError(f"{self.loose[0]}: lies beside the subfolders, so it has no class; move or remove it")
+        names = Counter(map(class_name, self.classes))
+        if twice := next((name for name, count in names.items() if count > 1), None):
+            raise UserError(f"{self.folder}: two subfolders are called {twice}, in two Unicode forms; make them one")
         if self.shared:
             raise UserError(f"{self.folder}: {self.shared}; give each image one class")
         return self.labels
+
+
+def class_name(folder: Path) -> str:
+    """A folder's name, in the one Unicode form (NFC) that is used here: folders that come from a Mac have another."""
+    return unicodedata.normalize("NFC", folder.name)
 
 
 def look_in(folder: Path) -> Found:
@@ -89,7 +93,7 @@ def _look_in(folder: Path) -> Found:
     starts = (folder.absolute(), folder.resolve())
     walk = _Walk({_identity(above) for start in starts for above in (start, *start.parents)})
     children = _children(folder)
-    subfolders = sorted(child for child in children if child.is_dir())
+    subfolders = sorted((child for child in children if child.is_dir()), key=class_name)
     found = {child: _by_kind(walk.below(child)) for child in subfolders}
     loose, passed_over = _by_kind(child for child in children if _is_file(child))
     for child, (images, others) in found.items():
