@@ -71,7 +71,8 @@ def section(folder: Path) -> str:
         f"{_by_groups(metrics, reported['table10'])}.",
         *_remarks(folder),
         "",
-        f"| method | test groups | accuracy | difference to PudNet | time a group |{''.join(f' split {s} |' for s in apart)}",
+        "| method | test groups | accuracy | difference to PudNet | time a group |"
+        f"{''.join(f' split {seed} |' for seed in apart)}",
         f"|---|---|---|---|---|{'---|' * len(apart)}",
         *(_row(name, numbers, apart, times.get(name)) for name, numbers in own.items()),
         "",
