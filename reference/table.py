@@ -45,7 +45,7 @@ Defaults that were decided by measurement, on validation groups of CIFAR-100 (sp
 | `pretraining_share` (ConvNet-3, PudNet+, 3,000 groups, `shift_mirror`) | 0: 82.6 ± 1.0, 0.8: 80.8 ± 1.0 (-1.8 ± 0.3) |
 | the same, from all 500 labelled images | 0: 87.1 ± 0.8, 0.8: 87.2 ± 0.7 (+0.1 ± 0.2) |
 
-The two lines with `domains` are differences, of trainings on 1,000 groups; the two lines below them are over 150 groups.
+The two lines of `domains` are differences, of trainings on 1,000 groups. The two lines below them are over 150 groups.
 For ResNet-18 class filters were left out, too, which makes it R2-D2, or put into an earlier layer (1,000 groups,
 `shift_mirror`, ± over 150):
 
