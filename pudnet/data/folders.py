@@ -17,7 +17,7 @@ from pudnet.errors import UserError, not_its_fault
 
 HEIC = {".heic", ".heics", ".heif", ".heifs", ".hif"}
 LET_HEIC_BE_READ = "`pip install 'pillow-heif==1.8.1'` lets HEIC be read"
-NEVER_READ = {"MPEG", "HDF5", "BUFR", "GRIB", "WMF"}  # formats that Pillow knows, but cannot decode (here)
+NEVER_READ = {"MPEG", "HDF5", "BUFR", "GRIB", "WMF"}  # formats that Pillow knows, but does not decode on Linux
 PART = re.compile(  # usual names of the parts of a dataset
     r"(train|training|val|valid|validation|dev|test|testing|eval|evaluation|holdout|fold|split)"
     r"([ _-]?(set|split|data|images))?[ _-]?\d*",
