@@ -54,12 +54,13 @@ def _parser() -> argparse.ArgumentParser:
     _add_data(predict, "a folder with one subfolder of images for each class")
     predict.add_argument("--out", type=Path, required=True, help="the .safetensors file to write")
     support = (
-        "make the classifier from N images of each class (default: 10, as in training; PudNet+ also uses --sketch's)"
+        "use at least N images of each class (default: 10, as in training); the paper's PudNet makes its classifier "
+        "from these alone"
     )
     predict.add_argument("--support", type=int, metavar="N", help=support)
     sketch = (
-        "look at N images in all, but at least at --support of each class (default: up to 1,000 for the models that "
-        "ship, else as many as the model's card says)"
+        "use N images in all, but at least --support of each class (default: up to 1,000 for the models that ship, "
+        "else as many as the model's card says)"
     )
     predict.add_argument("--sketch", type=int, metavar="N", help=sketch)
     _add_target(predict)
