@@ -97,7 +97,7 @@ class TrainConfig:
     pretraining_share: Fraction | None = None
     augment: Augmentation = "none"  # shift and mirror training images at random (pudnet/augmentation.py)
     support_per_class: Positive = 10
-    report_every: Positive = 100  # groups between two reports, checkpoints and NaN checks
+    report_every: Positive = 100  # groups between reports, checkpoints and NaN checks, rounded up to whole steps
 
     def groups(self, of_a_pass: int) -> int:
         """How many groups all passes have together."""

@@ -136,7 +136,11 @@ class Trainer:
         return torch.optim.Adam(self.parameters, lr=self._rate(), fused=True)
 
     def run(self) -> Iterator[Report]:
-        """Train on the groups that are left. Raises `RunFailed` if the loss does not stay finite."""
+        """Train on the groups that are left. Raises `RunFailed` if the loss does not stay finite.
+
+        Raises `RuntimeError` if the workers go on from different groups, since they have read different checkpoints.
+        """
+        self._check_together()
         good, failures = copy.deepcopy(self.state_dict()), 0
         while self.groups < self.total:
             report = self._interval()
@@ -169,35 +173,38 @@ class Trainer:
         self._set_rate()
 
     def _interval(self) -> Report:
-        """Train until the next report. With one worker only its end waits for the device."""
+        """Train until the next report: to the end of the step that reaches a multiple of `report_every` groups.
+
+        With one worker only its end waits for the device.
+        """
         start, begin = time.perf_counter(), self.groups
-        end = min(self.total, (begin // self.config.report_every + 1) * self.config.report_every)
+        due = min(self.total, (begin // self.config.report_every + 1) * self.config.report_every)
         with flushing_denormals(self.device):
-            sums = [self._step(groups) for groups in self._steps(begin, end)]
-            means = (self._added(torch.stack(sums).sum(0)) / (end - begin)).tolist()
-        self.groups = end
+            sums = [self._step(groups) for groups in self._steps(begin, due)]
+            trained = self.groups - begin
+            means = (self._added(torch.stack(sums).sum(0)) / trained).tolist()
         return Report(
-            groups=end,
+            groups=self.groups,
             loss=means[0],
             metric_loss=means[1],
             full_loss=means[2],
             kl_loss=means[3],
             train_accuracy=100 * means[4],
             grad_norm=means[5],
-            groups_per_second=(end - begin) / (time.perf_counter() - start),
+            groups_per_second=trained / (time.perf_counter() - start),
             rollbacks=self.rollbacks,
         )
 
-    def _steps(self, begin: int, end: int) -> Iterator[np.ndarray | Tensor]:
-        """The groups of each step from group `begin` to `end`, which are counted over all passes.
+    def _steps(self, begin: int, due: int) -> Iterator[np.ndarray | Tensor]:
+        """The groups of each step from group `begin` to the step that reaches `due`; they are counted over all passes.
 
-        A step has no groups of two passes: the last of a pass may be smaller.
+        A step has no groups of two passes: the last of a pass, and of the training, may be smaller.
         """
-        while begin < end:
+        while begin < due:
             number, first = divmod(begin, self.size)
             if number != self.number:
                 self._begin_pass(number)
-            step = self.table[first : first + min(self.config.groups_per_step, end - begin)]
+            step = self.table[first : first + min(self.config.groups_per_step, self.total - begin)]
             yield step
             begin += len(step)
 
@@ -239,6 +246,11 @@ class Trainer:
         there, *parts = added.split([len(own), *(p.numel() for p in self.parameters)])
         for parameter, gradient, part, owners in zip(self.parameters, own, parts, there.tolist(), strict=True):
             parameter.grad = gradient.copy_(part.view_as(gradient)) if owners else None  # keeps its memory layout
+
+    def _check_together(self) -> None:
+        groups = self._added(torch.tensor(self.groups, dtype=torch.float64, device=self.device)).item()
+        if groups != self.workers * self.groups:
+            raise RuntimeError(f"the workers do not all go on from group {self.groups}")
 
     def _added(self, values: Tensor) -> Tensor:
         """The sum over the workers."""

@@ -127,9 +127,13 @@ def test_several_groups_a_step_are_one_update_on_their_mean_loss(digits):
     torch.testing.assert_close([p.grad for p in together.parameters], expected, rtol=1e-3, atol=1e-5)
 
 
-def test_reports_come_at_their_groups_whatever_the_groups_a_step(digits):
-    trainer = make_trainer(digits, digits.train[:10], groups_per_step=3)
-    assert [report.groups for report in trainer.run()] == [4, 8, 10]
+@pytest.mark.parametrize(("every", "reports"), [(1, [3, 6, 9, 10]), (4, [6, 9, 10]), (100, [10])])
+def test_a_report_comes_after_a_whole_step(every, reports, digits, monkeypatch):
+    """So the search, which reports more often, makes the steps of the final training."""
+    trainer, sizes = make_trainer(digits, digits.train[:10], groups_per_step=3, report_every=every), []
+    step = trainer._step
+    monkeypatch.setattr(trainer, "_step", lambda groups: sizes.append(len(groups)) or step(groups))
+    assert [report.groups for report in trainer.run()] == reports and sizes == [3, 3, 3, 1]
 
 
 @pytest.mark.parametrize("poison", ["images", "weights"])
@@ -250,7 +254,17 @@ def test_each_pass_has_the_same_groups_in_an_order_of_its_own(digits):
     assert (first == table).all() and not (second == table).all() and not (third == second[:3]).all()
     rows = {tuple(group) for group in table.tolist()}
     assert {tuple(group) for group in second.tolist()} == rows > {tuple(group) for group in third.tolist()}
-    assert [report.groups for report in trainer.run()] == [9, 15]
+    assert [report.groups for report in trainer.run()] == [10, 15]
+
+
+def test_workers_that_read_different_checkpoints_do_not_go_on(digits, monkeypatch):
+    trainer = make_trainer(digits, digits.train[:4])
+    trainer.workers, trainer.groups = 2, 4  # at its end: nothing is left to train
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda values: values.add_(2))
+    with pytest.raises(RuntimeError, match="the workers do not all go on from group 4"):
+        next(trainer.run())
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda values: values.add_(4))
+    assert list(trainer.run()) == []
 
 
 def test_the_share_of_mixed_groups_is_of_all_passes(digits):
@@ -286,14 +300,14 @@ def test_augmentation_depends_on_the_seed_and_the_number_of_a_group_alone(digits
 
 @pytest.mark.parametrize("kind", ["pudnet", "meta_baseline"])
 def test_a_run_resumed_in_any_pass_ends_with_the_same_weights_bit_for_bit(kind, digits):
-    options = {"passes": 2.5, "schedule": "one_cycle", "report_every": 3, "groups_per_step": 2, "augment": "shift"}
+    options = {"passes": 2.5, "schedule": "one_cycle", "report_every": 1, "groups_per_step": 2, "augment": "shift"}
     whole = make_trainer(digits, digits.train[:4], kind, **options)
     states = [copy.deepcopy(whole.state_dict()) for _ in whole.run()]
-    assert [state["groups"] for state in states] == [3, 6, 9, 10] and whole.optimizer.param_groups[0]["lr"] == 0
+    assert [state["groups"] for state in states] == [2, 4, 6, 8, 10] and whole.optimizer.param_groups[0]["lr"] == 0
     for done, state in enumerate(states[:-1], start=1):
         resumed = make_trainer(digits, digits.train[:4], kind, seed=1, **options)
         resumed.load_state_dict(state)
-        assert [report.groups for report in resumed.run()] == [3, 6, 9, 10][done:]
+        assert [report.groups for report in resumed.run()] == [2, 4, 6, 8, 10][done:]
         assert same(weights(resumed), weights(whole))
 
 
