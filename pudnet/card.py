@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pudnet.config import Positive, PositiveFloat, parse
 from pudnet.data.user_images import Label
-from pudnet.errors import UserError
+from pudnet.errors import UserError, words
 from pudnet.files import replacing
 from pudnet.targets import Target, build_target, is_import_path, put_tensors, target_name
 
@@ -101,6 +101,6 @@ def loaded(module: nn.Module, tensors: dict[str, Tensor], path: str | Path) -> n
     try:
         put_tensors(module, tensors)
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = words(error, 200)
         raise UserError(f"{path}: its tensors do not fit its card ({reason})") from None
     return module

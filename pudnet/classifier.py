@@ -129,7 +129,7 @@ class Regression(nn.Module):
         """
         learned = self.log_ridge.exp()
         parts = PENALTY_PARTS if self.penalty == "leave_one_out" else (1.0,)
-        penalties = learned * torch.tensor(parts, device=learned.device)
+        penalties = learned * learned.new_tensor(parts)
         if len(candidates) == len(parts) == 1:
             return 0, learned
         errors = torch.cat([_left_out_errors(each, labels, classes, penalties) for each in candidates])
@@ -169,7 +169,7 @@ class LinearClassifier(nn.Module):
 
     def plain(self) -> nn.Module:
         """The same classifier in plain layers, for exporters, which cannot handle autocast."""
-        layer = nn.utils.skip_init(nn.Linear, *reversed(self.head_weight.shape))
+        layer = nn.utils.skip_init(nn.Linear, *reversed(self.head_weight.shape), dtype=self.head_weight.dtype)
         layer.load_state_dict({"weight": self.head_weight.detach(), "bias": self.head_bias.detach()})
         return layer
 

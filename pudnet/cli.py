@@ -138,6 +138,7 @@ def _predict(options: argparse.Namespace) -> None:
 
 
 def _classify(options: argparse.Namespace) -> None:
+    from pudnet.data.folders import one_form
     from pudnet.data.user_images import noting, open_folder
     from pudnet.network import PredictedNetwork
 
@@ -146,16 +147,15 @@ def _classify(options: argparse.Namespace) -> None:
     if options.out:
         check_writable(options.out)
     images = open_folder(options.data, network.card, options.skip_bad)
-    known = set(map(str, network.classes))
+    known = set(map(one_form, network.classes))
     seen: dict[int, str] = {}
-    found = [str(label) for label in network.classify(noting(images, seen))]
-    labels = images.labels or [None] * images.count
-    truth = [label if label in known else "" for label in labels]
+    found = [one_form(label) for label in network.classify(noting(images, seen))]
+    labels = [label or "" for label in images.labels or [""] * images.count]
     strange = [label for label in labels if label and label not in known]
-    rows = list(zip(map(str, images.files), found, truth, strict=True))
+    rows = list(zip(map(str, images.files), found, labels, strict=True))
     if options.out:
         _write_csv(options.out, ("file", "class", "label"), rows)
-    right = [predicted == label for predicted, label in zip(found, truth, strict=True) if label]
+    right = [predicted == label for predicted, label in zip(found, labels, strict=True) if label in known]
     accuracy = f", accuracy {100 * sum(right) / len(right):.2f} % of {len(right)} labelled" if right else ""
     looked_at = set(network.card.looked_at)
     again = sum(checksum in looked_at for checksum in seen.values())

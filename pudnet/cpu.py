@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from pudnet.errors import words
 from pudnet.targets import Block
 
 logger = logging.getLogger(__name__)
@@ -326,7 +327,7 @@ class _Kernel:
         try:
             return self.run(*inputs)
         except Exception as error:
-            why = " ".join(str(error).split())[:200]
+            why = words(error, 200)
             logger.warning("torch.compile failed, so steps are slower; it may help to delete its cache (%s)", why)
             self.compiled = False
             return self.function(*inputs)

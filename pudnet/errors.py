@@ -40,7 +40,12 @@ class RunFailed(_OneLine):
 
 def one_line(error: BaseException) -> str:
     """The type and text of an error that foreign code raised, in one line, to quote in our own errors."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    return words(f"{type(error).__name__}: {error}", 300)
+
+
+def words(text: object, most: int) -> str:
+    """A text of any shape in one line of at most so many characters."""
+    return " ".join(str(text).split())[:most]
 
 
 def exit_code(command: Callable[[], object]) -> int:

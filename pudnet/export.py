@@ -32,8 +32,8 @@ class ReadyClassifier(nn.Module):
         super().__init__()
         self.body, self.classifier = (copy.deepcopy(part).cpu().float() for part in (body, classifier))
         self.card = card
-        self.register_buffer("mean", torch.tensor(card.mean).view(-1, 1, 1))
-        self.register_buffer("std", torch.tensor(card.std).view(-1, 1, 1))
+        self.register_buffer("mean", torch.tensor(card.mean, dtype=torch.float32).view(-1, 1, 1))
+        self.register_buffer("std", torch.tensor(card.std, dtype=torch.float32).view(-1, 1, 1))
         self.eval()
 
     def plain(self) -> ReadyClassifier:
@@ -66,7 +66,7 @@ def export(body: nn.Module, classifier: nn.Module, card: Card, path: Path) -> No
         raise UserError(f"{path}: first run `pip install {' '.join(missing)}`, or export as .pt2")
     own = ReadyClassifier(body, classifier, card)
     shape = (CHECKED_IMAGES, card.channels, card.image_size, card.image_size)
-    images = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+    images = torch.rand(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
     with replacing(path) as partial, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporters' warnings do not help the user
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,18 +15,21 @@ from pudnet.errors import UserError, is_full
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path to write to. When the block ends without an error, it replaces `path`; else it is removed.
 
-    Missing parent folders are made. Raises `UserError` if the file cannot be written, if possible before the block
-    runs, and `OSError` if the disk is full.
+    If `path` is a link, the file that it leads to is replaced. Missing parent folders are made. Raises `UserError` if
+    the file cannot be written, if possible before the block runs, and `OSError` if the disk is full.
     """
     if not path.name or path.is_dir():
         raise UserError(f"{path}: cannot be written (it is a folder)")
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: cannot be written (it is a device or a pipe); give the name of a file")
+    final = Path(os.path.realpath(path))
+    partial = final.with_name(f".{final.name}.{os.getpid()}-{threading.get_ident()}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        final.parent.mkdir(parents=True, exist_ok=True)
         partial.touch()
         yield partial
         to_disk(partial)
-        partial.replace(path)
+        partial.replace(final)
     except OSError as error:
         if is_full(error):
             raise OSError(error.errno, os.strerror(error.errno), str(path)) from None

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from pudnet.augmentation import AUGMENTATIONS
 from pudnet.card import Card
 from pudnet.classifier import fit
+from pudnet.data.folders import one_form
 from pudnet.data.rows import CALIBRATION_IMAGES, first_rows, spread_rows
 from pudnet.data.user_images import Images, ImageSet, Label, Pixels, images_at_a_time, labelled_set, noting
 from pudnet.device import clock, wants_bf16
-from pudnet.errors import UserError
+from pudnet.errors import RunFailed, UserError
 from pudnet.network import PredictedNetwork, features_in_parts
 from pudnet.scratch import ScratchConfig, train, with_head
 from pudnet.targets import calibrate, draw_convolutions
@@ -57,6 +58,7 @@ class Parts:
     test_columns: Tensor
 
 
+@torch.inference_mode(False)  # training needs gradients, which a caller's inference mode would not record
 def finetune(
     network: PredictedNetwork,
     images: Images | ImageSet,
@@ -82,6 +84,7 @@ def finetune(
     Raises:
         UserError: if images cannot be used, a label is unknown to the network, a class has no images or too few to
             hold any out, `epochs`, `held_out` or `learning_rate` is out of range, or `augment` is unknown.
+        RunFailed: if the loss of the predicted network does not stay finite.
     """
     config = _config(epochs, held_out, learning_rate, augment)
     network, seen = copy.deepcopy(network).float(), {}
@@ -101,6 +104,8 @@ def finetune(
                 found[name], points = _train(start, name, parts, config, progress)
                 curve += points
     tuned = found["predicted"]
+    if not all(bool(tensor.isfinite().all()) for tensor in tuned.state_dict().values()):
+        raise RunFailed("fine-tuning: the loss did not stay finite; lower the learning rate")
     trained_on = {seen[row] for row in kept.tolist()}
     looked_at = tuple(sorted(trained_on | {*network.card.looked_at}))
     tuned.card = dataclasses.replace(tuned.card, looked_at=looked_at, labelled=tuple(sorted(trained_on | used)))
@@ -128,13 +133,14 @@ def _all_images(
     `seen` collects the checksum of each image by its row.
     """
     own, encoded, names = labelled_set(images, labels, network.card)
-    column = {str(name): position for position, name in enumerate(network.classes)}  # a folder's labels are strings
-    if unknown := [name for name in names if str(name) not in column]:
+    # A folder's labels are strings, in one Unicode form.
+    column = {one_form(name): position for position, name in enumerate(network.classes)}
+    if unknown := [name for name in names if one_form(name) not in column]:
         known = ", ".join(map(str, network.classes))
         raise UserError(f"labels: the network does not know {unknown[0]!r}; it knows {known}")
-    if absent := set(column) - set(map(str, names)):
+    if absent := set(column) - set(map(one_form, names)):
         raise UserError(f"labels: no images of class {min(absent)!r}, which the network knows")
-    columns = torch.tensor([column[str(name)] for name in names])[encoded]
+    columns = torch.tensor([column[one_form(name)] for name in names])[encoded]
     return network.normalize(noting(own, seen)), columns.to(network.mean.device)
 
 
@@ -210,7 +216,9 @@ def _train(
     curve = train_on(
         model, name, parts, config, lambda point: progress.update(task, completed=point.epoch, accuracy=point.accuracy)
     )
-    provenance = {**start.card.provenance, "finetuned_epochs": config.epochs, "finetuned_on": len(parts.images)}
+    before = start.card.provenance
+    epochs = before.get("finetuned_epochs", 0) + config.epochs  # it may have been fine-tuned before
+    provenance = {**before, "finetuned_epochs": epochs, "finetuned_on": len(parts.images)}
     card = dataclasses.replace(start.card, provenance=provenance)
     return PredictedNetwork(model.body.requires_grad_(False), model.head.requires_grad_(False), card), curve
 

@@ -34,7 +34,7 @@ class PredictedNetwork(nn.Module):
         super().__init__()
         self.body, self.classifier, self.card = body, classifier, card
         device = next(classifier.parameters()).device
-        mean, std = (torch.tensor(values, device=device) for values in (card.mean, card.std))
+        mean, std = (torch.tensor(values, dtype=torch.float32, device=device) for values in (card.mean, card.std))
         self.register_buffer("mean", mean, persistent=False)
         self.register_buffer("std", std, persistent=False)
         self.eval().requires_grad_(False)
@@ -105,9 +105,9 @@ class PredictedNetwork(nn.Module):
         tensors, card = read_tensors(local_file(path))
         if card.kind != "network":
             raise UserError(f"{path}: holds a {card.kind}, not a predicted network (`pudnet predict` makes one)")
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):  # whatever the caller's default is
             built = card_target(card, target)
-        classifier = unfilled(card, built.features)
+            classifier = unfilled(card, built.features).float()
         own = {name: tensors.pop(name) for name in classifier.state_dict() if name in tensors}
         return cls(loaded(built.network, tensors, path), loaded(classifier, own, path), card)
 

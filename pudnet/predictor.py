@@ -23,7 +23,7 @@ from pudnet.data.images import normalize
 from pudnet.data.rows import CALIBRATION_IMAGES, first_rows, spread_rows
 from pudnet.data.user_images import Images, ImageSet, Pixels, images_at_a_time, labelled_set, noting
 from pudnet.device import wants_bf16
-from pudnet.errors import UserError
+from pudnet.errors import UserError, words
 from pudnet.hypernet import PudNet
 from pudnet.locations import local_file
 from pudnet.network import PredictedNetwork
@@ -84,8 +84,8 @@ class Predictor:
     `predict` does everything. Evaluation and timing call its steps one by one, on normalised images. Each step
     needs only some of a group's images:
 
-    - The sketch averages over `sketch_images` images, spread evenly over the classes. None: as many as the card says;
-      the shipped models look at up to 1,000, others at the model's `sketch_images`.
+    - The sketch averages over `sketch_images` images, spread evenly over the classes. In the constructor, None stands
+      for as many as the card says (the shipped models: up to 1,000; others: the model's `sketch_images`).
     - BatchNorm's statistics come from `calibration_images` images, spread likewise. None means:
       - the sketch's images, for a class-aware model (labels enter its sketch);
       - else the support set, if it has more than 50 images and fits in one batch;
@@ -124,7 +124,7 @@ class Predictor:
         if self.device.type == "cpu":
             keep_freed_memory()
             accelerate(self.calibrate.empty)
-        self.mean, self.std = (torch.tensor(v, device=self.device) for v in (card.mean, card.std))
+        self.mean, self.std = (torch.tensor(v, dtype=torch.float32, device=self.device) for v in (card.mean, card.std))
 
     @property
     def calibration_images(self) -> int:
@@ -173,11 +173,12 @@ class Predictor:
         cls, card: Card, target: str | nn.Module | None = None, device: str | torch.device = "cpu"
     ) -> Predictor:
         """Build the untrained model that a card describes. Raises `UserError` if the card describes no model."""
-        model, built = build_model(card, target)
+        with torch.device("cpu"):  # whatever the caller's default is
+            model, built = build_model(card, target)
         try:
             model.to(device)
         except (RuntimeError, AssertionError) as error:
-            raise UserError(f"device: {device} cannot be used ({' '.join(str(error).split())[:100]})") from None
+            raise UserError(f"device: {device} cannot be used ({words(error, 100)})") from None
         return cls(model, card, built)
 
     def save(self, path: str | Path) -> None:
@@ -246,7 +247,7 @@ class Predictor:
         noted = Noted(rows, {})
         looked_at = Streamed(noting(own, noted.checksums), rows, self.mean, self.std)
         if len(rows) <= images_at_a_time(self.card.image_size):
-            looked_at = looked_at[torch.arange(len(rows))]  # few enough for memory: read each once
+            looked_at = looked_at[torch.arange(len(rows), device="cpu")]  # few enough for memory: read each once
         return (looked_at, encoded[rows].to(self.device), classes), noted
 
     def rows(self, labels: Tensor) -> Tensor:
@@ -418,4 +419,4 @@ def build_model(card: Card, target: str | nn.Module | None = None) -> tuple[PudN
     built = card_target(card, target)
     if card.kind == "static_trunk":
         return StaticTrunk(built), built
-    return PudNet(parse(ModelConfig, card.model or {}, "model"), built), built
+    return PudNet(parse(ModelConfig, card.model or {}, "model"), built).float(), built

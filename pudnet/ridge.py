@@ -40,7 +40,7 @@ def left_out(x: Tensor, y: Tensor, ridge: Tensor | float, leverage: Tensor | flo
 
 def _solve(gram: Tensor, ridge: Tensor | float, right: Tensor) -> Tensor:
     """(gram + ridge I)^-1 right, for systems `gram` (..., n, n) and right sides (..., n, k)."""
-    added = ridge * torch.eye(gram.shape[-1], device=gram.device)
+    added = ridge * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     factor, failed = torch.linalg.cholesky_ex(gram + added)
     factor = factor.masked_fill(failed.bool()[..., None, None], math.nan)  # the trainer recovers from NaN losses
     return torch.cholesky_solve(right, factor)

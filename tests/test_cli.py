@@ -141,10 +141,29 @@ def test_folders_that_are_no_class_are_said_and_names_stay_readable(photos, weig
     new = write_digits(tmp_path / "new", (0, 7, 9), 2)
     assert main(["classify", "--weights", str(weights), "--data", str(new)]) == 0
     assert "of 2 labelled; 4 are in folders that are none of its classes (7, 9)" in capsys.readouterr().out
+    assert main(["classify", "--weights", str(weights), "--data", str(new), "--out", str(tmp_path / "c.csv")]) == 0
+    labels = [row["label"] for row in csv.DictReader((tmp_path / "c.csv").open())]
+    assert labels == ["0", "0", "7", "7", "9", "9"]
+    capsys.readouterr()
     (new / "7").rename(new / "\u0446\u0438\u0444\u0440\u0430")
     assert main(["predict", "--data", str(new), "--out", str(tmp_path / "w.safetensors")]) == 0
     assert main(["info", str(tmp_path / "w.safetensors")]) == 0
     assert "- \u0446\u0438\u0444\u0440\u0430\n" in capsys.readouterr().out
+
+
+def test_names_in_two_unicode_forms_are_one_class(tmp_path, capsys):
+    """Folders that come from a Mac, and labels from Python, which stay as they are."""
+    one, other = "caf\u00e9", "the\u0301"  # the second in the form of a Mac
+    new = write_digits(tmp_path / "new", (0, 1), 20)
+    for folder, name in (("0", one), ("1", other)):
+        (new / folder).rename(new / name)
+    images = [Image.open(file) for name in (one, other) for file in sorted((new / name).iterdir())]
+    network = Predictor.load("cifar100-convnet3").predict(images[:5] + images[20:25], [one] * 5 + [other] * 5)
+    network.save(tmp_path / "w.safetensors")
+    command = ["--weights", str(tmp_path / "w.safetensors"), "--data", str(new)]
+    assert main(["classify", *command]) == 0
+    assert "of 40 labelled" in capsys.readouterr().out
+    assert main(["finetune", *command, "--out", str(tmp_path / "o.safetensors"), "--epochs", "1"]) == 0
 
 
 def test_files_of_a_type_that_is_not_read_are_said(weights, tmp_path, capsys):
@@ -226,6 +245,7 @@ CLASSIFY = "classify --weights {weights} --data {data}"
         ("classify --weights {tmp}/later.safetensors --data {data}", "written in format 99, this version reads"),
         (CLASSIFY + " --target resnet18", "target: this file is for convnet3, not for resnet18"),
         (CLASSIFY + " --out {tmp}/text.safetensors/o", "text.safetensors/o: cannot be written"),
+        ("classify --weights {weights} --data {weights}", "w.safetensors: is a file, not a folder"),
         ("finetune --weights {weights} --data {tmp}/one --out {tmp}/o", "two classes"),
         ("finetune --weights {weights} --data {data} --out {tmp}/o --epochs 0", "epochs: must be an integer"),
         ("finetune --weights {weights} --data {data} --out {tmp}/o --held-out 0.99", "too few to hold"),

@@ -8,7 +8,7 @@ from sklearn.datasets import load_digits
 
 from pudnet import Predictor
 from pudnet.data.user_images import checksums
-from pudnet.errors import UserError
+from pudnet.errors import RunFailed, UserError
 from pudnet.finetune import _random, finetune
 from pudnet.scratch import ScratchConfig, train
 
@@ -125,6 +125,7 @@ def test_what_a_first_finetuning_trained_on_a_second_does_not_hold_out(drawn, pr
     first = finetune(predictor.predict(images, labels), images, labels, epochs=1, held_out=0.4)
     second = finetune(first.network, images, labels, epochs=1, held_out=0.2, seed=1)
     assert set(held_out_of(second, images)) < set(held_out_of(first, images)) and second.held_out == 14
+    assert second.network.card.provenance["finetuned_epochs"] == 2
     with pytest.raises(UserError, match="21 of which the network was predicted from or trained on"):
         finetune(first.network, images, labels, epochs=1, held_out=0.5)
 
@@ -180,6 +181,19 @@ def test_same_seed_gives_the_same_weights(predictor, digits):
     network = predictor.predict(images[:80], labels[:80])
     first, second = (finetune(network, images[:80], labels[:80], epochs=1).network.state_dict() for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_loss_that_does_not_stay_finite_ends_it(predictor, digits):
+    images, labels = (part[:80] for part in digits)
+    with pytest.raises(RunFailed, match="fine-tuning: the loss did not stay finite; lower the learning rate"):
+        finetune(predictor.predict(images, labels), images, labels, epochs=1, learning_rate=1e30)
+
+
+def test_inference_mode_does_not_matter(predictor, digits):
+    images, labels = (part[:80] for part in digits)
+    with torch.inference_mode():
+        network = predictor.predict(images, labels)
+        assert finetune(network, torch.from_numpy(images), labels, epochs=1).curve[-1].accuracy > 25
 
 
 @pytest.mark.parametrize(

@@ -226,6 +226,7 @@ class Shade(Enum):
         ([1, "a", 1], (1, "a")),
         ([np.int64(2), np.int64(1), np.int64(2)], (1, 2)),
         ([torch.tensor(2), torch.tensor(1), torch.tensor(2)], (1, 2)),
+        ([np.array(2), np.array(1), np.array(2)], (1, 2)),
         ([Shade.LIGHT, Shade.DARK, Shade.LIGHT], ("Shade.DARK", "Shade.LIGHT")),
         ([("x", 1), ("a", 2), ("x", 1)], ("('a', 2)", "('x', 1)")),
         ([b"b", b"a", b"b"], ("a", "b")),
@@ -287,6 +288,18 @@ def test_floats_of_any_kind_and_read_only_arrays_will_do(dtype):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert close(pixels(floats), images, 0.2) and close(pixels([floats[0]]), images, 0.2)
+
+
+@pytest.mark.parametrize("dtype", ["<u2", ">u2"])
+def test_sixteen_bits_of_either_byte_order_will_do(dtype):
+    images = picture(16, 16, 3)[None]
+    assert close(pixels(images.astype(dtype) * 257), images, 0.6)
+
+
+def test_floats_may_be_a_rounding_error_outside_of_0_to_1():
+    """As `torchvision`'s antialiased resizing makes white a little more than 1."""
+    white = torch.full((1, 3, 20, 20), 1.0000002)
+    assert (pixels(white) == 255).all()
 
 
 @pytest.mark.parametrize("image", [np.zeros((32, 32, 3), np.uint8), torch.zeros(3, 32, 32)])

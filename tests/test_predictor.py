@@ -1,6 +1,8 @@
 """The public surface: predict a network for labelled images, use it, save and load it, refuse what is unfit."""
 
 import json
+import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -440,6 +442,42 @@ def test_files_are_loaded_in_inference_mode_too(predictor, network, tmp_path):
         again = Predictor.load(tmp_path / "model.safetensors").predict(IMAGES, LABELS)
         read = PredictedNetwork.load(tmp_path / "network.safetensors")
         assert again.classify(QUERIES) == read.classify(QUERIES) == network.classify(QUERIES)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_callers_default_dtype_changes_nothing(dtype, predictor, network, tmp_path):
+    plus = Predictor.untrained("convnet3", 3, 16, variant="pudnet_plus")
+    plus.save(tmp_path / "model.safetensors")
+    expected = plus.predict(IMAGES, LABELS)
+    expected.save(tmp_path / "network.safetensors")
+    network.save(tmp_path / "centroids.safetensors")
+    torch.set_default_dtype(dtype)
+    try:
+        made = [plus, Predictor.load(tmp_path / "model.safetensors")]
+        found = [made.predict(IMAGES, LABELS) for made in made]
+        found.append(PredictedNetwork.load(tmp_path / "network.safetensors"))
+        assert all(torch.equal(own(QUERIES), expected(QUERIES)) for own in found)
+        assert torch.equal(PredictedNetwork.load(tmp_path / "centroids.safetensors")(QUERIES), network(QUERIES))
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_several_threads_may_write_one_file(network, tmp_path):
+    path = tmp_path / "network.safetensors"
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: network.save(path), range(20)))
+    assert PredictedNetwork.load(path).classify(QUERIES) == network.classify(QUERIES)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_link_stays_a_link_and_a_pipe_a_pipe(network, tmp_path):
+    (tmp_path / "link.safetensors").symlink_to("real.safetensors")
+    network.save(tmp_path / "link.safetensors")
+    assert (tmp_path / "link.safetensors").is_symlink() and (tmp_path / "real.safetensors").stat().st_size > 0
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="pipe: cannot be written .it is a device or a pipe"):
+        network.save(tmp_path / "pipe")
+    assert (tmp_path / "pipe").is_fifo()
 
 
 def test_a_networks_parts_give_gradients(predictor):

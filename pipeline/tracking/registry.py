@@ -22,7 +22,7 @@ from PIL import Image
 from pipeline.tracking.runs import Tracking, follow_move, quiet, tracking_uri
 from pudnet.card import Card, read_tensors
 from pudnet.config import ModelConfig, passed
-from pudnet.errors import UserError
+from pudnet.errors import UserError, words
 
 SERVING = Path(__file__).with_name("serving.py")
 CODE = [str(Path(__file__).resolve().parents[2] / "pudnet")]
@@ -160,7 +160,7 @@ def download(uri: str) -> Path:
         with quiet():
             found = Path(download_artifacts(artifact_uri=uri))
     except (MlflowException, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = words(error, 200)
         raise UserError(f"{uri}: cannot be downloaded from {tracking_uri()} ({reason})") from None
     files = [found] if found.is_file() else sorted(found.rglob("*.safetensors"))
     if len(files) != 1:

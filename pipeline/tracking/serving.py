@@ -20,7 +20,7 @@ from PIL import Image
 
 from pudnet import Predictor
 from pudnet.data.user_images import is_missing, plain_labels
-from pudnet.errors import UserError
+from pudnet.errors import UserError, words
 
 KINDS = ((bool, "truth value"), (int | float, "number"), (str, "string"))
 EXACT = 2**53  # pandas turns integers beside a null into floats, which from here on are not exact
@@ -90,7 +90,7 @@ def _decoded(content: bytes, row: int) -> Image.Image:
         image = Image.open(io.BytesIO(content))
         image.load()
     except Exception as error:  # Pillow's decoders raise nearly every type for a damaged file
-        raise UserError(f"row {row}: 'image' is no image file ({' '.join(str(error).split())[:100]})") from None
+        raise UserError(f"row {row}: 'image' is no image file ({words(error, 100)})") from None
     return image
 
 

@@ -187,7 +187,7 @@ def _side_by_side(paths: Sequence[Path], image_size: int, channels: int) -> list
 
     with ThreadPoolExecutor() as pool:  # Pillow decodes outside Python's lock
         images = list(pool.map(read, paths))
-    if None in map(type, images):
+    if any(image is None for image in images):
         gc.collect()
     return images
 

@@ -70,8 +70,13 @@ class Found:
 
 
 def class_name(folder: Path) -> str:
-    """A folder's name, in the one Unicode form (NFC) that is used here: folders that come from a Mac have another."""
-    return unicodedata.normalize("NFC", folder.name)
+    """A folder's name, in the one Unicode form (`one_form`) that is used here."""
+    return one_form(folder.name)
+
+
+def one_form(name: object) -> str:
+    """A class's name in Unicode's form NFC: folders that come from a Mac have another."""
+    return unicodedata.normalize("NFC", str(name))
 
 
 def look_in(folder: Path) -> Found:
@@ -89,7 +94,7 @@ def look_in(folder: Path) -> Found:
 
 def _look_in(folder: Path) -> Found:
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder")
+        raise UserError(f"{folder}: {'is a file, not a folder' if folder.exists() else 'no such folder'}")
     starts = (folder.absolute(), folder.resolve())
     walk = _Walk({_identity(above) for start in starts for above in (start, *start.parents)})
     children = _children(folder)

@@ -19,7 +19,7 @@ from pudnet.data.datasets import is_dataset
 from pudnet.data.decode import convert, read_images
 from pudnet.data.folders import look_in
 from pudnet.data.user_images import labelled_set
-from pudnet.errors import UserError, one_line
+from pudnet.errors import UserError, one_line, words
 
 BATCH = 256
 # The official numbers of training and test images of each torchvision set that can be used.
@@ -202,7 +202,7 @@ def _how_to_get(dataset_class: type, raw: Path, error: Exception) -> str:
     lacking = [file for file, checksum in files if not check_integrity(folder / file, checksum)]
     damaged = [str(folder / file) for file in lacking if (folder / file).exists()]
     reason = f"{' and '.join(damaged)} failed the checksum, and " if damaged else ""
-    cause = " ".join(str(error).split())[:200]
+    cause = words(error, 200)
     return (
         f"{reason}torchvision:{name} could not be downloaded ({cause}); put "
         f"{', '.join(lacking) or 'its files'} into {folder}/, or use your own images "

@@ -24,6 +24,7 @@ from pudnet.data.folders import by_type, look_in
 from pudnet.errors import UserError, one_line
 
 AT_A_TIME = 500  # images of 32 px in one batch; of larger images fewer
+ROUNDING = 1e-3  # floats may lie so far outside of 0..1: resizing rounds white to a little more than 1
 CHANNELS = (1, 2, 3, 4)  # grey, grey and alpha, RGB, RGB and alpha
 
 Label = bool | int | float | str  # what a file can store; other labels are converted by `str`
@@ -189,20 +190,25 @@ def _check_array(images: Pixels, form: Form) -> None:
 
     To a model of grey images, floats (3, H, W) are three of them, to another they look like one in colour.
     """
-    if not _is_float(images) and str(images.dtype).removeprefix("torch.") not in ("uint8", "uint16"):
-        raise UserError(f"images: must be uint8 (N, H, W, C) or float (N, C, H, W), got {images.dtype}")
+    if not _is_float(images) and _integers(images) not in ("uint8", "uint16"):
+        raise UserError(f"images: must be uint8 or uint16 (N, H, W, C), or float (N, C, H, W), got {images.dtype}")
     several = _is_float(images) and form.channels == 1
     if images.ndim == 3 and not several and images.shape[0 if _is_float(images) else 2] in (3, 4):
         raise UserError(f"images: shape {tuple(images.shape)} looks like one image; give (N, ...), as `image[None]`")
     if _channel_axis(images) is None or 0 in images.shape:
         raise UserError(
-            f"images: must be uint8 (N, H, W, C) or float (N, C, H, W) with 1 to 4 channels, "
+            f"images: must be uint8 or uint16 (N, H, W, C), or float (N, C, H, W), with 1 to 4 channels, "
             f"got shape {tuple(images.shape)}"
         )
     for first in range(0, len(images) if _is_float(images) else 0, AT_A_TIME):
         part = images[first : first + AT_A_TIME]
-        if not bool(((part >= 0) & (part <= 1)).all()):
+        if not bool(((part >= -ROUNDING) & (part <= 1 + ROUNDING)).all()):
             raise UserError("images: floats must lie in 0..1, these hold other values (or NaN)")
+
+
+def _integers(images: Pixels) -> str:
+    """The name of an array's dtype, whatever its byte order."""
+    return str(images.dtype).removeprefix("torch.") if isinstance(images, Tensor) else images.dtype.name
 
 
 def _is_float(images: Pixels) -> bool:
@@ -231,11 +237,11 @@ def _pixels(images: Pixels, form: Form) -> Tensor:
     """Convert an array of images, checked by `_check_array`, to (n, S, S, C) of 0..255."""
     axis = _channel_axis(images)
     if isinstance(images, np.ndarray):  # of any byte order, read-only or not
-        narrowed = eight_bits(images) if images.dtype == np.uint16 else images
+        narrowed = eight_bits(images) if _integers(images) == "uint16" else images
         images = torch.from_numpy(narrowed.astype(np.float32 if _is_float(narrowed) else np.uint8))
     pixels = images.unsqueeze(3) if images.ndim == 3 else images.movedim(axis, 3)
     if pixels.is_floating_point():
-        pixels = pixels.float() * 255
+        pixels = pixels.float().clamp(0, 1) * 255
     if tuple(pixels.shape[1:]) == (form.image_size, form.image_size, form.channels):
         return pixels
     rounded = pixels.round().to(torch.uint8).cpu().numpy()
@@ -349,7 +355,7 @@ def plain_labels(labels: Sequence | Pixels) -> list:
 def _plain_label(label: Any) -> Any:
     if isinstance(label, np.datetime64 | np.timedelta64):
         return None if np.isnat(label) else str(label)
-    if isinstance(label, np.generic | Tensor):
+    if isinstance(label, np.generic | np.ndarray | Tensor):
         return label.tolist()  # of a vector, a list, which is refused
     if hasattr(label, "as_py"):  # a pyarrow scalar
         return label.as_py()

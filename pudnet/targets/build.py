@@ -89,9 +89,10 @@ def build_target(target: str | nn.Module, channels: int, image_size: int) -> Tar
     name = target_name(target)
     if image_size < SMALLEST_IMAGE:
         raise UserError(f"target {name}: images of {image_size} px are too small, it needs {SMALLEST_IMAGE}")
-    network = _made(target, name, channels)
+    network = _made(target, name, channels).float()  # whatever the caller's default dtype is
     refuse_unfit_layers(network, name)
-    images = torch.randn(2, channels, image_size, image_size, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(2, channels, image_size, image_size, generator=generator, dtype=torch.float32)
     convs, features = forward_order(network.eval(), name, images)
     images = images.contiguous(memory_format=torch.channels_last)  # as in training
     if wants_contiguous_maps(network, images):
@@ -99,7 +100,7 @@ def build_target(target: str | nn.Module, channels: int, image_size: int) -> Tar
     refuse_what_only_training_does(network.train(), name, images)
     refuse_what_cannot_be_trained(network, name, torch.cat([images, images[:1]]))  # 3 images: another batch size
     if name not in TARGETS:
-        refuse_what_a_file_loses(network, _made(target, name, channels), name, images)
+        refuse_what_a_file_loses(network, _made(target, name, channels).float(), name, images)
     draw_convolutions(network)
     return Target(network, convs, channels, image_size, features)
 
