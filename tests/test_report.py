@@ -194,6 +194,17 @@ def test_the_papers_figures_stand_beside(page):
     assert "Adam, 30 epochs" in page and "99.97 ± 0.02" in page
 
 
+def test_of_one_test_group_there_is_no_interval(tmp_path):
+    folder = build_results(tmp_path / "results")
+    compared = json.loads((folder / "baselines.json").read_text())
+    for name, numbers in compared["methods"].items():
+        if name.startswith("scratch"):
+            numbers |= {"ci95": None, "difference_ci95": None, "test_groups": 1}
+    (folder / "baselines.json").write_text(json.dumps(compared))
+    write_report(run_of(), folder)
+    assert (folder / "plots" / "race.png").stat().st_size > 0
+
+
 def test_the_answer_has_each_method_that_was_run(results):
     found = {row.method: row for row in answer_rows(read_results(results))}
     assert list(found) == ["pudnet_plus", "pudnet", "protonet", "scratch_adam_5", "random_weights"]

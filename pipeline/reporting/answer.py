@@ -43,8 +43,9 @@ def labels_note(results: Results, support_per_class: int) -> str:
     if PLUS not in results.baselines:
         return ""
     images = VARIANTS[PLUS]["sketch_images"]
-    others = f"the other predictions those of {support_per_class} of each class"
-    return f"PudNet+ uses the labels of up to {images} images of a group, {others}."
+    others = f"{support_per_class} of each class"
+    own = f"PudNet+ uses the labels of up to {images} images of a group, or of {others} if that is more."
+    return f"{own} The other predictions use {others}."
 
 
 def _row(results: Results, method: str) -> Row:

@@ -200,7 +200,8 @@ def race(results: Results) -> Race | None:
     pairs = frame.loc[frame["method"] == first, ["split_seed", "group"]]
     own, plus = (frame[frame["method"] == method].merge(pairs) for method in ("pudnet", PLUS))
     raced_plus = None if plus.empty else (*interval(plus), results.adaptation[PLUS])
-    curves = {name: pd.DataFrame(rows) for name, rows in points.items()}
+    # The interval of one test group is null.
+    curves = {name: pd.DataFrame(rows).astype({"ci95": float}) for name, rows in points.items()}
     return Race(len(pairs), *interval(own), results.adaptation["pudnet"], raced_plus, curves)
 
 
