@@ -25,12 +25,12 @@ from pudnet.errors import UserError
 
 def baselines(params: Params, fresh: bool = False) -> None:
     """Tune, train, measure and time every method; write the tables, and log one run for each method."""
-    params = params.for_baselines(images_of_a_class(params))
+    trained = params.for_baselines(images_of_a_class(params))
     methods, tracking = _possible(params), open_tracking(params, "baselines")
     pudnet = read_result(RESULTS / "pudnet.csv", pd.read_csv, "evaluate")
     with cluster.session():
-        tuning, choices = tune(params, [m for m in methods if m not in CONTROLS], tracking, fresh)
-        curves = train_baselines(params, methods, choices, fresh)
+        tuning, choices = tune(trained, [m for m in methods if m not in CONTROLS], tracking, fresh)
+        curves = train_baselines(trained, methods, choices, fresh)
         measured, keys = measure_all(params, methods, choices, fresh)
         times = time_all(params, methods, choices)
     compared = {name: compare(rows, pudnet) for name, rows in measured.groupby("method", sort=False)}

@@ -175,6 +175,11 @@ class Params:
         others = ("train_classes", "test_classes", "looks", "test_looks")
         return GroupSizes(**{key: value for key, value in asdict(self.groups).items() if key not in others})
 
+    @property
+    def trained_test_groups(self) -> int:
+        """On how many test groups of a split the bench trains from scratch."""
+        return min(self.baselines.scratch_groups, self.baselines.test_groups or self.groups.test_groups)
+
     def grid(self) -> list[dict[str, Any]]:
         """Every combination of the search space, as changes to `model` and `train`."""
         fixed = VARIANTS[self.variant]  # keys that the variant sets are not searched
@@ -203,19 +208,28 @@ class Params:
     def for_baselines(self, images: int) -> Params:
         """Params by which baselines are trained like the variant, with as many labels of each class as it uses.
 
-        `images`: how many images of each class a group has.
+        `images`: how many images of each class a training group has.
         """
         model, train = apply_variant(self.variant, self.model, self.train)
         labelled = model.labelled(self.groups.classes_per_group, images) if model.class_filters else 0
         return replace(self, train=replace(train, support_per_class=max(train.support_per_class, labelled)))
 
+    def labels(self, classes: int) -> int:
+        """How many images of each of a test group's classes the variant uses with their labels, and all methods get."""
+        model, train = apply_variant(self.variant, self.model, self.train)
+        spread = math.ceil(model.sketch_images / classes) if model.class_filters else 0
+        return max(train.support_per_class, spread)
+
     def baseline_grid(self, method: str) -> list[dict[str, Any]]:
         """Every combination of a baseline's space; one cell without changes, if it has no space."""
         return combinations(self.baselines.space.get(method, {}))
 
-    def baseline(self, method: str, changes: Mapping[str, Any]) -> tuple[Any, TrainConfig]:
-        """A baseline's own and training configurations, with a grid cell's changes applied."""
-        where = f"baselines.space.{method}"
+    def baseline(self, method: str, changes: Mapping[str, Any], where: str | None = None) -> tuple[Any, TrainConfig]:
+        """A baseline's own and training configurations, with a grid cell's changes applied.
+
+        `where` they are from, for errors; None: from `baselines.space`.
+        """
+        where = where or f"baselines.space.{method}"
         own, train = (changed(base, changes, where) for base in (config_type(method)(), self.train))
         model, _ = apply_variant(self.variant, self.model, self.train)
         return own, self.pretrained(train, model)

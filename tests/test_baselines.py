@@ -2,11 +2,19 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 
+from pipeline.groups import groups as make_groups
+from pipeline.params import resolve
+from pipeline.prepare import prepare
+from pipeline.project import split_model
+from pipeline.runs.class_split import open_bench
+from pipeline.runs.measuring import open_method
 from pudnet.augmentation import augmented
 from pudnet.baselines import LEARNED, SCRATCH, Adapter, Scratch, ScratchConfig, load_method, make_method
 from pudnet.baselines.meta_deepbdc import BDCNetwork, MetaDeepBDCConfig, bdc
@@ -26,6 +34,9 @@ from pudnet.scratch import rise_and_fall, scratch_network, train
 from pudnet.targets import build_target
 from pudnet.training import Trainer, arranged
 from tests.nets import Depthwise
+from tests.smallest import shrink
+
+ROOT = Path(__file__).parent.parent
 
 CPU = torch.device("cpu")
 TRAINED = ["pudnet", "static_trunk", *LEARNED]
@@ -495,3 +506,28 @@ def test_held_out_correlation_finds_what_is_shared_and_nothing_where_nothing_is(
     assert abs(np.mean(chance)) < 0.1
     with pytest.raises(UserError, match="too few"):
         held_out_correlation(x[:20], y[:20], 5)
+
+
+def test_the_bench_gives_as_many_labels_as_pudnet_plus_also_if_test_groups_have_other_classes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text())
+    shrink(tmp_path / "params.yaml")
+    raw = yaml.safe_load((tmp_path / "params.yaml").read_text())
+    raw["groups"]["test_classes_per_group"] = 4
+    params = resolve({**raw, "variant": "pudnet_plus"})
+    prepare(params)
+    make_groups(params)
+    bench = open_bench(params, 0)
+    assert (params.groups.classes_per_group, bench.test_classes) == (2, 4)
+    plus = Predictor.untrained("convnet3", 1, 8, variant="pudnet_plus")
+    plus.save(split_model("pudnet", 0))
+    target = build_target("convnet3", 1, 8)
+    for kind, model in (("r2d2", make_method("r2d2", {}, target)[0]), ("static_trunk", StaticTrunk(target))):
+        card = replace(plus.card, kind=kind, model={} if kind == "r2d2" else None, support_per_class=43)
+        write_tensors(split_model(kind, 0), model.state_dict(), card)
+    group = bench.tables["test"][0, FROM]
+    used = plus.adapt(*adapt_input(plus, bench.images, group), tuple(range(4))).card.labels_per_class
+    assert used == 23  # of 90 images
+    assert open_method(bench, params, "r2d2").predictor.support_per_class == used
+    assert open_method(bench, params, "static_trunk").support_per_class == used
+    assert open_method(bench, params, "random_weights").support_per_class == used

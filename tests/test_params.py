@@ -295,6 +295,11 @@ def test_baselines_are_trained_as_the_variant_is_and_given_as_many_labels(raw):
         assert train == replace(params.configured({})[1], support_per_class=support)
 
 
+def test_every_method_is_given_as_many_labels_of_a_test_group_as_the_variant(raw):
+    for variant, classes, labels in (("pudnet", 5, 10), ("pudnet_plus", 5, 18), ("pudnet_plus", 20, 10)):
+        assert resolve({**raw, "variant": variant}).labels(classes) == labels
+
+
 def test_a_gpu_is_for_those_who_were_given_some_of_it(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     assert [pick_device(gpus).type for gpus in (1, 0.5, 0)] == ["cuda", "cuda", "cpu"]

@@ -55,6 +55,11 @@ class Bench:
             }
         )
 
+    @property
+    def test_classes(self) -> int:
+        """The number of classes of a test group."""
+        return len(self.images.block_classes(self.tables["test"][0, FROM]))
+
     def names(self, indices: np.ndarray) -> list[str]:
         """The names of a test group's classes, in the order of its images."""
         return [self.class_names[c] for c in self.images.block_classes(indices)]

@@ -21,6 +21,7 @@ from pipeline.params import Params, ResourcesParams
 from pipeline.runs.keys import CODE
 from pudnet.errors import RunFailed, UserError
 
+PATIENCE = 60  # seconds without news before it is said what is waited for
 AGAIN = 5  # seconds until an interruption is repeated
 LONGEST_FOLDER = 40  # bytes of TMPDIR, since Ray's sockets are below it and their paths may have at most 107
 OBJECT_STORE_BYTES = 200_000_000  # enough, since trials memory-map their arrays
@@ -138,6 +139,28 @@ def is_lost() -> bool:
     return not os.environ.get("RAY_ADDRESS") and not any(node["Alive"] for node in ray.nodes())
 
 
+def first_of(tasks: Sequence[ray.ObjectRef], params: Params) -> ray.ObjectRef:
+    """Wait until one of some tasks has ended, and return it. Prints once if no node has room for them.
+
+    Raises `RunFailed` if this machine's own Ray has died.
+    """
+    said = False
+    while True:
+        ended, _ = ray.wait(list(tasks), timeout=PATIENCE)
+        if ended:
+            return ended[0]
+        check_alive()
+        if not said and not has_room(params, 1):
+            print(f"  no node has room for a measurement; waiting for one with {wanted_in_words(params)}", flush=True)
+            said = True
+
+
+def check_alive() -> None:
+    """Raise `RunFailed` if this machine's own Ray has died."""
+    if is_lost():
+        raise RunFailed("the Ray of this machine is gone (out of memory?); the same command continues")
+
+
 def largest_node(params: Params) -> int:
     """The CPU cores of the largest node that has the GPUs of a trial. Raises `UserError` as `share` does."""
     nodes = _nodes()
@@ -196,6 +219,11 @@ def share(params: Params, workers: int = 1) -> dict[str, float]:
 def in_words(resources: Mapping[str, float]) -> str:
     """A trial's share, as it is printed."""
     return f"{resources['cpu']} CPU(s) and {resources['gpu']:g} GPU(s)"
+
+
+def wanted_in_words(params: Params) -> str:
+    """The share that a trial is to have where there is room for it."""
+    return in_words({"cpu": params.resources.cpus, "gpu": params.resources.gpus})
 
 
 def result(ended: ray.ObjectRef) -> Any:

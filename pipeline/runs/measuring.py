@@ -16,7 +16,7 @@ import pandas as pd
 import ray
 import torch
 
-from pipeline.params import Params
+from pipeline.params import PLUS, Params
 from pipeline.project import root, split_model, write
 from pipeline.runs import cluster
 from pipeline.runs.class_split import Bench, open_bench
@@ -52,7 +52,8 @@ class Job:
             own |= {"sketch_groups": params.baselines.sketch_groups}
         if self.method in SCRATCH:
             own = {"epochs": params.baselines.scratch_epochs, "cells": self.cells, "groups": self.groups}
-        plain = [params.train.support_per_class, params.train.precision, params.evaluate.precision, own]
+        own["labels"] = [params.labels(classes) for classes in (1, params.groups.classes_per_group)]
+        plain = [params.train.precision, params.evaluate.precision, own]
         if self.method not in SCRATCH:
             needs_pudnet = self.method in SKETCHES or self.method == "random_weights"
             plain.append(model_key(split_model("pudnet" if needs_pudnet else self.method, self.seed)))
@@ -98,7 +99,7 @@ def measure_missing(
     with bars() as bar:
         task_bar = bar.add_task("all measurements", total=len(keys), completed=len(tables))
         while running:
-            (ended,), _ = ray.wait(list(running))
+            ended = cluster.first_of(list(running), params)
             one = running.pop(ended)
             tables[one] = cluster.result(ended)
             write(files[one], tables[one].to_parquet(index=False))
@@ -114,7 +115,8 @@ def _done(job: Job, table: pd.DataFrame) -> str:
 
 def time_all(params: Params, methods: Sequence[str], choices: Choices) -> dict[str, float]:
     """Median milliseconds of adapting PudNet and each other method to a group, in turns, with nothing else running."""
-    return cluster.result(task(params, _time)([m for m in methods if m not in SKETCHES], choices))
+    timing = task(params, _time)([m for m in methods if m not in SKETCHES], choices)
+    return cluster.result(cluster.first_of([timing], params))
 
 
 def task(params: Params, function: Callable[..., Any]) -> Callable[..., ray.ObjectRef]:
@@ -127,7 +129,7 @@ def task(params: Params, function: Callable[..., Any]) -> Callable[..., ray.Obje
 def _jobs(params: Params, method: str, seed: int, choices: Choices) -> list[Job]:
     if method not in SCRATCH:
         return [Job(method, seed, ())]
-    count = min(params.baselines.scratch_groups, params.baselines.test_groups or params.groups.test_groups)
+    count = params.trained_test_groups
     parts = [(first, min(first + PART, count)) for first in range(0, count, PART)]
     return [Job(method, seed, tuple(choices[method, seed]), part) for part in parts]
 
@@ -192,16 +194,25 @@ def open_worker(folder: str, params: Params, seed: int, test_groups: int | None)
 
 
 def open_method(bench: Bench, params: Params, method: str) -> Adapts:
-    """Open a method (trained, if it has to be) that needs no training on the group."""
+    """Open a method (trained, if it has to be) that needs no training on the group.
+
+    It is given as many labels of a test group as the variant uses, whose number of classes may not be that of training.
+    """
     if method in LEARNED:
-        return load_method(split_model(method, bench.seed), bench.images.device, bench.target)
-    if method == "random_weights":
-        card = bench.load(split_model("pudnet", bench.seed)).card
-        support = params.train.support_per_class
-        plain = dataclasses.replace(card, kind="static_trunk", model=None, provenance={}, support_per_class=support)
-        torch.manual_seed(bench.seed)
-        return Predictor.from_card(plain, bench.target, bench.images.device)
-    return bench.load(split_model(method, bench.seed))
+        adapter = load_method(split_model(method, bench.seed), bench.images.device, bench.target)
+        adapter.predictor.support_per_class = params.labels(bench.test_classes)
+        return adapter
+    predictor = _random_weights(bench) if method == "random_weights" else bench.load(split_model(method, bench.seed))
+    if method != PLUS:  # which has its own number
+        predictor.support_per_class = params.labels(bench.test_classes)
+    return predictor
+
+
+def _random_weights(bench: Bench) -> Predictor:
+    card = bench.load(split_model("pudnet", bench.seed)).card
+    plain = dataclasses.replace(card, kind="static_trunk", model=None, provenance={})
+    torch.manual_seed(bench.seed)
+    return Predictor.from_card(plain, bench.target, bench.images.device)
 
 
 def open_scratch(bench: Bench, params: Params, method: str, cells: Sequence[Cell]) -> dict[str, Scratch]:

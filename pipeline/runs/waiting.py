@@ -10,9 +10,6 @@ from ray.tune.experiment import Trial
 
 from pipeline.params import Params
 from pipeline.runs import cluster
-from pudnet.errors import RunFailed
-
-PATIENCE = 60  # seconds without a trial at work before it is said
 
 
 class WaitingNotice(Callback):
@@ -27,13 +24,12 @@ class WaitingNotice(Callback):
         self._is_at_work()
 
     def on_step_end(self, trials: list[Trial], **info: Any) -> None:
-        """Print it after `PATIENCE` seconds. Raises `RunFailed` if this machine's own Ray has died."""
+        """Print it after `cluster.PATIENCE` seconds. Raises `RunFailed` if this machine's own Ray has died."""
         workers, share = trials[0].config["workers"], trials[0].config["share"]
         if workers == 1 and any(trial.status == Trial.RUNNING for trial in trials):
             self._is_at_work()
-        elif time.monotonic() - self.at_work > PATIENCE:
-            if cluster.is_lost():
-                raise RunFailed("the Ray of this machine is gone (out of memory?); the same command continues")
+        elif time.monotonic() - self.at_work > cluster.PATIENCE:
+            cluster.check_alive()
             if workers > 1 and cluster.has_room(self.params, workers):  # the process that starts them always runs
                 self._is_at_work()
             elif not self.said:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+import platform
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -89,15 +91,27 @@ def time_cells(params: Params, cells: Mapping[str, StudyCell]) -> dict[str, floa
     A cell has `resources.cpus` threads.
     """
     keys = [[name, cell.key(params, params.evaluate.timing_groups)] for name, cell in cells.items()]
-    items, key = tuple(cells.items()), f"time-{digest([keys, cluster.share(params)], [])}"
+    on = [cluster.share(params), _processor(), torch.__version__]
+    items, key = tuple(cells.items()), f"time-{digest([keys, on], [])}"
     tables = measure_missing(params, _time, {items: key}, lambda *_: "times are measured")
     return dict(zip(tables[items].row, tables[items].milliseconds, strict=True))
+
+
+def _processor() -> str:
+    """The name of this machine's GPU, or else of its CPU, so that no times of another machine are kept."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line for line in lines if line.startswith("model name"))
+    return platform.processor()
 
 
 def diagnose_cells(params: Params, cells: Sequence[StudyCell]) -> list[Diagnosis]:
     """How far each hypernetwork's weights move, and what its sketches say, on the test groups of its split."""
     diagnose = task(params, _diagnose)
-    return [cluster.result(ended) for ended in [diagnose(cell) for cell in cells]]
+    tasks = [diagnose(cell) for cell in cells]
+    return [cluster.result(cluster.first_of([one], params)) for one in tasks]
 
 
 def given_labels(card: Card, images: int, classes: int) -> Card:
@@ -118,8 +132,7 @@ def open_cell(cell: StudyCell, bench: Bench, params: Params) -> Adapts:
         return _scratch(cell.spec, bench, params)
     card = card_of(cell.spec, open_store(Path(cell.spec.store), verify=False))
     if cell.images is not None:
-        classes = len(bench.images.block_classes(bench.tables["test"][0, FROM]))
-        card = given_labels(card, cell.images, classes)
+        card = given_labels(card, cell.images, bench.test_classes)
     torch.manual_seed(cell.spec.split_seed)  # for untrained models
     model, target = untrained(cell.spec, card)
     if cell.checkpoint is not None:
