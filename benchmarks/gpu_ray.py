@@ -20,7 +20,8 @@ from tests.smallest import shrink
 
 ROOT = Path(__file__).resolve().parent.parent
 NEEDED = ("ray", "mlflow", "dvc")
-NOT_COPIED = {".git", ".venv", ".venv-docs", "site", ".pud", "data", "results", "mlartifacts", "mlflow.db", "dvc.lock"}
+MADE = {".git", ".venv", ".venv-docs", "site", ".pud", "data", "results", "mlartifacts", "mlflow.db", "dvc.lock"}
+NOT_COPIED = {ROOT: MADE, ROOT / ".dvc": {"cache", "tmp"}}
 ELSEWHERE = {"RAY_ADDRESS", "MLFLOW_TRACKING_URI", "DVC_ROOT"}  # a run of its own, whatever the shell has set
 
 
@@ -50,7 +51,7 @@ def measure(run: Run, report: Report) -> None:
 
 def copy_project(project: Path) -> Path:
     """The project without what it has made, set to its smallest and to two trials side by side on one card."""
-    shutil.copytree(ROOT, project, ignore=lambda folder, names: NOT_COPIED & set(names) if Path(folder) == ROOT else [])
+    shutil.copytree(ROOT, project, ignore=lambda folder, names: NOT_COPIED.get(Path(folder), set()) & set(names))
     subprocess.run(["git", "init", "--quiet"], cwd=project, check=True)  # DVC wants one
     path = project / "params.yaml"
     shrink(path)

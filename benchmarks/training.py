@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import dataclasses
+import itertools
 import sys
 import time
 from collections.abc import Callable
@@ -56,10 +57,13 @@ def make_trainer(target: str, images: StoreImages, config: TrainConfig, groups: 
 
 
 def step_of(trainer: Trainer) -> Callable[[], None]:
-    """A step as the pipeline makes it: `Trainer`'s own."""
+    """A step as the pipeline makes it: `Trainer`'s own. After the table's end it begins anew."""
+    size = trainer.config.groups_per_step
 
     def step() -> None:
-        trainer._step(trainer.table[trainer.groups : trainer.groups + trainer.config.groups_per_step])
+        if trainer.groups + size > trainer.size:
+            trainer.groups = 0
+        trainer._step(trainer.table[trainer.groups : trainer.groups + size])
 
     return step
 
@@ -73,7 +77,7 @@ def straightforward(target: str, images: StoreImages) -> Callable[[], None]:
     """The same step without any care: one group, fp32, contiguous, torch's own layers and defaults."""
     model, plain = make_model(target)
     model.to(images.device)
-    table, turn = make_groups(LONG_RUN), iter(range(LONG_RUN))
+    table, turn = make_groups(LONG_RUN), itertools.cycle(range(LONG_RUN))
     objective = Objective(TrainConfig(), plain.features, CLASSES).to(images.device)
     parameters = [*model.parameters(), *objective.parameters()]
     optimizer = torch.optim.Adam(parameters, lr=1e-3)

@@ -8,6 +8,7 @@ import fcntl
 import json
 import math
 import os
+import socket
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -67,10 +68,11 @@ def locked(path: Path, wait: bool = False) -> Iterator[None]:
                     f"{where}: files cannot be locked there ({error.strerror}); use another file system"
                 ) from None
             lock.seek(0)
-            name, owner = path.name.partition(".")[0], lock.read().strip()
-            raise Busy(f"{name}: is already running as process {owner}; wait for it or stop it") from None
+            name, (owner, _, host) = path.name.partition(".")[0], lock.read().strip().partition(" ")
+            there = f" on {host}" if host not in ("", socket.gethostname()) else ""
+            raise Busy(f"{name}: is already running as process {owner}{there}; wait for it or stop it") from None
         lock.truncate(0)
-        print(os.getpid(), file=lock, flush=True)
+        print(os.getpid(), socket.gethostname(), file=lock, flush=True)
         yield
 
 

@@ -13,7 +13,7 @@ from pipeline.params import Params
 from pipeline.project import RESULTS, write
 from pipeline.runs import cluster
 from pipeline.runs.executor import Experiment, run_missing
-from pipeline.runs.parents import close_search
+from pipeline.runs.parents import close_search, closed_if_failed
 from pipeline.runs.trial import TrialSpec, make_spec
 from pipeline.runs.trial_folder import Finished
 from pipeline.stage import run_stage
@@ -33,9 +33,10 @@ def search(params: Params, fresh: bool = False) -> None:
         for seed in params.split_seeds:
             specs = [_spec(params, cell, seed) for cell in cells]
             experiment = Experiment(f"search-split{seed}", specs, params.search.asha, keep_going=True)
-            finished = run_missing(experiment, params, tracking, experiment.stage, fresh)
-            if not finished:
-                raise RunFailed(f"search: no trial of split {seed} ended well; change search.space or train")
+            with closed_if_failed(tracking, experiment, experiment.stage):
+                finished = run_missing(experiment, params, tracking, experiment.stage, fresh)
+                if not finished:
+                    raise RunFailed(f"search: no trial of split {seed} ended well; change search.space or train")
             rows += [_row(trial) for trial in finished]
             best[seed] = _best(finished, params)
             tracking.submit(partial(close_search, tracking, experiment, params, seed, best[seed]))

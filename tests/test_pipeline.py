@@ -136,6 +136,8 @@ def test_mlflow_has_one_finished_run_a_search_trial_training_and_evaluation(repr
         *measured,
         "evaluate-pudnet",
     }
+    variants = {run.info.run_name: run.data.tags["variant"] for run in runs}
+    assert (variants["train-pudnet_plus-split0"], variants["train-pudnet-split0"]) == ("pudnet_plus", "pudnet")
     curve = next(run for run in runs if run.info.run_name == "baseline-scratch_adam")
     assert [m.step for m in client.get_metric_history(curve.info.run_id, "test_accuracy")] == [1, 2]
     for trial in trials:

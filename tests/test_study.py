@@ -444,6 +444,17 @@ def test_what_is_wrong_in_a_study_is_said_in_one_line(changes, message, project)
             "changes.centralize: unknown key; known: ",
         ),
         ({}, {"method": "random_weights", "changes": {"eta": 0.5}}, "changes.eta: unknown key; known: none"),
+        ({}, {"method": "r2d2", "changes": {"scale": -1}}, "rows.PudNet.changes.scale: "),
+        (
+            {"groups": {"train_groups": 5}},
+            {},
+            "over: groups: write each of its keys with a dot, as `groups.train_groups`",
+        ),
+        (
+            {"resources.workers": 2, "train.groups_per_step": 2},
+            {"changes": {"normalization": "batch"}},
+            "rows.PudNet: with model.normalization batch, set resources.workers to 1",
+        ),
         (
             {},
             {"images": 13},

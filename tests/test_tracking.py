@@ -6,17 +6,19 @@ import shutil
 import sqlite3
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from mlflow import MlflowClient
 
 from pipeline.params import load_params
+from pipeline.runs.parents import closed_if_failed
 from pipeline.tracking.datasets import dataset
 from pipeline.tracking.runs import NOTE, Tracking, _open, open_tracking, tracking_uri
 from pudnet.data.groups import build_groups, split_classes, write_groups
 from pudnet.data.sources import open_source
 from pudnet.data.store import open_store, write_store
-from pudnet.errors import UserError
+from pudnet.errors import RunFailed, UserError
 from tests.conftest import SIZES
 from tests.smallest import shrink
 from tests.test_pipeline import ROOT
@@ -55,6 +57,18 @@ def test_any_folder_holds_its_own_database(name, project):
     log(open_tracking(load_params(), "search"), "first", folder)
     assert (folder / "mlflow.db").is_file() and len(list(folder.glob("mlartifacts/**/note.txt"))) == 1
     assert sorted(path.name for path in folder.parent.iterdir()) == [name]  # and nothing lies beside it
+
+
+def test_the_parent_of_trials_that_failed_is_failed_until_they_run_well(project):
+    project("plain")
+    tracking, experiment = open_tracking(load_params(), "search"), SimpleNamespace(key="search-split0")
+    parent = tracking.find_or_create(experiment.key, "search")
+    with pytest.raises(RunFailed), closed_if_failed(tracking, experiment, "search"):
+        raise RunFailed("no trial ended well")
+    assert tracking.client.get_run(parent).info.status == "FAILED"
+    with closed_if_failed(tracking, experiment, "search"):
+        assert tracking.find_or_create(experiment.key, "search") == parent
+    assert tracking.client.get_run(parent).info.status == "RUNNING"
 
 
 @pytest.mark.parametrize("way", ["moved", "copied"])

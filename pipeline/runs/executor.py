@@ -117,6 +117,8 @@ def _locked(experiment: Experiment, fresh: bool) -> Iterator[None]:
 
 def _read_earlier(experiment: Experiment, progress: TrialProgress, fresh: bool) -> None:
     """Tell `progress` what earlier starts have done; with `fresh`, forget it."""
+    if fresh:
+        progress.log.supersede_parent()
     for spec in experiment.specs:
         key = experiment.keys[spec.name]
         if fresh:

@@ -38,7 +38,7 @@ def digest(plain: Any, files: Iterable[Path]) -> str:
 def trial_key(spec: TrialSpec) -> str:
     """A hash of everything that a trial's result depends on, but not of its name or the project's place."""
     split, _ = open_groups(Path(spec.groups))  # its test classes do not matter to a training
-    plain = {key: value for key, value in asdict(spec).items() if key not in ("name", "store", "groups")}
+    plain = {key: value for key, value in asdict(spec).items() if key not in ("name", "variant", "store", "groups")}
     plain |= {"train_classes": split.train_classes, "validation_classes": split.validation_classes}
     return f"{spec.kind}-split{spec.split_seed}-{digest(plain, _trial_files(spec))}"
 

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 from pipeline.params import Params
 from pipeline.runs.executor import Experiment
 from pipeline.runs.trial_log import datasets
 from pipeline.tracking.runs import Tracking
+from pudnet.errors import RunFailed
+
+
+@contextlib.contextmanager
+def closed_if_failed(tracking: Tracking, experiment: Experiment, name: str) -> Iterator[None]:
+    """Mark the parent run of an experiment as failed if the block raises `RunFailed`."""
+    try:
+        yield
+    except RunFailed:
+        tracking.submit(lambda: tracking.finish(tracking.find_or_create(experiment.key, name), "FAILED"))
+        raise
 
 
 def close_search(

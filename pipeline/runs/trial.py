@@ -42,6 +42,7 @@ class TrialSpec:
     name: str
     kind: str  # "pudnet", "static_trunk" or a baseline
     target: str
+    variant: str  # its name, for MLflow; what it sets is in `model` and `train`
     split_seed: int
     seed: int
     store: str
@@ -65,6 +66,7 @@ def make_spec(
         name=name,
         kind=kind,
         target=params.target,
+        variant=params.variant,
         split_seed=split_seed,
         seed=params.seed,
         store=str(STORE.resolve()),

@@ -45,6 +45,11 @@ class TrialLog:
         self.params, self.tracking, self.keys, self.parent = params, tracking, keys, parent
         self.runs: dict[str, tuple[str, int]] = {}  # of MLflow, by the trial's name: the id, and the last step in it
 
+    def supersede_parent(self) -> None:
+        """Let the trials, if they all run anew, have a new parent."""
+        if self.parent:
+            self.tracking.submit(partial(self.tracking.supersede, self.parent[0]))
+
     def supersede(self, spec: TrialSpec) -> None:
         """Let a trial that runs anew have a new run."""
         self.tracking.submit(partial(self.tracking.supersede, self._key(spec)))
@@ -79,7 +84,8 @@ class TrialLog:
         seeds = {"method": spec.kind, "split_seed": spec.split_seed, "seed": spec.seed}
         plain = {**spec.train, **spec.model, **asdict(self.params.groups), **seeds}
         self.tracking.describe(run_id, _about(spec, self.params), plain, datasets(spec))
-        self.tracking.log_tags(run_id, {"target": spec.target})  # a study's row may have another than params.yaml
+        # A study's row, or PudNet+ on the bench, may have others than params.yaml.
+        self.tracking.log_tags(run_id, {"target": spec.target, "variant": spec.variant})
         return run_id, self.tracking.last_step(run_id, "groups_per_second")
 
     def _key(self, spec: TrialSpec) -> str:

@@ -11,7 +11,7 @@ import pandas as pd
 
 from pipeline.params import PLUS, Params
 from pipeline.runs.executor import Experiment, run_missing
-from pipeline.runs.parents import close_tuning
+from pipeline.runs.parents import close_tuning, closed_if_failed
 from pipeline.runs.trial import TrialSpec, make_spec
 from pipeline.runs.trial_folder import Finished
 from pipeline.tracking.runs import Tracking
@@ -43,7 +43,8 @@ def tune(
         return pd.DataFrame(columns=COLUMNS), grids
     print(f"baselines: {len(specs)} trials, each method's grid on each of {params.splits} class splits")
     experiment = Experiment("baselines-tuning", specs, keep_going=True)
-    finished = run_missing(experiment, params, tracking, RUN, fresh)
+    with closed_if_failed(tracking, experiment, RUN):
+        finished = run_missing(experiment, params, tracking, RUN, fresh)
     tracking.submit(partial(close_tuning, tracking, experiment, params, RUN))
     rows = pd.DataFrame([_row(trial) for trial in finished], columns=COLUMNS)
     best = rows.groupby(["method", "split_seed", "epochs"], sort=False, dropna=False)["accuracy"].idxmax()

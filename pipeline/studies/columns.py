@@ -43,6 +43,9 @@ def _changed(raw: dict[str, Any], changes: Mapping[str, Mapping[str, Any]]) -> d
             place = raw.get(block) if block else raw
             if key == "study.hours":
                 raise UserError(f"{where}: {key}: is for a command, not for a study; set it in {PARAMS}")
+            if not block and isinstance(value, dict):
+                first = f"{key}.{next(iter(value), 'key')}"
+                raise UserError(f"{where}: {key}: write each of its keys with a dot, as `{first}`")
             if not isinstance(place, dict) or name not in place:
                 raise UserError(f"{where}: {key}: no such key in {PARAMS}")
             place[name] = value
@@ -100,6 +103,8 @@ def row_spec(params: Params, name: str, row: Row, seed: int, images: int) -> Tri
     kind = "static_trunk" if row.method == "random_weights" else row.method
     baseline = kind in LEARNED or kind in SCRATCH
     trial = f"{slug(name)}-split{seed}"
+    if baseline:
+        params.baseline(kind, row.changes, where)  # for its errors
     spec = make_spec(params, trial, kind, seed, row.changes if baseline else {}, "train", 0)
     parts = {"model": ModelConfig, "train": TrainConfig}
     known = own_keys(kind) if baseline else [*spec.model, *spec.train] if row.trained else []
@@ -113,6 +118,8 @@ def row_spec(params: Params, name: str, row: Row, seed: int, images: int) -> Tri
         return dataclasses.replace(spec, train=asdict(train))
     if "pretraining_share" not in row.changes:  # it may depend on a change
         train = dataclasses.replace(train, pretraining_share=params.train.pretraining_share)
+    if params.resources.workers > 1 and model.normalization == "batch":
+        raise UserError(f"rows.{name}: with model.normalization batch, set resources.workers to 1")
     return dataclasses.replace(spec, model=asdict(model), train=asdict(params.pretrained(train, model)))
 
 

@@ -134,7 +134,8 @@ def train(name: str, study: Study, column: str, params: Params) -> TrainedColumn
             passes = trial.passes(params.groups.search_groups)
             finals[at] = replace(finals[at], train={**finals[at].train, **passes, "patience": None})
     what = f"study: {name}, {column}: {{}} training(s) on {params.groups.train_groups:,} groups"
-    trained = _run_once(what, name, {at: _training(spec) for at, spec in finals.items()}, params, tracking)
+    trainings_of = {at: _training(spec) for at, spec in finals.items()}
+    trained = _run_once(what, name, trainings_of, params, tracking, params.resources.workers)
     specs |= finals
     trainings: dict[tuple[str, int], list[StudyCell]] = {}
     for (row, split, n), spec in specs.items():
@@ -144,7 +145,7 @@ def train(name: str, study: Study, column: str, params: Params) -> TrainedColumn
 
 
 def _run_once(
-    what: str, name: str, specs: Mapping[T, TrialSpec], params: Params, tracking: Tracking
+    what: str, name: str, specs: Mapping[T, TrialSpec], params: Params, tracking: Tracking, workers: int = 1
 ) -> dict[T, Finished]:
     """Run trainings, each once even if several rows share it. `what` is printed, with their number."""
     # Once: a key hashes the code, which may be edited while the trainings run.
@@ -153,7 +154,8 @@ def _run_once(
     for at, key in keys.items():
         wanted.setdefault(key, specs[at])
     print(what.format(len(wanted)))
-    ended = run_missing(Experiment(f"study-{name}", list(wanted.values())), params, tracking) if wanted else []
+    experiment = Experiment(f"study-{name}", list(wanted.values()), workers=workers)
+    ended = run_missing(experiment, params, tracking) if wanted else []
     of_key = dict(zip(wanted, ended, strict=True))
     return {at: of_key[key] for at, key in keys.items()}
 

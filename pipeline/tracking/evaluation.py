@@ -77,7 +77,7 @@ def log_baseline(
     note = f"Test of `{method}` on the test groups of `{params.variant}`: accuracy, the difference to it, and the time"
     note += f" for a group.{' A step is a number of epochs.' if method in SCRATCH else ''}"
     plain = {"method": method, "splits": params.splits, "seed": params.seed, **chosen}
-    groups = params.baselines.scratch_groups if method in SCRATCH else params.baselines.test_groups
+    groups = params.trained_test_groups if method in SCRATCH else params.baselines.test_groups
     tracking.describe(run_id, note, plain, test_sets(params, groups))
     epochs = {f"{method}_{count}": count for count in params.baselines.scratch_epochs} if method in SCRATCH else {}
     for name, step in (epochs or {method: 0}).items():

@@ -116,6 +116,10 @@ def test_a_fresh_search_begins_all_trials_again(undisturbed, start, same):
     runs = mlflow_of(project).search_runs(["1"], "attributes.run_name LIKE 'split0-%'")
     superseded = ["superseded/" in run.data.tags["pudnet.key"] for run in runs]
     assert sorted(superseded) == [False, False, True, True]
+    parents = {run.data.tags["mlflow.parentRunId"]: [] for run in runs}
+    for run in runs:
+        parents[run.data.tags["mlflow.parentRunId"]].append("superseded/" in run.data.tags["pudnet.key"])
+    assert sorted(parents.values()) == [[False, False], [True, True]]
 
 
 @pytest.mark.parametrize("damaged", ["trials/*/*/state.pt", "trials/*/ended.json"])
