@@ -112,8 +112,9 @@ class Training:
             report_every=scale.report_every,
         )
         chosen = {} if method.kind != "pudnet" else asdict(model)
-        nowhere = {"store": "", "groups": "", "table": "train", "validate": 0}
-        spec = TrialSpec("gpu", method.kind, "convnet3", 0, 0, model=chosen, train=asdict(train), cell={}, **nowhere)
+        plain = {"variant": "", "split_seed": 0, "seed": 0, "table": "train", "validate": 0, "cell": {}}
+        own = {"kind": method.kind, "model": chosen, "train": asdict(train)}
+        spec = TrialSpec(name="gpu", target="convnet3", store="", groups="", **own, **plain)
         torch.manual_seed(0)
         self.bench, self.card = bench, card_of(spec, bench.store)
         classes, k = bench.split.train_classes, scale.sizes.classes_per_group
