@@ -208,16 +208,18 @@ class Params:
     def for_baselines(self, images: int) -> Params:
         """Params by which baselines are trained like the variant, with as many labels of each class as it uses.
 
-        `images`: how many images of each class a training group has.
+        Except for the variant's share of pretraining: a baseline that learns from groups must see some. `images`: how
+        many images of each class a training group has.
         """
         model, train = apply_variant(self.variant, self.model, self.train)
-        labelled = model.labelled(self.groups.classes_per_group, images) if model.class_filters else 0
+        train = replace(train, pretraining_share=self.train.pretraining_share)
+        labelled = model.labelled(self.groups.classes_per_group, images) if model.reads_labels else 0
         return replace(self, train=replace(train, support_per_class=max(train.support_per_class, labelled)))
 
     def labels(self, classes: int) -> int:
         """How many images of each of a test group's classes the variant uses with their labels, and all methods get."""
         model, train = apply_variant(self.variant, self.model, self.train)
-        spread = math.ceil(model.sketch_images / classes) if model.class_filters else 0
+        spread = math.ceil(model.sketch_images / classes) if model.reads_labels else 0
         return max(train.support_per_class, spread)
 
     def baseline_grid(self, method: str) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ import dataclasses
 import json
 from typing import Any
 
-from pipeline.params import Params
+from pipeline.params import PLUS, Params
 from pipeline.project import PUDNET, RESULTS, write
 from pipeline.reporting.model_card import model_card
 from pipeline.runs.class_split import Bench, open_bench
@@ -26,7 +26,10 @@ BETWEEN = 250  # the card has accuracy and time also from this many images
 
 
 def publish(params: Params) -> None:
-    """Write models/pretrained/SETTING-TARGET.safetensors and its card."""
+    """Write models/pretrained/SETTING-TARGET.safetensors and its card.
+
+    The name of a variant that is neither the paper's nor PudNet+ comes last.
+    """
     tensors, card = read_tensors(PUDNET)
     metrics = _read("metrics")
     seed, trained_for = card.provenance.get("split_seed"), card.provenance.get("setting")
@@ -39,7 +42,8 @@ def publish(params: Params) -> None:
     measured = _measure(params, bench, predictor, {predictor.sketch_images, min(BETWEEN, most), most})
     test = {key: measured[-1][key] for key in ("accuracy", "ci95", "test_groups", "images")}
     card = dataclasses.replace(card, sketch_images=most, provenance={**card.provenance, "test": test})
-    name = f"{params.setting}-{params.target}"
+    own = [] if params.variant in ("pudnet", PLUS) else [params.variant.replace("_", "-")]
+    name = "-".join([params.setting, params.target, *own])
     write_tensors(SHIPPED / f"{name}.safetensors", tensors, card)
     write(SHIPPED / f"{name}.md", model_card(name, params, card, split, bench.tables["test"].shape[2], measured))
     print(f"publish: {SHIPPED / name}.safetensors, {sum(t.numel() for t in tensors.values()) * 4 / 1e6:.1f} MB")

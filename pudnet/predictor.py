@@ -270,13 +270,13 @@ class Predictor:
     ) -> PredictedNetwork:
         """`predict` on normalised images (N, C, H, W) and labels (N,) in 0..k-1; a given `sketch` replaces their own.
 
-        For timing, `mark` is called once after the sketch and once after the weights. If the model predicts nothing
-        but class filters, and solves them on the images that calibrate BatchNorm, one pass does both: it solves the
+        For timing, `mark` is called once after the sketch and once after the weights. If the model predicts at most
+        class filters, and solves them on the images that calibrate BatchNorm, one pass does both: it solves the
         filters when it reaches their layer, and then goes on with them.
         """
-        only_filters = self.class_aware and not self.model.config.change
-        if sketch is None and only_filters and self.sketch_images == self.calibration_images:
-            writes = {self.model.filters.conv.name: partial(self._class_kernels, labels, mark)}
+        at_most_filters = self.class_aware and not self.model.config.change
+        if sketch is None and at_most_filters and self.sketch_images == self.calibration_images:
+            writes = self._filters_in_passing(labels, mark)
             return self.network(self.model.base_weights(), images, labels, classes, writes)
         if sketch is None:
             sketch = self.sketch(images, labels)
@@ -284,6 +284,14 @@ class Predictor:
         weights = self.model.generate(sketch)
         mark()
         return self.network(weights, images, labels, classes)
+
+    def _filters_in_passing(self, labels: Tensor, mark: Callable[[], None]) -> dict[str, Callable[[Tensor], Tensor]]:
+        """What the calibration pass is to compute on its way: the layer with class filters, if the model has them."""
+        if self.model.filters is None:
+            mark()
+            mark()
+            return {}
+        return {self.model.filters.conv.name: partial(self._class_kernels, labels, mark)}
 
     def _class_kernels(self, labels: Tensor, mark: Callable[[], None], maps: Tensor) -> Tensor:
         """The weight of the layer with class filters, solved from its input maps for the calibration images."""
@@ -351,7 +359,7 @@ class Predictor:
         return self._support_count(labels) if chooses else self._labelled(labels)
 
     def _labelled(self, labels: Tensor) -> int:
-        """How many images of a class, at most, enter the sketch with their labels."""
+        """How many of the images of a class that a prediction looks at are used with their labels, at most."""
         if not self.class_aware:
             return 0
         counts = labels.bincount()

@@ -1,5 +1,7 @@
 """Class filters against what they are by definition, and the variant that is made with them."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from sklearn.linear_model import Ridge
@@ -7,6 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 
+from pudnet.baselines.method import Adapter
+from pudnet.baselines.r2d2 import R2D2, R2D2Config
 from pudnet.card import Card
 from pudnet.config import ModelConfig, TrainConfig, apply_variant
 from pudnet.finetune import finetune
@@ -163,8 +167,9 @@ def test_an_image_whose_label_made_the_weights_is_no_query():
     assert seen == 10
 
 
-def test_one_pass_predicts_what_sketch_generation_and_calibration_do():
-    model, target, _ = plus(sketch_images=12)
+@pytest.mark.parametrize("filters", [True, False])
+def test_one_pass_predicts_what_sketch_generation_and_calibration_do(filters):
+    model, target, _ = plus(sketch_images=12, class_filters=filters)
     card = Card("pudnet", "convnet3", 1, 8, (0.5,), (0.5,), 10.0, 3, vars(model.config))
     predictor = Predictor(model, card, target)
     images, labels = labelled(n=6)
@@ -176,6 +181,28 @@ def test_one_pass_predicts_what_sketch_generation_and_calibration_do():
         assert_close(passing.state_dict()[name], expected, rtol=1e-3, atol=1e-4)
     (together,) = predictor.predict_many([(images.sigmoid(), labels)])
     assert together.classes == (0, 1, 2)
+
+
+def test_without_filters_a_group_has_nothing_of_its_own_but_its_classifier():
+    model, target, train = plus(sketch_images=12, class_filters=False)
+    own, other = (model.generate(model.sketch(*labelled(seed=seed))) for seed in range(2))
+    for conv in target.convs:
+        assert torch.equal(own[conv.name], other[conv.name])
+        assert torch.equal(own[conv.name], target.network.get_parameter(conv.name))
+    method = R2D2(R2D2Config(), target)
+    method.trunk.shared.load_state_dict(model.shared.state_dict())
+    card = Card("pudnet", "convnet3", 1, 8, (0.5,), (0.5,), 10.0, 4, vars(model.config))
+    images, labels = labelled(n=4)
+    predicted = Predictor(model, card, target).adapt(images, labels, (0, 1, 2))
+    adapter = Adapter(method, replace(card, kind="r2d2", model=vars(method.config)), target)
+    adapter.predictor.calibration_images = 12
+    assert_close(predicted.logits(images), adapter.adapt(images, labels, (0, 1, 2)).logits(images))
+    images, labels = labelled(n=20)  # in training, four images of each class are labelled; ten are, as support set
+    found = MetaLearner(model, target, train, 3, k=3).losses(images[None], labels[None], 0.0)
+    features = model.shared(images, model.base_weights()).unflatten(0, (3, 20))
+    support, queries = (part.flatten(0, 1) for part in (features[:, :10], features[:, 10:]))
+    half = torch.arange(3).repeat_interleave(10)
+    assert_close(found.total[0], F.cross_entropy(model.regression(queries, support, half, 3), half))
 
 
 def test_more_classes_than_are_looked_at(tmp_path):

@@ -295,6 +295,14 @@ def test_baselines_are_trained_as_the_variant_is_and_given_as_many_labels(raw):
         assert train == replace(params.configured({})[1], support_per_class=support)
 
 
+def test_a_variant_that_is_only_pretrained_leaves_baselines_their_groups(raw):
+    params = resolve({**raw, "setting": "cifar100", "variant": "pretrained_ridge"})
+    model, own = params.configured({})
+    others = params.for_baselines(100).baseline("r2d2", {})[1]
+    assert model.reads_labels and (own.pretraining_share, own.augment) == (1.0, "shift_mirror")
+    assert others == replace(own, pretraining_share=0.0, support_per_class=18)
+
+
 def test_every_method_is_given_as_many_labels_of_a_test_group_as_the_variant(raw):
     for variant, classes, labels in (("pudnet", 5, 10), ("pudnet_plus", 5, 18), ("pudnet_plus", 20, 10)):
         assert resolve({**raw, "variant": variant}).labels(classes) == labels

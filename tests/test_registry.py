@@ -7,6 +7,7 @@ import mlflow
 import pandas as pd
 import pytest
 
+from pipeline.reporting.model_card import losses
 from pipeline.tracking.registry import example_group, hypernetwork, point_aliases
 from pipeline.tracking.serving import PudNetModel
 from pudnet import Predictor
@@ -19,6 +20,7 @@ from pudnet.config import ModelConfig, TrainConfig, apply_variant
     [
         ("pudnet", "extractor 1conv-1linear, eta 0.2, GRU depth 2"),
         ("pudnet_plus", "class filters, a classifier by ridge regression"),
+        ("pretrained_ridge", "one network for all groups, a classifier by ridge regression"),
     ],
 )
 def test_what_makes_the_weights_is_said_whatever_was_searched(variant, said):
@@ -84,3 +86,18 @@ def test_a_query_is_a_row_without_a_label_and_nothing_else(labels, classes, serv
 def test_labels_that_are_not_of_one_kind_are_refused_by_their_row(labels, message, served):
     with pytest.raises(mlflow.MlflowException, match=message):
         request(served, labels)
+
+
+@pytest.mark.parametrize(
+    ("train", "said"),
+    [
+        (TrainConfig(full_weight=0.0, kl_weight=0.0), "L1 alone"),
+        (
+            TrainConfig(kl_weight=0.5, pretraining_share=0.8),
+            "L1 + 1 L2 + 0.5 L3; on the images of the first 80% of them",
+        ),
+        (TrainConfig(pretraining_share=1.0), "L2 of their images, mixed"),
+    ],
+)
+def test_a_card_tells_what_a_model_was_trained_with(train, said):
+    assert losses(train).startswith(said)

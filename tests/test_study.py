@@ -328,11 +328,12 @@ def test_a_row_of_a_resnet_is_pretrained_if_its_own_changes_give_it_base_weights
     rows = {"with": {"base": True}, "without": {}, "told": {"base": True, "pretraining_share": 0.25}}
     rows = {name: {"changes": changes} for name, changes in rows.items()}
     column = {"a": {"setting": "digits", "target": "resnet18"}}
-    project({**TINY, "reference": None, "columns": column, "rows": rows | {"PudNet+": {"variant": "pudnet_plus"}}})
+    rows |= {"PudNet+": {"variant": "pudnet_plus"}, "pretrained": {"variant": "pretrained_ridge"}}
+    project({**TINY, "reference": None, "columns": column, "rows": rows})
     study = load_study("tiny")
     specs = {name: row_spec(column_params(study, "a"), name, row, 0, ANY) for name, row in study.rows.items()}
     shares = {name: spec.train["pretraining_share"] for name, spec in specs.items()}
-    assert shares == {"with": 0.8, "without": 0.0, "told": 0.25, "PudNet+": 0.8}
+    assert shares == {"with": 0.8, "without": 0.0, "told": 0.25, "PudNet+": 0.8, "pretrained": 1.0}
 
 
 @pytest.mark.parametrize("method", ["pudnet", "r2d2"])

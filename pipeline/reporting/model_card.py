@@ -9,7 +9,7 @@ from pipeline.params import Params
 from pipeline.reporting.numbers import plus_minus
 from pipeline.tracking.registry import hypernetwork
 from pudnet.card import Card
-from pudnet.config import passed
+from pudnet.config import TrainConfig, passed
 
 LICENCES = {
     "fashion": "Fashion-MNIST (Xiao, Rasul and Vollgraf 2017, Zalando SE) is MIT-licensed.",
@@ -30,7 +30,7 @@ A PudNet (variant `{variant}`) that predicts {target} for images of {size}x{size
 | accuracy on unseen classes | {accuracy:.2f} ± {ci95:.2f} % (95% interval over {test_groups} test groups; 1 split), \
 from {images} images |
 | a group | {k} classes, {group_images} images; predicted from one, accuracy on its twin (no image in common) |
-| trained on | {train_groups:,} task groups of {source}, {passed}, {updates}; L1{losses} |
+| trained on | {train_groups:,} task groups of {source}, {passed}, {updates}; {losses} |
 | hypernetwork | {hypernetwork} |
 | class split | seed {split_seed} |
 | training classes | {train_classes} |
@@ -65,10 +65,6 @@ def model_card(
     """
     made = card.provenance
     _, train = params.configured({key: made[key] for key in params.search.space if key in made})
-    weights = {"L2": train.full_weight, "L3": train.kl_weight}
-    share = train.pretraining_share
-    how = f"; on the images of the first {share:.0%} of them, mixed, L2" if share else ""
-    how += AUGMENTED[train.augment]
     return TEXT.format(
         name=name,
         variant=made["variant"],
@@ -82,7 +78,7 @@ def model_card(
         passed=passed(made.get("passes", 1)),
         updates="one update each time" if train.groups_per_step == 1 else f"{train.groups_per_step} in each update",
         source=params.setting,
-        losses=("".join(f" + {weight:g} {name}" for name, weight in weights.items() if weight) or " alone") + how,
+        losses=losses(train) + AUGMENTED[train.augment],
         hypernetwork=hypernetwork(card),
         split_seed=made["split_seed"],
         train_classes=", ".join(split["train_classes"]),
@@ -95,6 +91,16 @@ def model_card(
         setting=params.setting,
         **made["test"],
     )
+
+
+def losses(train: TrainConfig) -> str:
+    """The losses that a model was trained with."""
+    if train.pretraining_share == 1:
+        return "L2 of their images, mixed"
+    weights = {"L2": train.full_weight, "L3": train.kl_weight}
+    added = "".join(f" + {weight:g} {name}" for name, weight in weights.items() if weight)
+    first = f"; on the images of the first {train.pretraining_share:.0%} of them, mixed, L2"
+    return f"L1{added or ' alone'}" + first * bool(train.pretraining_share)
 
 
 def _table(measured: Sequence[Mapping[str, Any]]) -> str:

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from pipeline.params import PARAMS, PLUS, Params, changed, outline, own_keys, read_yaml, resolve
+from pipeline.params import PARAMS, Params, changed, outline, own_keys, read_yaml, resolve
 from pipeline.runs.trial import TrialSpec, make_spec
 from pipeline.studies.definition import Row, Study, slug
 from pudnet.baselines import LEARNED, SCRATCH, check_method
-from pudnet.config import ModelConfig, TrainConfig, paper_target
+from pudnet.config import VARIANTS, ModelConfig, TrainConfig, apply_variant, paper_target
 from pudnet.errors import UserError
 from pudnet.settings import SETTINGS, get_setting
 from pudnet.targets import Target, build_target, check_target_name
@@ -116,7 +116,7 @@ def row_spec(params: Params, name: str, row: Row, seed: int, images: int) -> Tri
     model, train = (changed(kind(**getattr(spec, part)), row.changes, where) for part, kind in parts.items())
     if not spec.model:
         return dataclasses.replace(spec, train=asdict(train))
-    if "pretraining_share" not in row.changes:  # it may depend on a change
+    if "pretraining_share" not in (row.changes | VARIANTS[row.variant]):  # it may depend on a change
         train = dataclasses.replace(train, pretraining_share=params.train.pretraining_share)
     if params.resources.workers > 1 and model.normalization == "batch":
         raise UserError(f"rows.{name}: with model.normalization batch, set resources.workers to 1")
@@ -170,12 +170,18 @@ def check_labels(study: Study, params: Params, tested: int) -> None:
                 f"rows.{name}: images: {row.images} labels are not as many of each of a test group's {tested} classes; "
                 f"give {f'{fewer} or ' * (fewer > 0)}{fewer + tested}"
             )
-        beside = row.variant == PLUS and row.changes.get("class_filters", True) and tested != trained
-        if beside and row.images is None and row.method not in SCRATCH:
+        if row.images is None and tested != trained and row.method not in SCRATCH and _counts_images(params, row):
             raise UserError(
                 f"rows.{name}: images: missing; test groups have {tested} classes and training groups {trained}, "
                 "so say how many labels"
             )
+
+
+def _counts_images(params: Params, row: Row) -> bool:
+    """Whether a row, or the variant that it is trained like, has a number of labelled images, not one of each class."""
+    model, _ = apply_variant(row.variant, params.model, params.train)
+    changes = row.changes if row.method == "pudnet" else {}
+    return changed(model, changes, "rows").reads_labels
 
 
 def check_rows(study: Study, params: Params) -> None:

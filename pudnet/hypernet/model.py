@@ -58,23 +58,26 @@ class PudNet(nn.Module):
 
     @property
     def class_aware(self) -> bool:
-        """Whether labels enter the sketch."""
-        return self.filters is not None
+        """Whether the labels of the sketch's images count (`ModelConfig.reads_labels`)."""
+        return self.config.reads_labels
 
     def sketch(self, images: Tensor, labels: Tensor | None = None, classes: int | None = None) -> Tensor:
         """Compress normalised images (..., N, C, H, W) to a sketch (..., l, m); the control returns its constant.
 
-        A class-aware sketch also needs labels (N,) in 0..k-1, the same for every group. It is flat: the paper's sketch
-        (l m; left out if `change` is false), followed by the class filters (R k p). If the labels are on a GPU, give
-        the number of `classes` too, since counting them waits for the GPU.
+        With class filters it also needs labels (N,) in 0..k-1, the same for every group. It is then flat: the paper's
+        sketch (l m; left out if `change` is false), followed by the class filters (R k p). If the labels are on a GPU,
+        give the number of `classes` too, since counting them waits for the GPU.
         """
-        if not self.class_aware:
-            return self._summary(images)
+        summary = self._summary(images)
+        if self.filters is None:
+            return summary
         filters = self._solve(images, labels, classes or int(labels.max()) + 1).flatten(-2)
-        return torch.cat([self._summary(images).flatten(-2), filters], -1) if self.config.change else filters
+        return torch.cat([summary.flatten(-2), filters], -1) if self.config.change else filters
 
     def _summary(self, images: Tensor) -> Tensor:
-        """The paper's sketch (..., l, m)."""
+        """The paper's sketch (..., l, m); if `change` is false, an empty tensor (..., 0, m)."""
+        if not self.config.change:
+            return images.new_empty(*images.shape[:-4], 0, self.config.hidden)
         if self.extractor is not None:
             return self.extractor(images)
         return self.constant.expand(*images.shape[:-4], *self.constant.shape)
@@ -97,7 +100,7 @@ class PudNet(nn.Module):
         """
         with torch.autocast(sketch.device.type, enabled=False):
             sketch = at_least_fp32(sketch)
-            if not self.class_aware:
+            if self.filters is None:
                 return self._changed(sketch)
             shape = (self.config.depth if self.config.change else 0, self.config.hidden)
             summary, filters = sketch[..., : math.prod(shape)], sketch[..., math.prod(shape) :]
