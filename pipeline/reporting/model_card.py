@@ -95,12 +95,13 @@ def model_card(
 
 def losses(train: TrainConfig) -> str:
     """The losses that a model was trained with."""
-    if train.pretraining_share == 1:
+    share = train.pretraining_share or 0.0
+    if share == 1:
         return "L2 of their images, mixed"
     weights = {"L2": train.full_weight, "L3": train.kl_weight}
     added = "".join(f" + {weight:g} {name}" for name, weight in weights.items() if weight)
-    first = f"; on the images of the first {train.pretraining_share:.0%} of them, mixed, L2"
-    return f"L1{added or ' alone'}" + first * bool(train.pretraining_share)
+    first = f"; on the images of the first {share:.0%} of them, mixed, L2" if share else ""
+    return f"L1{added or ' alone'}{first}"
 
 
 def _table(measured: Sequence[Mapping[str, Any]]) -> str:
