@@ -72,7 +72,7 @@ def test_each_method_is_trained_with_each_recipe_and_measured_on_validation_grou
     measured = {
         (row, recipe): own
         for method, recipe, changes in recipes.QUESTIONS["rates"].trainings()
-        for row, own in recipes.measured(params, method, changes).items()
+        for row, own in recipes.measured(params, method, changes, (90,)).items()
     }
     assert len(measured) == 16
     assert all(own.shape == (4,) and own.mean() > 60 for own in measured.values())  # by chance: 50
@@ -83,8 +83,22 @@ def test_each_method_is_trained_with_each_recipe_and_measured_on_validation_grou
         for head in ("ridge", "logistic regression")
     )
     assert not np.array_equal(ridge, logistic)
-    lines = recipes.page("rates", measured, 10).splitlines()
+    lines = recipes.page("rates", measured, "digits", 10).splitlines()
     assert lines[-4].startswith("| PudNet+ | ") and lines[-4].count("(") == 3 and "on 10 groups" in " ".join(lines)
+
+
+def test_a_row_is_compared_with_pudnet_plus_from_as_many_images():
+    trainings = [*recipes.QUESTIONS["pretraining"].trainings()]
+    counts = recipes.QUESTIONS["pretraining"].images
+    accuracies = {
+        (recipes.row_name(row, images), recipe): np.array([images / 10, 80.0 + (method == "r2d2")])
+        for method, recipe, _ in trainings
+        for row in recipes.METHODS[method]
+        for images in counts
+    }
+    lines = recipes.page("pretraining", accuracies, "cifar100", 10).splitlines()
+    assert [line.split(" | ")[0] for line in lines[-3:]] == ["| R2-D2", "| R2-D2, 250 images", "| R2-D2, 500 images"]
+    assert all(line.endswith("| +0.50 ± 6.35 |") for line in lines[-3:])
 
 
 def test_a_scale_is_tried_for_the_methods_that_have_one():
@@ -97,5 +111,5 @@ def test_a_scale_is_tried_for_the_methods_that_have_one():
     accuracies = {
         (row, recipe): np.array([80.0, 90.0]) for method, recipe, _ in trainings for row in recipes.METHODS[method]
     }
-    lines = recipes.page("schedules", accuracies, 10).splitlines()
+    lines = recipes.page("schedules", accuracies, "domains", 10).splitlines()
     assert "|  |  | +0.00" in lines[-1] and lines[-4].count("85.00") == 6

@@ -15,6 +15,10 @@ METHODS = {
         "PudNet+",
         "one learned set of weights; filters of the last convolution and the classifier are solved for the group",
     ),
+    "pretrained_ridge": (
+        "Pretrained with ridge",
+        "one trunk, trained to tell all training classes apart; only the classifier is solved for the group",
+    ),
     "static_trunk": (
         "Static trunk",
         "trained on the same groups with PudNet’s losses; one set of convolution weights, the same for every group",
