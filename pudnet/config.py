@@ -135,7 +135,8 @@ TRUNK_AND_RIDGE: dict[str, Any] = {
 VARIANTS: dict[str, dict[str, Any]] = {
     "pudnet": {},
     "pudnet_plus": TRUNK_AND_RIDGE | {"class_filters": True},
-    "pretrained_ridge": TRUNK_AND_RIDGE | {"pretraining_share": 1.0, "augment": "shift_mirror"},
+    "pretrained_ridge": TRUNK_AND_RIDGE
+    | {"pretraining_share": 1.0, "augment": "shift_mirror", "learning_rate": 1.2e-2},
     "without_context": {"context": "none"},
     "random_hidden": {"initial_state": "random"},
     "without_initial_residual": {"eta": 0.0},

@@ -1,6 +1,6 @@
-"""What the parts of the models that ship are worth: all blocks, and the filters that they make for a group.
+"""What the parts of the models that ship are worth: all blocks, the filters that they make for a group, and the trunk.
 
-    OMP_NUM_THREADS=1 python reference/shipped.py    # some 30 minutes on one core of a CPU
+    OMP_NUM_THREADS=1 python reference/shipped.py    # some 35 minutes on one core of a CPU
 
 Mostly on sets that nobody trained on. torchvision's sets are read from data/raw, or from where `study.sources` of
 params.yaml says that your copy is. It writes studies/results/shipped.md.
@@ -32,10 +32,11 @@ from pudnet.targets import ALL_BLOCKS
 RAW, PAGE = Path("data/raw"), Path("studies/results/shipped.md")
 REFERENCE = "the prediction"
 FIRST_DRAW = 100  # draws 0 to 11 were looked at when the scale of earlier blocks was chosen
+BESIDE = "-pretrained-ridge"  # at the end of the name of a model that has another trunk
 TEXT = """# What the shipped models add to a trunk with a classifier
 
-For groups of images, mostly from sets that the model was not trained on, what a shipped model predicts, and three
-classifiers that have less of it:
+For groups of images, mostly from sets that the models were not trained on, what a shipped PudNet+ predicts, what the
+shipped model whose trunk is pretrained makes in its place, and three classifiers that have less of PudNet+:
 
 - its ridge classifier on the last block alone, without the choice of blocks. (A prediction that keeps the last block
   may choose another penalty for it.)
@@ -132,24 +133,25 @@ def last_block(predictor: Predictor) -> Predictor:
 
 
 @torch.no_grad()
-def classifiers(predictor: Predictor, alone: Predictor, group: Group) -> dict[str, Classifies]:
-    """The prediction for a group, and classifiers with less; `alone` is the predictor's `last_block`."""
+def classifiers(predictor: Predictor, other: Predictor, alone: Predictor, group: Group) -> dict[str, Classifies]:
+    """The prediction for a group, that of another model, and classifiers with less; `alone` is `last_block`."""
     labels, classes = group.labels, tuple(range(int(group.labels.max()) + 1))
     trunk = alone.network(alone.model.base_weights(), group.images, labels, classes)
     features = trunk.body(group.images).flatten(1)
     return {
         REFERENCE: predictor.adapt(group.images, labels, classes),
+        f"that of `…{BESIDE}`": other.adapt(group.images, labels, classes),
         "the last block alone": alone.adapt(group.images, labels, classes),
         "and without filters of the group": trunk,
         "scikit-learn's ridge on that": Classifier(trunk.body, fit_head("ridge", features, labels)),
     }
 
 
-def measured(kind: Kind, predictor: Predictor, alone: Predictor) -> tuple[dict[str, np.ndarray], int]:
+def measured(kind: Kind, predictor: Predictor, other: Predictor, alone: Predictor) -> tuple[dict[str, np.ndarray], int]:
     """Accuracies in percent (G,) of each classifier on groups of one kind, and how many chose all blocks."""
     accuracies, wide = {}, 0
     for group in groups(kind, predictor):
-        for name, classifier in classifiers(predictor, alone, group).items():
+        for name, classifier in classifiers(predictor, other, alone, group).items():
             right = classifier.logits(group.others).argmax(1) == group.truth
             accuracies.setdefault(name, []).append(100 * right.float().mean().item())
             wide += name == REFERENCE and classifier.card.target == ALL_BLOCKS
@@ -167,10 +169,10 @@ def column(accuracies: Mapping[str, np.ndarray], wide: int) -> list[str]:
 
 def table(model: str) -> str:
     """Measure all kinds of groups by one model -> a Markdown table."""
-    predictor, columns = Predictor.load(model), {}
+    predictor, other, columns = Predictor.load(model), Predictor.load(model + BESIDE), {}
     alone = last_block(predictor)
     for title, kind in KINDS[model].items():
-        accuracies, wide = measured(kind, predictor, alone)
+        accuracies, wide = measured(kind, predictor, other, alone)
         columns = {"": [*accuracies, "all blocks"], **columns, title: column(accuracies, wide)}
         print(f"{model}, {title}: {columns[title]}", flush=True)
     return f"\n## {model}\n\n{table_of(columns)}"

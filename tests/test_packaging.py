@@ -77,7 +77,8 @@ def test_the_wheel_holds_the_method_and_the_shipped_models_alone(wheel):
     assert {name.parts[0].split("-")[0] for name in names} == {"pudnet"}
     assert {name.suffix for name in names if name.parts[0] == "pudnet"} == {".py", ".md", ".safetensors"}
     models = sorted(name.name for name in names if name.suffix == ".safetensors")
-    assert models == ["cifar100-convnet3.safetensors", "fashion-convnet3.safetensors"]
+    names = [f"{name}-convnet3{own}" for name in ("cifar100", "fashion") for own in ("-pretrained-ridge", "")]
+    assert models == [f"{name}.safetensors" for name in names]
     assert wheel.stat().st_size < 2e6
 
 
@@ -86,7 +87,7 @@ def test_every_module_needs_only_what_is_declared(bare):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("model", ["cifar100-convnet3", "fashion-convnet3"])
+@pytest.mark.parametrize("model", ["cifar100-convnet3", "fashion-convnet3", "cifar100-convnet3-pretrained-ridge"])
 def test_predict_and_classify_work_from_anywhere(model, bare):
     done = bare("pudnet", "predict", "--model", model, "--data", "photos", "--out", f"{model}.safetensors")
     assert done.returncode == 0, done.stderr
