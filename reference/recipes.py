@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
@@ -44,9 +44,9 @@ METHODS = {  # rows of each, with the head that is put on it
     "pretrained": {"Pretrained, ridge": "ridge", "Pretrained, logistic regression": "logistic"},
 }
 REFERENCE = "PudNet+"
-IMAGES = 90  # labelled images of a validation group, of which a method is given so many, unless a question has others
+IMAGES = 90  # labelled images of a validation group that a method is given, unless a question says otherwise
 Changes = Mapping[str, Any]  # of PudNet+'s recipe, with the method's own keys
-Results = dict[tuple[str, str], np.ndarray]  # by row and recipe: accuracy in percent on each validation group
+Results = dict[tuple[str, str, int], np.ndarray]  # by row, recipe and images: accuracy in percent on validation groups
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,24 +57,13 @@ class Question:
     text: str
     usual: str
     recipes: Mapping[str, Mapping[str, Changes]]
-    images: tuple[int, ...] = (IMAGES,)
+    images: tuple[int, ...] = (IMAGES,)  # from how many; if there are several, each has a column, and a recipe a row
 
     def trainings(self) -> Iterator[tuple[str, str, Changes]]:
         """Method, recipe and its changes."""
         for recipe, methods in self.recipes.items():
             for method, changes in methods.items():
                 yield method, recipe, changes
-
-    def rows(self) -> dict[str, str]:
-        """The rows of its page, and for each PudNet+'s row from as many images."""
-        methods = {method for method, *_ in self.trainings()}
-        names = [name for method, names in METHODS.items() if method in methods for name in names]
-        return {row_name(name, each): row_name(REFERENCE, each) for name in names for each in self.images}
-
-
-def row_name(name: str, images: int) -> str:
-    """The name of a method's row, measured from so many labelled images."""
-    return name if images == IMAGES else f"{name}, {images} images"
 
 
 def with_scale(scale: float) -> dict[str, Changes]:
@@ -92,6 +81,8 @@ def for_all(**changes: Any) -> dict[str, Changes]:
 
 CHOOSES = {"penalty": "leave_one_out", "blocks": "leave_one_out"}  # as the models that ship
 MIRRORED = CHOOSES | {"augment": "shift_mirror"}
+AFTER_PRETRAINING = MIRRORED | {"sketch_images": 250}
+PRETRAINED = MIRRORED | {"pretraining_share": 1.0}
 QUESTIONS = {
     "rates": Question(
         "Which rate each method is best at",
@@ -117,10 +108,12 @@ QUESTIONS = {
     ),
     "pretraining": Question(
         "Groups or pretraining, for a classifier from many images",
-        "each trained once with each recipe, on {groups:,} groups. All choose their penalty and blocks, as the models "
-        "that ship. “Pretrained”: not trained on groups, but on their images, mixed, to tell all training classes "
-        "apart. “Half”: first so, then on groups. “Mirrored”: on images that are shifted and mirrored at random. "
-        "“50 labelled”: in training, a group has 50 labelled images of each class, and not 18.",
+        "each trained once with each recipe, on {groups:,} groups, at a rate of 0.006 unless the row has another. All "
+        "choose their penalty and blocks, as the models that ship. “Pretrained”: not trained on groups, but on their "
+        "images, mixed, to tell all training classes apart; of R2-D2 only the classifier is then left, and that is the "
+        "variant `pretrained_ridge`. “Half pretrained”, “0.8 pretrained”: on this share of the groups, then on groups. "
+        "“Mirrored”: on images that are shifted and mirrored at random. “50 labelled”: in training, a group has 50 "
+        "labelled images of each class, and not 18.",
         "usual",
         {
             "usual": {"pudnet": CHOOSES, "r2d2": CHOOSES},
@@ -130,18 +123,24 @@ QUESTIONS = {
                 "pudnet": MIRRORED | {"sketch_images": 250},
                 "r2d2": MIRRORED | {"support_per_class": 50},
             },
-            "mirrored, half, 50 labelled": {"pudnet": MIRRORED | {"sketch_images": 250, "pretraining_share": 0.5}},
-            "mirrored, pretrained": {"r2d2": MIRRORED | {"pretraining_share": 1.0}},
-            "the same at rate 0.003": {"r2d2": MIRRORED | {"pretraining_share": 1.0, "learning_rate": 0.003}},
+            "half pretrained, mirrored, 50 labelled": {"pudnet": AFTER_PRETRAINING | {"pretraining_share": 0.5}},
+            "0.8 pretrained, mirrored, 50 labelled": {"pudnet": AFTER_PRETRAINING | {"pretraining_share": 0.8}},
+            "the same at rate 0.012": {
+                "pudnet": AFTER_PRETRAINING | {"pretraining_share": 0.8, "learning_rate": 0.012}
+            },
+            **{
+                f"pretrained, mirrored, rate {rate:g}": {"r2d2": PRETRAINED | {"learning_rate": rate}}
+                for rate in (0.003, 0.006, 0.012, 0.024)
+            },
         },
         images=(90, 250, 500),
     ),
 }
 TEXT = """PudNet+ and its nearest opponents of the setting `{setting}`, {text} Accuracy in percent, with its 95%
-interval, on {validation} validation groups of classes that were not trained on, from {images} of each.
-Test groups had no part in it. In brackets: the difference to “{usual}”, paired over the groups. The intervals do not
-include what another training seed would change. The last column compares each method at its best with PudNet+ at its
-own."""
+interval, on {validation} validation groups of classes that were not trained on, from {images} labelled images of each.
+Test groups had no part in it. In brackets: the difference to {reference}, paired over the groups. The intervals do not
+include what another training seed would change.{end}"""
+END = " The last column compares each method at its best with PudNet+ at its own."
 
 
 def spec_of(params: Params, method: str, changes: Mapping[str, Any]) -> TrialSpec:
@@ -151,8 +150,8 @@ def spec_of(params: Params, method: str, changes: Mapping[str, Any]) -> TrialSpe
     return dataclasses.replace(spec, table="search_train")
 
 
-def measured(params: Params, method: str, changes: Changes, counts: Sequence[int]) -> dict[str, np.ndarray]:
-    """Train a method with changes of PudNet+'s recipe -> each of its rows' accuracies on the validation groups.
+def measured(params: Params, method: str, changes: Changes, counts: Sequence[int]) -> dict[tuple[str, int], np.ndarray]:
+    """Train a method with changes of PudNet+'s recipe -> accuracies on the validation groups, by its rows and images.
 
     `counts`: from how many labelled images of a group.
     """
@@ -163,44 +162,71 @@ def measured(params: Params, method: str, changes: Changes, counts: Sequence[int
         pass
     table, trainer, card, found = open_groups(group_folder(0))[1]["validation"], trial.trainer, trial.card, {}
     for images in counts:
-        if images != IMAGES:
-            given = given_labels(card, images, params.groups.classes_per_group)
-            trial.card = dataclasses.replace(given, sketch_images=images)
-        for name, head in METHODS[method].items():
-            accuracies = twin_accuracies(trial.adapter(head), trainer.images, table, trainer.autocast)
-            found[row_name(name, images)] = accuracies
+        given = given_labels(card, images, params.groups.classes_per_group)
+        trial.card = dataclasses.replace(given, sketch_images=images)
+        for row, head in METHODS[method].items():
+            found[row, images] = twin_accuracies(trial.adapter(head), trainer.images, table, trainer.autocast)
     return found
 
 
 def page(name: str, results: Results, setting: str, groups: int) -> str:
     """The answer to a question: accuracies by row and recipe, as Markdown."""
     question = QUESTIONS[name]
-    rows = question.rows()
-    columns = {"": [*rows]}
-    for recipe in question.recipes:
-        columns[recipe] = [_cell(results, row, recipe, question.usual) for row in rows]
-    best = {row: max((own for (of, _), own in results.items() if of == row), key=np.mean) for row in rows}
-    columns["best, less PudNet+"] = [
-        "" if row == plus else plus_minus(*mean_interval(best[row] - best[plus]), "+") for row, plus in rows.items()
-    ]
+    several = len(question.images) > 1
     about = TEXT.format(
         setting=setting,
         text=question.text.format(groups=groups),
-        validation=len(best[REFERENCE]),
-        images=f"{IMAGES} labelled images" + ", or as many as the row says," * (len(question.images) > 1),
-        usual=question.usual,
+        validation=len(next(iter(results.values()))),
+        images=listed(question.images) if several else IMAGES,
+        reference=f"{REFERENCE}, {question.usual}" if several else f"“{question.usual}”",
+        end="" if several else END,
     )
     text = textwrap.fill(about, 120, break_on_hyphens=False)
     made_by = f"Made by `python reference/recipes.py {name}`."
+    columns = _by_images(question, results) if several else _by_recipe(question, results)
     return f"# {question.title}\n\n{text}\n\n{made_by}\n\n{table_of(columns)}"
 
 
-def _cell(results: Results, row: str, recipe: str, usual: str) -> str:
-    own = results.get((row, recipe))
-    if own is None:
-        return ""
-    less = plus_minus(*mean_interval(own - results[row, usual]), "+")
-    return plus_minus(*mean_interval(own)) + ("" if recipe == usual else f" ({less})")
+def listed(counts: Sequence[int]) -> str:
+    """Numbers in words: 90, 250 or 500."""
+    return ", ".join(map(str, counts[:-1])) + f" or {counts[-1]}"
+
+
+def _by_images(question: Question, results: Results) -> dict[str, list[str]]:
+    """A row for each method and recipe, a column for each number of images. All are compared with PudNet+ as usual."""
+    rows = {(row, recipe): None for row, recipe, _ in sorted(results, key=_place(question))}
+    columns = {"": [f"{row}, {recipe}" for row, recipe in rows]}
+    for images in question.images:
+        usual = results[REFERENCE, question.usual, images]
+        columns[f"{images} images"] = [_cell(results[*row, images], usual) for row in rows]
+    return columns
+
+
+def _place(question: Question) -> Callable[[tuple[str, str, int]], tuple[int, int]]:
+    """The order of a page's rows: by method, then by recipe."""
+    rows, recipes = [row for own in METHODS.values() for row in own], [*question.recipes]
+    return lambda key: (rows.index(key[0]), recipes.index(key[1]))
+
+
+def _by_recipe(question: Question, results: Results) -> dict[str, list[str]]:
+    """A row for each method, a column for each recipe, and one for the best of them."""
+    found = {(row, recipe): own for (row, recipe, _), own in results.items()}
+    rows = [row for own in METHODS.values() for row in own]
+    columns = {"": rows}
+    for recipe in question.recipes:
+        columns[recipe] = [
+            _cell(found[row, recipe], found[row, question.usual]) if (row, recipe) in found else "" for row in rows
+        ]
+    best = {row: max((own for (of, _), own in found.items() if of == row), key=np.mean) for row in rows}
+    columns["best, less PudNet+"] = [
+        "" if row == REFERENCE else plus_minus(*mean_interval(best[row] - best[REFERENCE]), "+") for row in rows
+    ]
+    return columns
+
+
+def _cell(own: np.ndarray, usual: np.ndarray) -> str:
+    less = "" if own is usual else f" ({plus_minus(*mean_interval(own - usual), '+')})"
+    return plus_minus(*mean_interval(own)) + less
 
 
 def main() -> None:
@@ -215,8 +241,10 @@ def main() -> None:
             for method, recipe, changes in question.trainings()
         }
         for job in as_completed(jobs):
-            results |= {(row, jobs[job]): own for row, own in job.result().items()}
-            print(*(f"{row}, {jobs[job]}: {own.mean():.2f}" for row, own in job.result().items()), flush=True)
+            recipe, found = jobs[job], job.result()
+            results |= {(row, recipe, images): own for (row, images), own in found.items()}
+            for (row, images), own in found.items():
+                print(f"{row}, {recipe}, from {images} images: {own.mean():.2f}", flush=True)
     (PAGES / f"{name}.md").write_text(page(name, results, params.setting, groups), encoding="utf-8")
 
 

@@ -70,16 +70,16 @@ def test_each_method_is_trained_with_each_recipe_and_measured_on_validation_grou
     prepare(params)
     groups(params)
     measured = {
-        (row, recipe): own
+        (row, recipe, images): own
         for method, recipe, changes in recipes.QUESTIONS["rates"].trainings()
-        for row, own in recipes.measured(params, method, changes, (90,)).items()
+        for (row, images), own in recipes.measured(params, method, changes, (90,)).items()
     }
     assert len(measured) == 16
     assert all(own.shape == (4,) and own.mean() > 60 for own in measured.values())  # by chance: 50
     assert recipes.spec_of(params, "r2d2", {}).table == "search_train"  # without the validation classes
-    assert (measured["R2-D2", "rate 0.0015"] != measured["R2-D2", "rate 0.012"]).any()
+    assert (measured["R2-D2", "rate 0.0015", 90] != measured["R2-D2", "rate 0.012", 90]).any()
     ridge, logistic = (
-        [measured[f"Pretrained, {head}", recipe] for recipe in recipes.QUESTIONS["rates"].recipes]
+        [measured[f"Pretrained, {head}", recipe, 90] for recipe in recipes.QUESTIONS["rates"].recipes]
         for head in ("ridge", "logistic regression")
     )
     assert not np.array_equal(ridge, logistic)
@@ -87,18 +87,19 @@ def test_each_method_is_trained_with_each_recipe_and_measured_on_validation_grou
     assert lines[-4].startswith("| PudNet+ | ") and lines[-4].count("(") == 3 and "on 10 groups" in " ".join(lines)
 
 
-def test_a_row_is_compared_with_pudnet_plus_from_as_many_images():
-    trainings = [*recipes.QUESTIONS["pretraining"].trainings()]
+def test_rows_of_several_numbers_of_images_are_compared_with_pudnet_plus_from_as_many():
     counts = recipes.QUESTIONS["pretraining"].images
     accuracies = {
-        (recipes.row_name(row, images), recipe): np.array([images / 10, 80.0 + (method == "r2d2")])
-        for method, recipe, _ in trainings
+        (row, recipe, images): images / 10 + np.array([0.0, 2.0]) + (recipe != "usual") + 3 * (method == "r2d2")
+        for method, recipe, _ in recipes.QUESTIONS["pretraining"].trainings()
         for row in recipes.METHODS[method]
         for images in counts
     }
     lines = recipes.page("pretraining", accuracies, "cifar100", 10).splitlines()
-    assert [line.split(" | ")[0] for line in lines[-3:]] == ["| R2-D2", "| R2-D2, 250 images", "| R2-D2, 500 images"]
-    assert all(line.endswith("| +0.50 ± 6.35 |") for line in lines[-3:])
+    table = [line.strip("| ").split(" | ") for line in lines if line.startswith("|")]
+    assert table[0][-3:] == ["90 images", "250 images", "500 images"]
+    assert table[2][0] == "PudNet+, usual" and table[2][1].startswith("10.00 ± ") and "(" not in table[2][1]
+    assert table[-1][0].startswith("R2-D2, ") and all("(+4.00 ± 0.00)" in cell for cell in table[-1][1:])
 
 
 def test_a_scale_is_tried_for_the_methods_that_have_one():
@@ -109,7 +110,7 @@ def test_a_scale_is_tried_for_the_methods_that_have_one():
         ("r2d2", {"learning_rate": 0.003, "scale": 10.0}),
     ]
     accuracies = {
-        (row, recipe): np.array([80.0, 90.0]) for method, recipe, _ in trainings for row in recipes.METHODS[method]
+        (row, recipe, 90): np.array([80.0, 90.0]) for method, recipe, _ in trainings for row in recipes.METHODS[method]
     }
     lines = recipes.page("schedules", accuracies, "domains", 10).splitlines()
     assert "|  |  | +0.00" in lines[-1] and lines[-4].count("85.00") == 6
