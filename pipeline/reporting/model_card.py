@@ -22,8 +22,8 @@ AUGMENTED = {
 }
 TEXT = """# {name}
 
-A PudNet (variant `{variant}`) that predicts {target} for images of {size}x{size} px with {channels} channel(s). Made by
-`models/pretrained/make.sh`, which says with what params, from commit {commit}.
+A model (variant `{variant}`) that predicts a {target} from labelled images of {size}x{size} px with {channels}
+channel(s). Made by `models/pretrained/make.sh`, which says with what params, from commit {commit}.
 
 | | |
 |---|---|
@@ -31,7 +31,7 @@ A PudNet (variant `{variant}`) that predicts {target} for images of {size}x{size
 from {images} images |
 | a group | {k} classes, {group_images} images; predicted from one, accuracy on its twin (no image in common) |
 | trained on | {train_groups:,} task groups of {source}, {passed}, {updates}; {losses} |
-| hypernetwork | {hypernetwork} |
+| model | {hypernetwork} |
 | class split | seed {split_seed} |
 | training classes | {train_classes} |
 | test classes, never trained on | {test_classes} |
