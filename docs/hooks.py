@@ -42,6 +42,7 @@ PAGES = {
     "results/ingredients.md": "studies/results/ingredients.md",
     "results/rates.md": "studies/results/rates.md",
     "results/schedules.md": "studies/results/schedules.md",
+    "results/pretraining.md": "studies/results/pretraining.md",
     "results/shipped.md": "studies/results/shipped.md",
     "results/aims.md": "studies/results/aims.md",
     **{f"use/{card.name}": f"models/pretrained/{card.name}" for card in ROOT.glob("models/pretrained/*.md")},

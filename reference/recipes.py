@@ -125,7 +125,7 @@ QUESTIONS = {
             },
             "half pretrained, mirrored, 50 labelled": {"pudnet": AFTER_PRETRAINING | {"pretraining_share": 0.5}},
             "0.8 pretrained, mirrored, 50 labelled": {"pudnet": AFTER_PRETRAINING | {"pretraining_share": 0.8}},
-            "the same at rate 0.012": {
+            "0.8 pretrained, mirrored, 50 labelled, rate 0.012": {
                 "pudnet": AFTER_PRETRAINING | {"pretraining_share": 0.8, "learning_rate": 0.012}
             },
             **{
