@@ -58,6 +58,9 @@ def _possible(params: Params) -> list[str]:
         methods.remove("shuffled_sketch")
     if params.variant == PLUS and PLUS in methods:
         methods.remove(PLUS)  # it is in PudNet's place
+    model, _ = params.configured({})
+    if not model.makes_weights:
+        methods = [method for method in methods if method not in ("constant_sketch", "shuffled_sketch")]  # as PudNet is
     if not methods:
         raise UserError("baselines.methods: no method is left; add another, or use more test groups")
     return methods

@@ -32,13 +32,16 @@ def publish(params: Params) -> None:
     """
     tensors, card = read_tensors(PUDNET)
     metrics = _read("metrics")
-    seed, trained_for = card.provenance.get("split_seed"), card.provenance.get("setting")
-    if (trained_for, card.target) != (params.setting, params.target) or str(seed) not in metrics["splits"]:
-        raise UserError(f"{PUDNET}: its setting, target or split is not params.yaml's; run `dvc repro evaluate`")
+    seed, trained_as = card.provenance.get("split_seed"), [card.provenance.get(key) for key in ("setting", "variant")]
+    known = trained_as == [params.setting, params.variant] and card.target == params.target
+    if not known or str(seed) not in metrics["splits"]:
+        raise UserError(
+            f"{PUDNET}: its setting, variant, target or split is not params.yaml's; run `dvc repro evaluate`"
+        )
     split = metrics["splits"][str(seed)]
     bench = open_bench(params, seed)
     predictor = bench.load(PUDNET)
-    most = MOST_IMAGES if predictor.class_aware else predictor.sketch_images
+    most = MOST_IMAGES if predictor.reads_labels else predictor.sketch_images
     measured = _measure(params, bench, predictor, {predictor.sketch_images, min(BETWEEN, most), most})
     test = {key: measured[-1][key] for key in ("accuracy", "ci95", "test_groups", "images")}
     card = dataclasses.replace(card, sketch_images=most, provenance={**card.provenance, "test": test})

@@ -51,7 +51,7 @@ class ModelConfig:
     eta: Fraction = 0.2
     generator_hidden: Positive = 16
     base: bool = False  # learn one base kernel for each layer; predictions are added to it and start at zero
-    change: bool = True  # predict weights by sketch, context and generators; else only class filters are predicted
+    change: bool = True  # predict weights by sketch, context and generators; else at most class filters are predicted
     class_filters: bool = False  # add filters to the last convolution that are solved for the group's classes
     filter_grid: Positive = 2  # solve them for the whole map and for grid x grid windows; 1: for the whole map only
     classifier: Literal["centroids", "ridge"] = "centroids"  # ridge: fitted to all images that a prediction uses
@@ -69,6 +69,11 @@ class ModelConfig:
     def reads_labels(self) -> bool:
         """Whether all images that are looked at count with their labels: in class filters or ridge regression."""
         return self.class_filters or self.classifier == "ridge"
+
+    @property
+    def makes_weights(self) -> bool:
+        """Whether a group gets weights of its own, beside its classifier and BatchNorm's statistics."""
+        return self.change or self.class_filters
 
     def labelled(self, k: int, images: int) -> int:
         """How many of the `images` of each of k classes a model that reads labels uses with them in training.
@@ -135,8 +140,7 @@ TRUNK_AND_RIDGE: dict[str, Any] = {
 VARIANTS: dict[str, dict[str, Any]] = {
     "pudnet": {},
     "pudnet_plus": TRUNK_AND_RIDGE | {"class_filters": True},
-    "pretrained_ridge": TRUNK_AND_RIDGE
-    | {"pretraining_share": 1.0, "augment": "shift_mirror", "learning_rate": 1.2e-2},
+    "pretrained_ridge": TRUNK_AND_RIDGE | {"class_filters": False, "pretraining_share": 1.0, "learning_rate": 1.2e-2},
     "without_context": {"context": "none"},
     "random_hidden": {"initial_state": "random"},
     "without_initial_residual": {"eta": 0.0},

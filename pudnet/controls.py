@@ -20,7 +20,7 @@ class StaticTrunk(nn.Module):
     control `random_weights`.
     """
 
-    class_aware = False  # its weights do not depend on labels
+    reads_labels = False
     regression = None  # it classifies by class centroids
 
     def __init__(self, target: Target) -> None:

@@ -67,10 +67,10 @@ class MetaLearner(Learner):
     def _sketch(self, images: Tensor) -> tuple[Tensor, int]:
         """The groups' sketches, and how many images of each class enter them with their labels.
 
-        The paper's sketch uses all images and no labels. A class-aware one uses as many images as a prediction does,
+        The paper's uses all images and no labels. A model that reads labels uses as many images as a prediction does,
         but at most half of the group's, since the rest must serve as queries.
         """
-        if not self.model.class_aware:
+        if not self.model.reads_labels:
             return self.model.sketch(images), 0
         blocks = images.unflatten(1, (self.k, -1))  # (B, k, n, C, H, W)
         seen = self.model.config.labelled(self.k, blocks.shape[2])

@@ -87,7 +87,7 @@ class Predictor:
     - The sketch averages over `sketch_images` images, spread evenly over the classes. In the constructor, None stands
       for as many as the card says (the shipped models: up to 1,000; others: the model's `sketch_images`).
     - BatchNorm's statistics come from `calibration_images` images, spread likewise. None means:
-      - the sketch's images, for a class-aware model (labels enter its sketch);
+      - the sketch's images, for a model that reads labels (PudNet+);
       - else the support set, if it has more than 50 images and fits in one batch;
       - else 50 images.
     - The first `support_per_class` images of each class are the support set, from which the classifier is made.
@@ -106,12 +106,12 @@ class Predictor:
     ) -> None:
         self.model, self.card, self.target = model.eval(), card, target
         hypernetwork = isinstance(model, PudNet)  # else the trunk of a control or baseline
-        self.class_aware = hypernetwork and model.class_aware
+        self.reads_labels = hypernetwork and model.reads_labels
         self.regression = model.regression if hypernetwork else None
         # None: the classifier sees the last block, or whatever else the target gives
         self.all_blocks = all_blocks(target) if (card.model or {}).get("blocks", "last") != "last" else None
         usual = card.sketch_images or (model.config.sketch_images if hypernetwork else CALIBRATION_IMAGES)
-        if hypernetwork and model.config.pooling == "sum" and not self.class_aware:
+        if hypernetwork and model.config.pooling == "sum" and not self.reads_labels:
             usual = ALL_IMAGES  # as in training, since a sum over fewer is smaller
         self.sketch_images = usual if sketch_images is None else sketch_images
         self._calibration_images = calibration_images
@@ -131,7 +131,7 @@ class Predictor:
         """How many images BatchNorm is calibrated on, unless a larger support set replaces them."""
         if self._calibration_images is not None:
             return self._calibration_images
-        return self.sketch_images if self.class_aware else CALIBRATION_IMAGES
+        return self.sketch_images if self.reads_labels else CALIBRATION_IMAGES
 
     @calibration_images.setter
     def calibration_images(self, count: int | None) -> None:
@@ -224,14 +224,14 @@ class Predictor:
             part = groups[first : first + batch]
             prepared, noted = zip(*(self._prepare(*group) for group in part), strict=True)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-                predicted = self._one_by_one(prepared) if self.class_aware else self._together(prepared)
+                predicted = self._one_by_one(prepared) if self.reads_labels else self._together(prepared)
             for network, (_, own, _), seen in zip(predicted, prepared, noted, strict=True):
                 network.card = seen.on(network.card, own)
             networks += predicted
         return networks
 
     def _one_by_one(self, groups: Sequence[tuple]) -> list[PredictedNetwork]:
-        """For a class-aware model: its sketches differ in length with the number of classes, so they do not stack."""
+        """For a model that reads labels: class filters make sketches of different lengths, so they do not stack."""
         return [self.adapt(*group) for group in groups]
 
     def _together(self, groups: Sequence[tuple]) -> list[PredictedNetwork]:
@@ -274,7 +274,7 @@ class Predictor:
         class filters, and solves them on the images that calibrate BatchNorm, one pass does both: it solves the
         filters when it reaches their layer, and then goes on with them.
         """
-        at_most_filters = self.class_aware and not self.model.config.change
+        at_most_filters = self.reads_labels and not self.model.config.change
         if sketch is None and at_most_filters and self.sketch_images == self.calibration_images:
             writes = self._filters_in_passing(labels, mark)
             return self.network(self.model.base_weights(), images, labels, classes, writes)
@@ -360,7 +360,7 @@ class Predictor:
 
     def _labelled(self, labels: Tensor) -> int:
         """How many of the images of a class that a prediction looks at are used with their labels, at most."""
-        if not self.class_aware:
+        if not self.reads_labels:
             return 0
         counts = labels.bincount()
         return min(math.ceil(self.sketch_images / len(counts)), int(counts.max()))
@@ -371,7 +371,7 @@ class Predictor:
         If they include the support set, the calibration pass also gives its features, so no second pass is needed.
         """
         rows = spread_rows(labels, self.calibration_images)
-        if self._calibration_images is None and not self.class_aware:
+        if self._calibration_images is None and not self.reads_labels:
             support = self.support_rows(labels)
             if len(rows) < len(support) <= max(AT_ONCE, images_at_a_time(self.card.image_size)):
                 return support

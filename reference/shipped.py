@@ -140,7 +140,7 @@ def classifiers(predictor: Predictor, other: Predictor, alone: Predictor, group:
     features = trunk.body(group.images).flatten(1)
     return {
         REFERENCE: predictor.adapt(group.images, labels, classes),
-        f"that of `…{BESIDE}`": other.adapt(group.images, labels, classes),
+        f"the prediction of `…{BESIDE}`": other.adapt(group.images, labels, classes),
         "the last block alone": alone.adapt(group.images, labels, classes),
         "and without filters of the group": trunk,
         "scikit-learn's ridge on that": Classifier(trunk.body, fit_head("ridge", features, labels)),
@@ -171,6 +171,9 @@ def table(model: str) -> str:
     """Measure all kinds of groups by one model -> a Markdown table."""
     predictor, other, columns = Predictor.load(model), Predictor.load(model + BESIDE), {}
     alone = last_block(predictor)
+    alike = ("source", "train_classes")
+    assert [other.card.provenance[key] for key in alike] == [predictor.card.provenance[key] for key in alike]
+    assert (other.card.mean, other.card.std) == (predictor.card.mean, predictor.card.std)
     for title, kind in KINDS[model].items():
         accuracies, wide = measured(kind, predictor, other, alone)
         columns = {"": [*accuracies, "all blocks"], **columns, title: column(accuracies, wide)}

@@ -59,17 +59,17 @@ def test_the_images_that_were_trained_on_are_known_as_seen(tuned, digits):
     assert set(network.card.looked_at) < seen <= of_all and len(seen) >= found.trained_on
 
 
-def plus():
-    """PudNet+, which looks at 10 labelled images."""
-    predictor = Predictor.untrained("convnet3", channels=1, image_size=8, variant="pudnet_plus")
+def plus(variant="pudnet_plus"):
+    """PudNet+, or another variant that reads labels, which looks at 10 images."""
+    predictor = Predictor.untrained("convnet3", channels=1, image_size=8, variant=variant)
     predictor.sketch_images, predictor.support_per_class = 10, 1
     return predictor
 
 
-@pytest.mark.parametrize("variant", ["pudnet", "pudnet_plus"])
+@pytest.mark.parametrize("variant", ["pudnet", "pudnet_plus", "pretrained_ridge"])
 def test_nothing_of_the_held_out_images_is_known_at_the_start(variant, predictor):
     """Random labels: neither start does better than chance, though the network was predicted from those very images."""
-    predictor = plus() if variant == "pudnet_plus" else predictor
+    predictor = predictor if variant == "pudnet" else plus(variant)
     accuracies = {"predicted": [], "random": []}
     for seed in range(8):
         rng = np.random.default_rng(seed)

@@ -199,7 +199,7 @@ def test_bf16_losses_are_within_a_twentieth_of_fp32s(kind, digits, images):
     assert half.loss == pytest.approx(full.loss, rel=0.05) and half.loss != full.loss
 
 
-@pytest.mark.parametrize("variant", ["pudnet", "pudnet_plus"])
+@pytest.mark.parametrize("variant", ["pudnet", "pudnet_plus", "pretrained_ridge"])
 def test_a_model_on_the_device_predicts_finetunes_and_exports(variant, digits, tmp_path):
     Predictor.untrained("convnet3", channels=1, image_size=8, variant=variant).save(tmp_path / "model.safetensors")
     predictor = Predictor.load(tmp_path / "model.safetensors", device=DEVICE)

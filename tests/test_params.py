@@ -298,9 +298,13 @@ def test_baselines_are_trained_as_the_variant_is_and_given_as_many_labels(raw):
 def test_a_variant_that_is_only_pretrained_leaves_baselines_their_groups(raw):
     params = resolve({**raw, "setting": "cifar100", "variant": "pretrained_ridge"})
     model, own = params.configured({})
-    others = params.for_baselines(100).baseline("r2d2", {})[1]
-    assert model.reads_labels and (own.pretraining_share, own.augment) == (1.0, "shift_mirror")
-    assert others == replace(own, pretraining_share=0.0, support_per_class=18)
+    assert (model.reads_labels, model.makes_weights, own.pretraining_share) == (True, False, 1.0)
+    others = params.for_baselines(100)
+    assert others.baseline("r2d2", {})[1] == replace(own, pretraining_share=0.0, support_per_class=18)
+    for method in ("static_trunk", PLUS):
+        train = make_spec(others, method, method, 0, {}, "train", 0).train
+        assert (train["pretraining_share"], train["support_per_class"]) == (0.0, 18)
+    assert make_spec(others, PLUS, PLUS, 0, {}, "train", 0).train["learning_rate"] == 6e-3
 
 
 def test_every_method_is_given_as_many_labels_of_a_test_group_as_the_variant(raw):

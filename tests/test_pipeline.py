@@ -13,17 +13,22 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 import yaml
 from mlflow import MlflowClient
 from sklearn.datasets import load_digits
 from torch.testing import assert_close
 
 from pipeline.check import check
+from pipeline.params import load_params
+from pipeline.publish import publish
+from pipeline.runs.trial import MetaTraining, make_spec
 from pipeline.stage import run_stage
 from pipeline.tracking.registry import download, png
 from pudnet import PredictedNetwork, Predictor
@@ -192,6 +197,22 @@ def test_publish_puts_the_model_and_its_card_among_those_that_ship(repro, tmp_pa
     (project / "models/pudnet.safetensors").unlink()
     without = run(project, sys.executable, "-m", "pipeline.publish")
     assert (without.returncode, without.stderr.count("\n")) == (2, 1)
+
+
+def test_a_variant_that_is_only_pretrained_trains_predicts_and_is_not_published_as_another(
+    repro, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(repro)
+    params = replace(load_params(), variant="pretrained_ridge")
+    trial = MetaTraining(make_spec(params, "trunk", "pudnet", 0, {}, "search_train", 4), torch.device("cpu"))
+    *_, last = trial.run()
+    assert last["validation_accuracy"] > 60  # by chance: 50
+    trial.adapter().save(tmp_path / "trunk.safetensors")
+    digits = load_digits()
+    network = Predictor.load(tmp_path / "trunk.safetensors").predict(digits.images[:60] / 16, digits.target[:60])
+    assert network.card.ridge and network.card.labels_per_class == np.bincount(digits.target[:60]).max()
+    with pytest.raises(UserError, match="setting, variant, target or split is not params.yaml's"):
+        publish(params)
 
 
 @pytest.fixture(scope="module")

@@ -18,8 +18,11 @@ if [[ ${1:-} == pudnet_plus || ${1:-} == pretrained_ridge ]]; then
     shift
 fi
 make_model() { # setting, variant, options
-    local name=$1 variant=$2 clone
+    local name=$1 variant=$2 augment=() clone
     shift 2
+    if [[ $variant == pretrained_ridge ]]; then
+        augment=(-S train.augment=shift_mirror) # which helps it, and not PudNet+
+    fi
     clone=$(mktemp -d)
     git clone --quiet "$root" "$clone/pudnet"
     mkdir -p "$root/data/raw" "$clone/pudnet/data"
@@ -29,7 +32,7 @@ make_model() { # setting, variant, options
         export PATH="$root/.venv/bin:$PATH" PYTHONPATH="$PWD"
         # These variants have no eta and no depth to search for, so that the search is one short trial.
         dvc exp run evaluate -S "setting=$name" -S "variant=$variant" -S model.penalty=leave_one_out \
-            -S model.blocks=leave_one_out -S groups.train_groups=5000 -S groups.search_groups=20 "$@"
+            -S model.blocks=leave_one_out -S groups.train_groups=5000 -S groups.search_groups=20 "${augment[@]}" "$@"
         rm models/pretrained/*.safetensors models/pretrained/*.md # so that only the new one is copied
         python -m pipeline.publish
         cp models/pretrained/"$name"-convnet3*.{safetensors,md} "$root/models/pretrained/"

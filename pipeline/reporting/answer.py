@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pipeline.params import PLUS
 from pipeline.reporting.methods import label
 from pipeline.reporting.results import Results, section
-from pudnet.config import VARIANTS
+from pudnet.config import VARIANTS, ModelConfig, TrainConfig, apply_variant
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,12 @@ def answer_rows(results: Results) -> list[Row]:
 
 
 def labels_note(results: Results, support_per_class: int) -> str:
-    """How many labels PudNet+ uses beside another variant. (Beside PudNet+, all methods are given as many as it.)
+    """How many labels PudNet+ uses beside another variant. (If that reads labels, too, all are given as many.)
 
     `support_per_class`: how many images of each class the others are given with their labels.
     """
-    if PLUS not in results.baselines:
+    variant, _ = apply_variant(results.variant, ModelConfig(), TrainConfig())
+    if PLUS not in results.baselines or variant.reads_labels:
         return ""
     images = VARIANTS[PLUS]["sketch_images"]
     others = f"{support_per_class} of each class"

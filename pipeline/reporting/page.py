@@ -173,6 +173,7 @@ def render(
         moved=moved,
         scale=scale,
         passed=passed,
+        makes_weights=params.configured({})[0].makes_weights,
         filters_shown=FILTERS_SHOWN,
         sections=SECTIONS,
         race=raced,

@@ -203,8 +203,8 @@ def open_method(bench: Bench, params: Params, method: str) -> Adapts:
         adapter.predictor.support_per_class = params.labels(bench.test_classes)
         return adapter
     predictor = _random_weights(bench) if method == "random_weights" else bench.load(split_model(method, bench.seed))
-    if method != PLUS:  # which has its own number
-        predictor.support_per_class = params.labels(bench.test_classes)
+    own = dataclasses.replace(params, variant=PLUS) if method == PLUS else params
+    predictor.support_per_class = own.labels(bench.test_classes)
     return predictor
 
 

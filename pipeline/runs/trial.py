@@ -62,6 +62,8 @@ def make_spec(
     baseline = kind in LEARNED or kind in SCRATCH
     model, train = params.baseline(kind, cell) if baseline else params.configured(cell)
     static = kind == "static_trunk"  # of PudNet's cell only the training keys apply
+    if static:  # it learns from groups, even if the variant is only pretrained
+        train = params.pretrained(replace(train, pretraining_share=params.train.pretraining_share), model)
     return TrialSpec(
         name=name,
         kind=kind,

@@ -170,18 +170,18 @@ def check_labels(study: Study, params: Params, tested: int) -> None:
                 f"rows.{name}: images: {row.images} labels are not as many of each of a test group's {tested} classes; "
                 f"give {f'{fewer} or ' * (fewer > 0)}{fewer + tested}"
             )
-        if row.images is None and tested != trained and row.method not in SCRATCH and _counts_images(params, row):
+        if row.images is None and tested != trained and row.method not in SCRATCH and _counts_images(params, name, row):
             raise UserError(
                 f"rows.{name}: images: missing; test groups have {tested} classes and training groups {trained}, "
                 "so say how many labels"
             )
 
 
-def _counts_images(params: Params, row: Row) -> bool:
+def _counts_images(params: Params, name: str, row: Row) -> bool:
     """Whether a row, or the variant that it is trained like, has a number of labelled images, not one of each class."""
     model, _ = apply_variant(row.variant, params.model, params.train)
     changes = row.changes if row.method == "pudnet" else {}
-    return changed(model, changes, "rows").reads_labels
+    return changed(model, changes, f"rows.{name}.changes").reads_labels
 
 
 def check_rows(study: Study, params: Params) -> None:
@@ -203,6 +203,10 @@ def check_rows(study: Study, params: Params) -> None:
         if other := next((row for row, content in seen.items() if content == same), ""):
             raise UserError(f"rows.{name}: means the same as row {other}")
         seen[name] = same
+        if row.sketch != "own" and not ModelConfig(**spec.model).makes_weights:
+            raise UserError(
+                f"rows.{name}: sketch: {row.sketch} changes nothing: this model makes no weights for a group"
+            )
         model = spec.model | {"eta": 0.0}  # eta has no size: rows that differ in it alone are checked once
         content = (spec.target, spec.kind, *model.items())
         if content in sound:

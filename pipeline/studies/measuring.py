@@ -170,9 +170,8 @@ def _diagnose(folder: str, params: Params, cell: StudyCell) -> Diagnosis:
     with torch.no_grad():
         moved = movement([predictor.model.generate(sketch) for sketch in sketches[:MOVED_GROUPS]])
     share = 100 * float(np.mean([layer.mean() for layer in moved.values()]))
-    if (
-        predictor.class_aware
-    ):  # its sketch has a part for each class, in the group's order, so sketches cannot be compared
+    model = predictor.model
+    if model.filters is not None or not model.config.change:  # sketches with parts of classes differ in length
         return Diagnosis(share, float("nan"))
     return Diagnosis(share, probe(sketches, [bench.images.block_classes(group).tolist() for group in groups]))
 

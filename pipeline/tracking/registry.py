@@ -108,7 +108,8 @@ def hypernetwork(card: Card) -> str:
     """A hypernetwork's architecture in a few words."""
     model = ModelConfig(**card.model)
     parts = [f"extractor {model.extractor}, eta {model.eta}, GRU depth {model.depth}"] if model.change else []
-    parts += ["class filters"] if model.class_filters else [] if model.change else ["one network for all groups"]
+    parts += ["class filters"] if model.class_filters else []
+    parts += [] if model.makes_weights else ["one network for all groups"]
     parts += ["a classifier by ridge regression"] if model.classifier == "ridge" else []
     chosen = [key for key in ("penalty", "blocks") if getattr(model, key) == "leave_one_out"]
     parts += [f"whose {' and '.join(chosen)} a prediction chooses"] if chosen else []

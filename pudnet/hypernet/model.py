@@ -48,16 +48,18 @@ class PudNet(nn.Module):
         if config.class_filters and not target.dense:
             raise UserError("model.class_filters: the target has no convolution that sees all of its input's channels")
         if config.penalty != "learned" and config.classifier != "ridge":
-            raise UserError("model.penalty: leave_one_out needs classifier: ridge, which variant: pudnet_plus has")
+            raise UserError(
+                "model.penalty: leave_one_out needs classifier: ridge, which pudnet_plus and pretrained_ridge have"
+            )
         if config.blocks != "last" and not (config.classifier == "ridge" and has_all_blocks(target)):
-            raise UserError("model.blocks: leave_one_out needs target: convnet3, and variant: pudnet_plus")
+            raise UserError("model.blocks: leave_one_out needs target: convnet3, and classifier: ridge")
         self.filters = ClassFilters(target.dense[-1], config.filter_grid) if config.class_filters else None
         ridge = (config.ridge, config.ridge_scale, config.penalty)
         self.regression = Regression(*ridge) if config.classifier == "ridge" else None
         self._set_scales(torch.randn(64, target.channels, target.image_size, target.image_size))
 
     @property
-    def class_aware(self) -> bool:
+    def reads_labels(self) -> bool:
         """Whether the labels of the sketch's images count (`ModelConfig.reads_labels`)."""
         return self.config.reads_labels
 
