@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from pudnet.errors import UnreadableImage, UserError, exit_code
 from pudnet.files import check_writable, replacing
+from pudnet.locations import local_file, shipped
 
 if TYPE_CHECKING:
     from pudnet.card import Card
@@ -48,8 +49,8 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument(
         "--model",
         default="cifar100-convnet3",
-        help="a trained model: a file, the name of one that ships with the project (%(default)s), or an MLflow URI "
-        "(models:/NAME/VERSION, runs:/ID/model)",
+        help=f"a trained model: a file, the name of one that ships with the project ({', '.join(shipped())}; default: "
+        "%(default)s), or an MLflow URI (models:/NAME/VERSION, runs:/ID/model)",
     )
     _add_data(predict, "a folder with one subfolder of images for each class")
     predict.add_argument("--out", type=Path, required=True, help="the .safetensors file to write")
@@ -209,7 +210,6 @@ def _info(options: argparse.Namespace) -> None:
     import yaml
 
     from pudnet.card import read_tensors
-    from pudnet.locations import local_file
 
     tensors, card = read_tensors(local_file(options.file))
     values = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(card).items()}

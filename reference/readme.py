@@ -34,7 +34,7 @@ ROWS = {  # the study's name of a row -> the page's
     "from scratch / 1 epoch": "trained from scratch, 1 epoch",
     "from scratch / 50 epochs": "trained from scratch, 50 epochs, tuned",
     "Pretrained, logistic / all images": "pretrained on the training classes, logistic regression",
-    "Pretrained, chosen / all images": "the same, with R2-D2's classifier",
+    "Pretrained, chosen / all images": "the same, with R2-D2's classifier (as in the models `pretrained-ridge`)",
     "R2-D2 / all images": "R2-D2: meta-learned, the classifier is solved for",
     "PudNet+ / all images": "**PudNet+: predicted**",
     "PudNet+, fine-tuned / 20 epochs": "PudNet+, then trained for 20 epochs",

@@ -111,9 +111,10 @@ QUESTIONS = {
         "each trained once with each recipe, on {groups:,} groups, at a rate of 0.006 unless the row has another. All "
         "choose their penalty and blocks, as the models that ship. “Pretrained”: not trained on groups, but on their "
         "images, mixed, to tell all training classes apart; of R2-D2 only the classifier is then left (at rate 0.012, "
-        "this is the variant `pretrained_ridge`). “Half pretrained”, “0.8 pretrained”: on this share of the groups, "
-        "then on groups. “Mirrored”: on images that are shifted and mirrored at random. “50 labelled”: in training, a "
-        "group has 50 labelled images of each class, and not 18.",
+        "this is the variant `pretrained_ridge` with the same `train.augment`, `penalty` and `blocks`). “Half "
+        "pretrained”, “0.8 pretrained”: on this share of the groups, then on groups. “Mirrored”: on images that are "
+        "shifted and mirrored at random. “50 labelled”: in training, a group has 50 labelled images of each class, and "
+        "not 18.",
         "usual",
         {
             "usual": {"pudnet": CHOOSES, "r2d2": CHOOSES},

@@ -35,12 +35,13 @@ FIRST_DRAW = 100  # draws 0 to 11 were looked at when the scale of earlier block
 BESIDE = "-pretrained-ridge"  # at the end of the name of a model that has another trunk
 TEXT = """# What the shipped models add to a trunk with a classifier
 
-For groups of images, mostly from sets that the models were not trained on, what a shipped PudNet+ predicts, what the
-shipped model whose trunk is pretrained makes in its place, and three classifiers that have less of PudNet+:
+For groups of images, mostly from sets that the models were not trained on, these classifiers are compared:
 
-- its ridge classifier on the last block alone, without the choice of blocks. (A prediction that keeps the last block
-  may choose another penalty for it.)
-- the same on the trunk that the model has for all groups, without the filters that it makes for the group;
+- the prediction of a shipped PudNet+;
+- that of the shipped model whose trunk is pretrained;
+- of the PudNet+, its ridge classifier on the last block alone, without the choice of blocks;
+- the same on the trunk that PudNet+ has for all groups, without the filters that it makes for the group (beside the one
+  above, this says what filters are worth);
 - scikit-learn's ridge on the last block of that trunk.
 
 All choose their penalty on the group. They are given the same labelled images, and measured on other images of the

@@ -96,7 +96,10 @@ def test_labels_that_are_not_of_one_kind_are_refused_by_their_row(labels, messag
             TrainConfig(kl_weight=0.5, pretraining_share=0.8),
             "L1 + 1 L2 + 0.5 L3; on the images of the first 80% of them",
         ),
-        (TrainConfig(pretraining_share=1.0), "cross-entropy over all training classes, on their images, mixed"),
+        (
+            TrainConfig(pretraining_share=1.0),
+            "their images are mixed, and it learned to tell all training classes apart",
+        ),
     ],
 )
 def test_a_card_tells_what_a_model_was_trained_with(train, said):

@@ -97,7 +97,7 @@ def losses(train: TrainConfig) -> str:
     """The losses that a model was trained with."""
     share = train.pretraining_share or 0.0
     if share == 1:
-        return "cross-entropy over all training classes, on their images, mixed"
+        return "their images are mixed, and it learned to tell all training classes apart"
     weights = {"L2": train.full_weight, "L3": train.kl_weight}
     added = "".join(f" + {weight:g} {name}" for name, weight in weights.items() if weight)
     first = f"; on the images of the first {share:.0%} of them, mixed, L2" if share else ""
