@@ -18,16 +18,17 @@ HERE = Path(__file__).parent
 RESULTS = HERE.parent / "studies" / "results"
 STUDY = "instead_of_training"
 CAPTION = """\
-A ConvNet-3 for a *group*: 500 labelled images of five classes of CIFAR-100. Accuracy in percent, on other images of
-these classes, ± its 95% interval over test groups, whose classes are not in the training groups. Three rows train on
-each group: the two from scratch, and the last. That is slow, so they have fewer test groups (in brackets, below). To be
-comparable, they show PudNet+'s accuracy on all groups, plus their difference to it on these few; the linked page has
-what they measured. The models of the other rows were trained once on each class split, on {train_groups:,} groups.
-A → B: trained on A, tested on B. (Made by `python -m pipeline.study {name}`: [all
+A ConvNet-3 for a *group*: 500 labelled images of five classes of CIFAR-100, or 1,000 of ten classes of Fashion-MNIST.
+Accuracy in percent, on other images of these classes, ± its 95% interval over test groups, whose classes are not in the
+training groups. Three rows train on each group: the two from scratch, and the last. That is slow, so they have fewer
+test groups (in brackets, below). To be comparable, they show PudNet+'s accuracy on all groups, plus their difference to
+it on these few; the linked page has what they measured. The models of the other rows were trained once on each class
+split, on {train_groups:,} groups. A → B: trained on A, tested on B. (Made by `python -m pipeline.study {name}`: [all
 rows](studies/results/{name}.md).)
 """
 COLUMNS_SHOWN = (
     "CIFAR-100, 5 classes",
+    "CIFAR-100 → Fashion-MNIST, 10 classes",
     "Fashion-MNIST → CIFAR-100, 5 classes",
 )  # and time
 ROWS = {  # the study's name of a row -> the page's
