@@ -24,7 +24,7 @@ def answer(params: Params) -> None:
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"\n{params.setting}, {target_name(params.target)}: accuracy on classes that were never trained on\n")
     console.print(_table(rows))
-    console.print(f"\n± is a 95 % interval over test groups. {labels_note(results, params.train.support_per_class)}")
+    console.print(f"\n± is a 95 % interval over test groups. {labels_note(results, params)}")
     console.print(f"\nthe whole report   {RESULTS / 'report.html'}")
     console.print("all runs           make ui (MLflow)")
     size, colour = params.prepare.image_size, "grey" if params.prepare.channels == 1 else "colour"

@@ -14,7 +14,7 @@ from pipeline.project import RESULTS, read_result, write, write_json
 from pipeline.runs import cluster
 from pipeline.runs.class_split import images_of_a_class
 from pipeline.runs.final_training import train_baselines, write_curves
-from pipeline.runs.measuring import measure_all, time_all
+from pipeline.runs.measuring import SKETCHES, measure_all, time_all
 from pipeline.runs.summary import compare
 from pipeline.runs.tuning import named, tune
 from pipeline.stage import run_stage
@@ -60,7 +60,7 @@ def _possible(params: Params) -> list[str]:
         methods.remove(PLUS)  # it is in PudNet's place
     model, _ = params.configured({})
     if not model.makes_weights:
-        methods = [method for method in methods if method not in ("constant_sketch", "shuffled_sketch")]  # as PudNet is
+        methods = [method for method in methods if method not in SKETCHES]  # another sketch would change nothing
     if not methods:
         raise UserError("baselines.methods: no method is left; add another, or use more test groups")
     return methods

@@ -65,7 +65,7 @@ class MetaLearner(Learner):
         return Losses(loss, nothing, loss.detach(), nothing, accuracy(logits, labels))
 
     def _sketch(self, images: Tensor) -> tuple[Tensor, int]:
-        """The groups' sketches, and how many images of each class enter them with their labels.
+        """The groups' sketches, and how many images of each class are used with their labels.
 
         The paper's uses all images and no labels. A model that reads labels uses as many images as a prediction does,
         but at most half of the group's, since the rest must serve as queries.

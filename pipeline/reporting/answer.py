@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pipeline.params import PLUS
+from pipeline.params import PLUS, Params
 from pipeline.reporting.methods import label
 from pipeline.reporting.results import Results, section
-from pudnet.config import VARIANTS, ModelConfig, TrainConfig, apply_variant
+from pudnet.config import VARIANTS
 
 
 @dataclass(frozen=True)
@@ -35,16 +35,13 @@ def answer_rows(results: Results) -> list[Row]:
     return [_row(results, method) for method in wanted if method in results.methods]
 
 
-def labels_note(results: Results, support_per_class: int) -> str:
-    """How many labels PudNet+ uses beside another variant. (If that reads labels, too, all are given as many.)
-
-    `support_per_class`: how many images of each class the others are given with their labels.
-    """
-    variant, _ = apply_variant(results.variant, ModelConfig(), TrainConfig())
-    if PLUS not in results.baselines or variant.reads_labels:
+def labels_note(results: Results, params: Params) -> str:
+    """How many labels PudNet+ uses beside another variant. (If that reads labels, too, all are given as many.)"""
+    model, _ = params.configured({})
+    if PLUS not in results.baselines or model.reads_labels:
         return ""
     images = VARIANTS[PLUS]["sketch_images"]
-    others = f"{support_per_class} of each class"
+    others = f"{params.train.support_per_class} of each class"
     own = f"PudNet+ uses the labels of up to {images} images of a group, or of {others} if that is more."
     return f"{own} The other predictions use {others}."
 

@@ -164,7 +164,7 @@ def render(
         static=results.baselines.get("static_trunk"),
         verdict=verdict,
         answer=answer_rows(results),
-        labels_note=labels_note(results, params.train.support_per_class),
+        labels_note=labels_note(results, params),
         headline=headline(results, paper),
         paper=paper,
         reported=paper.get(results.variant),
