@@ -13,7 +13,8 @@ from pudnet.data.store import Store, open_store, write_store
 
 torch.set_num_threads(1)  # tests are tiny: a second thread costs more than it does
 
-LONG = ("test_pipeline.py", "test_study.py", "test_final_training.py", "test_benchmarks.py")  # minutes, by real stages
+# Minutes, by real stages; the longest first.
+LONG = ("test_pipeline.py", "test_study.py", "test_final_training.py", "test_benchmarks.py")
 LONGEST = 1800  # seconds that one of their tests may take, on a slow machine
 NUMERIC = {
     f"test_{name}.py"
@@ -25,7 +26,7 @@ SIZES = GroupSizes(2, 40, train_groups=60, search_groups=2, validation_groups=2,
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark tests by their file; the long files first, one to a worker: a long one that begins late is waited for."""
-    items.sort(key=lambda item: item.path.name not in LONG)
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
     for item in items:
         if item.path.name in LONG:
             item.add_marker(pytest.mark.timeout(LONGEST))

@@ -1,5 +1,6 @@
 """The search with `train.patience`, and the final training by several workers, as commands."""
 
+import json
 import re
 import shutil
 import sys
@@ -7,8 +8,12 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 import yaml
 
+from pipeline.params import load_params
+from pipeline.runs.final_training import read_best
+from pipeline.runs.trial import MetaTraining, make_spec
 from pudnet import Predictor
 from tests.smallest import shrink
 from tests.test_pipeline import copy_project, run
@@ -37,8 +42,13 @@ def test_with_patience_the_final_training_passes_its_groups_as_often_as_the_sear
     """Of the bench, too, with nothing else to tune. A trial that ended early trains no further, noted or not."""
     project, said = tmp_path / "patient", patient[1]
     shutil.copytree(patient[0], project, ignore=shutil.ignore_patterns("mlflow.db", "mlartifacts"))
-    said += stages(project, "train", "evaluate", "baselines")
+    markers = (project / ".pud/trials").glob("pudnet-split0-*/ended.json")
+    min(markers, key=lambda path: json.loads(path.read_text())["groups"]).unlink()  # as after a loss of power
     best = yaml.safe_load((project / "results/best.yaml").read_text())["splits"][0]
+    again = stages(project, "search")
+    assert "1 of 2 trials are finished already" in again and not re.search(r"group +\d+ of 30", again)
+    assert yaml.safe_load((project / "results/best.yaml").read_text())["splits"][0] == best
+    said += stages(project, "train", "evaluate", "baselines")
     search = pd.read_csv(project / "results/search.csv")
     assert best["passes"] == search.groups[search.accuracy.idxmax()] / 10
     assert best["accuracy"] == pytest.approx(search.accuracy.max(), abs=1e-3)
@@ -55,40 +65,33 @@ def test_with_patience_the_final_training_passes_its_groups_as_often_as_the_sear
         "r2d2": round(tuned.r2d2 / 10 * 19),
         "pudnet_plus": round(tuned.pudnet_plus / 10 * 19),
     }
-    assert "2 of 2 trials are finished already" in stages(project, "search")
-    for ended in (project / ".pud/trials").glob("pudnet-split0-*/ended.json"):
-        ended.unlink()  # as after a loss of power between a trial's last checkpoint and its end
-    assert not re.search(r"group +\d+ of 30", stages(project, "search"))
-    assert yaml.safe_load((project / "results/best.yaml").read_text())["splits"][0] == best
 
 
-def trained_by(workers: int, searched: Path, project: Path) -> Path:
-    """A copy of the project whose final training ran anew, by so many workers of one thread each.
+def test_two_workers_train_as_one_does_with_all_groups_of_a_step(patient, tmp_path, monkeypatch):
+    """By Ray Train, gloo between CPUs as NCCL between GPUs. 19 groups, two a step: at the last a worker has none.
 
     One pass, in fp32 on any processor: in bf16 a group's rounding depends on how many share its step.
     """
-    shutil.copytree(searched, project, ignore=shutil.ignore_patterns(".pud", "mlflow.db", "mlartifacts"))
+    project = tmp_path / "two"
+    shutil.copytree(patient[0], project, ignore=shutil.ignore_patterns(".pud", "mlflow.db", "mlartifacts"))
     params = yaml.safe_load((project / "params.yaml").read_text())
-    params["resources"] |= {"workers": workers, "cpus": 1}
+    params["resources"] |= {"workers": 2, "cpus": 1}
     params["train"] |= {"precision": "fp32", "augment": "shift", "passes": 1, "patience": None}
     (project / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
     best = yaml.safe_load((project / "results/best.yaml").read_text())
     del best["splits"][0]["passes"]
     (project / "results/best.yaml").write_text(yaml.safe_dump(best, sort_keys=False))
     stages(project, "train")
-    return project
-
-
-def test_two_workers_train_as_one_does_with_all_groups_of_a_step(patient, tmp_path):
-    """By Ray Train, gloo between CPUs as NCCL between GPUs. 19 groups, two a step: at the last a worker has none."""
-    projects = [trained_by(workers, patient[0], tmp_path / str(workers)) for workers in (1, 2)]
-    one, two = (pd.read_csv(project / "results/train_curves.csv") for project in projects)
-    assert "1 of 1 trials are finished already" in stages(projects[1], "train")
-    assert two.groups.tolist() == [10, 19]
+    two = pd.read_csv(project / "results/train_curves.csv")
+    assert "1 of 1 trials are finished already" in stages(project, "train")
+    monkeypatch.chdir(project)
+    alone = MetaTraining(make_spec(load_params(), "one", "pudnet", 0, read_best()[0], "train", 0), torch.device("cpu"))
+    one = pd.DataFrame(alone.run())
+    assert two.groups.tolist() == one.groups.tolist() == [10, 19]
     for curve in ("loss", "metric_loss", "full_loss", "kl_loss"):
         assert two[curve].tolist() == pytest.approx(one[curve].tolist(), rel=1e-3)
     # On some processors rounding decides about one image of the 700 or so between two reports.
     assert two.train_accuracy.tolist() == pytest.approx(one.train_accuracy.tolist(), abs=0.3)
-    expected, found = (Predictor.load(project / "models/pudnet.safetensors").model for project in projects)
-    for name, weight in expected.state_dict().items():
-        assert (found.state_dict()[name] - weight).abs().max() <= 0.05 * weight.abs().max() + 1e-4, name
+    found = Predictor.load(project / "models/pudnet.safetensors").model.state_dict()
+    for name, weight in alone.state_dict()["model"].items():
+        assert (found[name] - weight).abs().max() <= 0.05 * weight.abs().max() + 1e-4, name

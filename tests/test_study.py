@@ -56,7 +56,22 @@ TINY = {
     },
 }
 
+TWICE = TINY | {
+    "over": {**SMALL, "study.trainings": 2},
+    "rows": {row: TINY["rows"][row] for row in ("static trunk", "PudNet+", "untrained")},
+}
 KINDS = {  # one of each other kind, over cells that they share with the first
+    "converged": {
+        "title": "Converged",
+        "over": {**SMALL, "groups.search_groups": 4, "search.report_every": 2, "train.passes": 3},
+        "columns": {"digits": {"setting": "digits"}},
+        "rows": {
+            "thrice": {},
+            "once": {"changes": {"passes": 1}},
+            "patient": {"method": "static_trunk", "changes": {"patience": 1}},
+            "patient ProtoNet": {"method": "protonet", "changes": {"patience": 1, "passes": 2}},
+        },
+    },
     "axis": {
         "title": "Axis",
         "over": SMALL,
@@ -75,17 +90,6 @@ KINDS = {  # one of each other kind, over cells that they share with the first
         "measure": "losses",
         "columns": {"digits": {"setting": "digits"}},
         "rows": {"PudNet": {}},
-    },
-    "converged": {
-        "title": "Converged",
-        "over": {**SMALL, "groups.search_groups": 4, "search.report_every": 2, "train.passes": 3},
-        "columns": {"digits": {"setting": "digits"}},
-        "rows": {
-            "thrice": {},
-            "once": {"changes": {"passes": 1}},
-            "patient": {"method": "static_trunk", "changes": {"patience": 1}},
-            "patient ProtoNet": {"method": "protonet", "changes": {"patience": 1, "passes": 2}},
-        },
     },
     "start": {
         "title": "Start",
@@ -187,8 +191,9 @@ def write_digits(folder):
 def test_every_kind_of_study_runs_and_what_is_done_is_not_done_again(project, tmp_path):
     for name, study in KINDS.items():
         project(study, name)
+    project(TWICE, "twice")
     write_digits(tmp_path)
-    first = run_studies(tmp_path, "tiny", *KINDS)
+    first = run_studies(tmp_path, "tiny", "twice", *KINDS)
     assert "2 training(s) on 4 groups" in first
     table, page = results(tmp_path, "tiny")
     assert table.row.tolist() == list(TINY["rows"]) and table.test_groups.tolist() == [6] * 5 + [2]
@@ -197,6 +202,9 @@ def test_every_kind_of_study_runs_and_what_is_done_is_not_done_again(project, tm
     assert table.set_index("row").milliseconds.notna().tolist() == [True, True, False, True, True, True]
     assert all(f"| {row} | " in page for row in TINY["rows"])
     assert "| 91.07 ± 1.11 |" in page and "| 870 ms |" in page and "| labels, at most |" in page
+    twice = first.partition("study: twice, digits: 4 training(s)")[2].partition("study: converged")[0]
+    assert "  2 of 4 trials are finished already" in twice
+    _check_trainings(*results(tmp_path, "twice"))
     _check_kinds(tmp_path, first)
     rows = {row: own for row, own in TINY["rows"].items() if row != "untrained"}
     project({**TINY, "rows": rows, "reference": ["PudNet+", "few images"]})
@@ -205,11 +213,6 @@ def test_every_kind_of_study_runs_and_what_is_done_is_not_done_again(project, tm
     rest, page = results(tmp_path, "tiny")
     assert rest.accuracy.tolist() == table.accuracy[table.row != "untrained"].tolist()
     _check_references(rest.set_index("row"), page)
-    params = (tmp_path / "params.yaml").read_text()
-    (tmp_path / "params.yaml").write_text(params.replace("trainings: null", "trainings: 2"))
-    project({**TINY, "rows": {row: TINY["rows"][row] for row in ("static trunk", "PudNet+", "untrained")}})
-    assert "2 of 4 trials are finished already" in run_studies(tmp_path, "tiny")
-    _check_trainings(*results(tmp_path, "tiny"))
 
 
 def test_rows_of_the_same_models_are_not_counted_as_more_trainings():
