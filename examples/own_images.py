@@ -82,7 +82,7 @@ def write_digits(folder: Path) -> tuple[Path, Path]:
 
 
 def plot_filters(network: PredictedNetwork, path: Path) -> None:
-    """The last layer's predicted kernels, the mean over their input channels."""
+    """The last layer's kernels, the mean over their input channels."""
     kernels = network.target_state_dict()[network.card.predicted[-1]][:FILTERS].mean(1)  # (d, f, f)
     low, high = kernels.amin((1, 2), True), kernels.amax((1, 2), True)
     kernels = ((kernels - low) / (high - low)).numpy()
@@ -91,7 +91,7 @@ def plot_filters(network: PredictedNetwork, path: Path) -> None:
         axis.axis("off")
     for axis, kernel in zip(axes.flat, kernels, strict=False):
         axis.imshow(kernel, cmap="gray")
-    figure.suptitle(f"Predicted kernels of {network.card.predicted[-1]}, mean over input channels")
+    figure.suptitle(f"Kernels of {network.card.predicted[-1]}, mean over input channels")
     figure.savefig(path, dpi=120, bbox_inches="tight")
     plt.close(figure)
 

@@ -21,6 +21,12 @@ from pudnet.targets import Target, build_target, is_import_path, put_tensors, ta
 
 METADATA = "pudnet"  # a single key: safetensors orders several at random, which would change the file's hash
 FORMAT = 2
+CONTENTS = {
+    "network": "a predicted network",
+    "state_dict": "a state dict",
+    "pudnet": "a trained PudNet",
+    "static_trunk": "a trained static trunk",
+}
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -54,6 +60,11 @@ class Card:
         if len(set(map(str, self.classes))) < len(self.classes):
             raise ValueError("two classes have the same name")
         return self
+
+    @property
+    def holds(self) -> str:
+        """What the file holds, in words."""
+        return CONTENTS.get(self.kind, f"a trained {self.kind}")
 
     def json(self) -> str:
         """The card as one line of JSON; equal cards give equal lines."""

@@ -157,7 +157,9 @@ def _classify(options: argparse.Namespace) -> None:
     if options.out:
         _write_csv(options.out, ("file", "class", "label"), rows)
     right = [predicted == label for predicted, label in zip(found, labels, strict=True) if label in known]
-    accuracy = f", accuracy {100 * sum(right) / len(right):.2f} % of {len(right)} labelled" if right else ""
+    accuracy = ""
+    if right:
+        accuracy = f", accuracy {_accuracy(100 * sum(right) / len(right), len(right))} of {len(right)} labelled"
     looked_at = set(network.card.looked_at)
     again = sum(checksum in looked_at for checksum in seen.values())
     print(
@@ -188,7 +190,8 @@ def _finetune(options: argparse.Namespace) -> None:
         _write_csv(options.curve, [field.name for field in fields(Epoch)], [astuple(point) for point in found.curve])
     for start in ("predicted", "random"):
         points = [point for point in found.curve if point.start == start]
-        print(f"from {start} weights: {points[0].accuracy:.2f} % -> {points[-1].accuracy:.2f} %")
+        before, after = (_accuracy(point.accuracy, found.held_out) for point in (points[0], points[-1]))
+        print(f"from {start} weights: {before} -> {after}")
     print(
         f"{options.out}: trained on {found.trained_on} images{_as_trained(network.card)}, accuracies on "
         f"{found.held_out} others{_left_out(images)}"
@@ -235,6 +238,13 @@ def _check_other(path: Path | None, other: str | Path) -> None:
 def _looked_at(network: PredictedNetwork) -> int:
     """How many images a prediction used. Sketch, calibration and support overlap: each takes a class's first images."""
     return max(network.card.provenance[f"{use}_images"] for use in ("sketch", "calibration", "support"))
+
+
+def _accuracy(percent: float, images: int) -> str:
+    from pudnet.evaluation import wilson_interval
+
+    low, high = wilson_interval(percent, images)
+    return f"{percent:.2f} % (95% interval: {low:.1f} to {high:.1f})"
 
 
 def _strange(labels: Sequence[str]) -> str:

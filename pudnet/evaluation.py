@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -59,11 +60,16 @@ def stratified_interval(strata: Sequence[np.ndarray]) -> tuple[float, float]:
 
 def mean_half_width(measured: Sequence[tuple[float, int]]) -> float:
     """Half-width of the 95% interval (Wilson's) of a mean accuracy, from (accuracy in percent, number of images)."""
-    z, halves = 1.959964, []
-    for accuracy, images in measured:
-        p = accuracy / 100
-        halves.append(z / (1 + z**2 / images) * np.sqrt(p * (1 - p) / images + z**2 / (4 * images**2)))
-    return 100 * float(np.linalg.norm(halves)) / len(halves)
+    widths = [high - low for low, high in (wilson_interval(accuracy, images) for accuracy, images in measured)]
+    return float(np.linalg.norm(widths)) / 2 / len(widths)
+
+
+def wilson_interval(accuracy: float, images: int) -> tuple[float, float]:
+    """Ends of the 95% interval (Wilson's), in percent, of an accuracy in percent that so many images gave."""
+    z, p = 1.959964, accuracy / 100
+    middle = (p + z**2 / (2 * images)) / (1 + z**2 / images)
+    half = z / (1 + z**2 / images) * math.sqrt(p * (1 - p) / images + z**2 / (4 * images**2))
+    return max(0.0, 100 * (middle - half)), min(100.0, 100 * (middle + half))  # rounding may leave 0 to 100
 
 
 def block_labels(images: StoreImages, indices: np.ndarray) -> tuple[Tensor, np.ndarray]:

@@ -104,7 +104,7 @@ class PredictedNetwork(nn.Module):
         """
         tensors, card = read_tensors(local_file(path))
         if card.kind != "network":
-            raise UserError(f"{path}: holds a {card.kind}, not a predicted network (`pudnet predict` makes one)")
+            raise UserError(f"{path}: holds {card.holds}, not a predicted network (`pudnet predict` makes one)")
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):  # whatever the caller's default is
             built = card_target(card, target)
             classifier = unfilled(card, built.features).float()

@@ -150,7 +150,7 @@ class Predictor:
         """
         tensors, card = read_tensors(local_file(path))
         if card.kind not in ("pudnet", "static_trunk"):
-            raise UserError(f"{path}: holds a {card.kind}, not a trained model")
+            raise UserError(f"{path}: holds {card.holds}, not a trained PudNet")
         with torch.random.fork_rng(devices=[]):  # leave the caller's random state as it was
             predictor = cls.from_card(card, target, device)
         loaded(predictor.model, tensors, path)

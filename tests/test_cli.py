@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from scipy.stats import binomtest
 from sklearn.datasets import load_digits
 
 from pudnet import PredictedNetwork, Predictor
@@ -55,7 +56,8 @@ def test_predict_and_classify_work_right_after_set_up(photos, weights, capsys):
     right = [row["class"] == row["label"] for row in rows]
     assert len(rows) == 60 and np.mean(right) > 0.8  # digits, with a model that was trained on photos
     assert "60 images (made 32x32 px, colour, as the model's training data was)" in said
-    assert f"accuracy {100 * np.mean(right):.2f} % of 60 labelled" in said
+    low, high = (100 * end for end in binomtest(sum(right), 60).proportion_ci(method="wilson"))
+    assert f"accuracy {100 * np.mean(right):.2f} % (95% interval: {low:.1f} to {high:.1f}) of 60 labelled" in said
 
 
 def test_predict_says_what_it_looked_at(photos, tmp_path, capsys):
@@ -233,7 +235,7 @@ CLASSIFY = "classify --weights {weights} --data {data}"
         ("finetune --weights {weights} --data {data} --out {tmp}/o --curve {tmp}/o", "/o: this command would write"),
         ("finetune --weights {weights} --data {data} --out {tmp}/o --curve {weights}", "write it over another"),
         ("predict --data {data} --out {tmp}/o.ONNX", "o.ONNX: this command writes .safetensors"),
-        (PREDICT + " --model {weights}", "holds a network, not a trained model"),
+        (PREDICT + " --model {weights}", "holds a predicted network, not a trained PudNet"),
         (PREDICT + " --model {tmp}/text.safetensors", "text.safetensors: not a PudNet file"),
         (PREDICT + " --model {tmp}/pickle.pt", "pickle.pt: not a PudNet file"),
         (PREDICT + " --model absent", "absent: no such file, nor a model that ships with the project (cifar100-conv"),

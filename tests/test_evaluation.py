@@ -19,6 +19,7 @@ from pudnet.evaluation import (
     stratified_interval,
     time_prediction,
     twin_accuracies,
+    wilson_interval,
 )
 from pudnet.predictor import Predictor
 
@@ -137,6 +138,9 @@ def test_time_of_a_prediction_is_that_of_its_parts(warm_up, digits, predictor):
 
 def test_an_accuracy_over_images_has_wilsons_interval():
     known = binomtest(180, 200).proportion_ci(method="wilson")
+    assert wilson_interval(90.0, 200) == pytest.approx((100 * known.low, 100 * known.high), abs=1e-4)
+    assert wilson_interval(100.0, 24) == pytest.approx((86.2, 100.0), abs=0.01)
+    assert str(wilson_interval(0.0, 24)[0]) == "0.0"
     assert mean_half_width([(90.0, 200)]) == pytest.approx(50 * (known.high - known.low), abs=1e-4)
     assert mean_half_width([(90.0, 200)] * 4) == pytest.approx(mean_half_width([(90.0, 200)]) / 2)
     assert mean_half_width([(100.0, 200)]) > 0.9

@@ -70,7 +70,7 @@ def test_state_dict_loads_strictly_into_torchvisions_network(resnet, tmp_path):
     plain.fc = torch.nn.Identity()
     plain.load_state_dict(load_file(tmp_path / "state.safetensors"), strict=True)
     assert_close(plain.eval()(resnet.normalize(images)), resnet.features(images), rtol=1e-4, atol=1e-4)
-    with pytest.raises(UserError, match="holds a state_dict, not a predicted network"):
+    with pytest.raises(UserError, match="holds a state dict, not a predicted network"):
         PredictedNetwork.load(tmp_path / "state.safetensors")
 
 
