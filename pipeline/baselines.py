@@ -38,7 +38,7 @@ def baselines(params: Params, fresh: bool = False) -> None:
     write(RESULTS / "tuning.csv", tuning.to_csv(index=False, float_format="%.6g"))
     write(RESULTS / "loss_curves.csv", write_curves(curves))
     write_json(RESULTS / "baselines.json", {"methods": compared})
-    write_json(RESULTS / "adaptation.json", {"milliseconds": times})
+    write_json(RESULTS / "adaptation.json", {"threads": params.resources.cpus, "milliseconds": times})
     for method, key in keys.items():
         own = {seed: cells for (name, seed), cells in choices.items() if name == method and any(cells)}
         chosen = {f"chosen_split_{seed}": "; ".join(map(named, cells)) for seed, cells in own.items()}

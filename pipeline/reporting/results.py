@@ -58,6 +58,7 @@ class Results:
     baselines: dict[str, dict[str, Any]]
     tuning: pd.DataFrame
     adaptation: dict[str, float]  # milliseconds
+    adaptation_threads: int
     predicted: list[Predicted]
 
     @property
@@ -94,6 +95,7 @@ def read_results(folder: Path) -> Results:
         predicted=read("weights", lambda path: [*map(_read_predicted, sorted(path.glob(WEIGHTS)))]),
         accuracies=read("accuracies.csv", lambda path: pd.read_csv(path, dtype={"classes": str})),
         adaptation=read("adaptation.json", lambda path: _from_json(path)["milliseconds"]),
+        adaptation_threads=read("adaptation.json", lambda path: _from_json(path)["threads"]),
         baselines=read("baselines.json", lambda path: _from_json(path)["methods"]),
         tuning=read("tuning.csv", pd.read_csv),
         curves=read("loss_curves.csv", pd.read_csv),
