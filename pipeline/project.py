@@ -85,10 +85,13 @@ def folder_locked(name: str) -> contextlib.AbstractContextManager[None]:
 
 
 def git_commit() -> str:
-    """The commit that is checked out, with `-dirty` if files differ from it; empty outside git."""
-    command = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip()
+    """The commit that is checked out, with `-dirty` if code differs from it; empty outside git.
+
+    Other files do not count: params.yaml differs with every `-S`, and results with every run.
+    """
+    done = subprocess.run(["git", "rev-parse", "--verify", "-q", "HEAD"], capture_output=True, text=True, check=False)
+    same = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", "*.py"], capture_output=True, check=False)
+    return done.stdout.strip() + "-dirty" * bool(done.stdout and same.returncode)
 
 
 def committed(path: Path) -> str:

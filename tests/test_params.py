@@ -11,6 +11,7 @@ import yaml
 
 from pipeline.check import check
 from pipeline.params import PLUS, load_params, resolve
+from pipeline.project import git_commit
 from pipeline.reporting import methods
 from pipeline.runs.keys import CODE, TRAINING_CODE, VALIDATION_CODE, code_files
 from pipeline.runs.trial import make_spec, pick_device
@@ -321,3 +322,24 @@ def test_a_lock_file_in_a_merge_is_left_to_dvc(raw, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "dvc.lock").write_text("<<<<<<< HEAD\nstages: {}\n=======\n>>>>>>> other\n")
     assert not [tag for tag in provenance(resolve(raw), "search", "report") if tag.startswith("dvc.md5")]
+
+
+def test_a_commit_is_dirty_if_code_differs_whatever_the_params_are(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert git_commit() == ""
+
+    def git(*command):
+        own = ("git", "-c", "user.name=test", "-c", "user.email=test@example.invalid")
+        return subprocess.run([*own, *command], capture_output=True, text=True, check=True).stdout.strip()
+
+    git("init", "-q")
+    assert git_commit() == ""
+    for name in ("params.yaml", "net.py"):
+        (tmp_path / name).write_text("1\n")
+    git("add", ".")
+    git("commit", "-qm", "first")
+    head = git("rev-parse", "HEAD")
+    (tmp_path / "params.yaml").write_text("2\n")
+    assert git_commit() == head
+    (tmp_path / "net.py").write_text("2\n")
+    assert git_commit() == f"{head}-dirty"
