@@ -20,11 +20,11 @@ STUDY = "instead_of_training"
 CAPTION = """\
 A ConvNet-3 for a *group*: 500 labelled images of five classes of CIFAR-100, or 1,000 of ten classes of Fashion-MNIST.
 Accuracy in percent, on other images of these classes, ± its 95% interval over test groups, whose classes are not in the
-training groups. Three rows train on each group: the two from scratch, and the last. That is slow, so they have fewer
-test groups (in brackets, below). To be comparable, they show PudNet+'s accuracy on all groups, plus their difference to
-it on these few; the linked page has what they measured. The models of the other rows were trained once on each class
-split, on {train_groups:,} groups. A → B: trained on A, tested on B. (Made by `python -m pipeline.study {name}`: [all
-rows](studies/results/{name}.md).)
+training groups. Three rows train on each group: the two from scratch, and PudNet+ that is trained further. That is
+slow, so they have fewer test groups (in brackets, below). Each shows PudNet+'s accuracy on all groups, plus its own
+difference to PudNet+ on these few; the linked page has both. The models of the other rows were trained once on each
+class split, on {train_groups:,} groups. A → B: trained on A, tested on B. (Made by `python -m pipeline.study {name}`:
+[all rows](studies/results/{name}.md).)
 """
 COLUMNS_SHOWN = (
     "CIFAR-100, 5 classes",
@@ -35,8 +35,8 @@ ROWS = {  # the study's name of a row -> the page's
     "from scratch / 1 epoch": "trained from scratch, 1 epoch",
     "from scratch / 50 epochs": "trained from scratch, 50 epochs, tuned",
     "Pretrained, logistic / all images": "pretrained on the training classes, logistic regression",
-    "Pretrained, chosen / all images": "the same, with R2-D2's classifier (as in the models `pretrained-ridge`)",
-    "R2-D2 / all images": "R2-D2: meta-learned, the classifier is solved for",
+    "Pretrained, R2-D2's / all images": "the same, with R2-D2's classifier (as in the models `pretrained-ridge`)",
+    "R2-D2 / all images": "R2-D2: trained on groups, with a classifier that is solved for",
     "PudNet+ / all images": "**PudNet+: predicted**",
     "PudNet+, fine-tuned / 20 epochs": "PudNet+, then trained for 20 epochs",
 }
@@ -44,7 +44,7 @@ REFERENCE = "PudNet+ / all images"
 COUNTS = "*test groups (for the rows that train on each), class splits*"
 BENCHES = {"CIFAR-100": "cifar100-convnet3-bench", "Fashion-MNIST": "fashion-convnet3-bench"}
 BENCH_CAPTION = """\
-The methods that were on the bench then (`r2d2` and `pudnet_plus` came later), with ConvNet-3, fp32 on one thread:
+Two runs from before `r2d2` and `pudnet_plus` were added, with ConvNet-3 in fp32 on one thread:
 accuracy, difference to PudNet paired over the same test groups, and time a group. PudNet has the losses that its search
 chose, L1 alone but for one split; training from scratch has the labels of all of a group's images, the others those of
 10 a class.
