@@ -240,6 +240,14 @@ def _check_references(table, page):
     assert "Differences to “PudNet+” or, for rows of as many images, “few images” are paired" in page
 
 
+def test_a_page_names_all_rows_that_others_are_compared_with(project):
+    rows = {f"{n} images": {"variant": "pudnet_plus", "images": n} for n in (4, 8, 12)}
+    project({**TINY, "rows": rows, "reference": list(rows)})
+    study = load_study("tiny")
+    page = render("tiny", study, "", {}, column_params(study, "digits"))
+    assert "to “4 images” or, for rows of as many images, “8 images” or “12 images” are paired" in page
+
+
 def _check_trainings(table, page):
     """Two of each row that is trained: deviations, and the interval of a difference over both."""
     assert table.trainings.tolist() == [2, 2, 1] and table.trainings_sd.notna().tolist() == [True, True, False]

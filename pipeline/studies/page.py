@@ -38,7 +38,7 @@ TRAININGS = (
     "groups and trainings, which differ only in their seed (Student's t, with one standard deviation of a training for "
     "all rows of a column)."
 )
-PAIRED = " Differences to “{}” are paired over the same test groups."
+PAIRED = " Differences to {} are paired over the same test groups."
 PAPER = " The paper's results are for its own class split and {groups} number of groups."
 UNTOLD = ("sources", "hours")  # keys of the block `study` that change no result
 OF_ALL = {"seed": 0, "splits": 1}  # the other keys of params.yaml that are for all studies, as the project has them
@@ -55,7 +55,8 @@ def render(name: str, study: Study, tables: str, left_out: Mapping[str, str], pa
     several = study.measure == "accuracy" and asked.trainings
     legend = TRAININGS.format(trainings=asked.trainings) if several else LEGENDS[study.measure]
     if study.references and study.axis != "columns":  # such a study's tables have no differences
-        legend += PAIRED.format("” or, for rows of as many images, “".join(study.references))
+        first, *others = (f"“{row}”" for row in study.references)
+        legend += PAIRED.format(first + f" or, for rows of as many images, {' or '.join(others)}" * bool(others))
     groups = "the same" if study.axis == "columns" else "its full"
     of_the_paper = any(own.paper for column, own in study.columns.items() if column not in left_out)
     legend += PAPER.format(groups=groups) if of_the_paper else ""
