@@ -114,7 +114,7 @@ QUESTIONS = {
         "this is the variant `pretrained_ridge` with the same `train.augment`, `penalty` and `blocks`). “Half "
         "pretrained”, “0.8 pretrained”: on this share of the groups, then on groups. “Mirrored”: on images that are "
         "shifted and mirrored at random. “50 labelled”: in training, a group has 50 labelled images of each class, and "
-        "not 18.",
+        "not 18. [`best_recipes`](best_recipes.md) measures the best of them on test groups.",
         "usual",
         {
             "usual": {"pudnet": CHOOSES, "r2d2": CHOOSES},

@@ -278,7 +278,8 @@ def differences_figure(table: pd.DataFrame, references: Sequence[str]) -> Figure
         axes.axvline(0, color=SOFT, lw=0.9)
         axes.hlines(part.row, part.difference - part.difference_ci95, part.difference + part.difference_ci95, colors)
         axes.scatter(part.difference, part.row, c=colors, s=26, zorder=3)
-        axes.set(title=column, xlabel="points above “" + "” or\n“".join(references) + "”")
+        axes.set(title=column)
+    figure.supxlabel("points above “" + "” or\n“".join(references) + "”", fontsize="medium", color=SOFT)
     panels[0].invert_yaxis()
     for axes in panels[::across]:
         axes.tick_params(axis="y", labelcolor=INK)
