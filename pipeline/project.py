@@ -84,13 +84,16 @@ def folder_locked(name: str) -> contextlib.AbstractContextManager[None]:
     return locked(Path(".pud") / f"{name}.lock")
 
 
-def git_commit() -> str:
-    """The commit that is checked out, with `-dirty` if code differs from it; empty outside git.
+OF_A_RUN = [f":(exclude,glob){name}" for name in ("params.yaml", "**/dvc.lock", "results/**", "studies/results/**")]
 
-    Other files do not count: params.yaml differs with every `-S`, and results with every run.
+
+def git_commit() -> str:
+    """The commit that is checked out, with `-dirty` if files differ from it; empty outside git.
+
+    Not those that a run changes: params.yaml, which `-S` writes, locks and results.
     """
     done = subprocess.run(["git", "rev-parse", "--verify", "-q", "HEAD"], capture_output=True, text=True, check=False)
-    same = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", "*.py"], capture_output=True, check=False)
+    same = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", ".", *OF_A_RUN], capture_output=True, check=False)
     return done.stdout.strip() + "-dirty" * bool(done.stdout and same.returncode)
 
 

@@ -90,7 +90,11 @@ def test_finetune_writes_a_better_network_and_both_curves(photos, weights, tmp_p
     assert [(row["start"], int(row["epoch"])) for row in rows] == [
         (s, e) for s in ("predicted", "random") for e in range(4)
     ]
-    assert "accuracies on 12 others" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "accuracies on 12 others" in said
+    right = round(float(rows[3]["accuracy"]) * 12 / 100)
+    low, high = (100 * end for end in binomtest(right, 12).proportion_ci(method="wilson"))
+    assert f" -> {100 * right / 12:.2f} % (95% interval: {low:.1f} to {high:.1f})\nfrom random weights: " in said
     assert PredictedNetwork.load(out).card.provenance["finetuned_epochs"] == 3
 
 

@@ -324,7 +324,7 @@ def test_a_lock_file_in_a_merge_is_left_to_dvc(raw, tmp_path, monkeypatch):
     assert not [tag for tag in provenance(resolve(raw), "search", "report") if tag.startswith("dvc.md5")]
 
 
-def test_a_commit_is_dirty_if_code_differs_whatever_the_params_are(tmp_path, monkeypatch):
+def test_a_commit_is_dirty_if_files_differ_that_no_run_changes(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert git_commit() == ""
 
@@ -334,12 +334,15 @@ def test_a_commit_is_dirty_if_code_differs_whatever_the_params_are(tmp_path, mon
 
     git("init", "-q")
     assert git_commit() == ""
-    for name in ("params.yaml", "net.py"):
+    written = ("params.yaml", "dvc.lock", "results/metrics.json", "studies/dvc.lock", "studies/results/a.md")
+    for name in (*written, "pudnet/net.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("1\n")
     git("add", ".")
     git("commit", "-qm", "first")
     head = git("rev-parse", "HEAD")
-    (tmp_path / "params.yaml").write_text("2\n")
+    for name in written:
+        (tmp_path / name).write_text("2\n")
     assert git_commit() == head
-    (tmp_path / "net.py").write_text("2\n")
+    (tmp_path / "pudnet/net.py").write_text("2\n")
     assert git_commit() == f"{head}-dirty"

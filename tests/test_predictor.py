@@ -374,6 +374,10 @@ def a_predictor(path, predictor, network):
     predictor.save(path)
 
 
+def a_baseline(path, predictor, network):
+    write_tensors(path, predictor.model.state_dict(), replace(predictor.card, kind="r2d2", model=None))
+
+
 def nothing(path, predictor, network):
     pass
 
@@ -386,6 +390,7 @@ def nothing(path, predictor, network):
         (Predictor, truncated, "x.safetensors: not a PudNet file"),
         (Predictor, foreign, "x.safetensors: not a PudNet file"),
         (Predictor, a_network, "x.safetensors: holds a predicted network"),
+        (Predictor, a_baseline, "x.safetensors: holds a trained r2d2, not a trained PudNet"),
         (PredictedNetwork, a_predictor, "x.safetensors: holds a trained PudNet"),
         (Predictor, later_format, "x.safetensors: written in format 3"),
         (Predictor, other_size, "x.safetensors: its tensors do not fit its card .*extractor.linear.weight"),

@@ -69,7 +69,7 @@ def load_method(path: Path, device: torch.device, target: str | None = None) -> 
     """Read a trained baseline; `UserError` for any other file. `target` is as in `Predictor.load`."""
     tensors, card = read_tensors(path)
     if card.kind not in LEARNED:
-        raise UserError(f"{path}: holds a {card.kind}, not a trained baseline")
+        raise UserError(f"{path}: holds {card.holds}, not a trained baseline")
     with torch.random.fork_rng(devices=[]):
         plain = card_target(card, target)
         method, own = make_method(card.kind, card.model or {}, plain)
