@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -60,7 +61,7 @@ def stratified_interval(strata: Sequence[np.ndarray]) -> tuple[float, float]:
 
 def mean_half_width(measured: Sequence[tuple[float, int]]) -> float:
     """Half-width of the 95% interval (Wilson's) of a mean accuracy, from (accuracy in percent, number of images)."""
-    widths = [high - low for low, high in (wilson_interval(accuracy, images) for accuracy, images in measured)]
+    widths = [high - low for low, high in itertools.starmap(wilson_interval, measured)]
     return float(np.linalg.norm(widths)) / 2 / len(widths)
 
 
