@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import DeviceType
+from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.data import IMAGES, make_groups, make_images
@@ -151,8 +152,15 @@ def profiled(run: Run, target: str, images: StoreImages, machine: Machine, group
         for each in shown[:TOP]
     ]
     names = ("aten::convolution", "aten::convolution_backward")
-    spent = sum(getattr(event, whole) for event in events if event.key in names) / 1000 / steps
+    spent = sum(getattr(event, whole) for event in outermost(seen.events(), names)) / 1000 / steps
     counted = count_layers(make_model(target)[0].to(run.device), images, machine)
     wanted = 1000 * groups * sum(operations for operations, _ in counted.layers)
     share = 100 * wanted / spent if spent else None
     return [*rows, {"target": target, "what": "all convolutions", "ms_a_step": spent, "percent_of_peak": share}]
+
+
+def outermost(events: Iterable[FunctionEvent], names: Collection[str]) -> list[FunctionEvent]:
+    """The events of these names that no event of the same name holds: under vmap an operator calls itself."""
+    return [
+        each for each in events if each.name in names and not (each.cpu_parent and each.cpu_parent.name == each.name)
+    ]

@@ -25,7 +25,7 @@ def movement(predictions: Sequence[Mapping[str, ArrayLike]]) -> dict[str, np.nda
     """
     relative = {}
     for name in predictions[0]:
-        weights = np.stack([np.asarray(weights[name]).ravel() for weights in predictions])  # (G, P)
+        weights = np.stack([torch.as_tensor(weights[name]).cpu().numpy().ravel() for weights in predictions])  # (G, P)
         mean = weights.mean(axis=0)
         relative[name] = np.linalg.norm(weights - mean, axis=1) / np.linalg.norm(mean)
     return relative

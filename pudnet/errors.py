@@ -97,7 +97,7 @@ def not_its_fault(path: Path, error: OSError) -> UserError | RunFailed | None:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether the error means that memory is used up."""
     return isinstance(error, MemoryError) or bool(
-        re.search("out of memory|allocate memory|start new thread", str(error))
+        re.search("out of memory|allocate memory|start new thread|ALLOC_FAILED", str(error))
     )
 
 

@@ -89,7 +89,7 @@ def finetune(
     config = _config(epochs, held_out, learning_rate, augment)
     network, seen = copy.deepcopy(network).float(), {}
     normalized, columns = _all_images(network, images, labels, seen)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([columns.device] if columns.is_cuda else []):
         torch.manual_seed(seed)
         used = _labels_used(network.card)
         known = torch.tensor([seen[row] in used for row in range(len(columns))], device=columns.device)

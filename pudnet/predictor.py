@@ -164,8 +164,8 @@ class Predictor:
         half, name = (0.5,) * channels, target_name(target)
         config, _ = apply_variant(variant, ModelConfig(extractor=default_extractor(name)), TrainConfig())
         card = Card("pudnet", name, channels, image_size, half, half, 10.0, 10, asdict(config))
-        with torch.random.fork_rng():  # leave the caller's random state as it was
-            torch.manual_seed(seed)
+        with torch.random.fork_rng(devices=[]):  # leave the caller's random state as it was
+            torch.default_generator.manual_seed(seed)
             return cls.from_card(card, target)
 
     @classmethod

@@ -3,16 +3,19 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import finetuning, gpu, prediction
+from benchmarks import finetuning, gpu, gpu_scale, prediction
 from benchmarks.floors import Counter, Machine
+from benchmarks.gpu_fast import outermost
 from benchmarks.gpu_scale import METHODS
 from pudnet.data.sources import open_source
 from pudnet.errors import UserError, exit_code
@@ -110,6 +113,34 @@ def test_the_gpu_benchmark_runs_every_part_without_a_gpu(tmp_path):
 def test_a_part_that_takes_too_long_ends_and_says_so(tmp_path):
     ended = gpu.run_part("scale", ["--device", "cpu", "--smallest", "--out", str(tmp_path)], "cpu", limit=1)
     assert ended.how == "did not end within its 1 s"
+
+
+def test_nothing_that_a_part_started_is_left():
+    """Here a process that does not end when it is asked to, though its parent does."""
+    stubborn = "trap '' TERM; echo started; while true; do sleep 1; done"
+    process = subprocess.Popen(
+        ["bash", "-c", f"({stubborn}) & wait"], stdout=subprocess.PIPE, start_new_session=True, text=True
+    )
+    assert process.stdout.readline() == "started\n"
+    gpu._end(process)
+    assert process.stdout.read() == ""  # whoever could write to it has ended
+
+
+def test_a_long_training_has_a_row_at_each_milestone_that_a_step_passes(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_scale, "MILESTONES", (1, 3, 5, 100))
+    scale = replace(gpu_scale.smallest(None), report_every=2)
+    bench, rows = gpu_scale.make_bench(scale, torch.device("cpu"), tmp_path), []
+    gpu_scale.train(bench, "static trunk", METHODS["static trunk"], 8, rows.append)
+    assert [row["groups"] for row in rows] == [2, 4, 6, 8]
+
+
+def test_an_operator_that_calls_itself_is_counted_once():
+    images, kernels = torch.randn(2, 3, 1, 8, 8), torch.randn(2, 4, 1, 3, 3)
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        torch.vmap(nn.functional.conv2d)(images, kernels)
+    events = [event for event in seen.events() if event.name == "aten::convolution"]
+    (only,) = outermost(seen.events(), {"aten::convolution"})
+    assert len(events) > 1 and only.cpu_time_total == max(event.cpu_time_total for event in events)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -1,6 +1,10 @@
-"""A trial's share of a cluster whose nodes differ. Ray is asked which nodes there are; here it is told."""
+"""A trial's share of a cluster whose nodes differ, and what is said of errors.
+
+Ray is asked which nodes there are; here it is told.
+"""
 
 import pytest
+import torch
 import yaml
 
 from pipeline.params import resolve
@@ -37,3 +41,35 @@ def test_the_largest_node_is_one_that_has_a_trials_gpus(params):
 def test_workers_have_room_on_all_nodes_together(params):
     assert cluster.has_room(params(gpus=0.5, cpus=1), 4) and not cluster.has_room(params(gpus=0.5, cpus=1), 5)
     assert cluster.has_room(params(gpus=0, cpus=4), 19) and not cluster.has_room(params(gpus=0, cpus=4), 20)
+
+
+CUDA = """Traceback (most recent call last):
+  File "trial.py", line 1, in _train
+    trial.step()
+torch.AcceleratorError: CUDA error: no kernel image is available for execution on the device
+Search for `cudaErrorNoKernelImageForDevice' in the documentation for more information.
+For debugging consider passing CUDA_LAUNCH_BLOCKING=1
+Compile with `TORCH_USE_CUDA_DSA` to enable device-side assertions.
+"""
+
+
+def test_the_line_of_an_error_is_the_one_that_names_it():
+    assert cluster.reason(CUDA).startswith("torch.AcceleratorError: CUDA error: no kernel image")
+    ours = CUDA.partition("torch.")[0] + "pudnet.errors.RunFailed: the loss is not finite\n"
+    assert (
+        cluster.reason(f"{CUDA}\nDuring handling of it, another exception occurred:\n\n{ours}")
+        == "the loss is not finite"
+    )
+    assert cluster.reason("The actor died.\nA long story: Error: of it.") == "The actor died."
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU that torch can use")
+@pytest.mark.parametrize(("hidden", "lines"), [("", 0), ("-1", 0), ("0", 1), (None, 1)])
+def test_a_gpu_that_torch_cannot_use_is_left_to_others(hidden, lines, tmp_path, monkeypatch, capsys):
+    """Else trials would wait for one another to have it, each on one core. Unless it is hidden, a line says so."""
+    monkeypatch.setattr(cluster, "DRIVER", tmp_path)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if hidden is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+    assert cluster._usable_gpus() == 0
+    assert capsys.readouterr().out.count("PyTorch cannot use this machine's GPU") == lines

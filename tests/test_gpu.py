@@ -138,7 +138,7 @@ def test_a_predicted_networks_features_are_those_of_the_cpu():
             untrained = Predictor.untrained(target, channels=3, image_size=32)
             predictor = Predictor(untrained.model.to(device), untrained.card, untrained.target)
             predictor.bf16 = False
-            with torch.backends.cudnn.flags(allow_tf32=False):
+            with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
                 found.append(predictor.predict(pixels, labels).features(pixels).cpu())
         assert_close(found[1], found[0], rtol=1e-3, atol=1e-3)
 

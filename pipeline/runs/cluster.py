@@ -12,9 +12,11 @@ import socket
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import ray
+import torch
 from ray.exceptions import RayError, RayTaskError
 
 from pipeline.params import Params, ResourcesParams
@@ -25,6 +27,9 @@ PATIENCE = 60  # seconds without news before it is said what is waited for
 AGAIN = 5  # seconds until an interruption is repeated
 LONGEST_FOLDER = 40  # bytes of TMPDIR, since Ray's sockets are below it and their paths may have at most 107
 OBJECT_STORE_BYTES = 200_000_000  # enough, since trials memory-map their arrays
+DRIVER = Path("/proc/driver/nvidia")  # is there if NVIDIA's driver is
+# The line of a traceback that names the error. Lines may follow it, as after CUDA's errors.
+ERROR = re.compile(r"^[\w.]+(?:Error|Exception|Failed|Busy|Interrupt)\b(?::|$)")
 # Patterns as in .gitignore, with a leading slash, since `data` would leave out pudnet/data too.
 NOT_SENT = ["/data", "/mlartifacts", "/.pud", "/.dvc", "/.venv", "/models", "/mlflow.db"]
 
@@ -60,6 +65,7 @@ def _connect(address: str | None) -> None:
         else:
             ray.init(
                 address="local",
+                num_gpus=_usable_gpus(),
                 include_dashboard=False,
                 object_store_memory=OBJECT_STORE_BYTES,
                 logging_level=logging.CRITICAL,
@@ -68,6 +74,16 @@ def _connect(address: str | None) -> None:
     except Exception as error:  # Ray raises a plain Exception if a busy machine does not start it in time
         hint = "" if not address or "RAY_AUTH_MODE" in os.environ else "; if it wants a token, set RAY_AUTH_MODE=token"
         raise RunFailed(f"Ray at {address or 'this machine'} does not answer ({reason(error)}){hint}") from None
+
+
+def _usable_gpus() -> int | None:
+    """None, so that Ray counts this machine's GPUs; 0 if PyTorch can use none (another maker's, an old driver)."""
+    if torch.cuda.is_available():
+        return None
+    if DRIVER.exists() and os.environ.get("CUDA_VISIBLE_DEVICES", "all") not in ("", "-1"):
+        why = "python -c 'import torch; torch.zeros(1).cuda()'"
+        print(f"  PyTorch cannot use this machine's GPU, so everything runs on the CPU; `{why}` says why", flush=True)
+    return 0
 
 
 class _Interruptions:
@@ -239,8 +255,10 @@ def result(ended: ray.ObjectRef) -> Any:
 
 
 def reason(error: object) -> str:
-    """The most useful line of an error: a traceback's last, or the first of Ray's message about a lost process."""
+    """The most useful line of an error: the error's own in a traceback, or Ray's first about a lost process."""
     last = re.split(r"^Failure # \d+ .*$", str(error), flags=re.MULTILINE)[-1]  # if a process was lost at its start
     lines = [line.strip() for line in last.splitlines() if line.strip()] or [type(error).__name__]
-    line = lines[-1] if isinstance(error, RayTaskError) or '  File "' in last else lines[0]
+    line = lines[0]
+    if isinstance(error, RayTaskError) or '  File "' in last:
+        line = next((line for line in reversed(lines) if ERROR.match(line)), lines[-1])
     return line.removeprefix("pudnet.errors.RunFailed: ")

@@ -22,6 +22,7 @@ from pipeline.runs import cluster
 from pipeline.runs.class_split import Bench, open_bench
 from pipeline.runs.display import bars
 from pipeline.runs.keys import digest, measurement_key, model_key
+from pipeline.runs.trial import own_device
 from pipeline.runs.tuning import Cell, Choices
 from pudnet.baselines import LEARNED, SCRATCH, Scratch, ScratchConfig, load_method
 from pudnet.cpu import compiling_pays
@@ -189,7 +190,7 @@ def _in_turns(
 
 def open_worker(folder: str, params: Params, seed: int, test_groups: int | None) -> Bench:
     os.chdir(folder)  # a Ray worker starts in another folder
-    torch.set_num_threads(params.resources.cpus)
+    own_device({"cpu": params.resources.cpus, "gpu": params.resources.gpus})
     return open_bench(params, seed, test_groups)
 
 

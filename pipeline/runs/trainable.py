@@ -46,7 +46,7 @@ def _train(
     workers: int = 1,
 ) -> None:
     """Train on from a checkpoint's state to the end. Of several workers the first writes checkpoints."""
-    trial = open_trial(TrialSpec(**config["trial"]["spec"]), own_device(config), rank, workers)
+    trial = open_trial(TrialSpec(**config["trial"]["spec"]), own_device(config["share"]), rank, workers)
     if reports := state.pop(REPORTS):
         trial.load_state_dict(state)
     state.clear()  # free it, since the trial has copied all of it

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from pudnet.training import Trainer, group_seed
 
 STATE = "state.pt"
 TOTAL = "total"  # the key, in a report, of the most groups that the trial will see
+CONTEXT = 600_000_000  # bytes of a GPU that a process uses beside its tensors
 DIVERGED = "diverged"  # the key of a last report that says why the trial ended early; Ray must not try it again
 
 
@@ -212,13 +213,13 @@ def open_trial(spec: TrialSpec, device: torch.device, rank: int = 0, workers: in
     return FromScratch(spec, device) if spec.kind in SCRATCH else MetaTraining(spec, device, rank, workers)
 
 
-def own_device(config: dict[str, Any]) -> torch.device:
+def own_device(share: Mapping[str, float]) -> torch.device:
     """This process's device, limited to the trial's share of it."""
-    share = config["share"]
-    torch.set_num_threads(share["cpu"])
+    torch.set_num_threads(int(share["cpu"]))
     device = pick_device(share["gpu"])
-    if device.type == "cuda" and share["gpu"] < 1:
-        torch.cuda.set_per_process_memory_fraction(share["gpu"])  # Ray shares a card's time, not its memory
+    if device.type == "cuda" and share["gpu"] < 1:  # Ray shares a card's time, not its memory
+        own = CONTEXT / torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(max(share["gpu"] - own, share["gpu"] / 2))
     return device
 
 
