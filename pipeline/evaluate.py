@@ -12,7 +12,7 @@ import pandas as pd
 
 from pipeline.params import Params
 from pipeline.project import RESULTS, WEIGHTS, split_model, write, write_json
-from pipeline.runs.class_split import Bench, open_bench
+from pipeline.runs.class_split import Bench, open_benches
 from pipeline.runs.summary import summary
 from pipeline.stage import run_stage
 from pipeline.tracking.evaluation import log_evaluation
@@ -24,7 +24,7 @@ from pudnet.predictor import Predictor
 
 def evaluate(params: Params) -> None:
     """Write results/metrics.json, timing.json, pudnet.csv and the kept weights; log them as one MLflow run."""
-    opened = [open_bench(params, seed) for seed in params.split_seeds]
+    opened = open_benches(params, params.split_seeds)
     predictors = [bench.load(split_model("pudnet", bench.seed)) for bench in opened]
     pairs = list(zip(opened, predictors, strict=True))
     frame = pd.concat([bench.accuracies("pudnet", predictor) for bench, predictor in pairs], ignore_index=True)

@@ -71,23 +71,31 @@ class Bench:
 
 def open_bench(params: Params, seed: int, test_groups: int | None = None) -> Bench:
     """Open the bench of one class split, with the first `test_groups` of its test groups (None: all)."""
+    return open_benches(params, [seed], test_groups)[0]
+
+
+def open_benches(params: Params, seeds: Sequence[int], test_groups: int | None = None) -> list[Bench]:
+    """Open the benches of several class splits. On a GPU they share the images."""
     device = pick_device(params.resources.gpus)
     store = open_store(STORE, verify=False)
     test_store = open_store(TEST_STORE, verify=False) if params.prepare.test_source else store
     train_images = StoreImages(store, device)
     images = train_images if test_store is store else _as_trained(test_store, store, device)
-    split, tables = open_groups(group_folder(seed))
-    return Bench(
-        seed=seed,
-        split=split,
-        tables={**tables, "test": tables["test"][:test_groups]},
-        train_images=train_images,
-        images=images,
-        class_names=test_store.class_names,
-        train_class_names=store.class_names,
-        bf16=wants_bf16(params.evaluate.precision, device),
-        target=params.target,
-    )
+    opened = [open_groups(group_folder(seed)) for seed in seeds]
+    return [
+        Bench(
+            seed=seed,
+            split=split,
+            tables={**tables, "test": tables["test"][:test_groups]},
+            train_images=train_images,
+            images=images,
+            class_names=test_store.class_names,
+            train_class_names=store.class_names,
+            bf16=wants_bf16(params.evaluate.precision, device),
+            target=params.target,
+        )
+        for seed, (split, tables) in zip(seeds, opened, strict=True)
+    ]
 
 
 def images_of_a_class(params: Params) -> int:
