@@ -28,7 +28,7 @@ test: $(READY)
 faults: $(READY)
 	$(IN_VENV) python -m pytest tests/faults --durations=0 -o timeout=3600
 
-# What a GPU can do: tests, speed, training at the paper's scale and a Ray search. Without a GPU it says so and stops.
+# What a GPU can do: tests, speed, training at the paper's scale and a search by Ray, training and evaluation. Without a GPU it says so and stops.
 gpu: $(READY)
 	$(IN_VENV) python -m benchmarks.gpu
 

@@ -98,7 +98,7 @@ def main() -> None:
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("no GPU here that torch can use; `--device cpu --smallest` tries every part without one")
     if options.part:
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # its time is over: a part first puts away what it made
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # its time is over: as Ctrl-C, which pytest knows
         run = Run(torch.device(options.device), options.smallest, options.data, options.minutes)
         report = Report(options.out / f"{options.part}.json", run)
         work_of(options.part)(run, report)

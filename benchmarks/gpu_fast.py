@@ -160,7 +160,7 @@ def profiled(run: Run, target: str, images: StoreImages, machine: Machine, group
 
 
 def outermost(events: Iterable[FunctionEvent], names: Collection[str]) -> list[FunctionEvent]:
-    """The events of these names that no event of the same name holds: under vmap an operator calls itself."""
+    """The events of these names whose parent has another name: under vmap an operator calls itself."""
     return [
         each for each in events if each.name in names and not (each.cpu_parent and each.cpu_parent.name == each.name)
     ]

@@ -31,7 +31,7 @@ def measure(run: Run, report: Report) -> None:
         report.put("missing", missing)
         print(f"ray: not run, as {' and '.join(missing)} are not installed; `make repro` installs them")
         return
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         project = copy_project(Path(folder) / "pudnet")
         command = ["dvc", "repro", "search" if run.smallest else "evaluate"]
         start = time.perf_counter()

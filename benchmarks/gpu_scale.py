@@ -28,7 +28,7 @@ from pudnet.training import Trainer
 
 GROUPS = 100_000  # the paper's
 MILESTONES = (1_000, 3_000, 10_000, 30_000, 100_000)
-TRAINING, ALONE = 0.6, 0.95  # of a method's time; the rest is for measuring, which noise has none of
+TRAINING, ALONE = 0.6, 0.95  # of a method's time: with accuracies to measure, and without (noise)
 
 
 @dataclass(frozen=True)

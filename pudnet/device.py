@@ -34,6 +34,14 @@ def flushing_denormals(device: torch.device) -> Iterator[None]:
         torch.set_flush_denormal(False)
 
 
+def seed_random(seed: int, device: torch.device) -> None:
+    """Seed the random numbers of the CPU and of this device. (`torch.manual_seed` seeds all GPUs.)"""
+    torch.default_generator.manual_seed(int(seed))
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(int(seed))
+
+
 def clock(device: torch.device) -> float:
     """The time in milliseconds, read after the device has finished all its work."""
     if device.type == "cuda":

@@ -20,7 +20,7 @@ from pudnet.classifier import fit
 from pudnet.data.folders import one_form
 from pudnet.data.rows import CALIBRATION_IMAGES, first_rows, spread_rows
 from pudnet.data.user_images import Images, ImageSet, Label, Pixels, images_at_a_time, labelled_set, noting
-from pudnet.device import clock, wants_bf16
+from pudnet.device import clock, seed_random, wants_bf16
 from pudnet.errors import RunFailed, UserError
 from pudnet.network import PredictedNetwork, features_in_parts
 from pudnet.scratch import ScratchConfig, train, with_head
@@ -90,7 +90,7 @@ def finetune(
     network, seen = copy.deepcopy(network).float(), {}
     normalized, columns = _all_images(network, images, labels, seen)
     with torch.random.fork_rng([columns.device] if columns.is_cuda else []):
-        torch.manual_seed(seed)
+        seed_random(seed, columns.device)
         used = _labels_used(network.card)
         known = torch.tensor([seen[row] in used for row in range(len(columns))], device=columns.device)
         kept, tested = _hold_out(columns, known, held_out, network.classes)
@@ -100,7 +100,7 @@ def finetune(
         found, curve = {}, []
         with _progress() as progress:
             for name, start in starts.items():
-                torch.manual_seed(seed)
+                seed_random(seed, columns.device)
                 found[name], points = _train(start, name, parts, config, progress)
                 curve += points
     tuned = found["predicted"]

@@ -22,7 +22,7 @@ def compile_parts(learner: nn.Module, how: str) -> None:
 
     torch.compile does its work at the first step with each size, which takes about a minute.
     """
-    torch.compiler.reset()  # a process that has trained another model has its graphs, and a limit of how many
+    torch.compiler.reset()  # else graphs of an earlier model in this process count towards torch's limit
     options = {"mode": MODES[how], "dynamic": False}
     for module in learner.modules():
         if isinstance(module, SharedTarget):

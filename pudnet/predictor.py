@@ -22,7 +22,7 @@ from pudnet.cpu import accelerate, keep_freed_memory
 from pudnet.data.images import normalize
 from pudnet.data.rows import CALIBRATION_IMAGES, first_rows, spread_rows
 from pudnet.data.user_images import Images, ImageSet, Pixels, images_at_a_time, labelled_set, noting
-from pudnet.device import wants_bf16
+from pudnet.device import seed_random, wants_bf16
 from pudnet.errors import UserError, words
 from pudnet.hypernet import PudNet
 from pudnet.locations import local_file
@@ -165,7 +165,7 @@ class Predictor:
         config, _ = apply_variant(variant, ModelConfig(extractor=default_extractor(name)), TrainConfig())
         card = Card("pudnet", name, channels, image_size, half, half, 10.0, 10, asdict(config))
         with torch.random.fork_rng(devices=[]):  # leave the caller's random state as it was
-            torch.default_generator.manual_seed(seed)
+            seed_random(seed, torch.device("cpu"))
             return cls.from_card(card, target)
 
     @classmethod

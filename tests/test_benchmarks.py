@@ -123,15 +123,15 @@ def test_nothing_that_a_part_started_is_left():
     )
     assert process.stdout.readline() == "started\n"
     gpu._end(process)
-    assert process.stdout.read() == ""  # whoever could write to it has ended
+    assert process.communicate(timeout=10)[0] == ""  # whoever could write to it has ended
 
 
 def test_a_long_training_has_a_row_at_each_milestone_that_a_step_passes(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu_scale, "MILESTONES", (1, 3, 5, 100))
+    monkeypatch.setattr(gpu_scale, "MILESTONES", (1, 3, 100))
     scale = replace(gpu_scale.smallest(None), report_every=2)
     bench, rows = gpu_scale.make_bench(scale, torch.device("cpu"), tmp_path), []
     gpu_scale.train(bench, "static trunk", METHODS["static trunk"], 8, rows.append)
-    assert [row["groups"] for row in rows] == [2, 4, 6, 8]
+    assert [row["groups"] for row in rows] == [2, 4, 8]  # not at its report at 6
 
 
 def test_an_operator_that_calls_itself_is_counted_once():

@@ -4,7 +4,6 @@ Ray is asked which nodes there are; here it is told.
 """
 
 import pytest
-import torch
 import yaml
 
 from pipeline.params import resolve
@@ -60,16 +59,20 @@ def test_the_line_of_an_error_is_the_one_that_names_it():
         cluster.reason(f"{CUDA}\nDuring handling of it, another exception occurred:\n\n{ours}")
         == "the loss is not finite"
     )
+    image = ours.replace("pudnet.errors.RunFailed: the loss is not finite", "zipfile.BadZipFile: damaged")
+    assert (
+        cluster.reason(f"{CUDA}\nThe above exception was the direct cause:\n\n{image}") == "zipfile.BadZipFile: damaged"
+    )
     assert cluster.reason("The actor died.\nA long story: Error: of it.") == "The actor died."
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU that torch can use")
-@pytest.mark.parametrize(("hidden", "lines"), [("", 0), ("-1", 0), ("0", 1), (None, 1)])
-def test_a_gpu_that_torch_cannot_use_is_left_to_others(hidden, lines, tmp_path, monkeypatch, capsys):
-    """Else trials would wait for one another to have it, each on one core. Unless it is hidden, a line says so."""
+@pytest.mark.parametrize(
+    ("usable", "hidden", "lines"), [(False, "", 0), (False, "-1", 0), (False, "0", 1), (True, "0", 0)]
+)
+def test_a_gpu_that_torch_cannot_use_is_left_to_others(usable, hidden, lines, tmp_path, monkeypatch, capsys):
+    """Else trials on the CPU would wait for each other's share of it. Unless it is hidden, a line says so."""
     monkeypatch.setattr(cluster, "DRIVER", tmp_path)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    if hidden is not None:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
-    assert cluster._usable_gpus() == 0
+    monkeypatch.setattr(cluster.torch.cuda, "is_available", lambda: usable)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+    assert cluster._usable_gpus() == (None if usable else 0)
     assert capsys.readouterr().out.count("PyTorch cannot use this machine's GPU") == lines

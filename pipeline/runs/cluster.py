@@ -28,8 +28,6 @@ AGAIN = 5  # seconds until an interruption is repeated
 LONGEST_FOLDER = 40  # bytes of TMPDIR, since Ray's sockets are below it and their paths may have at most 107
 OBJECT_STORE_BYTES = 200_000_000  # enough, since trials memory-map their arrays
 DRIVER = Path("/proc/driver/nvidia")  # is there if NVIDIA's driver is
-# The line of a traceback that names the error. Lines may follow it, as after CUDA's errors.
-ERROR = re.compile(r"^[\w.]+(?:Error|Exception|Failed|Busy|Interrupt)\b(?::|$)")
 # Patterns as in .gitignore, with a leading slash, since `data` would leave out pudnet/data too.
 NOT_SENT = ["/data", "/mlartifacts", "/.pud", "/.dvc", "/.venv", "/models", "/mlflow.db"]
 
@@ -257,8 +255,11 @@ def result(ended: ray.ObjectRef) -> Any:
 def reason(error: object) -> str:
     """The most useful line of an error: the error's own in a traceback, or Ray's first about a lost process."""
     last = re.split(r"^Failure # \d+ .*$", str(error), flags=re.MULTILINE)[-1]  # if a process was lost at its start
-    lines = [line.strip() for line in last.splitlines() if line.strip()] or [type(error).__name__]
+    lines = [line for line in last.splitlines() if line.strip()] or [type(error).__name__]
     line = lines[0]
-    if isinstance(error, RayTaskError) or '  File "' in last:
-        line = next((line for line in reversed(lines) if ERROR.match(line)), lines[-1])
-    return line.removeprefix("pudnet.errors.RunFailed: ")
+    if frames := [number for number, line in enumerate(lines) if line.lstrip().startswith('File "')]:
+        below = lines[frames[-1] + 1 :]  # the frame's code, with a margin; the error; more about it, as CUDA has
+        line = next((line for line in below if not line.startswith(" ")), lines[-1])
+    elif isinstance(error, RayTaskError):
+        line = lines[-1]
+    return line.strip().removeprefix("pudnet.errors.RunFailed: ")

@@ -266,7 +266,7 @@ def _one(image: Pixels | Image.Image, row: int, to: Conversion) -> Tensor:
         if not isinstance(image, np.ndarray | Tensor):
             raise UserError(f"images: must be PIL images, arrays or tensors, got {_kind(image)}")
         one = _of_array(image[None], to)
-        return torch.as_tensor(one.read([0]))[0].cpu()  # beside images of other kinds
+        return torch.as_tensor(one.read([0]))[0].cpu()  # others in the list may be on the CPU
     except (UserError, ValueError) as error:
         raise UserError(f"image {row}: {str(error).removeprefix('images: ')}") from None
     except (OSError, SyntaxError) as error:  # Pillow reads an image when it is first used
