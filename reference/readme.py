@@ -20,13 +20,13 @@ STUDY, RECIPES = "instead_of_training", "scratch_recipes"
 CAPTION = """\
 A ConvNet-3 for a *group*: 500 labelled images of five classes of CIFAR-100, or 1,000 of ten classes of Fashion-MNIST.
 Accuracy in percent, on other images of these classes, ± its 95% interval over test groups, whose classes are not in the
-training groups. Three rows train on each group: the two from scratch, and PudNet+ that is trained further. That is
-slow, so they have fewer test groups (in brackets, below). Each shows PudNet+'s accuracy on all groups, plus its own
-difference to PudNet+ on these few; the linked page has both. The models of the other rows were trained once on each
-class split, on {train_groups:,} groups. A → B: trained on A, tested on B. (Made by `python -m pipeline.study {name}`:
-[all rows](studies/results/{name}.md).) "Tuned" is on CIFAR-100. [Five recipes](studies/results/{recipes}.md) of 50
-epochs were tried on some groups of the first two columns: the best for each column is {less} points
-below PudNet+ there.
+training groups. Three rows train on each group: both from scratch, and PudNet+ that is trained further. They are
+slow, and have fewer test groups (in brackets, below). Their accuracy is PudNet+'s on all groups, plus their difference
+to it on these few (measured values: the linked page). The models of the other rows were trained once on each class
+split, on {train_groups:,} groups. A → B: trained on A, tested on B. (Made by `python -m pipeline.study {name}`:
+[all rows](studies/results/{name}.md).) "Tuned" was for CIFAR-100 alone. The best of [five
+recipes](studies/results/{recipes}.md) for each of the first two columns is {less} points below
+PudNet+, on 30 groups.
 """
 COLUMNS_SHOWN = (
     "CIFAR-100, 5 classes",
@@ -48,8 +48,8 @@ BENCHES = {"CIFAR-100": "cifar100-convnet3-bench", "Fashion-MNIST": "fashion-con
 BENCH_CAPTION = """\
 Two runs from before `r2d2` and `pudnet_plus` were added, with ConvNet-3 in fp32 on one thread:
 accuracy, difference to PudNet paired over the same test groups, and time a group. PudNet has the losses that its search
-chose, L1 alone but for one split; training from scratch has the labels of all of a group's images, the others those of
-10 a class.
+chose, L1 alone but for one split; training from scratch (`_gc`: with centralised gradients) has the labels of all of a
+group's images, the others those of 10 a class.
 
 {about}
 """
