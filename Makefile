@@ -28,7 +28,8 @@ test: $(READY)
 faults: $(READY)
 	$(IN_VENV) python -m pytest tests/faults --durations=0 -o timeout=3600
 
-# What a GPU can do: tests, speed, training at the paper's scale and a search by Ray, training and evaluation. Without a GPU it says so and stops.
+# What a GPU can do: tests, speed, training at the paper's scale, and a small search, training and evaluation by Ray.
+# Without a GPU it says so and stops.
 gpu: $(READY)
 	$(IN_VENV) python -m benchmarks.gpu
 
