@@ -14,7 +14,8 @@ from pipeline.project import RESULTS, read_result, write, write_json
 from pipeline.runs import cluster
 from pipeline.runs.class_split import images_of_a_class
 from pipeline.runs.final_training import train_baselines, write_curves
-from pipeline.runs.measuring import SKETCHES, measure_all, time_all
+from pipeline.runs.measurement import SKETCHES
+from pipeline.runs.measuring import measure_all, time_all
 from pipeline.runs.summary import compare
 from pipeline.runs.tuning import named, tune
 from pipeline.stage import run_stage

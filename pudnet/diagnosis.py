@@ -7,12 +7,6 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import roc_auc_score
-from sklearn.model_selection import KFold, cross_val_predict
-from sklearn.multiclass import OneVsRestClassifier
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import MultiLabelBinarizer, StandardScaler
 from torch import Tensor
 
 FOLDS = 5
@@ -38,6 +32,14 @@ def probe(sketches: Sequence[Tensor], classes: Sequence[Sequence[int]]) -> float
     have the same shape; `classes` lists each group's. Classes of almost no groups or almost all are left out; NaN if
     fewer than two are left.
     """
+    # Here: slow to import, and a study needs no probe unless it diagnoses.
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import roc_auc_score
+    from sklearn.model_selection import KFold, cross_val_predict
+    from sklearn.multiclass import OneVsRestClassifier
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import MultiLabelBinarizer, StandardScaler
+
     values = torch.stack([sketch.flatten() for sketch in sketches]).float().cpu().numpy()
     truth = MultiLabelBinarizer().fit_transform(classes)
     truth = truth[:, (truth.sum(0) >= FOLDS) & (truth.sum(0) <= len(truth) - FOLDS)]

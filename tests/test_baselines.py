@@ -14,7 +14,7 @@ from pipeline.params import resolve
 from pipeline.prepare import prepare
 from pipeline.project import split_model
 from pipeline.runs.class_split import open_bench
-from pipeline.runs.measuring import open_method
+from pipeline.runs.measurement import open_method
 from pudnet.augmentation import augmented
 from pudnet.baselines import LEARNED, SCRATCH, Adapter, Scratch, ScratchConfig, load_method, make_method
 from pudnet.baselines.meta_deepbdc import BDCNetwork, MetaDeepBDCConfig, bdc

@@ -21,11 +21,11 @@ from sklearn.datasets import load_digits
 from pipeline.params import resolve
 from pipeline.project import STORE, Busy
 from pipeline.reporting.figures import lines_figure, to_png
-from pipeline.studies import measuring, running, trained
+from pipeline.studies import cell, running, trained
 from pipeline.studies.accuracy import Spread
+from pipeline.studies.cell import StudyCell, given_labels
 from pipeline.studies.columns import ANY, check_labels, check_rows, column_params, row_spec, wanted
 from pipeline.studies.definition import Column, Row, Study, load_study
-from pipeline.studies.measuring import StudyCell, given_labels
 from pipeline.studies.page import render
 from pipeline.studies.trained import _data_folder, _training, get_data
 from pudnet import Predictor
@@ -623,7 +623,7 @@ def test_code_that_is_edited_during_a_study_spoils_nothing(project, monkeypatch)
     rows = {name: row for name, row in study.rows.items() if row.trained}
     specs = {name: row_spec(params, name, row, 0, ANY) for name, row in rows.items()}
     code = ["before"]
-    for module in (trained, measuring):
+    for module in (trained, cell):
         monkeypatch.setattr(module, "trial_key", lambda spec: f"{spec.kind}-{code[0]}")
 
     def run_missing(experiment, *_):
@@ -631,7 +631,7 @@ def test_code_that_is_edited_during_a_study_spoils_nothing(project, monkeypatch)
         return [f"{spec.kind}'s" for spec in experiment.specs]
 
     monkeypatch.setattr(trained, "run_missing", run_missing)
-    monkeypatch.setattr(measuring, "measurement_key", lambda kind, target, seed, plain, code: str(plain))
+    monkeypatch.setattr(cell, "measurement_key", lambda kind, target, seed, plain, code: str(plain))
     ended = trained._run_once("{}", "tiny", specs, params, None)
     assert ended == {name: f"{spec.kind}'s" for name, spec in specs.items()}
     keys = {StudyCell(specs["PudNet+"], Path(f"{key}/checkpoint")).key(params) for key in ("before", "after")}

@@ -56,7 +56,7 @@ def measurement_key(kind: str, target: str, split_seed: int, plain: Any, files: 
     """A hash of what a measurement depends on: its data and code, and `plain` values and `files` of its own."""
     data = [STORE / "meta.json", TEST_STORE / "meta.json", *group_folder(split_seed).iterdir()]
     code = code_files(TRAINING_CODE + VALIDATION_CODE) + method_files(kind, target)
-    code += [CODE / "pipeline" / "runs" / name for name in ("class_split.py", "measuring.py")]
+    code += [CODE / "pipeline" / "runs" / name for name in ("class_split.py", "measurement.py")]
     return digest([kind, target, split_seed, plain], [*data, *code, *files])
 
 

@@ -31,6 +31,8 @@ STATE = "state.pt"
 TOTAL = "total"  # the key, in a report, of the most groups that the trial will see
 CONTEXT = 600_000_000  # bytes of a GPU that a process uses beside its tensors
 DIVERGED = "diverged"  # the key of a last report that says why the trial ended early; Ray must not try it again
+Cell = dict[str, Any]  # of a grid: a value for each key that is varied
+Choices = dict[tuple[str, int], list[Cell]]  # (method, split seed) -> a cell; from scratch: one per number of epochs
 
 
 @dataclass(frozen=True)
@@ -52,11 +54,11 @@ class TrialSpec:
     validate: int  # number of validation groups; 0: no validation
     model: dict[str, Any]  # ModelConfig, or a baseline's own configuration
     train: dict[str, Any]
-    cell: dict[str, Any]  # the cell of the grid, for tables and plots
+    cell: Cell  # for tables and plots
 
 
 def make_spec(
-    params: Params, name: str, method: str, split_seed: int, cell: dict[str, Any], table: str, validate: int
+    params: Params, name: str, method: str, split_seed: int, cell: Cell, table: str, validate: int
 ) -> TrialSpec:
     """The trial of `params` with one cell of the grid applied. The method `pudnet_plus` is PudNet by that variant."""
     kind, params = ("pudnet", replace(params, variant=PLUS)) if method == PLUS else (method, params)

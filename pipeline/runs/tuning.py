@@ -12,14 +12,12 @@ import pandas as pd
 from pipeline.params import PLUS, Params
 from pipeline.runs.executor import Experiment, run_missing
 from pipeline.runs.parents import close_tuning, closed_if_failed
-from pipeline.runs.trial import TrialSpec, make_spec
+from pipeline.runs.trial import Cell, Choices, TrialSpec, make_spec
 from pipeline.runs.trial_folder import Finished
 from pipeline.tracking.runs import Tracking
 from pudnet.baselines import SCRATCH
 from pudnet.errors import RunFailed
 
-Cell = dict[str, Any]
-Choices = dict[tuple[str, int], list[Cell]]  # (method, split seed) -> a cell; from scratch: one per number of epochs
 COLUMNS = ["method", "split_seed", "epochs", "cell", "groups", "accuracy", "ci95", "chosen"]
 RUN = "tune-baselines"
 

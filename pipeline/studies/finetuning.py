@@ -17,9 +17,10 @@ from pipeline.reporting.figures import lines_figure
 from pipeline.reporting.numbers import plus_minus
 from pipeline.runs.class_split import Bench
 from pipeline.runs.keys import code_files
-from pipeline.runs.measuring import measure_missing, open_worker
+from pipeline.runs.measurement import open_worker
+from pipeline.runs.measuring import measure_missing
+from pipeline.studies.cell import StudyCell, open_cell
 from pipeline.studies.definition import FineTuning, Study, reported
-from pipeline.studies.measuring import StudyCell, open_cell
 from pipeline.studies.page import number, table_of, trained_on
 from pipeline.studies.trained import TrainedColumn
 from pudnet.baselines import ScratchConfig

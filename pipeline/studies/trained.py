@@ -22,9 +22,9 @@ from pipeline.runs.keys import CODE, code_files, digest, trial_key
 from pipeline.runs.trial import TrialSpec
 from pipeline.runs.trial_folder import Finished
 from pipeline.runs.trial_log import datasets
+from pipeline.studies.cell import StudyCell
 from pipeline.studies.columns import check_labels, row_spec
 from pipeline.studies.definition import IN_PREDICTIONS, Column, Row, Study
-from pipeline.studies.measuring import StudyCell
 from pipeline.tracking.datasets import test_sets
 from pipeline.tracking.runs import Tracking, open_tracking
 from pudnet.data.folders import look_in

@@ -1,0 +1,108 @@
+"""A cell of a study: a model, and how Ray's tasks open it as a method, and measure or time that on test groups."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from pipeline.params import Params
+from pipeline.runs.class_split import Bench
+from pipeline.runs.keys import code_files, measurement_key, trial_key
+from pipeline.runs.measurement import SKETCHES, compiles, median_times, open_worker, trained_accuracies
+from pipeline.runs.trial import TrialSpec, card_of, load_state, untrained
+from pudnet.baselines import LEARNED, SCRATCH, Adapter, Scratch, ScratchConfig
+from pudnet.baselines.finetuned import FineTunedPrediction
+from pudnet.card import Card
+from pudnet.data.store import open_store
+from pudnet.device import wants_bf16
+from pudnet.evaluation import Adapts
+from pudnet.predictor import Predictor
+from pudnet.targets import build_target
+
+
+@dataclasses.dataclass(frozen=True)
+class StudyCell:
+    """A model (`checkpoint`; None: untrained) and how to measure it."""
+
+    spec: TrialSpec = dataclasses.field(hash=False)
+    checkpoint: Path | None
+    sketch: str = "own"  # or "constant", "shuffled"
+    images: int | None = None  # labelled images of a group that are used; None: as in training
+    head: str | None = None  # replaces a baseline's own rule; None: keep the rule
+    finetune: ScratchConfig | None = None  # trains the predicted network further on the group
+
+    @property
+    def slow(self) -> bool:
+        """Whether a network is trained on every test group, so that fewer test groups are measured."""
+        return self.spec.kind in SCRATCH or self.finetune is not None
+
+    def key(self, params: Params, *more: object, code: Iterable[Path] = ()) -> str:
+        """A hash of everything that the cell's results depend on; `more` and `code` are the kind of measurement's."""
+        how = [self.sketch, self.images, self.head, self.checkpoint and self.checkpoint.parent.name]
+        how += [params.baselines.scratch_groups, self.finetune and asdict(self.finetune)] if self.slow else []
+        plain = [*how, *more, trial_key(self.spec), params.evaluate.precision, params.baselines.sketch_groups]
+        code = {Path(__file__), *code}  # other files of a study act through spec and cell, or on what is measured
+        code |= set(code_files(["baselines/heads"]) if self.head else [])
+        code |= set(code_files(["baselines/finetuned", "finetune", "scratch"]) if self.finetune else [])
+        return f"cell-{measurement_key(self.spec.kind, self.spec.target, self.spec.split_seed, plain, code)}"
+
+
+def given_labels(card: Card, images: int, classes: int) -> Card:
+    """A model's card, if it is given the labels of so many images of a group.
+
+    A ridge classifier has all images that are looked at, and at least `support_per_class` of each class: of many
+    classes that would be more than these.
+    """
+    each = math.ceil(images / classes)
+    if (card.model or {}).get("classifier") == "ridge":
+        each = min(each, card.support_per_class)
+    return dataclasses.replace(card, support_per_class=each)
+
+
+def open_cell(cell: StudyCell, bench: Bench, params: Params) -> Adapts:
+    """The cell's model, ready to adapt to groups."""
+    if cell.spec.kind in SCRATCH:
+        return _scratch(cell.spec, bench, params)
+    card = card_of(cell.spec, open_store(Path(cell.spec.store), verify=False))
+    if cell.images is not None:
+        card = given_labels(card, cell.images, bench.test_classes)
+    torch.manual_seed(cell.spec.split_seed)  # for untrained models
+    model, target = untrained(cell.spec, card)
+    if cell.checkpoint is not None:
+        model.load_state_dict(load_state(cell.checkpoint)["model"])
+    model.to(bench.images.device)
+    if cell.spec.kind in LEARNED:
+        return Adapter(model, card, target, cell.head)
+    predictor = Predictor(model, card, target, sketch_images=cell.images)
+    if cell.finetune is None:
+        return predictor
+    return FineTunedPrediction(predictor, cell.finetune, bench.bf16, compiles(bench, params, cell.finetune.epochs))
+
+
+def _scratch(spec: TrialSpec, bench: Bench, params: Params) -> Scratch:
+    device, config = bench.images.device, ScratchConfig(**spec.model)
+    target = build_target(spec.target, len(bench.images.mean), bench.images.image_size)
+    bf16 = wants_bf16(spec.train["precision"], device)
+    return Scratch(config, target, device, bf16, spec.kind == "scratch_gc", compiles(bench, params, config.epochs))
+
+
+def measure(folder: str, params: Params, cell: StudyCell) -> pd.DataFrame:
+    bench = open_worker(folder, params, cell.spec.split_seed, None)
+    adapts = open_cell(cell, bench, params)
+    if cell.slow:
+        groups = range(min(params.baselines.scratch_groups, len(bench.tables["test"])))
+        return trained_accuracies(bench, {cell.spec.name: adapts}, groups)
+    sketches = SKETCHES[f"{cell.sketch}_sketch"](bench, adapts, params) if cell.sketch != "own" else None
+    return bench.accuracies(cell.spec.name, adapts, sketches=sketches)
+
+
+def time(folder: str, params: Params, cells: Sequence[tuple[str, StudyCell]]) -> pd.DataFrame:
+    bench = open_worker(folder, params, params.seed, params.evaluate.timing_groups)
+    times = median_times(bench, {name: open_cell(cell, bench, params) for name, cell in cells})
+    return pd.DataFrame({"row": list(times), "milliseconds": list(times.values())})
