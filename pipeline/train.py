@@ -11,8 +11,9 @@ from pipeline.stage import run_stage
 
 def train(params: Params, fresh: bool = False) -> None:
     """Train the final PudNet of each class split; write models/ and results/train_curves.csv."""
+    chosen = {"pudnet": read_best(params)}
     with cluster.session():
-        curves = train_all(params, "train", {"pudnet": read_best()}, fresh)
+        curves = train_all(params, "train", chosen, fresh)
     write(RESULTS / "train_curves.csv", write_curves(curves))
 
 

@@ -30,9 +30,15 @@ CURVE_COLUMNS = ["groups", "loss", "metric_loss", "full_loss", "kl_loss", "train
 Cells = Mapping[int, Mapping[str, Any]]  # split seed -> the cell that was chosen for one method
 
 
-def read_best() -> dict[int, dict[str, Any]]:
-    """The cell that the search chose for each split seed, without its validation accuracy."""
-    return read_result(RESULTS / "best.yaml", _cells, "search")
+def read_best(params: Params) -> dict[int, dict[str, Any]]:
+    """The cell that the search chose for each split seed, without its validation accuracy.
+
+    Raises `UserError` if a split has none.
+    """
+    cells = read_result(RESULTS / "best.yaml", _cells, "search")
+    if lacking := set(params.split_seeds) - set(cells):
+        raise UserError(f"nothing was chosen for split {min(lacking)}; run the search again (`dvc repro`)")
+    return cells
 
 
 def _cells(path: Path) -> dict[int, dict[str, Any]]:
@@ -49,9 +55,6 @@ def _validation(params: Params, split_seed: int) -> Validation:
 
 def train_all(params: Params, stage: str, methods: Mapping[str, Cells], fresh: bool) -> pd.DataFrame:
     """Train each method on each split in an open Ray session, and write the models. Returns the loss curves."""
-    for kind, cells in methods.items():
-        if lacking := set(params.split_seeds) - set(cells):
-            raise UserError(f"{kind}: nothing was chosen for split {min(lacking)}; run the search again (`dvc repro`)")
     named = [(method, seed) for method in methods for seed in params.split_seeds]
     specs = [
         make_spec(params, f"train-{method}-split{seed}", method, seed, dict(methods[method][seed]), "train", validate=0)
@@ -81,7 +84,7 @@ def train_baselines(
     learned = [m for m in methods if m in LEARNED or m == PLUS]
     cells = {m: {seed: choices[m, seed][0] for seed in params.split_seeds} for m in learned}
     if "static_trunk" in methods:
-        cells["static_trunk"] = read_best()  # the search's choice for PudNet, of which only training keys apply
+        cells["static_trunk"] = read_best(params)  # the search's choice for PudNet, of which only training keys apply
     BASELINES.mkdir(parents=True, exist_ok=True)  # DVC expects this output even if nothing is trained
     return pd.concat([curves, train_all(params, "baselines", cells, fresh)]) if cells else curves
 
