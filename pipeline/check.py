@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import sys
 
-from pipeline.params import MUCH_LARGER, Params, outline
+import torch
+
+from pipeline.params import Params
 from pipeline.project import RESULTS, write
 from pipeline.runs.trial import pick_device
 from pipeline.stage import run_stage
-from pudnet.targets import build_target, check_together
+from pudnet.config import ModelConfig
+from pudnet.errors import UserError
+from pudnet.hypernet import PudNet
+from pudnet.targets import Target, build_target, check_together
+
+LARGEST = 10**9  # parameters of a hypernetwork: 4 GB, or 16 GB in training
+MUCH_LARGER = 8.0  # generator parameters per predicted weight; with generator_hidden 16: 3x3 layers 4, 1x1 layers 33
 
 
 def check(params: Params) -> None:
@@ -38,6 +46,25 @@ def check(params: Params) -> None:
             file=sys.stderr,
         )
     write(RESULTS / "checked.txt", "params.yaml is sound\n")
+
+
+def outline(config: ModelConfig, target: Target) -> tuple[PudNet, int]:
+    """Build a hypernetwork without memory for its parameters, and count them; `UserError` if it is too large."""
+    if config.filter_grid > target.image_size:
+        raise UserError(f"model.filter_grid: must be at most prepare.image_size, {target.image_size}")
+    try:
+        with torch.device("meta"):
+            model = PudNet(config, target)
+    except (RuntimeError, TypeError) as error:  # overflowing sizes
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"model: no hypernetwork can be made of these sizes ({reason})") from None
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    if parameters > LARGEST:
+        sizes = ", ".join(
+            f"{name} {getattr(config, name)}" for name in ("hidden", "generator_hidden", "extractor_channels")
+        )
+        raise UserError(f"model: a hypernetwork of {parameters:,} parameters, more than {LARGEST:,}; lower {sizes}")
+    return model, parameters
 
 
 if __name__ == "__main__":

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
-import yaml
 from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
+from pipeline.yaml_file import check_block, read_yaml
 from pudnet.baselines import LEARNED, SCRATCH, config_type
 from pudnet.config import (
     STRICT,
@@ -31,16 +29,12 @@ from pudnet.config import (
 from pudnet.data.groups import GroupSizes
 from pudnet.data.looks import LOOKS
 from pudnet.errors import UserError
-from pudnet.hypernet import PudNet
 from pudnet.settings import Setting, get_setting
-from pudnet.targets import Target, check_target_name
+from pudnet.targets import check_target_name
 
 PARAMS = Path("params.yaml")
-MOST_VALUES, MOST_LEVELS, MOST_DIGITS = 10_000, 20, 18  # limits of a YAML file (aliases expanded) and its integers
 MOST_CELLS = 10_000  # in a grid
 MOST_SPLITS = 1000
-LARGEST = 10**9  # parameters of a hypernetwork: 4 GB, or 16 GB in training
-MUCH_LARGER = 8.0  # generator parameters per predicted weight; with generator_hidden 16: 3x3 layers 4, 1x1 layers 33
 CONTROLS = ("static_trunk", "constant_sketch", "shuffled_sketch", "random_weights")
 PLUS = "pudnet_plus"  # our variant, which is a method of the bench too, so that it is measured whatever `variant` is
 METHODS = (*LEARNED, *SCRATCH, PLUS, *CONTROLS)
@@ -268,62 +262,9 @@ BLOCKS = {
 SCALARS = {"setting": str, "target": str, "variant": str, "seed": int, "splits": int}
 
 
-class Loader(yaml.SafeLoader):
-    """A safe loader that reads 1e-5 (as `dvc exp run -S` writes it) as a number, and refuses duplicate keys."""
-
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
-        """Check a mapping's keys before merges are applied."""
-        node, seen = super().compose_mapping_node(anchor), set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                if key.value in seen:
-                    raise yaml.MarkedYAMLError(problem=f"key {key.value!r} stands twice", problem_mark=key.start_mark)
-                seen.add(key.value)
-        return node
-
-
-FLOAT = re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$")
-Loader.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+0123456789"))
-
-
 def load_params(path: Path = PARAMS) -> Params:
     """Read and check params.yaml. Raises `UserError`, in one line, if something in it is wrong."""
     return resolve(read_yaml(path))
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML file whose top level is a mapping. Raises `UserError`, in one line, for any other file."""
-    try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=Loader)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; run from the project's root") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except Exception as error:  # PyYAML raises many types of error for values that do not fit their tag
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{path}: not YAML ({reason})") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"{path}: must be a mapping of blocks")
-    _check_extent(path, raw)
-    return raw
-
-
-def _check_extent(path: Path, raw: Any) -> None:
-    """Raise `UserError` if there are too many values to check or print: aliases of aliases can make millions."""
-    left, count = [((), raw)], 0
-    while left:
-        where, value = left.pop()
-        count, reason = count + 1, None
-        if count > MOST_VALUES or len(where) > MOST_LEVELS:
-            reason = f"more than {MOST_VALUES:,} values or {MOST_LEVELS} levels, with aliases expanded"
-        elif isinstance(value, int) and abs(value) >= 10**MOST_DIGITS:
-            reason = f"an integer of more than {MOST_DIGITS} digits"
-        if reason:
-            raise UserError(": ".join(filter(None, (str(path), ".".join(map(str, where)), reason))))
-        if isinstance(value, dict | list | set):
-            inner = value.items() if isinstance(value, dict) else enumerate(value)
-            left += [((*where, key), each) for key, each in inner]
-            left += [(where, key) for key in value if isinstance(value, dict)]  # keys too, since errors print them
 
 
 def resolve(raw: Mapping[str, Any]) -> Params:
@@ -427,15 +368,6 @@ def _check_keys(raw: Mapping[str, Any]) -> None:
             raise UserError(f"{name}: must be of type {kind.__name__}, got {raw[name]!r}")
 
 
-def check_block(where: str, block: Any, what: str = "a block of keys") -> None:
-    """Raise `UserError` unless a value of a YAML file maps names to values; `what` says what it has to be."""
-    if not isinstance(block, dict):
-        raise UserError(f"{where}: must be {what}, got {block!r}")
-    for key in block:
-        if not isinstance(key, str):
-            raise UserError(f"{where}: {key}: a key must be text; put it in quotes")
-
-
 def _of_setting(setting: Setting, target: str) -> dict[str, dict[str, Any]]:
     return {
         "prepare": {
@@ -496,22 +428,3 @@ def _check_space(where: str, space: Grid, known: Collection[str]) -> None:
             raise UserError(f"{where}.{key}: unknown key; known: {', '.join(known)}")
         if len(set(map(repr, values))) < len(values):
             raise UserError(f"{where}.{key}: a value is listed twice in {values!r}")
-
-
-def outline(config: ModelConfig, target: Target) -> tuple[PudNet, int]:
-    """Build a hypernetwork without memory for its parameters, and count them; `UserError` if it is too large."""
-    if config.filter_grid > target.image_size:
-        raise UserError(f"model.filter_grid: must be at most prepare.image_size, {target.image_size}")
-    try:
-        with torch.device("meta"):
-            model = PudNet(config, target)
-    except (RuntimeError, TypeError) as error:  # overflowing sizes
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"model: no hypernetwork can be made of these sizes ({reason})") from None
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    if parameters > LARGEST:
-        sizes = ", ".join(
-            f"{name} {getattr(config, name)}" for name in ("hidden", "generator_hidden", "extractor_channels")
-        )
-        raise UserError(f"model: a hypernetwork of {parameters:,} parameters, more than {LARGEST:,}; lower {sizes}")
-    return model, parameters

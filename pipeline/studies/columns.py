@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from pipeline.params import PARAMS, Params, changed, outline, own_keys, read_yaml, resolve
+from pipeline.check import outline
+from pipeline.params import PARAMS, Params, changed, own_keys, resolve
 from pipeline.runs.trial import TrialSpec, make_spec
 from pipeline.studies.definition import Row, Study, slug
+from pipeline.yaml_file import read_yaml
 from pudnet.baselines import LEARNED, SCRATCH, check_method
 from pudnet.config import VARIANTS, ModelConfig, TrainConfig, apply_variant, paper_target
 from pudnet.errors import UserError

@@ -13,8 +13,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from pipeline.params import check_block, read_yaml
 from pipeline.reporting.paper import Reported, paper_figure
+from pipeline.yaml_file import check_block, read_yaml
 from pudnet.baselines import HEADS, LEARNED, SCRATCH
 from pudnet.config import STRICT, VARIANTS, Positive, parse
 from pudnet.errors import UserError

@@ -11,10 +11,11 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from pipeline.params import PARAMS, Loader, Params, read_yaml
+from pipeline.params import PARAMS, Params
 from pipeline.project import committed
 from pipeline.studies.columns import GROUPS_KEY
 from pipeline.studies.definition import Study
+from pipeline.yaml_file import Loader, read_yaml
 from pudnet.config import passed
 from pudnet.settings import SETTINGS
 
