@@ -9,7 +9,7 @@ import pandas as pd
 
 from pipeline.params import Params
 from pipeline.project import RESULTS, write
-from pipeline.reporting import figures
+from pipeline.reporting.drawing import to_png
 from pipeline.reporting.page import draw, render
 from pipeline.reporting.results import histogram, movement, race, read_results
 from pipeline.stage import run_stage
@@ -34,7 +34,7 @@ def write_report(params: Params, folder: Path = RESULTS) -> None:
         write(plots / f"{name}.csv", table.to_csv(index=False))
     for name, picture in pictures.items():
         if name != "curves":  # MLflow and DVC draw these themselves
-            write(plots / f"{name}.png", figures.to_png(picture))
+            write(plots / f"{name}.png", to_png(picture))
     write(folder / "report.html", render(params, results, moved, raced, pictures))
 
 

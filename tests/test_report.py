@@ -16,7 +16,8 @@ import yaml
 from pipeline.params import Params, resolve
 from pipeline.report import write_report
 from pipeline.reporting.answer import answer_rows
-from pipeline.reporting.figures import search_figure, to_svg
+from pipeline.reporting.drawing import to_svg
+from pipeline.reporting.figures import search_figure
 from pipeline.reporting.methods import label
 from pipeline.reporting.numbers import duration, plus_minus, signed
 from pipeline.reporting.page import verdict

@@ -15,6 +15,7 @@ from pipeline.params import PLUS, Params
 from pipeline.project import git_commit
 from pipeline.reporting import figures
 from pipeline.reporting.answer import answer_rows, labels_note
+from pipeline.reporting.drawing import PALETTE, series_colors, to_svg
 from pipeline.reporting.methods import METHODS, label, target_name
 from pipeline.reporting.numbers import duration, plus_minus, signed
 from pipeline.reporting.paper import Reported, load_reported, paper_figures
@@ -134,7 +135,7 @@ def method_colors(results: Results) -> dict[str, str]:
     """A colour for each method. Methods with training curves come first, so that their colours differ."""
     trained = list(results.curves["method"].unique())
     names = [*trained, *results.methods]
-    return figures.series_colors([*dict.fromkeys(names)])
+    return series_colors([*dict.fromkeys(names)])
 
 
 def scale(kernels: np.ndarray) -> float:
@@ -180,7 +181,7 @@ def render(
         tuning=results.tuning,
         colors=method_colors(results),
         trained=results.curves["method"].unique(),
-        palette=figures.PALETTE,
+        palette=PALETTE,
         svg=svg,
         commit=git_commit(),
         setting=get_setting(params.setting),
@@ -190,4 +191,4 @@ def render(
 def _inline(picture: Any, name: str) -> Any:
     if isinstance(picture, list):
         return [_inline(part, f"{name} {i + 1}") for i, part in enumerate(picture)]
-    return Markup(figures.to_svg(picture, name.replace("_", " ")))  # we drew it, so it needs no escaping
+    return Markup(to_svg(picture, name.replace("_", " ")))  # we drew it, so it needs no escaping

@@ -18,12 +18,12 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from pipeline.params import Params
-from pipeline.reporting.figures import correlations_figure
 from pipeline.runs.keys import digest
 from pipeline.runs.measurement import open_worker
 from pipeline.runs.measuring import measure_missing
 from pipeline.studies.cell import StudyCell, open_cell
 from pipeline.studies.definition import Study
+from pipeline.studies.figures import correlations_figure
 from pipeline.studies.page import table_of
 from pipeline.studies.trained import TrainedColumn
 from pudnet.cca import held_out_correlation

@@ -13,7 +13,6 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from pipeline.params import Params
-from pipeline.reporting.figures import lines_figure
 from pipeline.reporting.numbers import plus_minus
 from pipeline.runs.class_split import Bench
 from pipeline.runs.keys import code_files
@@ -21,6 +20,7 @@ from pipeline.runs.measurement import open_worker
 from pipeline.runs.measuring import measure_missing
 from pipeline.studies.cell import StudyCell, open_cell
 from pipeline.studies.definition import FineTuning, Study, reported
+from pipeline.studies.figures import lines_figure
 from pipeline.studies.page import number, table_of, trained_on
 from pipeline.studies.trained import TrainedColumn
 from pudnet.baselines import ScratchConfig

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pandas as pd
 from matplotlib.figure import Figure
 
-from pipeline.reporting.figures import lines_figure
 from pipeline.studies.definition import Study
+from pipeline.studies.figures import lines_figure
 from pipeline.studies.page import number, table_of, trained_on
 from pipeline.studies.trained import TrainedColumn
 

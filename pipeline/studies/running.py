@@ -8,7 +8,7 @@ import pandas as pd
 
 from pipeline.params import Params
 from pipeline.project import Busy, write
-from pipeline.reporting.figures import to_png
+from pipeline.reporting.drawing import to_png
 from pipeline.studies import accuracy, correlation, finetuning, losses, page, trained, whole_set
 from pipeline.studies.definition import STUDIES, Study
 from pudnet.errors import UserError

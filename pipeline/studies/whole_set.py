@@ -16,13 +16,13 @@ from matplotlib.figure import Figure
 
 from pipeline.params import Params
 from pipeline.project import root
-from pipeline.reporting.figures import bars_figure
 from pipeline.reporting.numbers import duration, plus_minus
 from pipeline.runs.keys import code_files
 from pipeline.runs.measurement import open_worker
 from pipeline.runs.measuring import measure_missing
 from pipeline.studies.cell import StudyCell, open_cell
 from pipeline.studies.definition import Study, WholeSet, reported
+from pipeline.studies.figures import bars_figure
 from pipeline.studies.page import number, table_of, trained_on
 from pipeline.studies.trained import TrainedColumn, files_of
 from pudnet.data.images import normalize
