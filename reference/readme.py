@@ -18,15 +18,20 @@ HERE = Path(__file__).parent
 RESULTS = HERE.parent / "studies" / "results"
 STUDY, RECIPES = "instead_of_training", "scratch_recipes"
 CAPTION = """\
-A ConvNet-3 for a *group*: 500 labelled images of five classes of CIFAR-100, or 1,000 of ten classes of Fashion-MNIST.
-Accuracy in percent, on other images of these classes, ± its 95% interval over test groups, whose classes are not in the
-training groups. Three rows train on each group: both from scratch, and PudNet+ that is trained further. They are
-slow, and have fewer test groups (in brackets, below). Their accuracy is PudNet+'s on all groups, plus their difference
-to it on these few (measured values: the linked page). The models of the other rows were trained once on each class
-split, on {train_groups:,} groups. A → B: trained on A, tested on B. (Made by `python -m pipeline.study {name}`:
-[all rows](studies/results/{name}.md).) "Tuned" was for CIFAR-100 alone. The best of [five
-recipes](studies/results/{recipes}.md) for each of the first two columns is {less} points below
-PudNet+, on 30 groups.
+Each row makes a ConvNet-3 for a *group*: 500 labelled images of five classes of CIFAR-100, or 1,000 of ten classes of
+Fashion-MNIST. The table has the network's accuracy in percent on other images of these classes, ± its 95% interval over
+test groups. The classes of test groups are in no training group. A → B: trained on A, tested on B.
+"""
+NOTES = """\
+About the table:
+
+- Both rows from scratch, and the last one, train on each group. That is slow, so they have fewer test groups (in
+  brackets). Their accuracy here is PudNet+'s on all groups, plus their difference to it on these few.
+- The models of the other rows were trained once on each class split, on {train_groups:,} groups.
+- "Tuned" was for CIFAR-100 alone. The best of [five recipes](studies/results/{recipes}.md) for each of the
+  first two columns is {less} points below PudNet+, on 30 groups.
+- `python -m pipeline.study {name}` made it. [Its page](studies/results/{name}.md) has all rows, as they
+  were measured.
 """
 COLUMNS_SHOWN = (
     "CIFAR-100, 5 classes",
@@ -60,7 +65,7 @@ def opening() -> str:
     """The table of prediction beside training."""
     table = pd.read_csv(RESULTS / f"{STUDY}.csv")
     less = " and ".join(_best_from_scratch(column) for column in COLUMNS_SHOWN[:2])
-    caption = CAPTION.format(train_groups=table.train_groups.max(), name=STUDY, recipes=RECIPES, less=less)
+    notes = NOTES.format(train_groups=table.train_groups.max(), name=STUDY, recipes=RECIPES, less=less)
     lines = {(line.row, line.column): line for line in on_all_groups(table, REFERENCE).itertuples()}
     cells = {
         column: [plus_minus(lines[row, column].accuracy, lines[row, column].ci95) for row in ROWS]
@@ -71,7 +76,7 @@ def opening() -> str:
     timed = COLUMNS_SHOWN[0]
     times = [duration(lines[row, timed].milliseconds) for row in ROWS]
     cells[f"time, {timed.partition(',')[0]}, one core"] = [*times, ""]
-    return f"{caption}\n{table_of({'': [*ROWS.values(), COUNTS], **cells})}"
+    return f"{CAPTION}\n{table_of({'': [*ROWS.values(), COUNTS], **cells})}\n{notes}"
 
 
 def _best_from_scratch(column: str) -> str:
