@@ -144,7 +144,7 @@ def _to_same_accuracy(predictor: Predictor, images: StoreImages, pair: np.ndarra
     """Seconds that Adam takes from scratch to a predicted network's accuracy on the twin; None: not in `epochs`."""
     bf16 = wants_bf16("auto", images.device)
     wanted = twin_accuracies(predictor, images, pair[None], bf16)[0]
-    (labels, _), (truth, _) = (block_labels(images, indices) for indices in pair)
+    labels, truth = (block_labels(images, indices) for indices in pair)
     inputs, queries = images(pair[FROM]), images(pair[ON])
     network = scratch_network(predictor.target, int(labels.max()) + 1, images.device)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, fused=True)

@@ -13,7 +13,7 @@ from pipeline.params import CONTROLS, PLUS, Params
 from pipeline.project import RESULTS, read_result, write, write_json
 from pipeline.runs import cluster
 from pipeline.runs.class_split import images_of_a_class
-from pipeline.runs.final_training import train_baselines, write_curves
+from pipeline.runs.final_training import curves_csv, train_baselines
 from pipeline.runs.measurement import SKETCHES
 from pipeline.runs.measuring import measure_all, time_all
 from pipeline.runs.summary import compare
@@ -37,7 +37,7 @@ def baselines(params: Params, fresh: bool = False) -> None:
     compared = {name: compare(rows, pudnet) for name, rows in measured.groupby("method", sort=False)}
     write(RESULTS / "accuracies.csv", pd.concat([pudnet, measured]).to_csv(index=False, float_format="%.4f"))
     write(RESULTS / "tuning.csv", tuning.to_csv(index=False, float_format="%.6g"))
-    write(RESULTS / "loss_curves.csv", write_curves(curves))
+    write(RESULTS / "loss_curves.csv", curves_csv(curves))
     write_json(RESULTS / "baselines.json", {"methods": compared})
     write_json(RESULTS / "adaptation.json", {"threads": params.resources.cpus, "milliseconds": times})
     for method, key in keys.items():

@@ -28,10 +28,10 @@ def check(params: Params) -> None:
     if params.train.groups_per_step > 1 and pick_device(params.resources.gpus).type == "cuda":
         check_together(target)
     configured, _ = params.configured({})
-    model, parameters = outline(configured, target)
+    model, parameters = check_size(configured, target)
     sizes = {key: max(values) for key, values in params.search.space.items() if all(type(v) is int for v in values)}
     if (largest := params.configured(sizes)[0]) != configured:
-        outline(largest, target)
+        check_size(largest, target)
     print(
         f"check: {params.setting}, {params.target}, {params.variant}: params.yaml is sound; a hypernetwork of "
         f"{parameters:,} parameters for the {target.predicted:,} weights of {len(target.convs)} convolutions"
@@ -48,7 +48,7 @@ def check(params: Params) -> None:
     write(RESULTS / "checked.txt", "params.yaml is sound\n")
 
 
-def outline(config: ModelConfig, target: Target) -> tuple[PudNet, int]:
+def check_size(config: ModelConfig, target: Target) -> tuple[PudNet, int]:
     """Build a hypernetwork without memory for its parameters, and count them; `UserError` if it is too large."""
     if config.filter_grid > target.image_size:
         raise UserError(f"model.filter_grid: must be at most prepare.image_size, {target.image_size}")

@@ -10,7 +10,7 @@ import json
 from typing import Any
 
 from pipeline.params import PLUS, Params
-from pipeline.project import PUDNET, RESULTS, write
+from pipeline.project import PUDNET, RESULTS, read_result, write
 from pipeline.reporting.model_card import model_card
 from pipeline.runs.class_split import Bench, open_bench
 from pipeline.runs.summary import summary
@@ -31,7 +31,7 @@ def publish(params: Params) -> None:
     The name of a variant that is neither the paper's nor PudNet+ comes last.
     """
     tensors, card = read_tensors(PUDNET)
-    metrics = _read("metrics")
+    metrics = read_result(RESULTS / "metrics.json", lambda path: json.loads(path.read_text()), "evaluate")
     seed, trained_as = card.provenance.get("split_seed"), [card.provenance.get(key) for key in ("setting", "variant")]
     known = trained_as == [params.setting, params.variant] and card.target == params.target
     if not known or str(seed) not in metrics["splits"]:
@@ -61,13 +61,6 @@ def _measure(params: Params, bench: Bench, predictor: Predictor, counts: set[int
         timing = time_prediction(predictor, bench.images, groups[: params.evaluate.timing_groups], bench.bf16)
         rows.append({**accuracy, **dataclasses.asdict(timing), "images": images})
     return rows
-
-
-def _read(name: str) -> dict:
-    path = RESULTS / f"{name}.json"
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; run `dvc repro evaluate` first")
-    return json.loads(path.read_text())
 
 
 if __name__ == "__main__":

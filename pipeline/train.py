@@ -5,16 +5,16 @@ from __future__ import annotations
 from pipeline.params import Params
 from pipeline.project import RESULTS, write
 from pipeline.runs import cluster
-from pipeline.runs.final_training import read_best, train_all, write_curves
+from pipeline.runs.final_training import curves_csv, read_best, train_pudnet
 from pipeline.stage import run_stage
 
 
 def train(params: Params, fresh: bool = False) -> None:
     """Train the final PudNet of each class split; write models/ and results/train_curves.csv."""
-    chosen = {"pudnet": read_best(params)}
+    best = read_best(params)
     with cluster.session():
-        curves = train_all(params, "train", chosen, fresh)
-    write(RESULTS / "train_curves.csv", write_curves(curves))
+        curves = train_pudnet(params, best, fresh)
+    write(RESULTS / "train_curves.csv", curves_csv(curves))
 
 
 if __name__ == "__main__":

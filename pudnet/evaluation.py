@@ -73,17 +73,17 @@ def wilson_interval(accuracy: float, images: int) -> tuple[float, float]:
     return max(0.0, 100 * (middle - half)), min(100.0, 100 * (middle + half))  # rounding may leave 0 to 100
 
 
-def block_labels(images: StoreImages, indices: np.ndarray) -> tuple[Tensor, np.ndarray]:
-    """A group's labels (N,) as positions in its list of class ids (k,), and that list."""
+def block_labels(images: StoreImages, indices: np.ndarray) -> Tensor:
+    """A group's labels (N,), as positions in its list of classes."""
     classes = images.block_classes(indices)
     position = np.empty(classes.max() + 1, dtype=np.int64)
     position[classes] = np.arange(len(classes))
-    return torch.from_numpy(position[images.labels[images.rows(indices)]]).to(images.device), classes
+    return torch.from_numpy(position[images.labels[images.rows(indices)]]).to(images.device)
 
 
 def adapt_input(method: Adapts, images: StoreImages, indices: np.ndarray) -> tuple[Tensor, Tensor]:
     """Those images of a group that a method adapts to: normalised (n, C, H, W), with their labels (n,)."""
-    labels, _ = block_labels(images, indices)
+    labels = block_labels(images, indices)
     rows = method.rows(labels)
     return images(indices[rows.cpu().numpy()]), labels[rows]
 
@@ -119,7 +119,7 @@ def timed_adaptation(method: Adapts, images: StoreImages, group: np.ndarray, bf1
 @torch.no_grad()
 def twin_accuracy(adapted: Classifies, images: StoreImages, twin: np.ndarray, bf16: bool) -> float:
     """Accuracy in percent on a twin (N,) of the group that the classifier was adapted to."""
-    truth, _ = block_labels(images, twin)
+    truth = block_labels(images, twin)
     with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
         logits = adapted.logits(images(twin))
     return 100 * (logits.argmax(1) == truth).float().mean().item()
@@ -179,7 +179,7 @@ def time_prediction(
     for group in np.concatenate([groups[:warm_up], groups]):
         with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
             steps = _prediction_steps(predictor, images, group)
-        labels, _ = block_labels(images, group)
+        labels = block_labels(images, group)
         rows.append([*steps, _epoch(predictor, images(group), labels, bf16)])
     sketch, generation, calibration, epoch = np.median(np.array(rows[warm_up:]), axis=0).tolist()
     total = float(np.median(np.array(rows[warm_up:])[:, :3].sum(1)))

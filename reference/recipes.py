@@ -30,10 +30,10 @@ from pipeline.project import group_folder
 from pipeline.reporting.numbers import plus_minus
 from pipeline.runs.class_split import images_of_a_class
 from pipeline.runs.trial import MetaTraining, TrialSpec
-from pipeline.studies.cell import given_labels
 from pipeline.studies.columns import row_spec
 from pipeline.studies.definition import Row
 from pipeline.studies.page import table_of
+from pipeline.studies.tasks.cell import given_labels
 from pudnet.data.groups import open_groups
 from pudnet.evaluation import mean_interval, twin_accuracies
 

@@ -87,7 +87,7 @@ def test_two_workers_train_as_one_does_with_all_groups_of_a_step(patient, tmp_pa
     assert "1 of 1 trials are finished already" in stages(project, "train")
     monkeypatch.chdir(project)
     changed = load_params()
-    spec = make_spec(changed, "one", "pudnet", 0, read_best(changed)[0], "train", 0)
+    spec = make_spec(changed, "one", "pudnet", 0, read_best(changed)[0].cell, "train", 0)
     alone = MetaTraining(spec, torch.device("cpu"))
     one = pd.DataFrame(alone.run())
     assert two.groups.tolist() == one.groups.tolist() == [10, 19]

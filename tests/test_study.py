@@ -21,13 +21,14 @@ from sklearn.datasets import load_digits
 from pipeline.params import resolve
 from pipeline.project import STORE, Busy
 from pipeline.reporting.drawing import to_png
-from pipeline.studies import cell, running, trained
+from pipeline.studies import running, trained
 from pipeline.studies.accuracy import Spread
-from pipeline.studies.cell import StudyCell, given_labels
 from pipeline.studies.columns import ANY, check_labels, check_rows, column_params, row_spec, wanted
 from pipeline.studies.definition import Column, Row, Study, load_study
 from pipeline.studies.figures import lines_figure
 from pipeline.studies.page import render
+from pipeline.studies.tasks import cell
+from pipeline.studies.tasks.cell import StudyCell, given_labels
 from pipeline.studies.trained import _data_folder, _training, get_data
 from pudnet import Predictor
 from pudnet.data.store import open_store

@@ -20,10 +20,11 @@ import torch
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler
 
+from pipeline.digests import digest
 from pipeline.params import Params
 from pipeline.project import locked, root, write
 from pipeline.runs import cluster
-from pipeline.runs.keys import digest, trial_key
+from pipeline.runs.keys import trial_key
 from pipeline.runs.progress import TrialProgress
 from pipeline.runs.trainable import REPLAYED, run_trial
 from pipeline.runs.trial import TrialSpec, open_trial

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,36 +25,54 @@ from pudnet.data.groups import open_groups
 from pudnet.data.store import open_store
 from pudnet.errors import UserError
 
+BEST = RESULTS / "best.yaml"
 CURVE_COLUMNS = ["groups", "loss", "metric_loss", "full_loss", "kl_loss", "train_accuracy"]
 
 Cells = Mapping[int, Mapping[str, Any]]  # split seed -> the cell that was chosen for one method
 
 
-def read_best(params: Params) -> dict[int, dict[str, Any]]:
-    """The cell that the search chose for each split seed, without its validation accuracy.
+@dataclasses.dataclass(frozen=True)
+class Chosen:
+    """What the search chose for a class split, and its accuracy on validation groups, in percent."""
 
-    Raises `UserError` if a split has none.
-    """
-    cells = read_result(RESULTS / "best.yaml", _cells, "search")
-    if lacking := set(params.split_seeds) - set(cells):
-        raise UserError(f"nothing was chosen for split {min(lacking)}; run the search again (`dvc repro`)")
-    return cells
+    cell: Mapping[str, Any]
+    accuracy: float
 
 
-def _cells(path: Path) -> dict[int, dict[str, Any]]:
+def read_best(params: Params) -> dict[int, Chosen]:
+    """What the search chose for each split seed. Raises `UserError` if a split has nothing."""
+    best = read_result(BEST, _chosen, "search")
+    if lacking := set(params.split_seeds) - set(best):
+        raise UserError(f"{BEST}: nothing was chosen for split {min(lacking)}; run the search again (`dvc repro`)")
+    return best
+
+
+def _chosen(path: Path) -> dict[int, Chosen]:
     splits = yaml.safe_load(path.read_text())["splits"]
-    return {int(seed): {k: v for k, v in cell.items() if k != "accuracy"} for seed, cell in splits.items()}
+    return {int(seed): Chosen(cell, accuracy=cell.pop("accuracy")) for seed, cell in splits.items()}
 
 
-def _validation(params: Params, split_seed: int) -> Validation:
-    """How well the search judged the cell that it chose for a split."""
-    groups = dataset(STORE.resolve(), group_folder(split_seed).resolve(), "validation", params.groups.validation_groups)
-    best = read_result(RESULTS / "best.yaml", lambda path: yaml.safe_load(path.read_text())["splits"], "search")
-    return Validation(best[split_seed]["accuracy"], groups.dataset.digest)
+def cells_of(best: Mapping[int, Chosen]) -> Cells:
+    """The chosen cells alone."""
+    return {seed: chosen.cell for seed, chosen in best.items()}
 
 
-def train_all(params: Params, stage: str, methods: Mapping[str, Cells], fresh: bool) -> pd.DataFrame:
-    """Train each method on each split in an open Ray session, and write the models. Returns the loss curves."""
+def train_pudnet(params: Params, best: Mapping[int, Chosen], fresh: bool) -> pd.DataFrame:
+    """Train PudNet on each split as the search chose, and register the models. Returns the loss curves."""
+    return train_all(params, "train", {"pudnet": cells_of(best)}, fresh, partial(_register, params, best))
+
+
+def train_all(
+    params: Params,
+    stage: str,
+    methods: Mapping[str, Cells],
+    fresh: bool,
+    log: Callable[[Tracking, Finished, Path], None],
+) -> pd.DataFrame:
+    """Train each method on each split in an open Ray session, and write the models. Returns the loss curves.
+
+    `log` tells MLflow of a model, by its trial and its file.
+    """
     named = [(method, seed) for method in methods for seed in params.split_seeds]
     specs = [
         make_spec(params, f"train-{method}-split{seed}", method, seed, dict(methods[method][seed]), "train", validate=0)
@@ -67,11 +85,7 @@ def train_all(params: Params, stage: str, methods: Mapping[str, Cells], fresh: b
     )
     for (method, _), trial in zip(named, finished, strict=True):
         path = _write_model(params, method, trial)
-        if method == "pudnet":
-            log = partial(_register, tracking, params, trial, path, _validation(params, trial.spec.split_seed))
-        else:
-            log = partial(_log, tracking, trial, path)
-        tracking.submit(log)
+        tracking.submit(partial(log, tracking, trial, path))
     curves = [_curve(method, trial) for (method, _), trial in zip(named, finished, strict=True)]
     return pd.concat(curves, ignore_index=True)
 
@@ -84,9 +98,10 @@ def train_baselines(
     learned = [m for m in methods if m in LEARNED or m == PLUS]
     cells = {m: {seed: choices[m, seed][0] for seed in params.split_seeds} for m in learned}
     if "static_trunk" in methods:
-        cells["static_trunk"] = read_best(params)  # the search's choice for PudNet, of which only training keys apply
+        # The search's choice for PudNet, of which only training keys apply.
+        cells["static_trunk"] = cells_of(read_best(params))
     BASELINES.mkdir(parents=True, exist_ok=True)  # DVC expects this output even if nothing is trained
-    return pd.concat([curves, train_all(params, "baselines", cells, fresh)]) if cells else curves
+    return pd.concat([curves, train_all(params, "baselines", cells, fresh, _log)]) if cells else curves
 
 
 def _log(tracking: Tracking, trial: Finished, path: Path) -> None:
@@ -96,8 +111,11 @@ def _log(tracking: Tracking, trial: Finished, path: Path) -> None:
     tracking.finish(run_id)
 
 
-def _register(tracking: Tracking, params: Params, trial: Finished, path: Path, validation: Validation) -> None:
+def _register(params: Params, best: Mapping[int, Chosen], tracking: Tracking, trial: Finished, path: Path) -> None:
     """Log PudNet's model to the run of its training, and register it."""
+    seed, asked = trial.spec.split_seed, params.groups.validation_groups
+    judged_on = dataset(STORE.resolve(), group_folder(seed).resolve(), "validation", asked)
+    validation = Validation(best[seed].accuracy, judged_on.dataset.digest)
     run_id = tracking.find_or_create(trial.key, trial.spec.name)
     name = f"pudnet-{params.setting}-{params.target}".replace(":", ".")  # a model's name may have no colon
     tracking.log_tags(run_id, {"registered_version": register(tracking, run_id, path, name, validation)})
@@ -140,6 +158,6 @@ def _curve(method: str, trial: Finished) -> pd.DataFrame:
     return frame
 
 
-def write_curves(frame: pd.DataFrame) -> str:
+def curves_csv(frame: pd.DataFrame) -> str:
     """Loss curves as CSV text."""
     return frame.to_csv(index=False, float_format="%.6g")

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from pipeline.digests import digest
 from pipeline.project import STORE, TEST_STORE, group_folder
 from pipeline.runs.trial import TrialSpec
 from pudnet.baselines import LEARNED, SCRATCH
-from pudnet.card import read_tensors
 from pudnet.data.groups import open_groups
 from pudnet.targets import is_import_path, target_code
 
@@ -24,28 +22,19 @@ VALIDATION_CODE = ("evaluation", "predictor", "network", "card", "data/user_imag
 # dvc.yaml lists these files too; tests/test_params.py compares both lists with the imports.
 
 
-def digest(plain: Any, files: Iterable[Path]) -> str:
-    """A short hash of plain values, and of the names and contents of files.
-
-    The folders of the files do not matter. A missing file counts as an empty one.
-    """
-    hashes = sorted(
-        (path.name, hashlib.sha256(path.read_bytes() if path.is_file() else b"").hexdigest()) for path in set(files)
-    )
-    return hashlib.sha256(json.dumps([plain, hashes], sort_keys=True).encode()).hexdigest()[:12]
-
-
 def trial_key(spec: TrialSpec) -> str:
     """A hash of everything that a trial's result depends on, but not of its name or the project's place."""
     split, _ = open_groups(Path(spec.groups))  # its test classes do not matter to a training
     plain = {key: value for key, value in asdict(spec).items() if key not in ("name", "variant", "store", "groups")}
     plain |= {"train_classes": split.train_classes, "validation_classes": split.validation_classes}
+    if spec.kind in SCRATCH:  # it reads nothing else of `train`
+        plain["train"] = spec.train["precision"]
     return f"{spec.kind}-split{spec.split_seed}-{digest(plain, _trial_files(spec))}"
 
 
 def _trial_files(spec: TrialSpec) -> list[Path]:
     """The files that a trial reads: code and data (for the store, the file of its checksums)."""
-    tables = [spec.table, *(["validation"] if spec.validate else [])]
+    tables = [*([] if spec.kind in SCRATCH else [spec.table]), *(["validation"] if spec.validate else [])]
     names = TRAINING_CODE + (VALIDATION_CODE if spec.validate else ())
     groups = Path(spec.groups)
     data = [Path(spec.store) / "meta.json", *(groups / f"{t}.npy" for t in tables)]
@@ -58,14 +47,6 @@ def measurement_key(kind: str, target: str, split_seed: int, plain: Any, files: 
     code = code_files(TRAINING_CODE + VALIDATION_CODE) + method_files(kind, target)
     code += [CODE / "pipeline" / "runs" / name for name in ("class_split.py", "measurement.py")]
     return digest([kind, target, split_seed, plain], [*data, *code, *files])
-
-
-def model_key(path: Path) -> str:
-    """A hash of a model's file, but for the commit that it was made from: another commit may make the same model."""
-    tensors, card = read_tensors(path)
-    provenance = {key: value for key, value in card.provenance.items() if key != "git_commit"}
-    values = [[name, hashlib.sha256(value.numpy().tobytes()).hexdigest()] for name, value in sorted(tensors.items())]
-    return digest([values, asdict(card) | {"provenance": provenance}], [])
 
 
 def code_files(names: Sequence[str]) -> list[Path]:

@@ -11,17 +11,16 @@ import numpy as np
 import pandas as pd
 import torch
 
+from pipeline.digests import model_key
 from pipeline.params import PLUS, Params
 from pipeline.project import split_model
 from pipeline.runs.class_split import Bench, open_bench
-from pipeline.runs.keys import measurement_key, model_key
-from pipeline.runs.trial import Cell, Choices, own_device
+from pipeline.runs.keys import measurement_key
+from pipeline.runs.trial import Cell, Choices, own_device, scratch_method
 from pudnet.baselines import LEARNED, SCRATCH, Scratch, ScratchConfig, load_method
 from pudnet.cpu import compiling_pays
-from pudnet.device import wants_bf16
 from pudnet.evaluation import FROM, Adapts, group_sketches, shuffled, timed_adaptation
 from pudnet.predictor import Predictor
-from pudnet.targets import build_target
 from pudnet.training import group_seed
 
 WARM_UP = 2  # adaptations that are not timed
@@ -39,12 +38,12 @@ class Job:
 
     def key(self, params: Params) -> str:
         """A hash of everything that the job's accuracies depend on."""
-        own = {"test_groups": params.baselines.test_groups}
+        # From the labels of one class and of very many follow those of any number of classes.
+        own = {"test_groups": params.baselines.test_groups, "labels": [params.labels(k) for k in (1, 10**9)]}
         if self.method == "constant_sketch":
             own |= {"sketch_groups": params.baselines.sketch_groups}
         if self.method in SCRATCH:
             own = {"epochs": params.baselines.scratch_epochs, "cells": self.cells, "groups": self.groups}
-        own["labels"] = [params.labels(classes) for classes in (1, params.groups.classes_per_group)]
         plain = [params.train.precision, params.evaluate.precision, own]
         if self.method not in SCRATCH:
             needs_pudnet = self.method in SKETCHES or self.method == "random_weights"
@@ -53,9 +52,9 @@ class Job:
         return f"{self.method}-split{self.seed}-{key}"
 
 
-def measure(folder: str, params: Params, job: Job) -> pd.DataFrame:
+def measure_job(folder: str, params: Params, job: Job) -> pd.DataFrame:
     """Measure one job: the rows of `Bench.accuracies`."""
-    bench = open_worker(folder, params, job.seed, params.baselines.test_groups)
+    bench = open_in_task(folder, params, job.seed, params.baselines.test_groups)
     if job.method in SCRATCH:
         return trained_accuracies(bench, open_scratch(bench, params, job.method, job.cells), range(*job.groups))
     if job.method in SKETCHES:
@@ -74,9 +73,9 @@ def trained_accuracies(bench: Bench, methods: Mapping[str, Scratch], groups: ran
     return pd.concat(rows, ignore_index=True)
 
 
-def time(folder: str, params: Params, methods: Sequence[str], choices: Choices) -> dict[str, float]:
+def time_methods(folder: str, params: Params, methods: Sequence[str], choices: Choices) -> dict[str, float]:
     """Median milliseconds of adapting PudNet and each other method to a group of the first split, in turns."""
-    bench = open_worker(folder, params, params.seed, params.evaluate.timing_groups)
+    bench = open_in_task(folder, params, params.seed, params.evaluate.timing_groups)
     opened = {m: open_method(bench, params, m) for m in ["pudnet", *methods] if m not in SCRATCH}
     for method in [m for m in methods if m in SCRATCH]:
         opened |= open_scratch(bench, params, method, choices[method, params.seed])
@@ -107,7 +106,7 @@ def _in_turns(
     return pd.DataFrame(rows[warm_up:] or rows).median().to_dict()
 
 
-def open_worker(folder: str, params: Params, seed: int, test_groups: int | None) -> Bench:
+def open_in_task(folder: str, params: Params, seed: int, test_groups: int | None) -> Bench:
     """Open a class split in a Ray task, on the task's share of the device, with so many test groups (None: all)."""
     os.chdir(folder)  # a Ray worker starts in another folder
     own_device({"cpu": params.resources.cpus, "gpu": params.resources.gpus})
@@ -141,13 +140,13 @@ def open_scratch(bench: Bench, params: Params, method: str, cells: Sequence[Cell
 
     Each has the cell that was tuned for the nearest number.
     """
-    device, compiled = bench.images.device, compiles(bench, params, sum(params.baselines.scratch_epochs))
-    bf16, opened = wants_bf16(params.train.precision, device), {}
-    target = build_target(params.target, params.prepare.channels, params.prepare.image_size)
+    compiled, opened = compiles(bench, params, sum(params.baselines.scratch_epochs)), {}
     for epochs in params.baselines.scratch_epochs:
         nearest = min(cells, key=lambda cell: abs(math.log(cell["epochs"] / epochs)))
         config = ScratchConfig(**{**nearest, "epochs": epochs})
-        opened[f"{method}_{epochs}"] = Scratch(config, target, device, bf16, method == "scratch_gc", compiled)
+        opened[f"{method}_{epochs}"] = scratch_method(
+            method, config, params.target, bench.images, params.train.precision, compiled
+        )
     return opened
 
 

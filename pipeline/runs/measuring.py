@@ -11,12 +11,12 @@ from typing import Any
 import pandas as pd
 import ray
 
+from pipeline.digests import digest
 from pipeline.params import Params
 from pipeline.project import root, write
 from pipeline.runs import cluster
 from pipeline.runs.display import bars
-from pipeline.runs.keys import digest
-from pipeline.runs.measurement import SKETCHES, Job, measure, time
+from pipeline.runs.measurement import SKETCHES, Job, measure_job, time_methods
 from pipeline.runs.trial import Choices
 from pudnet.baselines import SCRATCH
 
@@ -32,7 +32,7 @@ def measure_all(
     """
     jobs = [job for method in methods for seed in params.split_seeds for job in _jobs(params, method, seed, choices)]
     keys = {job: job.key(params) for job in jobs}
-    tables = measure_missing(params, measure, keys, _done, fresh)
+    tables = measure_missing(params, measure_job, keys, _done, fresh)
     of_method = {method: "+".join(keys[job] for job in jobs if job.method == method) for method in methods}
     return pd.concat([tables[job] for job in jobs], ignore_index=True), {m: digest(k, []) for m, k in of_method.items()}
 
@@ -77,7 +77,7 @@ def _done(job: Job, table: pd.DataFrame) -> str:
 
 def time_all(params: Params, methods: Sequence[str], choices: Choices) -> dict[str, float]:
     """Median milliseconds of adapting PudNet and each other method to a group, in turns, with nothing else running."""
-    timing = task(params, time)([m for m in methods if m not in SKETCHES], choices)
+    timing = task(params, time_methods)([m for m in methods if m not in SKETCHES], choices)
     return cluster.result(cluster.first_of([timing], params))
 
 

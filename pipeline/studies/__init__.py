@@ -2,5 +2,6 @@
 
 definition.py reads a study, and running.py runs it: trained.py trains one of its columns, and gives the cells to the
 module for what the study measures, which is accuracy.py, losses.py, finetuning.py, correlation.py or whole_set.py.
-measuring.py opens and measures cells for them. `pipeline/study.py` is the command.
+columns.py makes params and trials of its columns and rows. measuring.py measures cells, and tasks/ is what Ray runs for
+that. figures.py draws, page.py writes. `pipeline/study.py` is the command.
 """

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from pipeline.check import outline
+from pipeline.check import check_size
 from pipeline.params import PARAMS, Params, changed, own_keys, resolve
 from pipeline.runs.trial import TrialSpec, make_spec
 from pipeline.studies.definition import Row, Study, slug
@@ -191,24 +191,41 @@ def check_rows(study: Study, params: Params) -> None:
 
     Also if it would have more labels than another row, or fewer, only because test groups have other classes.
     """
+    _check_test_groups(study, params)
+    specs = {name: row_spec(params, name, row, params.seed, ANY) for name, row in study.rows.items()}
+    _check_distinct(study, specs)
+    for name, row in study.rows.items():
+        if row.sketch != "own" and not ModelConfig(**specs[name].model).makes_weights:
+            raise UserError(
+                f"rows.{name}: sketch: {row.sketch} changes nothing: this model makes no weights for a group"
+            )
+    _check_sizes(specs, params)
+
+
+def _check_test_groups(study: Study, params: Params) -> None:
+    """Check that rows of a study of accuracies fit the number and the classes of test groups."""
     if study.measure == "accuracy" and params.groups.test_groups == 1:
         for name in (name for name, row in study.rows.items() if row.sketch == "shuffled"):
             raise UserError(f"rows.{name}: sketch: shuffled needs another test group, and there is one")
     if study.measure == "accuracy" and not params.groups.test_whole:
         check_labels(study, params, params.groups.test_classes_per_group or params.groups.classes_per_group)
-    targets: dict[str, Target] = {}
-    sound: set[tuple] = set()
+
+
+def _check_distinct(study: Study, specs: Mapping[str, TrialSpec]) -> None:
+    """Check that no two rows mean the same."""
     seen: dict[str, list] = {}
     for name, row in study.rows.items():
-        spec = row_spec(params, name, row, params.seed, ANY)
-        same = [dataclasses.replace(spec, name=""), row.sketch, row.images, row.head, row.finetune]
+        same = [dataclasses.replace(specs[name], name=""), row.sketch, row.images, row.head, row.finetune]
         if other := next((row for row, content in seen.items() if content == same), ""):
             raise UserError(f"rows.{name}: means the same as row {other}")
         seen[name] = same
-        if row.sketch != "own" and not ModelConfig(**spec.model).makes_weights:
-            raise UserError(
-                f"rows.{name}: sketch: {row.sketch} changes nothing: this model makes no weights for a group"
-            )
+
+
+def _check_sizes(specs: Mapping[str, TrialSpec], params: Params) -> None:
+    """Check that each hypernetwork can be built, and that a target has what its method needs."""
+    targets: dict[str, Target] = {}
+    sound: set[tuple] = set()
+    for name, spec in specs.items():
         model = spec.model | {"eta": 0.0}  # eta has no size: rows that differ in it alone are checked once
         content = (spec.target, spec.kind, *model.items())
         if content in sound:
@@ -217,7 +234,7 @@ def check_rows(study: Study, params: Params) -> None:
             if spec.target not in targets:
                 targets[spec.target] = build_target(spec.target, params.prepare.channels, params.prepare.image_size)
             if spec.kind == "pudnet":
-                outline(ModelConfig(**model), targets[spec.target])
+                check_size(ModelConfig(**model), targets[spec.target])
             elif spec.kind in LEARNED:
                 check_method(spec.kind, spec.model, targets[spec.target])
         except UserError as error:

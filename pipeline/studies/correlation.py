@@ -8,38 +8,23 @@ groups shows how large correlations are by chance.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 from matplotlib.figure import Figure
-from torch import nn
 
-from pipeline.params import Params
-from pipeline.runs.keys import digest
-from pipeline.runs.measurement import open_worker
+from pipeline.digests import digest
+from pipeline.runs.keys import code_files
 from pipeline.runs.measuring import measure_missing
-from pipeline.studies.cell import StudyCell, open_cell
 from pipeline.studies.definition import Study
 from pipeline.studies.figures import correlations_figure
 from pipeline.studies.page import table_of
+from pipeline.studies.tasks import points
 from pipeline.studies.trained import TrainedColumn
 from pudnet.cca import held_out_correlation
-from pudnet.data.images import StoreImages
-from pudnet.evaluation import adapt_input
 
 PART = 20  # groups in one task; an interruption loses at most one task
-
-
-@dataclass(frozen=True)
-class Part:
-    """A part of a cell's groups."""
-
-    cell: StudyCell
-    first: int
-    end: int
 
 
 def measure(trained: TrainedColumn) -> pd.DataFrame:
@@ -47,48 +32,26 @@ def measure(trained: TrainedColumn) -> pd.DataFrame:
     plan, lines = trained.study.correlation, []
     count = min(plan.groups, trained.params.groups.train_groups)
     parts = {
-        at: [Part(cell, first, min(first + PART, count)) for first in range(0, count, PART)]
+        at: [points.Part(cell, first, min(first + PART, count)) for first in range(0, count, PART)]
         for at, cell in trained.cells.items()
     }
     every = [part for of_cell in parts.values() for part in of_cell]
-    keys = {part: part.cell.key(trained.params, part.first, part.end, code=[Path(__file__)]) for part in every}
+    keys = {part: part.cell.key(trained.params, part.first, part.end, code=[Path(points.__file__)]) for part in every}
     tables = measure_missing(
-        trained.params, _points, keys, lambda part, table: f"{part.cell.spec.name}: groups up to {part.end} done"
+        trained.params,
+        points.points_of,
+        keys,
+        lambda part, table: f"{part.cell.spec.name}: groups up to {part.end} done",
     )
     for (row, seed), of_cell in parts.items():
-        points = pd.concat([tables[part] for part in of_cell])
-        found = _correlations(points, plan.components, plan.pairings, seed)
+        joined = pd.concat([tables[part] for part in of_cell])
+        found = _correlations(joined, plan.components, plan.pairings, seed)
         metrics = {f"correlation_{line['layer']}": line["correlation"] for line in found}
-        trained.log(row, seed, metrics, {}, key=digest([keys[part] for part in of_cell], []))
+        code = [Path(__file__), *code_files(["cca"])]
+        trained.log(row, seed, metrics, {}, key=digest([keys[part] for part in of_cell], code))
         own = {"row": row, "column": trained.column, "seed": seed, "groups": count, "components": plan.components}
         lines += [{**own, **line} for line in found]
     return pd.DataFrame(lines)
-
-
-@torch.no_grad()
-def _points(folder: str, params: Params, part: Part) -> pd.DataFrame:
-    """In a Ray task: the mean image of each group of the part, and the weights of each layer of its network."""
-    seed = part.cell.spec.split_seed
-    bench = open_worker(folder, params, seed, None)
-    adapts, images, rows = open_cell(part.cell, bench, params), bench.train_images, []
-    for g in range(part.first, part.end):
-        group = bench.tables["train"][g]
-        classes = tuple(images.block_classes(group).tolist())
-        torch.manual_seed(seed)  # the same initialisation and order of batches for all groups
-        with torch.enable_grad(), torch.autocast(images.device.type, torch.bfloat16, enabled=bench.bf16):
-            body = adapts.adapt(*adapt_input(adapts, images, group), classes).body
-        rows.append({"group": g, "what": "images", "values": _mean_image(images, group)})
-        convs = {name: module for name, module in body.named_modules() if isinstance(module, nn.Conv2d)}
-        rows += [{"group": g, "what": name, "values": _flat(conv.weight)} for name, conv in convs.items()]
-    return pd.DataFrame(rows)
-
-
-def _mean_image(images: StoreImages, group: np.ndarray) -> np.ndarray:
-    return _flat(images(group).mean(0))
-
-
-def _flat(values: torch.Tensor) -> np.ndarray:
-    return values.detach().float().flatten().cpu().numpy()
 
 
 def _correlations(points: pd.DataFrame, components: int, pairings: int, seed: int) -> list[dict[str, float | str]]:

@@ -12,12 +12,12 @@ import numpy as np
 import pandas as pd
 import torch
 
+from pipeline.digests import digest
 from pipeline.params import Params
 from pipeline.runs import cluster
-from pipeline.runs.keys import digest
-from pipeline.runs.measurement import open_worker
+from pipeline.runs.measurement import open_in_task
 from pipeline.runs.measuring import measure_missing, task
-from pipeline.studies.cell import StudyCell, measure, open_cell, time
+from pipeline.studies.tasks.cell import StudyCell, measure_cell, open_cell, time_in_turns
 from pudnet.diagnosis import movement, probe
 from pudnet.evaluation import FROM, group_sketches
 
@@ -36,7 +36,7 @@ def measure_cells(params: Params, cells: Sequence[StudyCell]) -> list[pd.DataFra
     """Measure the cells: each one's rows, as `Bench.accuracies` gives them. Kept results are not measured again."""
     keys = {cell: cell.key(params) for cell in cells}
     tables = measure_missing(
-        params, measure, keys, lambda cell, table: f"{cell.spec.name}: {len(table)} test groups done"
+        params, measure_cell, keys, lambda cell, table: f"{cell.spec.name}: {len(table)} test groups done"
     )
     return [tables[cell] for cell in cells]
 
@@ -49,7 +49,7 @@ def time_cells(params: Params, cells: Mapping[str, StudyCell]) -> dict[str, floa
     keys = [[name, cell.key(params, params.evaluate.timing_groups)] for name, cell in cells.items()]
     on = [cluster.share(params), _processor(), torch.__version__]
     items, key = tuple(cells.items()), f"time-{digest([keys, on], [])}"
-    tables = measure_missing(params, time, {items: key}, lambda *_: "times are measured")
+    tables = measure_missing(params, time_in_turns, {items: key}, lambda *_: "times are measured")
     return dict(zip(tables[items].row, tables[items].milliseconds, strict=True))
 
 
@@ -71,7 +71,7 @@ def diagnose_cells(params: Params, cells: Sequence[StudyCell]) -> list[Diagnosis
 
 
 def _diagnose(folder: str, params: Params, cell: StudyCell) -> Diagnosis:
-    bench = open_worker(folder, params, cell.spec.split_seed, None)
+    bench = open_in_task(folder, params, cell.spec.split_seed, None)
     predictor, groups = open_cell(cell, bench, params), bench.tables["test"][:, FROM]
     sketches = group_sketches(predictor, bench.images, groups, bench.bf16)
     with torch.no_grad():

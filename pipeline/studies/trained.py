@@ -12,19 +12,20 @@ from typing import TypeVar
 
 from mlflow.entities import DatasetInput
 
+from pipeline.digests import digest
 from pipeline.groups import groups as make_groups
 from pipeline.params import Params
 from pipeline.prepare import prepare
 from pipeline.project import GROUPS, PREPARED, group_folder, locked, root
 from pipeline.runs.class_split import images_of_a_class
 from pipeline.runs.executor import Experiment, run_missing
-from pipeline.runs.keys import CODE, code_files, digest, trial_key
+from pipeline.runs.keys import CODE, code_files, trial_key
 from pipeline.runs.trial import TrialSpec
 from pipeline.runs.trial_folder import Finished
 from pipeline.runs.trial_log import datasets
-from pipeline.studies.cell import StudyCell
 from pipeline.studies.columns import check_labels, row_spec
 from pipeline.studies.definition import IN_PREDICTIONS, Column, Row, Study
+from pipeline.studies.tasks.cell import StudyCell
 from pipeline.tracking.datasets import test_sets
 from pipeline.tracking.runs import Tracking, open_tracking
 from pudnet.data.folders import look_in

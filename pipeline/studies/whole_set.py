@@ -11,23 +11,17 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 from matplotlib.figure import Figure
 
-from pipeline.params import Params
 from pipeline.project import root
 from pipeline.reporting.numbers import duration, plus_minus
 from pipeline.runs.keys import code_files
-from pipeline.runs.measurement import open_worker
 from pipeline.runs.measuring import measure_missing
-from pipeline.studies.cell import StudyCell, open_cell
 from pipeline.studies.definition import Study, WholeSet, reported
 from pipeline.studies.figures import bars_figure
 from pipeline.studies.page import number, table_of, trained_on
+from pipeline.studies.tasks import whole
 from pipeline.studies.trained import TrainedColumn, files_of
-from pudnet.data.images import normalize
-from pudnet.data.user_images import images_at_a_time, labelled_set
-from pudnet.device import clock
 from pudnet.errors import UserError
 from pudnet.evaluation import mean_half_width
 
@@ -46,10 +40,13 @@ def measure(trained: TrainedColumn) -> pd.DataFrame:
     plan, lines = trained.study.whole, []
     there = replace(plan, images=str(root() / plan.images), test_images=str(root() / plan.test_images))
     files = [files_of("folder", folder) for folder in (there.images, there.test_images)]
-    code = [Path(__file__), *code_files(["data/user_images", "data/decode", "data/folders"])]
+    code = [Path(whole.__file__), *code_files(["data/user_images", "data/decode", "data/folders"])]
     keys = {(cell, there): cell.key(trained.params, asdict(plan), files, code=code) for cell in trained.cells.values()}
     tables = measure_missing(
-        trained.params, _accuracy, keys, lambda one, table: f"{one[0].spec.name}: {table.images[0]:,} test images done"
+        trained.params,
+        whole.accuracy_of,
+        keys,
+        lambda one, table: f"{one[0].spec.name}: {table.images[0]:,} test images done",
     )
     for row, definition in trained.study.rows.items():
         found = pd.concat([tables[trained.cells[row, seed], there] for seed in trained.params.split_seeds])
@@ -74,29 +71,6 @@ def measure(trained: TrainedColumn) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(lines)
-
-
-def _accuracy(folder: str, params: Params, one: tuple[StudyCell, WholeSet]) -> pd.DataFrame:
-    """In a Ray task: a cell's top-k accuracy, and the seconds from the folder to the predicted network."""
-    cell, plan = one
-    bench = open_worker(folder, params, cell.spec.split_seed, None)
-    predictor = open_cell(replace(cell, images=None), bench, params)  # it is not for a test group
-    predictor.sketch_images = cell.images or predictor.sketch_images
-    start = clock(bench.images.device)
-    network = predictor.predict(plan.images)
-    seconds = (clock(bench.images.device) - start) / 1000
-    images, columns, names = labelled_set(plan.test_images, None, network.card)
-    if unknown := set(names) - set(network.classes):
-        raise UserError(f"{plan.test_images}: class {min(unknown)!r} is not in {plan.images}")
-    truth = torch.tensor([network.classes.index(name) for name in names])[columns]
-    hits = done = 0
-    for pixels in images.chunks(images_at_a_time(network.card.image_size)):
-        logits = network.logits(normalize(pixels.to(network.mean.device), network.mean, network.std))
-        best = logits.topk(min(plan.top, len(network.classes)), dim=1).indices.cpu()
-        hits += int((best == truth[done : done + len(best), None]).any(1).sum())
-        done += len(best)
-    accuracy = 100 * hits / images.count
-    return pd.DataFrame([{"accuracy": accuracy, "images": images.count, "classes": len(names), "seconds": seconds}])
 
 
 def figure(study: Study, table: pd.DataFrame) -> Figure:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -11,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 
+from pipeline.digests import digest, model_key
 from pipeline.params import Params
 from pipeline.project import RESULTS, WEIGHTS, group_folder, split_model
 from pipeline.tracking.datasets import test_sets
@@ -25,12 +24,9 @@ def evaluation_run(tracking: Tracking, params: Params) -> str:
 
 def _identity(params: Params) -> str:
     """A hash of the models, the test groups and the params."""
-    plain = [params.setting, params.target, params.variant, asdict(params.evaluate)]
-    digest = hashlib.sha256(json.dumps(plain).encode())
-    for seed in params.split_seeds:
-        digest.update(split_model("pudnet", seed).read_bytes())
-        digest.update((group_folder(seed) / "test.npy").read_bytes())
-    return digest.hexdigest()[:12]
+    models = [model_key(split_model("pudnet", seed)) for seed in params.split_seeds]
+    plain = [params.setting, params.target, params.variant, asdict(params.evaluate), models]
+    return digest(plain, [group_folder(seed) / "test.npy" for seed in params.split_seeds])
 
 
 def log_evaluation(tracking: Tracking, params: Params, metrics: Mapping[str, Any], timing: Mapping[str, Any]) -> None:

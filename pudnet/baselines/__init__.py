@@ -15,7 +15,7 @@ from pudnet.baselines.heads import HEADS
 from pudnet.baselines.matchnet import MatchNet
 from pudnet.baselines.meta_baseline import MetaBaseline
 from pudnet.baselines.meta_deepbdc import MetaDeepBDC
-from pudnet.baselines.method import Adapter, Classifier, Method
+from pudnet.baselines.method import Adapter, Method
 from pudnet.baselines.musml import MUSML
 from pudnet.baselines.pretrained import Pretrained
 from pudnet.baselines.protonet import ProtoNet
@@ -26,7 +26,7 @@ from pudnet.errors import UserError
 from pudnet.scratch import Scratch, ScratchConfig
 from pudnet.targets import Target, build_target
 
-__all__ = ["HEADS", "LEARNED", "SCRATCH", "Adapter", "Classifier", "Method", "Scratch", "ScratchConfig", "config_type"]
+__all__ = ["HEADS", "LEARNED", "SCRATCH", "Adapter", "Method", "Scratch", "ScratchConfig", "config_type"]
 __all__ += ["load_method", "make_method"]
 
 LEARNED: dict[str, type[Method]] = {

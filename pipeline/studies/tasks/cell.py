@@ -14,16 +14,14 @@ import torch
 from pipeline.params import Params
 from pipeline.runs.class_split import Bench
 from pipeline.runs.keys import code_files, measurement_key, trial_key
-from pipeline.runs.measurement import SKETCHES, compiles, median_times, open_worker, trained_accuracies
-from pipeline.runs.trial import TrialSpec, card_of, load_state, untrained
-from pudnet.baselines import LEARNED, SCRATCH, Adapter, Scratch, ScratchConfig
+from pipeline.runs.measurement import SKETCHES, compiles, median_times, open_in_task, trained_accuracies
+from pipeline.runs.trial import TrialSpec, card_of, load_state, scratch_method, untrained
+from pudnet.baselines import LEARNED, SCRATCH, Adapter, ScratchConfig
 from pudnet.baselines.finetuned import FineTunedPrediction
 from pudnet.card import Card
 from pudnet.data.store import open_store
-from pudnet.device import wants_bf16
 from pudnet.evaluation import Adapts
 from pudnet.predictor import Predictor
-from pudnet.targets import build_target
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +66,9 @@ def given_labels(card: Card, images: int, classes: int) -> Card:
 def open_cell(cell: StudyCell, bench: Bench, params: Params) -> Adapts:
     """The cell's model, ready to adapt to groups."""
     if cell.spec.kind in SCRATCH:
-        return _scratch(cell.spec, bench, params)
+        spec, config = cell.spec, ScratchConfig(**cell.spec.model)
+        how = {"precision": spec.train["precision"], "compiled": compiles(bench, params, config.epochs)}
+        return scratch_method(spec.kind, config, spec.target, bench.images, **how)
     card = card_of(cell.spec, open_store(Path(cell.spec.store), verify=False))
     if cell.images is not None:
         card = given_labels(card, cell.images, bench.test_classes)
@@ -85,15 +85,9 @@ def open_cell(cell: StudyCell, bench: Bench, params: Params) -> Adapts:
     return FineTunedPrediction(predictor, cell.finetune, bench.bf16, compiles(bench, params, cell.finetune.epochs))
 
 
-def _scratch(spec: TrialSpec, bench: Bench, params: Params) -> Scratch:
-    device, config = bench.images.device, ScratchConfig(**spec.model)
-    target = build_target(spec.target, len(bench.images.mean), bench.images.image_size)
-    bf16 = wants_bf16(spec.train["precision"], device)
-    return Scratch(config, target, device, bf16, spec.kind == "scratch_gc", compiles(bench, params, config.epochs))
-
-
-def measure(folder: str, params: Params, cell: StudyCell) -> pd.DataFrame:
-    bench = open_worker(folder, params, cell.spec.split_seed, None)
+def measure_cell(folder: str, params: Params, cell: StudyCell) -> pd.DataFrame:
+    """In a Ray task: the rows of `Bench.accuracies` for one cell."""
+    bench = open_in_task(folder, params, cell.spec.split_seed, None)
     adapts = open_cell(cell, bench, params)
     if cell.slow:
         groups = range(min(params.baselines.scratch_groups, len(bench.tables["test"])))
@@ -102,7 +96,8 @@ def measure(folder: str, params: Params, cell: StudyCell) -> pd.DataFrame:
     return bench.accuracies(cell.spec.name, adapts, sketches=sketches)
 
 
-def time(folder: str, params: Params, cells: Sequence[tuple[str, StudyCell]]) -> pd.DataFrame:
-    bench = open_worker(folder, params, params.seed, params.evaluate.timing_groups)
+def time_in_turns(folder: str, params: Params, cells: Sequence[tuple[str, StudyCell]]) -> pd.DataFrame:
+    """In a Ray task: each `row` and the median `milliseconds` of adapting its cell to a group, measured in turns."""
+    bench = open_in_task(folder, params, params.seed, params.evaluate.timing_groups)
     times = median_times(bench, {name: open_cell(cell, bench, params) for name, cell in cells})
     return pd.DataFrame({"row": list(times), "milliseconds": list(times.values())})

@@ -1,0 +1,40 @@
+"""The accuracy of a study of one large labelled set: a cell's prediction from one folder, measured on another."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pandas as pd
+import torch
+
+from pipeline.params import Params
+from pipeline.runs.measurement import open_in_task
+from pipeline.studies.definition import WholeSet
+from pipeline.studies.tasks.cell import StudyCell, open_cell
+from pudnet.data.images import normalize
+from pudnet.data.user_images import images_at_a_time, labelled_set
+from pudnet.device import clock
+from pudnet.errors import UserError
+
+
+def accuracy_of(folder: str, params: Params, one: tuple[StudyCell, WholeSet]) -> pd.DataFrame:
+    """In a Ray task: a cell's top-k accuracy, and the seconds from the folder to the predicted network."""
+    cell, plan = one
+    bench = open_in_task(folder, params, cell.spec.split_seed, None)
+    predictor = open_cell(replace(cell, images=None), bench, params)  # it is not for a test group
+    predictor.sketch_images = cell.images or predictor.sketch_images
+    start = clock(bench.images.device)
+    network = predictor.predict(plan.images)
+    seconds = (clock(bench.images.device) - start) / 1000
+    images, columns, names = labelled_set(plan.test_images, None, network.card)
+    if unknown := set(names) - set(network.classes):
+        raise UserError(f"{plan.test_images}: class {min(unknown)!r} is not in {plan.images}")
+    truth = torch.tensor([network.classes.index(name) for name in names])[columns]
+    hits = done = 0
+    for pixels in images.chunks(images_at_a_time(network.card.image_size)):
+        logits = network.logits(normalize(pixels.to(network.mean.device), network.mean, network.std))
+        best = logits.topk(min(plan.top, len(network.classes)), dim=1).indices.cpu()
+        hits += int((best == truth[done : done + len(best), None]).any(1).sum())
+        done += len(best)
+    accuracy = 100 * hits / images.count
+    return pd.DataFrame([{"accuracy": accuracy, "images": images.count, "classes": len(names), "seconds": seconds}])
