@@ -51,7 +51,7 @@ notebook: $(READY)
 # MLflow's UI on this project's database, for this machine only. One worker and no job queue, so it starts in seconds.
 # Without `workflowType`, a browser that has not been there before shows the pages for language models.
 ui: $(READY)
-	@$(IN_VENV) python -c "from pipeline.tracking.runs import follow_move, tracking_uri; follow_move(tracking_uri())"
+	@$(IN_VENV) python -c "from pipeline.tracking.database import follow_move, tracking_uri; follow_move(tracking_uri())"
 	@echo "runs: http://127.0.0.1:5000/#/experiments/1/runs?workflowType=machine_learning (of other settings: 2, 3, ...)"
 	$(IN_VENV) MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false MLFLOW_DISABLE_TELEMETRY=true \
 		mlflow ui --host 127.0.0.1 --backend-store-uri sqlite:///mlflow.db --workers 1

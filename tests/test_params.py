@@ -16,7 +16,7 @@ from pipeline.reporting import methods
 from pipeline.runs.keys import CODE, TRAINING_CODE, VALIDATION_CODE, code_files
 from pipeline.runs.trial import make_spec, pick_device
 from pipeline.studies.trained import GROUPS_CODE, PREPARE_CODE
-from pipeline.tracking.runs import provenance
+from pipeline.tracking.provenance import provenance
 from pudnet.config import VARIANTS, paper_target
 from pudnet.errors import UserError
 from pudnet.hypernet import PudNet

@@ -13,8 +13,9 @@ from mlflow import MlflowClient
 
 from pipeline.params import load_params
 from pipeline.runs.parents import closed_if_failed
+from pipeline.tracking.database import tracking_uri
 from pipeline.tracking.datasets import dataset
-from pipeline.tracking.runs import NOTE, Tracking, _open, open_tracking, tracking_uri
+from pipeline.tracking.runs import NOTE, Tracking, _open, open_tracking
 from pudnet.data.groups import build_groups, split_classes, write_groups
 from pudnet.data.sources import open_source
 from pudnet.data.store import open_store, write_store

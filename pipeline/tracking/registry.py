@@ -19,7 +19,8 @@ from mlflow.types import ColSpec, Schema
 from mlflow.types.schema import AnyType
 from PIL import Image
 
-from pipeline.tracking.runs import Tracking, follow_move, quiet, tracking_uri
+from pipeline.tracking.database import follow_move, tracking_uri
+from pipeline.tracking.runs import Tracking, quiet
 from pudnet.card import Card, read_tensors
 from pudnet.config import ModelConfig, passed
 from pudnet.errors import UserError, words

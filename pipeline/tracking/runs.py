@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import getpass
 import logging
 import os
 import sqlite3
@@ -16,11 +15,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, cached_property
-from pathlib import Path
 from typing import Any
-from urllib.parse import quote
-
-import yaml
 
 # By default, MLflow tries for many minutes to reach a server that does not answer, and all trials would wait.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
@@ -31,22 +26,16 @@ from mlflow.entities import DatasetInput, LifecycleStage, Metric, Param, Run, Ru
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, ErrorCode
 from mlflow.tracking.registry import UnsupportedModelRegistryStoreURIException
-from sqlalchemy import make_url
 
 from pipeline.params import Params
-from pipeline.project import git_commit, locked, root, write
+from pipeline.project import locked, root, write
+from pipeline.tracking.database import database_locked, follow_move, tracking_uri
+from pipeline.tracking.provenance import provenance
 from pudnet.errors import RunFailed, UserError
 
 KEY, PROJECT = "pudnet.key", "pudnet.project"
 NOTE = "mlflow.note.content"  # the description in the UI, in Markdown
 REST = 10  # wait this many times as long as a failed call took, before trying the server again
-PLACES = (  # the columns of MLflow's database with the places of artifacts
-    ("experiments", "artifact_location"),
-    ("runs", "artifact_uri"),
-    ("logged_models", "artifact_location"),
-    ("model_versions", "source"),
-    ("model_versions", "storage_location"),
-)
 EXPERIMENT_TAGS = {
     "mlflow.experimentKind": "custom_model_development",  # else the UI opens its pages for language models
     NOTE: """Networks predicted from labelled images: the search, trainings and tests of one setting and one network.
@@ -74,7 +63,7 @@ class Tracking:
     @cached_property
     def client(self) -> MlflowClient:
         """The client of the server or database. A missing database is made."""
-        with _database_locked(self.uri) as database:
+        with database_locked(self.uri) as database:
             if database:
                 sqlite3.connect(
                     database
@@ -209,14 +198,6 @@ class Tracking:
         self.client.set_terminated(run_id, status)
 
 
-def tracking_uri() -> str:
-    """The address at MLFLOW_TRACKING_URI, or else the project's sqlite database."""
-    database = str(root() / "mlflow.db")
-    if "%" in database or "?" in database:  # quote slashes too, or MLflow would make folders of the quoted path
-        database = quote(database, safe="")
-    return os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{database}")
-
-
 def open_tracking(params: Params, stage: str, report: str = "results/report.html") -> Tracking:
     """Open the experiment `pudnet-SETTING-TARGET` at `tracking_uri`, for the runs of a stage that this report shows.
 
@@ -253,59 +234,6 @@ def project_id() -> str:
     return path.read_text().strip()
 
 
-def _database(uri: str) -> Path | None:
-    """The file of a sqlite database; None for any other address."""
-    if not uri.startswith("sqlite:///"):
-        return None
-    return Path(make_url(uri).database or "")
-
-
-@contextlib.contextmanager
-def _database_locked(uri: str) -> Iterator[Path | None]:
-    """Lock a sqlite database, since several processes must not create it at once. Yields its path."""
-    path = _database(uri)
-    if path is None or not path.parent.is_dir():
-        yield path
-        return
-    with locked(path.with_name(f"{path.name}.lock"), wait=True):
-        yield path
-
-
-def follow_move(uri: str) -> None:
-    """Correct the artifacts' places in the database of a project that was moved or copied.
-
-    MLflow stores absolute paths and has no call to change them (mlflow#3144). Without this, a moved project would
-    write artifacts to its old folder, and a copy into the original. Only the project's own database is changed.
-    """
-    project, database = root(), _database(uri)
-    if database is None or database.parent.resolve() != project or database.name != "mlflow.db":
-        return
-    if not database.is_file():
-        return
-    with locked(database.with_name(f"{database.name}.lock"), wait=True):
-        try:
-            with contextlib.closing(sqlite3.connect(database)) as connection, connection:
-                _put_artifacts_at(connection, project / "mlartifacts")
-        except sqlite3.DatabaseError as error:  # a damaged database is reported when it is written to
-            if "locked" in str(error):
-                raise UserError(
-                    f"{database}: another process holds it, so its paths cannot be corrected for the project's new "
-                    "place; stop that process"
-                ) from None
-
-
-def _put_artifacts_at(connection: sqlite3.Connection, folder: Path) -> None:
-    """Point every artifact path in another folder of the same name to `folder`; keep paths that a user chose."""
-    rows = connection.execute("SELECT artifact_location FROM experiments WHERE name LIKE 'pudnet-%'")
-    folders = {place.rpartition("/")[0] for (place,) in rows if place}
-    for old in sorted(folders - {folder.as_uri(), str(folder)}):
-        if not old.endswith(f"/{folder.name}"):
-            continue
-        for table, column in PLACES:
-            moved = f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE substr({column}, 1, ?) = ?"
-            connection.execute(moved, (folder.as_uri(), len(old) + 1, len(old) + 1, f"{old}/"))
-
-
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Silence MLflow's notes on logging and downloads, and its tracebacks of errors that it also raises."""
@@ -324,38 +252,3 @@ def _reason(error: BaseException, handled: BaseException | None) -> str:
     while (cause := error.__cause__ or error.__context__) not in (None, handled):
         error = cause
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
-
-
-def provenance(params: Params, stage: str, report: str) -> dict[str, str]:
-    """Tags that record what a run was made by, and from."""
-    command = f"dvc repro {os.environ['DVC_STAGE']}" if "DVC_STAGE" in os.environ else f"python -m pipeline.{stage}"
-    tags = {"mlflow.user": _user(), "mlflow.source.name": command, "mlflow.source.type": "LOCAL"}
-    tags |= {"stage": stage, "report": report}
-    tags |= {"setting": params.setting, "target": params.target, "variant": params.variant}
-    commit = git_commit()
-    if commit:
-        tags["mlflow.source.git.commit"] = commit
-    if os.environ.get("DVC_EXP_NAME"):
-        tags["dvc.experiment"] = os.environ["DVC_EXP_NAME"]
-    return tags | {f"dvc.md5.{path}": md5 for path, md5 in _lock_md5s().items()}
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # in a container, the user may have no name
-        return "unknown"
-
-
-def _lock_md5s() -> dict[str, str]:
-    """Checksums of the prepared data and group tables, as DVC locked them."""
-    lock = Path("dvc.lock")
-    if not lock.is_file():
-        return {}
-    with contextlib.suppress(
-        yaml.YAMLError, KeyError, TypeError, AttributeError
-    ):  # damaged, perhaps by a merge; dvc reports that
-        stages = (yaml.safe_load(lock.read_text()) or {}).get("stages", {})
-        outs = [out for stage in ("prepare", "groups") for out in stages.get(stage, {}).get("outs", [])]
-        return {out["path"]: out["md5"] for out in outs if "md5" in out}
-    return {}
