@@ -62,4 +62,5 @@ def method_files(kind: str, target: str) -> list[Path]:
         own.append(Path(inspect.getsourcefile(LEARNED[kind])))
     if kind in SCRATCH:
         own += code_files(["baselines/__init__", "baselines/method", "scratch", "gradient_centralization"])
+        own.append(CODE / "pipeline" / "runs" / "trial.py")  # `scratch_method`
     return own

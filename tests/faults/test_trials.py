@@ -200,8 +200,8 @@ def test_a_trial_that_gets_no_more_memory_goes_on_in_another_process(undisturbed
 def test_a_measurement_whose_process_is_killed_is_made_in_another(undisturbed, start, same, tmp_path):
     project = undisturbed.before("baselines", tmp_path / "task")
     run = start(project, "baselines").until("test groups done")
-    run.until(lambda: run.workers("_measure"))
-    for worker in run.workers("_measure"):
+    run.until(lambda: run.workers("measure_job"))
+    for worker in run.workers("measure_job"):
         worker.kill()
     run.well()
     same(project, "baselines", "results/accuracies.csv")
