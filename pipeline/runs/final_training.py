@@ -49,7 +49,10 @@ def read_best(params: Params) -> dict[int, Chosen]:
 
 def _chosen(path: Path) -> dict[int, Chosen]:
     splits = yaml.safe_load(path.read_text())["splits"]
-    return {int(seed): Chosen(cell, accuracy=cell.pop("accuracy")) for seed, cell in splits.items()}
+    return {
+        int(seed): Chosen({key: value for key, value in best.items() if key != "accuracy"}, best["accuracy"])
+        for seed, best in splits.items()
+    }
 
 
 def cells_of(best: Mapping[int, Chosen]) -> Cells:

@@ -21,6 +21,7 @@ from pudnet.baselines import LEARNED, SCRATCH, Scratch, ScratchConfig, load_meth
 from pudnet.cpu import compiling_pays
 from pudnet.evaluation import FROM, Adapts, group_sketches, shuffled, timed_adaptation
 from pudnet.predictor import Predictor
+from pudnet.targets import build_target
 from pudnet.training import group_seed
 
 WARM_UP = 2  # adaptations that are not timed
@@ -141,11 +142,12 @@ def open_scratch(bench: Bench, params: Params, method: str, cells: Sequence[Cell
     Each has the cell that was tuned for the nearest number.
     """
     compiled, opened = compiles(bench, params, sum(params.baselines.scratch_epochs)), {}
+    target = build_target(params.target, params.prepare.channels, params.prepare.image_size)
     for epochs in params.baselines.scratch_epochs:
         nearest = min(cells, key=lambda cell: abs(math.log(cell["epochs"] / epochs)))
         config = ScratchConfig(**{**nearest, "epochs": epochs})
         opened[f"{method}_{epochs}"] = scratch_method(
-            method, config, params.target, bench.images, params.train.precision, compiled
+            method, config, target, bench.images, params.train.precision, compiled
         )
     return opened
 

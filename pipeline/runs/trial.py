@@ -175,11 +175,11 @@ def untrained(spec: TrialSpec, card: Card) -> tuple[nn.Module, Target]:
 
 
 def scratch_method(
-    kind: str, config: ScratchConfig, target: str, images: StoreImages, precision: str, compiled: bool = False
+    kind: str, config: ScratchConfig, target: Target, images: StoreImages, precision: str, compiled: bool = False
 ) -> Scratch:
     """Training from scratch (of this `kind`, a name in `SCRATCH`) for the groups of a store."""
-    plain, bf16 = build_target(target, len(images.mean), images.image_size), wants_bf16(precision, images.device)
-    return Scratch(config, plain, images.device, bf16, kind == "scratch_gc", compiled)
+    bf16 = wants_bf16(precision, images.device)
+    return Scratch(config, target, images.device, bf16, kind == "scratch_gc", compiled)
 
 
 class FromScratch:
@@ -189,8 +189,9 @@ class FromScratch:
         store = open_store(Path(spec.store), verify=False)
         self.spec, self.images, self.accuracies = spec, StoreImages(store, device), []
         self.table = open_groups(Path(spec.groups))[1]["validation"][: spec.validate]
+        target = build_target(spec.target, store.channels, store.image_size)
         config, precision = ScratchConfig(**spec.model), spec.train["precision"]
-        self.method = scratch_method(spec.kind, config, spec.target, self.images, precision)
+        self.method = scratch_method(spec.kind, config, target, self.images, precision)
         self.bf16 = self.method.bf16
 
     def run(self) -> Iterator[dict[str, float]]:

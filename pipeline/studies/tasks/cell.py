@@ -22,6 +22,7 @@ from pudnet.card import Card
 from pudnet.data.store import open_store
 from pudnet.evaluation import Adapts
 from pudnet.predictor import Predictor
+from pudnet.targets import build_target
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,8 +68,9 @@ def open_cell(cell: StudyCell, bench: Bench, params: Params) -> Adapts:
     """The cell's model, ready to adapt to groups."""
     if cell.spec.kind in SCRATCH:
         spec, config = cell.spec, ScratchConfig(**cell.spec.model)
+        target = build_target(spec.target, len(bench.images.mean), bench.images.image_size)
         how = {"precision": spec.train["precision"], "compiled": compiles(bench, params, config.epochs)}
-        return scratch_method(spec.kind, config, spec.target, bench.images, **how)
+        return scratch_method(spec.kind, config, target, bench.images, **how)
     card = card_of(cell.spec, open_store(Path(cell.spec.store), verify=False))
     if cell.images is not None:
         card = given_labels(card, cell.images, bench.test_classes)
