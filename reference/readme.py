@@ -157,7 +157,7 @@ def _label(method: str) -> str:
 
 
 # A page -> the part of it that is made here
-PAGES = {"README.md": opening, "docs/results/index.md": matters, "docs/results/paper.md": bench}
+PAGES = {"README.md": opening, "docs/results/group.md": matters, "docs/results/paper.md": bench}
 
 
 def written(page: str) -> str:
