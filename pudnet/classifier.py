@@ -155,7 +155,7 @@ class CentroidClassifier(nn.Module):
 
 
 class LinearClassifier(nn.Module):
-    """Features (N, d) -> a linear layer's logits, in fp32 even under autocast."""
+    """Features (N, d) -> a linear layer's logits, in fp32 even under autocast (in fp64 if the features are)."""
 
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
         super().__init__()
@@ -165,7 +165,8 @@ class LinearClassifier(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Logits (N, k)."""
         with torch.autocast(features.device.type, enabled=False):
-            return F.linear(features.float(), self.head_weight.float(), self.head_bias.float())
+            features = at_least_fp32(features)
+            return F.linear(features, self.head_weight.to(features.dtype), self.head_bias.to(features.dtype))
 
     def plain(self) -> nn.Module:
         """The same classifier in plain layers, for exporters, which cannot handle autocast."""

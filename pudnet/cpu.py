@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from pudnet.errors import words
-from pudnet.targets import Block
+from pudnet.targets import WIDTH, Block
 
 logger = logging.getLogger(__name__)
 
@@ -50,10 +50,15 @@ def keep_freed_memory() -> None:
     mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def compiling_pays(groups: int, images: int, image_size: int) -> bool:
-    """Whether a run is long enough for torch.compile to save time, and there is a C++ compiler that works."""
-    saved = groups * images * image_size**2 * 64 * SECONDS_SAVED
-    return saved > 2 * COMPILE_SECONDS and _can_compile()
+def compiling_pays(model: nn.Module, groups: int, images: int, image_size: int) -> bool:
+    """Whether a run is long enough for torch.compile to save time, and there is a C++ compiler that works.
+
+    The run passes so many groups of so many images, of `image_size` pixels, through the model. What `accelerate`
+    compiles is ConvNet-3's blocks.
+    """
+    saved = groups * images * image_size**2 * WIDTH * SECONDS_SAVED
+    has_blocks = any(type(module) is Block for module in model.modules())
+    return has_blocks and saved > 2 * COMPILE_SECONDS and _can_compile()
 
 
 @cache
@@ -208,10 +213,10 @@ class MaxPool2x2(nn.MaxPool2d):
     """2x2 max-pooling as three elementwise maxima, if no gradient is needed."""
 
     def forward(self, maps: Tensor) -> Tensor:
-        """Maps (N, C, H, W) -> (N, C, H // 2, W // 2)."""
-        if torch.is_grad_enabled() or maps.shape[2] % 2 or maps.shape[3] % 2 or self.padding or self.return_indices:
+        """Maps (N, C, H, W) -> (N, C, H // 2, W // 2); one image's (C, H, W) likewise."""
+        if torch.is_grad_enabled() or maps.shape[-2] % 2 or maps.shape[-1] % 2 or self.padding or self.return_indices:
             return super().forward(maps)
-        rows = torch.maximum(maps[:, :, ::2], maps[:, :, 1::2])
+        rows = torch.maximum(maps[..., ::2, :], maps[..., 1::2, :])
         return torch.maximum(rows[..., ::2], rows[..., 1::2])
 
 

@@ -22,7 +22,8 @@ def wants_bf16(precision: str, device: torch.device) -> bool:
 def flushing_denormals(device: torch.device) -> Iterator[None]:
     """Treat denormal numbers as zero inside the block, since a CPU is several times slower with them.
 
-    They occur as gradients when a group's loss is close to zero. Arithmetic outside the block is not affected.
+    They occur as gradients when a group's loss is close to zero. Only the calling thread is switched, and threads that
+    torch starts meanwhile, which stay so. So with several threads some denormal numbers may remain.
     """
     if device.type != "cpu":
         yield

@@ -184,7 +184,7 @@ def time_prediction(
     sketch, generation, calibration, epoch = np.median(np.array(rows[warm_up:]), axis=0).tolist()
     total = float(np.median(np.array(rows[warm_up:])[:, :3].sum(1)))
     return Timing(
-        device=str(torch.cuda.get_device_name() if images.device.type == "cuda" else images.device),
+        device=str(torch.cuda.get_device_name(images.device) if images.device.type == "cuda" else images.device),
         threads=torch.get_num_threads(),
         images=groups.shape[1],
         sketch_images=len(spread_rows(labels, predictor.sketch_images)),

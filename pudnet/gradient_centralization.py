@@ -16,13 +16,14 @@ def centralized(optimizer: Optimizer, where: Where = "update") -> Optimizer:
 
     .. math:: g \leftarrow g - \mathrm{mean}(g)\ \text{over all axes but the first}
 
-    g is either the `gradient` before a step or the `update` that the step makes. For Adam the method's authors
+    g is either the `gradient` before a step (but not one that a closure given to `step` computes) or the `update` that
+    the step makes. For Adam the method's authors
     recommend the update, because Adam's division would undo the centralising of the gradient. Weight decay that an
     optimizer adds to the gradient is added after a gradient was centralised, but is part of a centralised update.
     Parameters of one dimension (biases and BatchNorm's) are not centralised.
     """
     if where == "gradient":
-        optimizer.register_step_pre_hook(_centralize_gradients)
+        optimizer.register_step_pre_hook(lambda optimizer, args, kwargs: _subtract_means(optimizer))
         return optimizer
     before: list[Tensor] = []
 
@@ -37,24 +38,6 @@ def centralized(optimizer: Optimizer, where: Where = "update") -> Optimizer:
     optimizer.register_step_pre_hook(keep)
     optimizer.register_step_post_hook(centralize)
     return optimizer
-
-
-def _centralize_gradients(optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """Centralise existing gradients, and those that a closure given to `step` computes."""
-
-    def wrapped(given: Any) -> Any:
-        if given is optimizer or not callable(given):
-            return given
-
-        def closure() -> Any:
-            loss = given()
-            _subtract_means(optimizer)
-            return loss
-
-        return closure
-
-    _subtract_means(optimizer)
-    return tuple(map(wrapped, args)), {key: wrapped(value) for key, value in kwargs.items()}
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from pudnet.config import TrainConfig
 from pudnet.controls import StaticTrunk
 from pudnet.errors import UserError
 from pudnet.hypernet import PudNet
-from pudnet.objective import Losses, Objective, accuracy, cross_entropy, in_blocks
+from pudnet.objective import Losses, Objective, in_blocks, pretraining_losses
 from pudnet.ridge import at_least_fp32
 from pudnet.targets import Target
 
@@ -21,7 +21,7 @@ class Learner(nn.Module):
     """
 
     model: nn.Module
-    mixes = 0.0  # the share of the training, its beginning, in which images are shuffled across groups
+    mixed_share = 0.0  # the share of the training, its beginning, in which images are shuffled across groups
 
     def losses(self, images: Tensor, labels: Tensor, done: float) -> Losses:
         """The losses (B,) of several groups: images (B, N, C, H, W), labels (B, N) in 0..K-1 (the training classes).
@@ -40,14 +40,14 @@ class MetaLearner(Learner):
 
     def __init__(self, model: PudNet | StaticTrunk, target: Target, config: TrainConfig, classes: int, k: int) -> None:
         super().__init__()
-        self.model, self.k, self.mixes = model, k, config.pretraining_share or 0.0
+        self.model, self.k, self.mixed_share = model, k, config.pretraining_share or 0.0
         self.objective = Objective(config, target.features, classes)
-        if self.mixes and not model.base_weights():
+        if self.mixed_share and not model.base_weights():
             raise UserError("train.pretraining_share: without model.base there are no weights before a group is seen")
 
     def losses(self, images: Tensor, labels: Tensor, done: float) -> Losses:
         """Eq. 10 for each group, whose images are ordered in k blocks by class; in pretraining, L2 of mixed images."""
-        if done < self.mixes:
+        if done < self.mixed_share:
             return self._pretrain(images, labels)
         sketch, seen = self._sketch(images)
         features = self.model.shared(images, self.model.generate(sketch))
@@ -59,10 +59,7 @@ class MetaLearner(Learner):
         """L2 of images (B, N, C, H, W) with labels (B, N) in 0..K-1, with the base weights."""
         features = self.model.shared(images, self.model.base_weights())
         with torch.autocast(images.device.type, enabled=False):
-            logits = self.objective.head(at_least_fp32(features))
-            loss = cross_entropy(logits, labels)
-        nothing = torch.zeros_like(loss)
-        return Losses(loss, nothing, loss.detach(), nothing, accuracy(logits, labels))
+            return pretraining_losses(self.objective.head(at_least_fp32(features)), labels)
 
     def _sketch(self, images: Tensor) -> tuple[Tensor, int]:
         """The groups' sketches, and how many images of each class are used with their labels.

@@ -50,17 +50,17 @@ class PredictedNetwork(nn.Module):
 
     def features(self, images: Images | ImageSet) -> Tensor:
         """The target's features (N, d) for images that are not normalised yet."""
-        return torch.cat([self._features(chunk) for chunk in self._chunks(images)])
+        return torch.cat([features_in_parts(self.body, chunk) for chunk in self._chunks(images)])
 
     def forward(self, images: Images | ImageSet) -> Tensor:
         """Logits (N, k): tau times the cosine to each class's centroid (Eq. 6), or those of a fitted linear layer."""
-        return torch.cat([self._logits(chunk) for chunk in self._chunks(images)])
+        return torch.cat([self.logits(chunk) for chunk in self._chunks(images)])
 
     def classify(self, images: Images | ImageSet) -> list[Label]:
         """The class of each image."""
-        columns = [self._logits(chunk).argmax(1) for chunk in self._chunks(images)]
-        return [self.classes[column] for column in torch.cat(columns).tolist()]
+        return [self.classes[column] for column in self(images).argmax(1).tolist()]
 
+    @torch.no_grad()
     def logits(self, normalized: Tensor) -> Tensor:
         """`forward` on images (N, C, H, W) that are normalised already."""
         return self.classifier(features_in_parts(self.body, normalized.to(self._dtype)))
@@ -69,14 +69,6 @@ class PredictedNetwork(nn.Module):
     def _dtype(self) -> torch.dtype:
         """The body's dtype, which `half()`, `bfloat16()` and `double()` change."""
         return next(self.body.parameters()).dtype
-
-    @torch.no_grad()
-    def _features(self, normalized: Tensor) -> Tensor:
-        return self.body(normalized).flatten(1)
-
-    @torch.no_grad()
-    def _logits(self, normalized: Tensor) -> Tensor:
-        return self.classifier(self._features(normalized))
 
     def _chunks(self, images: Images | ImageSet) -> Iterator[Tensor]:
         for pixels in image_set(images, self.card).chunks(images_at_a_time(self.card.image_size)):

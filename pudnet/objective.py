@@ -49,7 +49,14 @@ class Losses:
     metric: Tensor  # L1
     full: Tensor  # L2
     kl: Tensor  # L3
-    accuracy: Tensor  # the metric classifier's, on the group's queries
+    accuracy: Tensor  # the metric classifier's, on the group's queries; in pretraining the full head's, on all images
+
+
+def pretraining_losses(logits: Tensor, labels: Tensor) -> Losses:
+    """L2 alone, of the full head's logits (B, N, K) for images with labels (B, N) in 0..K-1."""
+    loss = cross_entropy(logits, labels)
+    nothing = torch.zeros_like(loss)
+    return Losses(loss, nothing, loss.detach(), nothing, accuracy(logits, labels))
 
 
 class Objective(nn.Module):

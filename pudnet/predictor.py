@@ -92,6 +92,8 @@ class Predictor:
       - else 50 images.
     - The first `support_per_class` images of each class are the support set, from which the classifier is made.
 
+    Use a predictor in one thread at a time: some models alter their shared trunk while they predict.
+
     The calibration pass runs in bf16 where the device supports it; the predicted network itself is fp32. On a CPU
     the process keeps the memory that it frees (`keep_freed_memory`).
     """
@@ -218,21 +220,22 @@ class Predictor:
     def predict_many(
         self, groups: Sequence[tuple[Images | ImageSet, Sequence | Pixels | None]]
     ) -> list[PredictedNetwork]:
-        """`predict` for several groups. One pass of the hypernetwork serves up to 100 groups and 64 M weights."""
-        networks, batch = [], max(1, min(GROUPS_AT_A_TIME, WEIGHTS_AT_A_TIME // self.target.predicted))
+        """`predict` for several groups. One pass of the hypernetwork serves up to 100 groups and 64 M weights.
+
+        A model that reads labels (PudNet+) takes one group after the other.
+        """
+        together = max(1, min(GROUPS_AT_A_TIME, WEIGHTS_AT_A_TIME // self.target.predicted))
+        # class filters make sketches of different lengths, so they do not stack
+        networks, batch = [], 1 if self.reads_labels else together
         for first in range(0, len(groups), batch):
             part = groups[first : first + batch]
             prepared, noted = zip(*(self._prepare(*group) for group in part), strict=True)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-                predicted = self._one_by_one(prepared) if self.reads_labels else self._together(prepared)
+                predicted = [self.adapt(*prepared[0])] if self.reads_labels else self._together(prepared)
             for network, (_, own, _), seen in zip(predicted, prepared, noted, strict=True):
                 network.card = seen.on(network.card, own)
             networks += predicted
         return networks
-
-    def _one_by_one(self, groups: Sequence[tuple]) -> list[PredictedNetwork]:
-        """For a model that reads labels: class filters make sketches of different lengths, so they do not stack."""
-        return [self.adapt(*group) for group in groups]
 
     def _together(self, groups: Sequence[tuple]) -> list[PredictedNetwork]:
         sketches = torch.stack([self.sketch(images, labels) for images, labels, _ in groups])
@@ -326,7 +329,7 @@ class Predictor:
 
         `writes` gives the weights that are computed only during the calibration pass (`Calibrator`).
         """
-        body, features, own = self.support(weights, images, labels, writes)
+        body, features, own = self.calibrated(weights, images, labels, writes)
         card = self.network_card(classes, labels, own)
         if self.regression is not None:
             body, features, card = self._chosen(body, features, own, card)
@@ -353,7 +356,7 @@ class Predictor:
             return self.support_per_class
         return max(self.support_per_class, self._labelled(labels))
 
-    def _labels_used(self, labels: Tensor) -> int:
+    def _labels_of_a_class(self, labels: Tensor) -> int:
         """How many images of a class make the weights with their labels, or choose the penalty or the blocks."""
         chooses = self.regression is not None and (self.regression.penalty != "learned" or self.all_blocks is not None)
         return self._support_count(labels) if chooses else self._labelled(labels)
@@ -378,7 +381,7 @@ class Predictor:
         return rows
 
     @torch.no_grad()
-    def support(
+    def calibrated(
         self,
         weights: Weights,
         images: Tensor | Streamed,
@@ -413,7 +416,7 @@ class Predictor:
             sketch_images=None,
             classes=classes,
             support_per_class=self._support_count(labels),
-            labels_per_class=self._labels_used(labels),
+            labels_per_class=self._labels_of_a_class(labels),
             predicted=tuple(conv.name for conv in self.target.convs),
             provenance={**self.card.provenance, **looked_at},
         )

@@ -16,10 +16,13 @@ from torch import Tensor, nn
 from pudnet.augmentation import Augmentation, augmented
 from pudnet.config import STRICT, Fraction, Positive, PositiveFloat, Weight
 from pudnet.cpu import accelerate, keep_freed_memory
+from pudnet.data.rows import spread_rows
 from pudnet.device import flushing_denormals
 from pudnet.gradient_centralization import Where, centralized
 from pudnet.network import Classifier
 from pudnet.targets import Target, calibrate, draw_convolutions
+
+CALIBRATED_ON = 1000  # images, spread over the classes: they are one batch, so a whole set may not fit in memory
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -44,7 +47,7 @@ class Scratch:
     """The He-initialised target with a linear head, trained on all images of the group and on nothing else.
 
     BatchNorm is treated as in every method: it uses batch statistics in training, and is calibrated on the group's
-    images at the end.
+    images at the end, on up to `CALIBRATED_ON` of them.
     """
 
     def __init__(
@@ -69,7 +72,7 @@ class Scratch:
         if self.device.type == "cpu":
             accelerate(plain)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            calibrate(plain.eval(), images)
+            calibrate(plain.eval(), images[spread_rows(labels, CALIBRATED_ON)])
         return Classifier(plain, network.head)
 
     def start(self, images: Tensor, labels: Tensor, classes: tuple) -> nn.Sequential:

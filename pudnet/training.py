@@ -42,18 +42,18 @@ def one_cycle(done: float) -> float:
     return half_cosine((done - WARM_UP) / (1 - WARM_UP))
 
 
-def arranged(table: np.ndarray, number: int, seed: int, mixes: int) -> np.ndarray:
-    """A table of groups (G, N) as pass `number` has it: from the second pass on in a new order.
+def arranged(table: np.ndarray, number: int, seed: int, mixed: int) -> np.ndarray:
+    """A table of groups (G, N) as pass `number` has it: from the second pass on in a new order, drawn from `seed`.
 
-    The images of the first `mixes` groups are shuffled across groups.
+    The images of the first `mixed` groups are shuffled across groups, in the first pass alike for every seed.
     """
     rng = np.random.default_rng([seed, number] if number else 0)
     if number:
         table = table[rng.permutation(len(table))]
-    if mixes <= 0:
+    if mixed <= 0:
         return table
-    first = table[:mixes]
-    return np.concatenate([rng.permutation(first.ravel()).reshape(first.shape), table[mixes:]])
+    first = table[:mixed]
+    return np.concatenate([rng.permutation(first.ravel()).reshape(first.shape), table[mixed:]])
 
 
 def group_seed(seed: int, g: int) -> int:
@@ -71,7 +71,7 @@ class Report:
     full_loss: float
     kl_loss: float
     train_accuracy: float
-    grad_norm: float
+    grad_norm: float  # before it is clipped
     groups_per_second: float
     rollbacks: int  # so far
 
@@ -118,7 +118,7 @@ class Trainer:
         self.learner = learner.to(self.device, memory_format=torch.channels_last)
         if self.device.type == "cpu":
             keep_freed_memory()
-            accelerate(self.learner, compiling_pays(self.total, table.shape[1], images.image_size))
+            accelerate(self.learner, compiling_pays(self.learner, self.total, table.shape[1], images.image_size))
         self.compiled = self.device.type == "cuda" and config.compile != "none"
         if self.compiled:
             compile_parts(self.learner, config.compile)
@@ -209,9 +209,9 @@ class Trainer:
             begin += len(step)
 
     def _begin_pass(self, number: int) -> None:
-        mixes = round(self.learner.mixes * self.total) - number * self.size
+        mixed = round(self.learner.mixed_share * self.total) - number * self.size
         self.number = number
-        self.table = self.images.beside(arranged(self.in_order, number, self.seed, mixes))
+        self.table = self.images.beside(arranged(self.in_order, number, self.seed, mixed))
 
     def _step(self, groups: np.ndarray | Tensor) -> Tensor:
         """One update on groups (B, N) -> losses, accuracy and gradient norm, summed over this worker's groups (6,)."""

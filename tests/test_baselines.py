@@ -129,12 +129,11 @@ def test_a_centralized_update_is_the_optimizers_own_less_its_means(kind):
     torch.testing.assert_close(central[1], plain[1])
 
 
-@pytest.mark.parametrize("where", ["gradient", "update"])
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.LBFGS])
-def test_a_step_that_computes_its_gradients_itself_is_centralized_too(kind, where):
+def test_the_update_of_a_step_that_computes_its_gradients_itself_is_centralized_too(kind):
     weights = [torch.nn.Parameter(torch.randn(4, 3)), torch.nn.Parameter(torch.randn(4))]
     start, points = [w.detach().clone() for w in weights], torch.randn(6, 3)
-    optimizer = centralized(kind(weights, lr=0.1), where)
+    optimizer = centralized(kind(weights, lr=0.1), "update")
 
     def closure():
         optimizer.zero_grad()
@@ -404,7 +403,7 @@ def test_a_file_brings_the_method_back(name, toy, trained, tmp_path):
 
 def test_pretraining_mixes_the_classes_of_the_very_same_images(toy):
     _, images, train, _ = toy
-    assert method_of("pretrained").learner(6, K, CONFIG).mixes == 1
+    assert method_of("pretrained").learner(6, K, CONFIG).mixed_share == 1
     mixed = arranged(train, 0, 0, len(train))
     assert mixed.shape == train.shape
     assert sorted(mixed.ravel()) == sorted(train.ravel())
@@ -418,7 +417,7 @@ def test_pudnet_plus_and_the_static_trunk_are_pretrained_likewise(kind, toy):
     target = build_target("convnet3", 1, 8)
     model = PudNet(model_config, target) if kind == "pudnet" else StaticTrunk(target)
     learner = MetaLearner(model, target, replace(config, pretraining_share=0.25), 6, K)
-    assert learner.mixes == 0.25
+    assert learner.mixed_share == 0.25
     mixed = arranged(train, 0, 0, 22)
     assert (mixed[22:] == train[22:]).all() and sorted(mixed[:22].ravel()) == sorted(train[:22].ravel())
     assert np.mean([len(images.block_classes(group)) for group in mixed[:22]]) > 5
@@ -448,13 +447,15 @@ def test_two_stages_are_pretraining_and_then_episodes(name, toy):
     _, images, train, _ = toy
     own, training, rate = TWO_STAGES[name]
     learner = method_of(name, **own).learner(6, K, replace(CONFIG, **training))
-    assert learner.mixes == 0.25
+    assert learner.mixed_share == 0.25
     assert learner.rate(0.2) == 1.0 and learner.rate(0.25) == rate
     labels = torch.from_numpy(images.labels[train[0]])
     for done, head_learns in ((0.0, True), (0.5, False)):
         learner.zero_grad()
-        learner.losses(images(train[:1]), labels[None], done).total.backward()
+        cost = learner.losses(images(train[:1]), labels[None], done)
+        cost.total.backward()
         assert (learner.head[1].weight.grad is not None) == head_learns
+        assert (cost.full > 0) == head_learns and (cost.metric > 0) != head_learns
 
 
 @pytest.mark.parametrize("name", LEARNED)

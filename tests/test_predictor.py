@@ -573,6 +573,7 @@ def test_a_network_of_another_precision_is_used_as_the_float_one(dtype, variant,
     expected = network(QUERIES)
     assert_close(network.to(dtype)(QUERIES).float(), expected, rtol=0.1, atol=0.2)
     assert network.body(network.normalize(QUERIES)).dtype == dtype
+    assert network(QUERIES).dtype == torch.promote_types(dtype, torch.float)
     network.export(tmp_path / "n.pt2")
     assert predictor.finetune(network, IMAGES, LABELS, epochs=1, held_out=0.1).network.mean.dtype == torch.float
 

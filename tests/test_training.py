@@ -271,7 +271,7 @@ def test_workers_that_read_different_checkpoints_do_not_go_on(digits, monkeypatc
 def test_the_share_of_mixed_groups_is_of_all_passes(digits):
     table, expected = digits.train[:6], [6, 3, 0]
     trainer = make_trainer(digits, table, "meta_baseline", passes=3)
-    trainer.learner.mixes = 0.5
+    trainer.learner.mixed_share = 0.5
     for number, mixed in enumerate(expected):
         trainer._begin_pass(number)
         plain = arranged(table, number, 0, 0)

@@ -156,7 +156,7 @@ def compiles(bench: Bench, params: Params, epochs: int) -> bool:
     """Whether compiled layers save time in so many epochs on each of `baselines.scratch_groups` test groups."""
     images, size = bench.tables["test"].shape[2], bench.images.image_size
     on_cpu = bench.images.device.type == "cpu"
-    return on_cpu and compiling_pays(params.baselines.scratch_groups * epochs, images, size)
+    return on_cpu and compiling_pays(bench.target.network, params.baselines.scratch_groups * epochs, images, size)
 
 
 def constant_sketches(bench: Bench, predictor: Predictor, params: Params) -> list[torch.Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pudnet.baselines.method import Method
 from pudnet.config import TrainConfig
 from pudnet.learner import Learner
-from pudnet.objective import Losses, accuracy, cross_entropy, in_blocks
+from pudnet.objective import Losses, accuracy, cross_entropy, in_blocks, pretraining_losses
 from pudnet.ridge import at_least_fp32
 
 
@@ -57,22 +57,22 @@ class Stages(MethodLearner):
         dropout: float = 0.0,
     ) -> None:
         super().__init__(method, k, config.support_per_class)
-        self.mixes = (config.pretraining_share or 0.0) if pretraining is None else pretraining
+        self.mixed_share = (config.pretraining_share or 0.0) if pretraining is None else pretraining
         self.meta_rate = meta_rate
-        head = [nn.Dropout(dropout), nn.Linear(method.features, train_classes)] if self.mixes else []
+        head = [nn.Dropout(dropout), nn.Linear(method.features, train_classes)] if self.mixed_share else []
         self.head = nn.Sequential(*head)
 
     def losses(self, images: Tensor, labels: Tensor, done: float) -> Losses:
         """The full head's cross-entropy, then that of the method's own rule, for groups ordered by class."""
         features = self.features(images)
-        if done >= self.mixes:
+        if done >= self.mixed_share:
             return self.episode(features)
         with torch.autocast(features.device.type, enabled=False):
-            return losses(self.head(features), labels)
+            return pretraining_losses(self.head(features), labels)
 
     def rate(self, done: float) -> float:
         """1 in pretraining, then `meta_rate`."""
-        return 1.0 if done < self.mixes else self.meta_rate
+        return 1.0 if done < self.mixed_share else self.meta_rate
 
 
 def episode(features: Tensor, k: int, support: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

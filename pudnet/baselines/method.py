@@ -91,7 +91,7 @@ class Adapter:
         """Normalised images (N, C, H, W) and labels (N,) in 0..k-1 -> a classifier of the group's classes."""
         chosen = self.predictor.support_rows(labels)
         weights = self.method.weights(images[chosen], labels[chosen])
-        body, support, own = self.predictor.support(weights, images, labels)
+        body, support, own = self.predictor.calibrated(weights, images, labels)
         support = support.float()
         if self.head is not None:
             return Classifier(body, fit_head(self.head, support, own))

@@ -16,12 +16,13 @@ from pudnet.targets.build import (
     target_name,
 )
 from pudnet.targets.calibration import Calibrator, calibrate
-from pudnet.targets.convnet3 import Block, ConvNet3, Level, MultilevelConvNet3, last_block_alone
+from pudnet.targets.convnet3 import WIDTH, Block, ConvNet3, Level, MultilevelConvNet3, last_block_alone
 from pudnet.targets.shared import SharedTarget, check_together, map_at, together
 from pudnet.targets.target import ConvShape, Target, Weights, draw_convolutions, norms, own_weights, put_tensors
 
 __all__ = [
     "ALL_BLOCKS",
+    "WIDTH",
     "Block",
     "Calibrator",
     "ConvNet3",
