@@ -9,7 +9,7 @@ from functools import partial
 
 import pandas as pd
 
-from pipeline.params import CONTROLS, PLUS, Params
+from pipeline.params import PLUS, UNTRAINED, Params
 from pipeline.project import RESULTS, read_result, write, write_json
 from pipeline.runs import cluster
 from pipeline.runs.class_split import images_of_a_class
@@ -30,7 +30,7 @@ def baselines(params: Params, fresh: bool = False) -> None:
     methods, tracking = _possible(params), open_tracking(params, "baselines")
     pudnet = read_result(RESULTS / "pudnet.csv", pd.read_csv, "evaluate")
     with cluster.session():
-        tuning, choices = tune(trained, [m for m in methods if m not in CONTROLS], tracking, fresh)
+        tuning, choices = tune(trained, [m for m in methods if m not in UNTRAINED], tracking, fresh)
         curves = train_baselines(trained, methods, choices, fresh)
         measured, keys = measure_all(params, methods, choices, fresh)
         times = time_all(params, methods, choices)

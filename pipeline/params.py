@@ -35,7 +35,9 @@ from pudnet.targets import check_target_name
 PARAMS = Path("params.yaml")
 MOST_CELLS = 10_000  # in a grid
 MOST_SPLITS = 1000
-CONTROLS = ("static_trunk", "constant_sketch", "shuffled_sketch", "random_weights")
+STATIC = "static_trunk"
+UNTRAINED = ("constant_sketch", "shuffled_sketch", "random_weights")
+CONTROLS = (STATIC, *UNTRAINED)
 PLUS = "pudnet_plus"  # our variant, which is a method of the bench too, so that it is measured whatever `variant` is
 METHODS = (*LEARNED, *SCRATCH, PLUS, *CONTROLS)
 # Keys that must not differ between methods.

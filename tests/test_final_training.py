@@ -20,15 +20,16 @@ from tests.test_pipeline import copy_project, run
 
 
 @pytest.fixture(scope="module")
-def patient(tmp_path_factory) -> tuple[Path, str]:
-    """The default pipeline at its smallest, with patience, up to the search, and what that said."""
+def patient(tmp_path_factory) -> Path:
+    """The default pipeline at its smallest, with patience, up to the search."""
     project = copy_project(tmp_path_factory.mktemp("searched") / "project")
     shrink(project / "params.yaml")
     params = yaml.safe_load((project / "params.yaml").read_text())
     params["train"] |= {"passes": 3, "patience": 1}
     params["baselines"] |= {"methods": ["r2d2", "pudnet_plus", "static_trunk"], "scratch_search_groups": 2}
     (project / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
-    return project, stages(project, "prepare", "groups", "search")
+    stages(project, "prepare", "groups", "search")
+    return project
 
 
 def stages(project: Path, *names: str) -> str:
@@ -40,8 +41,8 @@ def stages(project: Path, *names: str) -> str:
 
 def test_with_patience_the_final_training_passes_its_groups_as_often_as_the_searchs_best_report(patient, tmp_path):
     """Of the bench, too, with nothing else to tune. A trial that ended early trains no further, noted or not."""
-    project, said = tmp_path / "patient", patient[1]
-    shutil.copytree(patient[0], project, ignore=shutil.ignore_patterns("mlflow.db", "mlartifacts"))
+    project = tmp_path / "patient"
+    shutil.copytree(patient, project, ignore=shutil.ignore_patterns("mlflow.db", "mlartifacts"))
     best = yaml.safe_load((project / "results/best.yaml").read_text())["splits"][0]
     ended = (project / ".pud/trials").glob("pudnet-split0-*/ended.json")
     first = min(ended, key=lambda file: json.loads(file.read_text())["groups"])
@@ -49,12 +50,19 @@ def test_with_patience_the_final_training_passes_its_groups_as_often_as_the_sear
     again = stages(project, "search")
     assert "1 of 2 trials are finished already" in again and not re.search(r"group +\d+ of 30", again)
     assert yaml.safe_load((project / "results/best.yaml").read_text())["splits"][0] == best
-    said += stages(project, "train", "evaluate", "baselines")
+    stages(project, "train", "evaluate", "baselines")
+    reports = "".join(log.read_text() for log in sorted((project / ".pud/log").iterdir()))
     search = pd.read_csv(project / "results/search.csv")
     assert best["passes"] == search.groups[search.accuracy.idxmax()] / 10
     assert best["accuracy"] == pytest.approx(search.accuracy.max(), abs=1e-3)
-    for trial in ("split0-eta0.0-depth1", "split0-eta0.2-depth1", "r2d2-split0", "pudnet_plus-split0"):
-        told = re.findall(rf" {trial}: group +(\d+) of 30, .* validation +([\d.]+)", said)
+    for trial in (
+        "split0-eta0.0-depth1",
+        "split0-eta0.2-depth1",
+        "r2d2-split0",
+        "pudnet_plus-split0",
+        "static_trunk-split0",
+    ):
+        told = re.findall(rf" {trial}: group +(\d+) of 30, .* validation +([\d.]+)", reports)
         groups, accuracies = zip(*((int(groups), float(accuracy)) for groups, accuracy in told), strict=True)
         rises = [later > max(accuracies[:at]) for at, later in enumerate(accuracies) if at]
         assert all(rises[:-1]) and (not rises[-1] or groups[-1] == 30)  # one report without a rise, or the end
@@ -62,7 +70,7 @@ def test_with_patience_the_final_training_passes_its_groups_as_often_as_the_sear
     curves = pd.read_csv(project / "results/loss_curves.csv").groupby("method")["groups"].max()
     assert curves.to_dict() == {
         "pudnet": round(best["passes"] * 19),
-        "static_trunk": round(best["passes"] * 19),
+        "static_trunk": round(tuned.static_trunk / 10 * 19),
         "r2d2": round(tuned.r2d2 / 10 * 19),
         "pudnet_plus": round(tuned.pudnet_plus / 10 * 19),
     }
@@ -74,7 +82,7 @@ def test_two_workers_train_as_one_does_with_all_groups_of_a_step(patient, tmp_pa
     One pass, in fp32 on any processor: in bf16 a group's rounding depends on how many share its step.
     """
     project = tmp_path / "two"
-    shutil.copytree(patient[0], project, ignore=shutil.ignore_patterns(".pud", "mlflow.db", "mlartifacts"))
+    shutil.copytree(patient, project, ignore=shutil.ignore_patterns(".pud", "mlflow.db", "mlartifacts"))
     params = yaml.safe_load((project / "params.yaml").read_text())
     params["resources"] |= {"workers": 2, "cpus": 1}
     params["train"] |= {"precision": "fp32", "augment": "shift", "passes": 1, "patience": None}

@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from pipeline.params import PLUS, Params
+from pipeline.params import PLUS, STATIC, Params
 from pipeline.project import BASELINES, PUDNET, RESULTS, STORE, git_commit, group_folder, read_result, split_model
 from pipeline.runs.executor import Experiment, run_missing
 from pipeline.runs.trial import card_of, make_spec
@@ -55,14 +55,10 @@ def _chosen(path: Path) -> dict[int, Chosen]:
     }
 
 
-def cells_of(best: Mapping[int, Chosen]) -> Cells:
-    """The chosen cells alone."""
-    return {seed: chosen.cell for seed, chosen in best.items()}
-
-
 def train_pudnet(params: Params, best: Mapping[int, Chosen], fresh: bool) -> pd.DataFrame:
     """Train PudNet on each split as the search chose, and register the models. Returns the loss curves."""
-    return train_all(params, "train", {"pudnet": cells_of(best)}, fresh, partial(_register, params, best))
+    cells = {seed: chosen.cell for seed, chosen in best.items()}
+    return train_all(params, "train", {"pudnet": cells}, fresh, partial(_register, params, best))
 
 
 def train_all(
@@ -98,11 +94,8 @@ def train_baselines(
 ) -> pd.DataFrame:
     """Train those methods of the bench that are trained on groups. Returns the loss curves, PudNet's first."""
     curves = read_result(RESULTS / "train_curves.csv", pd.read_csv, "train")
-    learned = [m for m in methods if m in LEARNED or m == PLUS]
+    learned = [m for m in methods if m in (*LEARNED, PLUS, STATIC)]
     cells = {m: {seed: choices[m, seed][0] for seed in params.split_seeds} for m in learned}
-    if "static_trunk" in methods:
-        # The search's choice for PudNet, of which only training keys apply.
-        cells["static_trunk"] = cells_of(read_best(params))
     BASELINES.mkdir(parents=True, exist_ok=True)  # DVC expects this output even if nothing is trained
     return pd.concat([curves, train_all(params, "baselines", cells, fresh, _log)]) if cells else curves
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline.params import PLUS, Params
+from pipeline.params import PLUS, STATIC, Params
 from pipeline.project import STORE, group_folder
 from pudnet.baselines import LEARNED, SCRATCH, Adapter, Scratch, ScratchConfig, make_method
 from pudnet.card import Card
@@ -64,7 +64,7 @@ def make_spec(
     kind, params = ("pudnet", replace(params, variant=PLUS)) if method == PLUS else (method, params)
     baseline = kind in LEARNED or kind in SCRATCH
     model, train = params.baseline(kind, cell) if baseline else params.configured(cell)
-    static = kind == "static_trunk"  # of PudNet's cell only the training keys apply
+    static = kind == STATIC
     if static:  # it learns from groups, even if the variant is only pretrained
         train = params.pretrained(replace(train, pretraining_share=params.train.pretraining_share), model)
     return TrialSpec(
@@ -80,7 +80,7 @@ def make_spec(
         validate=validate,
         model={} if static else asdict(model),
         train=asdict(train),
-        cell={} if static else cell,
+        cell=cell,
     )
 
 

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from typing import Any
 
 import pandas as pd
 
-from pipeline.params import PLUS, Params
+from pipeline.params import PLUS, STATIC, Params
 from pipeline.runs.executor import Experiment, run_missing
+from pipeline.runs.final_training import read_best
 from pipeline.runs.parents import close_tuning, closed_if_failed
 from pipeline.runs.trial import Cell, Choices, TrialSpec, make_spec
 from pipeline.runs.trial_folder import Finished
 from pipeline.tracking.runs import Tracking
 from pudnet.baselines import SCRATCH
+from pudnet.config import TrainConfig
 from pudnet.errors import RunFailed
 
 COLUMNS = ["method", "split_seed", "epochs", "cell", "groups", "accuracy", "ci95", "chosen"]
 RUN = "tune-baselines"
+TRAINING = {field.name for field in fields(TrainConfig)}
 
 
 def tune(
@@ -27,10 +30,12 @@ def tune(
 ) -> tuple[pd.DataFrame, Choices]:
     """Run every cell of every method's grid on every split: a row for each trial (`COLUMNS`), and the chosen cells.
 
-    A grid of one cell is not run, unless `train.patience` asks how long it is to be trained. Raises `RunFailed` if no
-    trial finished to choose from.
+    A grid of one cell is not run, unless `train.patience` asks how long it is to be trained. The static trunk's cell is
+    what the search chose for PudNet. Raises `RunFailed` if no trial finished to choose from.
     """
     grids = {(m, seed): grid(params, m) for m in methods for seed in params.split_seeds}
+    if STATIC in methods:
+        grids |= {(STATIC, seed): [training_keys(params, chosen.cell)] for seed, chosen in read_best(params).items()}
     specs = [
         _spec(params, method, seed, cell)
         for (method, seed), cells in grids.items()
@@ -61,6 +66,12 @@ def _choices(params: Params, specs: Sequence[TrialSpec], best: Sequence[Finished
             raise RunFailed(f"baselines: no trial like {spec.name} finished; the same command tries again")
         choices[of] = own
     return choices
+
+
+def training_keys(params: Params, cell: Cell) -> Cell:
+    """The keys of `train` in a cell that the search chose; without the passes of its trial, if there is patience."""
+    own = {key: value for key, value in cell.items() if key in TRAINING}
+    return {key: value for key, value in own.items() if key != "passes" or not params.train.patience}
 
 
 def grid(params: Params, method: str) -> list[Cell]:
