@@ -2,9 +2,9 @@
 
     python examples/own_images.py --data photos/ --new new_photos/ --out example/
 
-Both folders hold a subfolder of images for each class. Without `--data`, scikit-learn's handwritten digits are written
-out as such folders first (five classes, 20 images of each to predict from), so that it runs without any images of
-yours.
+`--data` has a subfolder of images for each class; `--new` has other images, in such subfolders or not. Without `--new`,
+the images of `--data` are classified, and then the accuracy says little. Without both, scikit-learn's handwritten digits
+are written out as such folders first (five classes, 20 images of each to predict from).
 """
 
 from __future__ import annotations
@@ -64,9 +64,12 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="cifar100-convnet3", help="as for `pudnet predict` (%(default)s)")
     parser.add_argument("--data", type=Path, help="images to predict from, a subfolder for each class")
-    parser.add_argument("--new", type=Path, help="images to classify, likewise (those of --data)")
+    parser.add_argument("--new", type=Path, help="other images to classify; else those of --data")
     parser.add_argument("--out", type=Path, default=Path("example"), help="folder to write to (%(default)s)")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.new and not options.data:
+        parser.error("--new needs --data, the images to predict from")
+    return options
 
 
 def write_digits(folder: Path) -> tuple[Path, Path]:

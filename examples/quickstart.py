@@ -2,7 +2,7 @@
 # # PudNet in five minutes
 #
 # You have a few labelled images, and want a network that tells their classes apart. Usually you would train one.
-# PudNet looks at the images once, and *writes* the weights of a small ConvNet for them, in one forward pass.
+# PudNet looks at the images once, and fits a small ConvNet to them, in one forward pass.
 #
 # This page does it with handwritten digits: predict a network, classify with it, look at its filters and its mistakes,
 # compare it with one that is trained from scratch, and export it. It runs on a CPU, downloads nothing, and needs
@@ -50,7 +50,7 @@ plt.show()
 # ## 2. Predict a network
 #
 # `cifar100-convnet3` is a model that comes with PudNet. It was trained on many small sets of photos, and has never seen
-# a digit. It makes the images as it knows them: 32 px, in colour.
+# a digit. It converts the images to what it was trained on: 32 px, in colour.
 
 # %%
 predictor = Predictor.load("cifar100-convnet3")

@@ -47,7 +47,7 @@ class Card:
     classes: tuple[Label, ...] = ()
     ridge: PositiveFloat | None = None  # the penalty, if the classifier was fitted by ridge regression
     labels_per_class: int = 0  # the first so many images of each class were used with their labels
-    predicted: tuple[str, ...] = ()  # names of the predicted tensors, in the order of the forward pass
+    predicted: tuple[str, ...] = ()  # names of the target's convolution weights, in the order of the forward pass
     looked_at: tuple[str, ...] = ()  # checksums of the images that the network was predicted from or trained on
     labelled: tuple[str, ...] = ()  # the ones of these whose labels made the weights
     provenance: dict = dataclasses.field(default_factory=dict)  # setting, class split, seeds, commit, ...

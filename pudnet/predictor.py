@@ -193,8 +193,8 @@ class Predictor:
         Images, of any size, are a uint8 array (N, H, W, C), a float array (N, C, H, W) in 0..1, a list of images, a
         Dataset, a DataLoader, or a folder with one subfolder for each class (`pudnet.data.user_images.image_set`).
         Labels (N,) are of any type; leave them out if the images come with labels. The classifier has
-        each class's centroid, from its first `support_per_class` images, or (PudNet+) is a linear layer fitted to all
-        images that are used. With `model.blocks: leave_one_out`, as the shipped models have it, the network may be a
+        each class's centroid, from its first `support_per_class` images, or (the shipped models) is a linear layer fitted
+        to all images that are used. With `model.blocks: leave_one_out`, as the shipped models have it, the network may be a
         `convnet3_multilevel`, whose layer sees all blocks; its card says so.
 
         Raises:
@@ -222,7 +222,7 @@ class Predictor:
     ) -> list[PredictedNetwork]:
         """`predict` for several groups. One pass of the hypernetwork serves up to 100 groups and 64 M weights.
 
-        A model that reads labels (PudNet+) takes one group after the other.
+        A model that reads labels, as all that ship do, takes one group after the other.
         """
         together = max(1, min(GROUPS_AT_A_TIME, WEIGHTS_AT_A_TIME // self.target.predicted))
         # class filters make sketches of different lengths, so they do not stack

@@ -91,10 +91,10 @@ def test_labels_that_are_not_of_one_kind_are_refused_by_their_row(labels, messag
 @pytest.mark.parametrize(
     ("train", "said"),
     [
-        (TrainConfig(full_weight=0.0, kl_weight=0.0), "L1 alone"),
+        (TrainConfig(full_weight=0.0, kl_weight=0.0), "the paper's loss L1 alone"),
         (
             TrainConfig(kl_weight=0.5, pretraining_share=0.8),
-            "L1 + 1 L2 + 0.5 L3; on the images of the first 80% of them",
+            "the paper's loss L1 + 1 L2 + 0.5 L3; on the images of the first 80% of them",
         ),
         (
             TrainConfig(pretraining_share=1.0),

@@ -36,7 +36,7 @@ from {images} images |
 | training classes | {train_classes} |
 | test classes, never trained on | {test_classes} |
 
-A prediction looks at {most}. What it costs to look at more, on {threads} thread(s) of a {device}:
+A prediction uses {most}. Accuracy and time, by how many it is given, on {threads} thread(s) of a {device}:
 
 {table}
 
@@ -76,7 +76,7 @@ def model_card(
         group_images=group_images,
         train_groups=made["train_groups"],
         passed=passed(made.get("passes", 1)),
-        updates="one update each time" if train.groups_per_step == 1 else f"{train.groups_per_step} in each update",
+        updates="one update for each" if train.groups_per_step == 1 else f"{train.groups_per_step} in each update",
         source=params.setting,
         losses=losses(train) + AUGMENTED[train.augment],
         hypernetwork=hypernetwork(card),
@@ -101,7 +101,7 @@ def losses(train: TrainConfig) -> str:
     weights = {"L2": train.full_weight, "L3": train.kl_weight}
     added = "".join(f" + {weight:g} {name}" for name, weight in weights.items() if weight)
     first = f"; on the images of the first {share:.0%} of them, mixed, L2" if share else ""
-    return f"L1{added or ' alone'}{first}"
+    return f"the paper's loss L1{added or ' alone'}{first}"
 
 
 def _table(measured: Sequence[Mapping[str, Any]]) -> str:
