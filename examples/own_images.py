@@ -3,8 +3,8 @@
     python examples/own_images.py --data photos/ --new new_photos/ --out example/
 
 `--data` has a subfolder of images for each class; `--new` has other images, in such subfolders or not. Without `--new`,
-the images of `--data` are classified, and then the accuracy says little. Without both, scikit-learn's handwritten digits
-are written out as such folders first (five classes, 20 images of each to predict from).
+the images of `--data` are classified, and then the accuracy says little. Without both, scikit-learn's handwritten
+digits are written out as such folders first (five classes, 20 images of each to predict from).
 """
 
 from __future__ import annotations

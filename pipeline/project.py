@@ -84,16 +84,17 @@ def folder_locked(name: str) -> contextlib.AbstractContextManager[None]:
     return locked(Path(".pud") / f"{name}.lock")
 
 
-OF_A_RUN = [f":(exclude,glob){name}" for name in ("params.yaml", "**/dvc.lock", "results/**", "studies/results/**")]
+OF_A_RUN = [f":(top,exclude,glob)**/{name}" for name in ("params.yaml", "dvc.lock", "results/**")]
 
 
 def git_commit() -> str:
     """The commit that is checked out, with `-dirty` if files differ from it; empty outside git.
 
-    Not those that a run changes: params.yaml, which `-S` writes, locks and results.
+    Not those that a run changes: params.yaml, which `-S` writes, locks and results. The files are all of the checkout,
+    since a study works in a folder of its own.
     """
     done = subprocess.run(["git", "rev-parse", "--verify", "-q", "HEAD"], capture_output=True, text=True, check=False)
-    same = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", ".", *OF_A_RUN], capture_output=True, check=False)
+    same = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", ":/", *OF_A_RUN], capture_output=True, check=False)
     return done.stdout.strip() + "-dirty" * bool(done.stdout and same.returncode)
 
 

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from pudnet.card import Card, card_target, loaded, read_tensors, write_tensors
+from pudnet.card import Card, loaded, read_tensors, write_tensors
 from pudnet.classifier import fit
-from pudnet.config import ModelConfig, TrainConfig, apply_variant, default_extractor, parse
+from pudnet.config import ModelConfig, TrainConfig, apply_variant, default_extractor
 from pudnet.controls import StaticTrunk
 from pudnet.cpu import accelerate, keep_freed_memory
 from pudnet.data.images import normalize
@@ -26,6 +26,7 @@ from pudnet.device import seed_random, wants_bf16
 from pudnet.errors import UserError, words
 from pudnet.hypernet import PudNet
 from pudnet.locations import local_file
+from pudnet.model import build_model
 from pudnet.network import PredictedNetwork
 from pudnet.targets import (
     ALL_BLOCKS,
@@ -192,9 +193,9 @@ class Predictor:
 
         Images, of any size, are a uint8 array (N, H, W, C), a float array (N, C, H, W) in 0..1, a list of images, a
         Dataset, a DataLoader, or a folder with one subfolder for each class (`pudnet.data.user_images.image_set`).
-        Labels (N,) are of any type; leave them out if the images come with labels. The classifier has
-        each class's centroid, from its first `support_per_class` images, or (the shipped models) is a linear layer fitted
-        to all images that are used. With `model.blocks: leave_one_out`, as the shipped models have it, the network may be a
+        Labels (N,) are of any type; leave them out if the images come with labels. The classifier has each class's
+        centroid, from its first `support_per_class` images, or (the shipped models) is a linear layer fitted to all
+        images that are used. With `model.blocks: leave_one_out`, as the shipped models have it, the network may be a
         `convnet3_multilevel`, whose layer sees all blocks; its card says so.
 
         Raises:
@@ -420,14 +421,3 @@ class Predictor:
             predicted=tuple(conv.name for conv in self.target.convs),
             provenance={**self.card.provenance, **looked_at},
         )
-
-
-def build_model(card: Card, target: str | nn.Module | None = None) -> tuple[PudNet | StaticTrunk, Target]:
-    """Build the untrained model that a card describes, and its target network.
-
-    Raises `UserError` if the card describes no model, or if its target is a user's own network and `target` is missing.
-    """
-    built = card_target(card, target)
-    if card.kind == "static_trunk":
-        return StaticTrunk(built), built
-    return PudNet(parse(ModelConfig, card.model or {}, "model"), built).float(), built

@@ -29,7 +29,8 @@ from pudnet.evaluation import FROM, ON, adapt_input, mean_interval, twin_accurac
 from pudnet.gradient_centralization import centralized
 from pudnet.hypernet import PudNet
 from pudnet.learner import MetaLearner
-from pudnet.predictor import Predictor, build_model
+from pudnet.model import build_model
+from pudnet.predictor import Predictor
 from pudnet.scratch import rise_and_fall, scratch_network, train
 from pudnet.targets import build_target
 from pudnet.training import Trainer, arranged

@@ -346,3 +346,5 @@ def test_a_commit_is_dirty_if_files_differ_that_no_run_changes(tmp_path, monkeyp
     assert git_commit() == head
     (tmp_path / "pudnet/net.py").write_text("2\n")
     assert git_commit() == f"{head}-dirty"
+    monkeypatch.chdir(tmp_path / "studies")  # a study works in a folder of its own
+    assert git_commit() == f"{head}-dirty"

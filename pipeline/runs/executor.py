@@ -94,14 +94,13 @@ def run_missing(
             if len(progress.ended) < len(experiment.specs) and not progressed:
                 raise RunFailed(_why_unfinished(experiment, len(progress.ended), errors))
     trials = [progress.ended[spec.name] for spec in experiment.specs]
-    for trial in trials:
+    for trial in trials:  # MLflow may lack one that another experiment ran, or that ended while it did not answer
+        log.write(trial.spec, trial.history, "FAILED" if trial.diverged else "FINISHED")
         if trial.diverged and not experiment.keep_going:
             again = f"to try the same again, delete {trial_folder(trial.key)}"
             raise RunFailed(f"{trial.spec.name}: {trial.diverged} ({again})")
         if trial.diverged:
             print(f"  {trial.spec.name} is left out: {trial.diverged}", flush=True)
-        else:  # MLflow may lack a trial that another experiment ran, or that ended while it did not answer
-            log.write(trial.spec, trial.history, "FINISHED")
     return [trial for trial in trials if not trial.diverged]
 
 

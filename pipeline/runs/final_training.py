@@ -135,10 +135,7 @@ def _write_model(params: Params, method: str, trial: Finished) -> Path:
         "passes": trial.spec.train["passes"],
     }
     state = trial.state()
-    card = dataclasses.replace(card_of(trial.spec, store), provenance=provenance)
-    learned = state["trainer"]["learner"].get("objective.temperature")  # with train.learn_temperature
-    if learned is not None:
-        card = dataclasses.replace(card, temperature=learned.item())
+    card = dataclasses.replace(card_of(trial.spec, store, state), provenance=provenance)
     path = split_model(method, trial.spec.split_seed)
     write_tensors(path, state["model"], card)
     if method == "pudnet" and trial.spec.split_seed == params.seed:

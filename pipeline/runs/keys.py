@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,12 +14,13 @@ from pipeline.project import STORE, TEST_STORE, group_folder
 from pipeline.runs.trial import TrialSpec
 from pudnet.baselines import LEARNED, SCRATCH
 from pudnet.data.groups import open_groups
+from pudnet.data.store import META
 from pudnet.targets import is_import_path, target_code
 
 CODE = Path(__file__).resolve().parents[2]
 TRAINING_CODE = ("config", "cpu", "device", "gpu", "targets", "controls", "objective", "learner", "training")
-TRAINING_CODE += ("hypernet", "classifier", "data/images", "data/looks", "ridge", "augmentation")
-VALIDATION_CODE = ("evaluation", "predictor", "network", "card", "data/user_images", "data/rows")
+TRAINING_CODE += ("hypernet", "classifier", "data/images", "data/looks", "ridge", "augmentation", "card", "model")
+VALIDATION_CODE = ("evaluation", "predictor", "network", "data/user_images", "data/rows")
 # dvc.yaml lists these files too; tests/test_params.py compares both lists with the imports.
 
 
@@ -27,26 +29,37 @@ def trial_key(spec: TrialSpec) -> str:
     split, _ = open_groups(Path(spec.groups))  # its test classes do not matter to a training
     plain = {key: value for key, value in asdict(spec).items() if key not in ("name", "variant", "store", "groups")}
     plain |= {"train_classes": split.train_classes, "validation_classes": split.validation_classes}
+    plain["store"] = _contents(Path(spec.store))
     if spec.kind in SCRATCH:  # it reads nothing else of `train`
         plain["train"] = spec.train["precision"]
     return f"{spec.kind}-split{spec.split_seed}-{digest(plain, _trial_files(spec))}"
 
 
 def _trial_files(spec: TrialSpec) -> list[Path]:
-    """The files that a trial reads: code and data (for the store, the file of its checksums)."""
+    """The files that a trial reads: tables of groups and code."""
     tables = [*([] if spec.kind in SCRATCH else [spec.table]), *(["validation"] if spec.validate else [])]
     names = TRAINING_CODE + (VALIDATION_CODE if spec.validate else ())
     groups = Path(spec.groups)
-    data = [Path(spec.store) / "meta.json", *(groups / f"{t}.npy" for t in tables)]
+    data = [groups / f"{t}.npy" for t in tables]
     return [*data, CODE / "pipeline" / "runs" / "trial.py", *code_files(names), *method_files(spec.kind, spec.target)]
 
 
 def measurement_key(kind: str, target: str, split_seed: int, plain: Any, files: Iterable[Path]) -> str:
     """A hash of what a measurement depends on: its data and code, and `plain` values and `files` of its own."""
-    data = [STORE / "meta.json", TEST_STORE / "meta.json", *group_folder(split_seed).iterdir()]
+    groups = group_folder(split_seed)
+    data = [groups / "split.json", groups / "test.npy", *([] if kind in SCRATCH else [groups / "train.npy"])]
+    plain = [plain, _contents(STORE), _contents(TEST_STORE)]
     code = code_files(TRAINING_CODE + VALIDATION_CODE) + method_files(kind, target)
     code += [CODE / "pipeline" / "runs" / name for name in ("class_split.py", "measurement.py")]
     return digest([kind, target, split_seed, plain], [*data, *code, *files])
+
+
+def _contents(store: Path) -> dict[str, Any] | None:
+    """What a prepared set holds, its checksum among it, but not where it was read from. None: there is no such set."""
+    file = store / META
+    if not file.is_file():
+        return None
+    return {key: value for key, value in json.loads(file.read_text(encoding="utf-8")).items() if key != "source"}
 
 
 def code_files(names: Sequence[str]) -> list[Path]:

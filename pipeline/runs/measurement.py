@@ -21,7 +21,7 @@ from pudnet.baselines import LEARNED, SCRATCH, Scratch, ScratchConfig, load_meth
 from pudnet.cpu import compiling_pays
 from pudnet.evaluation import FROM, Adapts, group_sketches, shuffled, timed_adaptation
 from pudnet.predictor import Predictor
-from pudnet.targets import build_target
+from pudnet.targets import Target, build_target
 from pudnet.training import group_seed
 
 WARM_UP = 2  # adaptations that are not timed
@@ -88,7 +88,8 @@ def median_times(bench: Bench, methods: Mapping[str, Adapts]) -> dict[str, float
     groups = bench.tables["test"][:, FROM]
     long = {name: method for name, method in methods.items() if isinstance(method, Scratch)}
     short = {name: method for name, method in methods.items() if name not in long}
-    times = _in_turns(bench, short, [*groups[:WARM_UP], *groups], WARM_UP)
+    warm_up = groups[:WARM_UP]
+    times = _in_turns(bench, short, [*warm_up, *groups], len(warm_up))
     if long:
         fewest = min(scratch.config.epochs for scratch in long.values())
         _in_turns(bench, {name: one for name, one in long.items() if one.config.epochs == fewest}, groups[:1])
@@ -99,12 +100,12 @@ def median_times(bench: Bench, methods: Mapping[str, Adapts]) -> dict[str, float
 def _in_turns(
     bench: Bench, methods: Mapping[str, Adapts], groups: Sequence[np.ndarray], warm_up: int = 0
 ) -> dict[str, float]:
-    """Adapt all methods to one group after the other. The first groups are not timed, if there are more."""
+    """Adapt all methods to one group after the other -> each one's median time. The first `warm_up` are not counted."""
     rows = [
         {name: timed_adaptation(method, bench.images, group, bench.bf16)[1] for name, method in methods.items()}
         for group in groups
     ]
-    return pd.DataFrame(rows[warm_up:] or rows).median().to_dict()
+    return pd.DataFrame(rows[warm_up:]).median().to_dict()
 
 
 def open_in_task(folder: str, params: Params, seed: int, test_groups: int | None) -> Bench:
@@ -141,8 +142,8 @@ def open_scratch(bench: Bench, params: Params, method: str, cells: Sequence[Cell
 
     Each has the cell that was tuned for the nearest number.
     """
-    compiled, opened = compiles(bench, params, sum(params.baselines.scratch_epochs)), {}
     target = build_target(params.target, params.prepare.channels, params.prepare.image_size)
+    compiled, opened = compiles(bench, target, params, sum(params.baselines.scratch_epochs)), {}
     for epochs in params.baselines.scratch_epochs:
         nearest = min(cells, key=lambda cell: abs(math.log(cell["epochs"] / epochs)))
         config = ScratchConfig(**{**nearest, "epochs": epochs})
@@ -152,11 +153,11 @@ def open_scratch(bench: Bench, params: Params, method: str, cells: Sequence[Cell
     return opened
 
 
-def compiles(bench: Bench, params: Params, epochs: int) -> bool:
+def compiles(bench: Bench, target: Target, params: Params, epochs: int) -> bool:
     """Whether compiled layers save time in so many epochs on each of `baselines.scratch_groups` test groups."""
     images, size = bench.tables["test"].shape[2], bench.images.image_size
     on_cpu = bench.images.device.type == "cpu"
-    return on_cpu and compiling_pays(bench.target.network, params.baselines.scratch_groups * epochs, images, size)
+    return on_cpu and compiling_pays(target.network, params.baselines.scratch_groups * epochs, images, size)
 
 
 def constant_sketches(bench: Bench, predictor: Predictor, params: Params) -> list[torch.Tensor]:

@@ -23,7 +23,8 @@ from pudnet.data.store import Store, open_store
 from pudnet.device import wants_bf16
 from pudnet.evaluation import Adapts, mean_interval, twin_accuracies
 from pudnet.learner import Learner, MetaLearner
-from pudnet.predictor import Predictor, build_model
+from pudnet.model import build_model
+from pudnet.predictor import Predictor
 from pudnet.targets import Target, build_target
 from pudnet.training import Trainer, group_seed
 
@@ -84,8 +85,9 @@ def make_spec(
     )
 
 
-def card_of(spec: TrialSpec, store: Store) -> Card:
-    """The card of the model that a trial trains."""
+def card_of(spec: TrialSpec, store: Store, state: Mapping[str, Any] | None = None) -> Card:
+    """The card of the model that a trial trains. `state`: its checkpoint, for what it has learned of the card."""
+    learned = state and state["trainer"]["learner"].get("objective.temperature")  # with train.learn_temperature
     return Card(
         kind=spec.kind,
         target=spec.target,
@@ -93,7 +95,7 @@ def card_of(spec: TrialSpec, store: Store) -> Card:
         image_size=store.image_size,
         mean=store.mean,
         std=store.std,
-        temperature=spec.train["temperature"],
+        temperature=spec.train["temperature"] if learned is None else learned.item(),
         support_per_class=spec.train["support_per_class"],
         model=spec.model or None,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,18 +31,20 @@ def measure_cells(params: Params, cells: Sequence[StudyCell]) -> list[pd.DataFra
 def time_cells(params: Params, cells: Mapping[str, StudyCell]) -> dict[str, float]:
     """Median milliseconds of adapting each cell to a group of the first split, in turns, with nothing else running.
 
-    A cell has `resources.cpus` threads.
+    A cell has `resources.cpus` threads. On a cluster times are measured anew, since any machine may have measured them.
     """
     keys = [[name, cell.key(params, params.evaluate.timing_groups)] for name, cell in cells.items()]
-    on = [cluster.share(params), _processor(), torch.__version__]
+    share = cluster.share(params)
+    on = [share, _processor(bool(share["gpu"])), torch.__version__]
     items, key = tuple(cells.items()), f"time-{digest([keys, on], [])}"
-    tables = measure_missing(params, time_in_turns, {items: key}, lambda *_: "times are measured")
+    fresh = "RAY_ADDRESS" in os.environ
+    tables = measure_missing(params, time_in_turns, {items: key}, lambda *_: "times are measured", fresh)
     return dict(zip(tables[items].row, tables[items].milliseconds, strict=True))
 
 
-def _processor() -> str:
-    """The name of this machine's GPU, or else of its CPU, so that no times of another machine are kept."""
-    if torch.cuda.is_available():
+def _processor(gpu: bool) -> str:
+    """The name of this machine's GPU, if it is used, or else of its CPU: times of another machine are not kept."""
+    if gpu:
         return torch.cuda.get_device_name()
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text().splitlines()

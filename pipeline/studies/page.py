@@ -81,7 +81,7 @@ def _command(name: str, study: Study, params: Params) -> str:
     if params.study.budget is None and params.groups.train_groups != SETTINGS[params.setting].train_groups:
         changed[GROUPS_KEY] = params.groups.train_groups
     changed |= _since_commit()
-    own = {*study.over, *(key for column in study.columns.values() for key in column.changes)}
+    own = {*study.over, *set.intersection(*(set(column.changes) for column in study.columns.values()))}
     changed = {key: value for key, value in changed.items() if key not in own}
     if not changed:
         return f"python -m pipeline.study {name}"

@@ -199,10 +199,12 @@ def workspace(params: Params) -> Iterator[None]:
     """Make a folder with the data and groups of a column, and make it the working directory inside the block."""
     data = _data_folder(params)
     folder = data / digest([asdict(params.groups), params.split_seeds], stage_code("groups", GROUPS_CODE))
-    with _working_in(folder, data / PREPARED):
-        with _one_at_a_time(folder):
+    with _one_at_a_time(folder):
+        _link(folder / PREPARED, data / PREPARED)
+        with _working_in(folder):
             if not GROUPS.is_dir():
                 make_groups(params)
+    with _working_in(folder):
         yield
 
 
@@ -240,14 +242,18 @@ def files_of(kind: str, place: str = "") -> list[tuple[str, int, int]]:
     return [(name, status.st_size, status.st_mtime_ns) for name, status in found]
 
 
-@contextlib.contextmanager
-def _working_in(folder: Path, prepared: Path) -> Iterator[None]:
-    """Work in a folder with a link to prepared data; `root` still gives the project's own folder."""
-    (folder / "data").mkdir(parents=True, exist_ok=True)
-    path, to = folder / PREPARED, Path(os.path.relpath(prepared, folder / "data"))  # the project may be moved
+def _link(path: Path, prepared: Path) -> None:
+    """Make a relative link to prepared data, since the project may be moved."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    to = Path(os.path.relpath(prepared, path.parent))
     if not path.is_symlink() or path.readlink() != to:
         path.unlink(missing_ok=True)
         path.symlink_to(to)
+
+
+@contextlib.contextmanager
+def _working_in(folder: Path) -> Iterator[None]:
+    """Work in a folder; `root` still gives the project's own folder."""
     before, project = os.environ.get("DVC_ROOT"), root()
     os.environ["DVC_ROOT"] = str(project)
     try:

@@ -15,6 +15,7 @@ from pudnet.data.sources import Source
 from pudnet.errors import UserError, is_full
 from pudnet.files import to_disk
 
+META = "meta.json"  # of a store: what it holds, with the checksum of its images
 ONE_GREY_LEVEL = 1 / 255
 
 
@@ -101,7 +102,7 @@ def write_store(source: Source, destination: Path) -> None:
             "sha256": {name: _sha256(folder / name) for name in ("images.npy", "labels.npy")},
             **({"sets": source.sets} if source.sets else {}),
         }
-        (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+        (folder / META).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
 
 
 def _write_images(source: Source, path: Path) -> tuple[np.ndarray, tuple[int, ...]]:
@@ -148,16 +149,16 @@ def open_store(path: Path, verify: bool) -> Store:
 
     Raises `UserError`, which names the file, if the store is missing or damaged.
     """
-    if not (path / "meta.json").is_file():
+    if not (path / META).is_file():
         raise UserError(f"{path} is no prepared store; run `dvc repro` to prepare it")
     try:
-        meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
+        meta = json.loads((path / META).read_text(encoding="utf-8"))
         checksums = {name: meta["sha256"][name] for name in ("images.npy", "labels.npy")}
         shape = (meta["count"], meta["image_size"], meta["image_size"], meta["channels"])
         class_names, mean, std = (tuple(meta[key]) for key in ("class_names", "mean", "std"))
         source, sets = meta["source"], dict(meta.get("sets", {}))
     except (ValueError, KeyError, TypeError) as error:
-        raise _damaged(path / "meta.json", "cannot be read") from error
+        raise _damaged(path / META, "cannot be read") from error
     for name, checksum in checksums.items():
         if verify and (not (path / name).is_file() or _sha256(path / name) != checksum):
             raise _damaged(path / name, "does not match its checksum")

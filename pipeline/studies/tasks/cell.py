@@ -45,7 +45,8 @@ class StudyCell:
         """A hash of everything that the cell's results depend on; `more` and `code` are the kind of measurement's."""
         how = [self.sketch, self.images, self.head, self.checkpoint and self.checkpoint.parent.name]
         how += [params.baselines.scratch_groups, self.finetune and asdict(self.finetune)] if self.slow else []
-        plain = [*how, *more, trial_key(self.spec), params.evaluate.precision, params.baselines.sketch_groups]
+        how += [params.baselines.sketch_groups] if self.sketch == "constant" else []
+        plain = [*how, *more, trial_key(self.spec), params.evaluate.precision]
         code = {Path(__file__), *code}  # other files of a study act through spec and cell, or on what is measured
         code |= set(code_files(["baselines/heads"]) if self.head else [])
         code |= set(code_files(["baselines/finetuned", "finetune", "scratch"]) if self.finetune else [])
@@ -69,22 +70,24 @@ def open_cell(cell: StudyCell, bench: Bench, params: Params) -> Adapts:
     if cell.spec.kind in SCRATCH:
         spec, config = cell.spec, ScratchConfig(**cell.spec.model)
         target = build_target(spec.target, len(bench.images.mean), bench.images.image_size)
-        how = {"precision": spec.train["precision"], "compiled": compiles(bench, params, config.epochs)}
+        how = {"precision": spec.train["precision"], "compiled": compiles(bench, target, params, config.epochs)}
         return scratch_method(spec.kind, config, target, bench.images, **how)
-    card = card_of(cell.spec, open_store(Path(cell.spec.store), verify=False))
+    state = load_state(cell.checkpoint) if cell.checkpoint else None
+    card = card_of(cell.spec, open_store(Path(cell.spec.store), verify=False), state)
     if cell.images is not None:
         card = given_labels(card, cell.images, bench.test_classes)
     torch.manual_seed(cell.spec.split_seed)  # for untrained models
     model, target = untrained(cell.spec, card)
-    if cell.checkpoint is not None:
-        model.load_state_dict(load_state(cell.checkpoint)["model"])
+    if state is not None:
+        model.load_state_dict(state["model"])
     model.to(bench.images.device)
     if cell.spec.kind in LEARNED:
         return Adapter(model, card, target, cell.head)
     predictor = Predictor(model, card, target, sketch_images=cell.images)
     if cell.finetune is None:
         return predictor
-    return FineTunedPrediction(predictor, cell.finetune, bench.bf16, compiles(bench, params, cell.finetune.epochs))
+    compiled = compiles(bench, target, params, cell.finetune.epochs)
+    return FineTunedPrediction(predictor, cell.finetune, bench.bf16, compiled)
 
 
 def measure_cell(folder: str, params: Params, cell: StudyCell) -> pd.DataFrame:
