@@ -120,15 +120,18 @@ def test_asha_stops_no_trial_for_what_it_reported_before_but_remembers_it():
     assert asha.on_trial_result(None, other, {"groups": 2, "validation_accuracy": 50}) == asha.STOP
 
 
-def test_a_trial_that_diverged_names_the_folder_to_delete(monkeypatch, tmp_path):
+def test_a_trial_that_diverged_names_the_folder_to_delete_and_mlflow_is_told_again(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     spec = SimpleNamespace(name="steep")
     trial_folder.mark_ended(trial_folder.Finished(spec, "key", [], "the loss was not finite"))
     experiment = SimpleNamespace(specs=[spec], keys={"steep": "key"}, key="one", keep_going=False)
-    monkeypatch.setattr(executor, "TrialLog", lambda *_: SimpleNamespace(write=None))
+    told = []
+    log = SimpleNamespace(write=lambda spec, reports, status: told.append((spec.name, status)))
+    monkeypatch.setattr(executor, "TrialLog", lambda *_: log)
     said = "steep: the loss was not finite .to try the same again, delete .*/.pud/trials/key.$"
     with pytest.raises(RunFailed, match=said):
         executor.run_missing(experiment, None, None)
+    assert told == [("steep", "FAILED")]  # MLflow may have missed it
 
 
 def test_a_trial_of_two_experiments_is_run_by_one_of_them_unless_it_has_ended(monkeypatch, tmp_path):
