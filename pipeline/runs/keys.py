@@ -55,11 +55,15 @@ def measurement_key(kind: str, target: str, split_seed: int, plain: Any, files: 
 
 
 def _contents(store: Path) -> dict[str, Any] | None:
-    """What a prepared set holds, its checksum among it, but not where it was read from. None: there is no such set."""
-    file = store / META
-    if not file.is_file():
+    """What a prepared set holds, its checksum among it, but not where it was read from.
+
+    None if there is no such set, or its file is damaged, which `open_store` says.
+    """
+    try:
+        values = json.loads((store / META).read_text(encoding="utf-8"))
+        return {key: value for key, value in values.items() if key != "source"}
+    except (OSError, ValueError, AttributeError):
         return None
-    return {key: value for key, value in json.loads(file.read_text(encoding="utf-8")).items() if key != "source"}
 
 
 def code_files(names: Sequence[str]) -> list[Path]:

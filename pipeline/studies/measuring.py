@@ -44,7 +44,7 @@ def time_cells(params: Params, cells: Mapping[str, StudyCell]) -> dict[str, floa
 
 def _processor(gpu: bool) -> str:
     """The name of this machine's GPU, if it is used, or else of its CPU: times of another machine are not kept."""
-    if gpu:
+    if gpu and torch.cuda.is_available():
         return torch.cuda.get_device_name()
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
