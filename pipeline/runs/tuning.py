@@ -35,7 +35,8 @@ def tune(
     """
     grids = {(m, seed): grid(params, m) for m in methods for seed in params.split_seeds}
     if STATIC in methods:
-        grids |= {(STATIC, seed): [training_keys(params, chosen.cell)] for seed, chosen in read_best(params).items()}
+        best = read_best(params)
+        grids |= {(STATIC, seed): [training_keys(params, best[seed].cell)] for seed in params.split_seeds}
     specs = [
         _spec(params, method, seed, cell)
         for (method, seed), cells in grids.items()
@@ -50,9 +51,9 @@ def tune(
         finished = run_missing(experiment, params, tracking, RUN, fresh)
     tracking.submit(partial(close_tuning, tracking, experiment, params, RUN))
     rows = pd.DataFrame([_row(trial) for trial in finished], columns=COLUMNS)
-    best = rows.groupby(["method", "split_seed", "epochs"], sort=False, dropna=False)["accuracy"].idxmax()
-    rows["chosen"] = rows.index.isin(best)  # among equals, the first in the grid
-    return rows, grids | _choices(params, specs, [finished[row] for row in best])
+    highest = rows.groupby(["method", "split_seed", "epochs"], sort=False, dropna=False)["accuracy"].idxmax()
+    rows["chosen"] = rows.index.isin(highest)  # among equals, the first in the grid
+    return rows, grids | _choices(params, specs, [finished[row] for row in highest])
 
 
 def _choices(params: Params, specs: Sequence[TrialSpec], best: Sequence[Finished]) -> Choices:
@@ -70,8 +71,8 @@ def _choices(params: Params, specs: Sequence[TrialSpec], best: Sequence[Finished
 
 def training_keys(params: Params, cell: Cell) -> Cell:
     """The keys of `train` in a cell that the search chose; without the passes of its trial, if there is patience."""
-    own = {key: value for key, value in cell.items() if key in TRAINING}
-    return {key: value for key, value in own.items() if key != "passes" or not params.train.patience}
+    wanted = TRAINING - {"passes"} if params.train.patience else TRAINING
+    return {key: value for key, value in cell.items() if key in wanted}
 
 
 def grid(params: Params, method: str) -> list[Cell]:
