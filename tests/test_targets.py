@@ -26,6 +26,7 @@ from pudnet.targets import (
     target_code,
     together,
 )
+from pudnet.targets.build import TARGETS
 from tests.nets import REFUSED, Branching, features_of
 
 NAMES = ["convnet3", "convnet3_multilevel", "resnet18", "tests.nets:Depthwise", "tests.nets:Viewing"]
@@ -276,3 +277,10 @@ def test_a_convnet3_with_all_blocks_takes_no_random_numbers_and_back_it_is_the_s
     alone = last_block_alone(wide.network.eval())
     assert not alone.training
     assert_close(alone(images), target.network.eval()(images))
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_our_own_targets_pass_the_checks_of_a_users_network(name):
+    """Which `build_target` leaves out for them, to save time."""
+    ours = TARGETS[name](3)
+    assert build_target(ours, 3, 32).predicted == build_target(name, 3, 32).predicted

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pudnet.errors import UserError, one_line
 from pudnet.targets.checks import (
@@ -94,15 +94,23 @@ def build_target(target: str | nn.Module, channels: int, image_size: int) -> Tar
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(2, channels, image_size, image_size, generator=generator, dtype=torch.float32)
     convs, features = forward_order(network.eval(), name, images)
-    images = images.contiguous(memory_format=torch.channels_last)  # as in training
-    if wants_contiguous_maps(network, images):
-        give_contiguous_maps(network)
-    refuse_what_only_training_does(network.train(), name, images)
-    refuse_what_cannot_be_trained(network, name, torch.cat([images, images[:1]]))  # 3 images: another batch size
     if name not in TARGETS:
-        refuse_what_a_file_loses(network, _made(target, name, channels).float(), name, images)
-    draw_convolutions(network)
+        _prepare_own(network, _made(target, name, channels).float(), name, images)
+    draw_convolutions(network.train())
     return Target(network, convs, channels, image_size, features)
+
+
+def _prepare_own(network: nn.Module, again: nn.Module, name: str, images: Tensor) -> None:
+    """Give a user's own network the maps that it needs, and refuse it if it does not fit; ours are known to.
+
+    `again` is the same network, newly built.
+    """
+    maps = images.contiguous(memory_format=torch.channels_last)  # as in training
+    if wants_contiguous_maps(network, maps):
+        give_contiguous_maps(network)
+    refuse_what_only_training_does(network.train(), name, maps)
+    refuse_what_cannot_be_trained(network, name, torch.cat([maps, maps[:1]]))  # 3 images: another batch size
+    refuse_what_a_file_loses(network, again, name, maps)
 
 
 def has_all_blocks(target: Target) -> bool:
