@@ -414,8 +414,6 @@ def _check_spaces(params: Params) -> None:
 def own_keys(method: str) -> list[str]:
     """The keys that mean something to a baseline: its own options, and those of `train` that its training reads."""
     own = list(asdict(config_type(method)()))
-    if method == "scratch_adam":
-        own.remove("centralize")  # that is scratch_gc
     if method in SCRATCH:
         return own
     unread = (*OF_PUDNET, *([] if LEARNED[method].takes_pretraining_share else ["pretraining_share"]))

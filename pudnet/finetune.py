@@ -213,9 +213,11 @@ def _train(
     """Train a copy of `start` -> the trained network and its curve, from epoch 0."""
     model = trainable(start)
     task = progress.add_task(f"from {name} weights", total=config.epochs, accuracy=0.0)
-    curve = train_on(
-        model, name, parts, config, lambda point: progress.update(task, completed=point.epoch, accuracy=point.accuracy)
-    )
+
+    def show(point: Epoch) -> None:
+        progress.update(task, completed=point.epoch, accuracy=point.accuracy)
+
+    curve = train_on(model, name, parts, config, _bf16(parts), show)
     before = start.card.provenance
     epochs = before.get("finetuned_epochs", 0) + config.epochs  # it may have been fine-tuned before
     provenance = {**before, "finetuned_epochs": epochs, "finetuned_on": len(parts.images)}
@@ -228,6 +230,7 @@ def train_on(
     name: str,
     parts: Parts,
     config: ScratchConfig,
+    bf16: bool,
     after_epoch: Callable[[Epoch], None] = lambda point: None,
 ) -> list[Epoch]:
     """Train a network of `body`, `flat` and `head` in place and calibrate its BatchNorm -> its curve, from epoch 0.
@@ -244,7 +247,7 @@ def train_on(
         begun = clock(parts.images.device)
 
     measure(0, math.nan)
-    train(model, parts.images, parts.columns, config, _bf16(parts), after_epoch=measure)
+    train(model, parts.images, parts.columns, config, bf16, after_epoch=measure)
     _calibrate(model.body, parts)
     return curve
 

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from pudnet.augmentation import Augmentation, augmented
 from pudnet.config import STRICT, Fraction, Positive, PositiveFloat, Weight
-from pudnet.cpu import accelerate, keep_freed_memory
+from pudnet.cpu import accelerate, keep_freed_memory, plain_layers
 from pudnet.data.rows import spread_rows
 from pudnet.device import flushing_denormals
-from pudnet.gradient_centralization import Where, centralized
+from pudnet.gradient_centralization import centralized
 from pudnet.network import Classifier
 from pudnet.targets import Target, calibrate, draw_convolutions
 
@@ -31,7 +31,7 @@ class ScratchConfig:
 
     The learning rate rises linearly over the share `warm_up` of all steps and falls linearly to zero over the rest, so
     a run of 5 epochs is not the beginning of a run of 50. `batch` is small, for many steps in each epoch.
-    `weight_decay` is decoupled (AdamW's). `centralize`: what GC centralises (`scratch_gc` only).
+    `weight_decay` is decoupled (AdamW's).
     """
 
     epochs: Positive = 50
@@ -40,7 +40,6 @@ class ScratchConfig:
     batch: Positive = 50
     weight_decay: Weight = 0.01
     augment: Augmentation = "none"
-    centralize: Where = "update"
 
 
 class Scratch:
@@ -65,23 +64,18 @@ class Scratch:
     def adapt(self, images: Tensor, labels: Tensor, classes: tuple) -> Classifier:
         """Train on normalised images (N, C, H, W) and labels (N,) in 0..k-1 -> a classifier of the classes."""
         network = self.start(images, labels, classes)
-        with flushing_denormals(self.device):
-            train(network, images, labels, self.config, self.bf16, self.gc)
-        plain = copy.deepcopy(self.plain(network.body)).to(self.device, memory_format=torch.channels_last)
-        plain.load_state_dict(network.body.state_dict())  # compiled layers keep no running statistics
+        train(network, images, labels, self.config, self.bf16, self.gc)
+        body = network.requires_grad_(False).body.eval()
+        plain_layers(body)  # compiled layers keep no running statistics
         if self.device.type == "cpu":
-            accelerate(plain)
+            accelerate(body)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            calibrate(plain.eval(), images[spread_rows(labels, CALIBRATED_ON)])
-        return Classifier(plain, network.head)
+            calibrate(body, images[spread_rows(labels, CALIBRATED_ON)])
+        return Classifier(body, network.head)
 
     def start(self, images: Tensor, labels: Tensor, classes: tuple) -> nn.Sequential:
         """The network (`body`, `flat`, `head`) as training begins."""
         return scratch_network(self.target, len(classes), self.device, self.compiled)
-
-    def plain(self, body: nn.Module) -> nn.Module:
-        """The plain network of which `body` is a copy with faster layers."""
-        return self.target.network
 
 
 def train(
@@ -98,12 +92,14 @@ def train(
         network.parameters(), config.learning_rate, weight_decay=config.weight_decay, fused=True
     )
     if gc:
-        centralized(optimizer, config.centralize)
+        centralized(optimizer)
     steps = config.epochs * batches_of(len(images), config.batch)
     rate = partial(rise_and_fall, steps=steps, warm_up=config.warm_up)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     for epoch in range(1, config.epochs + 1):
-        after_epoch(epoch, train_epoch(network, optimizer, images, labels, config, bf16, schedule))
+        with flushing_denormals(images.device):
+            loss = train_epoch(network, optimizer, images, labels, config, bf16, schedule)
+        after_epoch(epoch, loss)
 
 
 def scratch_network(target: Target, classes: int, device: torch.device, compiled: bool = False) -> nn.Sequential:

@@ -109,7 +109,7 @@ def test_centralized_gradients_are_those_of_explicit_loops():
     for weight in weights:
         weight.grad = torch.randn_like(weight)
     gradients = [weight.grad.clone() for weight in weights]
-    centralized(torch.optim.SGD(weights, lr=0.1), "gradient").step()
+    centralized(torch.optim.SGD(weights, lr=0.1)).step()  # its update is the gradient, scaled
     steps = [explicitly_centralized(gradients[0]), explicitly_centralized(gradients[1]), gradients[2]]
     for weight, old, step in zip(weights, (conv, head, bias), steps, strict=True):
         torch.testing.assert_close(weight.detach(), old - 0.1 * step)
@@ -124,7 +124,7 @@ def test_a_centralized_update_is_the_optimizers_own_less_its_means(kind):
         for weight in weights:
             weight.grad = torch.randn_like(weight)
     kind(plain, lr=0.1).step()
-    centralized(kind(central, lr=0.1), "update").step()
+    centralized(kind(central, lr=0.1)).step()
     expected = start[0] + explicitly_centralized(plain[0].detach() - start[0])
     torch.testing.assert_close(central[0].detach(), expected)
     torch.testing.assert_close(central[1], plain[1])
@@ -134,7 +134,7 @@ def test_a_centralized_update_is_the_optimizers_own_less_its_means(kind):
 def test_the_update_of_a_step_that_computes_its_gradients_itself_is_centralized_too(kind):
     weights = [torch.nn.Parameter(torch.randn(4, 3)), torch.nn.Parameter(torch.randn(4))]
     start, points = [w.detach().clone() for w in weights], torch.randn(6, 3)
-    optimizer = centralized(kind(weights, lr=0.1), "update")
+    optimizer = centralized(kind(weights, lr=0.1))
 
     def closure():
         optimizer.zero_grad()

@@ -454,8 +454,8 @@ def test_what_is_wrong_in_a_study_is_said_in_one_line(changes, message, project)
         ({"study.hours": 1}, {}, "over: study.hours: is for a command, not for a study; set it in"),
         (
             {},
-            {"method": "scratch_adam", "changes": {"centralize": "update"}},
-            "changes.centralize: unknown key; known: ",
+            {"method": "scratch_adam", "changes": {"gc": True}},
+            "changes.gc: unknown key; known: ",
         ),
         ({}, {"method": "random_weights", "changes": {"eta": 0.5}}, "changes.eta: unknown key; known: none"),
         ({}, {"method": "r2d2", "changes": {"scale": -1}}, "rows.PudNet.changes.scale: "),

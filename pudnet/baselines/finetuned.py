@@ -7,7 +7,6 @@ from torch import Tensor, nn
 from pudnet.finetune import trainable
 from pudnet.predictor import Predictor
 from pudnet.scratch import Scratch, ScratchConfig
-from pudnet.targets import MultilevelConvNet3
 
 
 class FineTunedPrediction(Scratch):
@@ -21,8 +20,3 @@ class FineTunedPrediction(Scratch):
         """The predicted network (`body`, `flat`, `head`) with all of its weights trainable."""
         rows = self.predictor.rows(labels)
         return trainable(self.predictor.adapt(images[rows], labels[rows], classes), self.compiled)
-
-    def plain(self, body: nn.Module) -> nn.Module:
-        """The plain network of which `body` is a copy with faster layers: with all blocks if those were chosen."""
-        wide = self.predictor.all_blocks
-        return wide.network if wide and isinstance(body, MultilevelConvNet3) else self.target.network

@@ -34,7 +34,7 @@ def curve_of(folder: str, params: Params, one: tuple[StudyCell, FineTuning]) -> 
     torch.manual_seed(cell.spec.split_seed)  # the same head and batches for each row
     model = _with_linear_head(adapted.body, len(classes), parts)
     config = ScratchConfig(epochs=plan.epochs, learning_rate=plan.learning_rate)
-    curve = pd.DataFrame([asdict(point) for point in train_on(model, cell.spec.name, parts, config)])
+    curve = pd.DataFrame([asdict(point) for point in train_on(model, cell.spec.name, parts, config, bench.bf16)])
     return curve.assign(images=len(parts.images), test_images=len(parts.test_images))
 
 

@@ -22,7 +22,7 @@ def accuracy_of(folder: str, params: Params, one: tuple[StudyCell, WholeSet]) ->
     cell, plan = one
     bench = open_in_task(folder, params, cell.spec.split_seed, None)
     predictor = open_cell(replace(cell, images=None), bench, params)  # it is not for a test group
-    predictor.sketch_images = cell.images or predictor.sketch_images
+    predictor.sketch_images, predictor.bf16 = cell.images or predictor.sketch_images, bench.bf16
     start = clock(bench.images.device)
     network = predictor.predict(plan.images)
     seconds = (clock(bench.images.device) - start) / 1000
