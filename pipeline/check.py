@@ -6,16 +6,17 @@ import sys
 
 import torch
 
-from pipeline.params import Params
+from pipeline.params import UNTRAINED, Params
 from pipeline.project import RESULTS, write
-from pipeline.runs.trial import pick_device
+from pipeline.runs.trial import make_spec, pick_device
 from pipeline.stage import run_stage
+from pudnet.baselines import SCRATCH
 from pudnet.config import ModelConfig
 from pudnet.errors import UserError
 from pudnet.hypernet import PudNet
 from pudnet.targets import Target, build_target, check_together
 
-LARGEST = 10**9  # parameters of a hypernetwork: 4 GB, or 16 GB in training
+LARGEST = 10**9  # parameters of a hypernetwork: 4 GB; with Adam's state, gradients and a copy to go back to 28 GB
 MUCH_LARGER = 8.0  # generator parameters per predicted weight; with generator_hidden 16: 3x3 layers 4, 1x1 layers 33
 
 
@@ -38,6 +39,8 @@ def check(params: Params) -> None:
     )
     if overridden := params.overridden():
         print(f"check: {params.variant} sets {', '.join(overridden)} itself, not as params.yaml has them")
+    if whole := _without_patience(params):
+        print(f"check: {', '.join(whole)}: train.patience does not hold; they make all of train.passes")
     ratio = sum(parameter.numel() for parameter in model.generators.parameters()) / target.predicted
     if ratio > MUCH_LARGER:
         print(
@@ -46,6 +49,15 @@ def check(params: Params) -> None:
             file=sys.stderr,
         )
     write(RESULTS / "checked.txt", "params.yaml is sound\n")
+
+
+def _without_patience(params: Params) -> list[str]:
+    """The methods that are trained for all passes, though `train.patience` is set (`TrialSpec.patience`)."""
+    if params.train.patience is None:
+        return []
+    trained = [m for m in ("pudnet", *params.baselines.methods) if m not in (*UNTRAINED, *SCRATCH)]
+    specs = [make_spec(params, name, name, params.seed, {}, "train", 0) for name in trained]
+    return [spec.name for spec in specs if spec.patience is None]
 
 
 def check_size(config: ModelConfig, target: Target) -> tuple[PudNet, int]:

@@ -41,7 +41,7 @@ class Bench:
         self, method: str, adapts: Adapts, groups: range | None = None, sketches: Sequence[Tensor] | None = None
     ) -> pd.DataFrame:
         """Measure a method: a row for each test group in `groups`, with its classes and the accuracy in percent."""
-        groups = groups or range(len(self.tables["test"]))
+        groups = range(len(self.tables["test"])) if groups is None else groups
         table = self.tables["test"][groups.start : groups.stop]
         with progress(f"{method}, split {self.seed}", len(table)) as advance:
             values = twin_accuracies(adapts, self.images, table, self.bf16, sketches, advance)

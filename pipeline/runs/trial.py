@@ -57,6 +57,15 @@ class TrialSpec:
     train: dict[str, Any]
     cell: Cell  # for tables and plots
 
+    @property
+    def patience(self) -> int | None:
+        """`train.patience`; None for a training whose beginning is not a shorter training of the same kind.
+
+        So it is if the learning rate falls to 0 by the end, or if a first stage (pretraining) is a share of the whole.
+        """
+        share = self.model.get("pretraining", self.train["pretraining_share"]) or 0.0
+        return self.train["patience"] if self.train["schedule"] == "constant" and share in (0, 1) else None
+
 
 def make_spec(
     params: Params, name: str, method: str, split_seed: int, cell: Cell, table: str, validate: int
@@ -119,7 +128,7 @@ class MetaTraining:
         k, config = len(images.block_classes(table[0])), TrainConfig(**spec.train)
         learner, self.target = make_learner(spec, self.card, config, len(classes), k)
         self.trainer = Trainer(learner, images, table, classes, config, spec.seed, rank, workers)
-        self.patience, self.accuracies = config.patience, []  # on validation groups, by report
+        self.patience, self.accuracies = spec.patience, []  # on validation groups, by report
 
     def run(self) -> Iterator[dict[str, float]]:
         """Train, and yield the trainer's reports, with validation accuracy.

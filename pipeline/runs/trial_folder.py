@@ -51,7 +51,7 @@ class Finished:
     @property
     def patient(self) -> bool:
         """Whether the trial was to end once its accuracy on validation groups did not rise any more."""
-        return bool(self.spec.validate and self.spec.train["patience"])
+        return bool(self.spec.validate and self.spec.patience)
 
     def passes(self, of_a_pass: int) -> dict[str, float]:
         """With `train.patience`: how often the groups had been passed at the trial's result, under the key `passes`.

@@ -30,18 +30,19 @@ def tune(
 ) -> tuple[pd.DataFrame, Choices]:
     """Run every cell of every method's grid on every split: a row for each trial (`COLUMNS`), and the chosen cells.
 
-    A grid of one cell is not run, unless `train.patience` asks how long it is to be trained. The static trunk's cell is
-    what the search chose for PudNet. Raises `RunFailed` if no trial finished to choose from.
+    A grid of one cell is not run, unless `train.patience` asks how long it is to be trained (`TrialSpec.patience`). The
+    static trunk's cell is what the search chose for PudNet. Raises `RunFailed` if no trial finished to choose from.
     """
     grids = {(m, seed): grid(params, m) for m in methods for seed in params.split_seeds}
     if STATIC in methods:
         best = read_best(params)
         grids |= {(STATIC, seed): [training_keys(params, best[seed].cell)] for seed in params.split_seeds}
+    trials = {of: [_spec(params, *of, cell) for cell in cells] for of, cells in grids.items()}
     specs = [
-        _spec(params, method, seed, cell)
-        for (method, seed), cells in grids.items()
-        if len(params.baseline_grid(method)) > 1 or (params.train.patience and method not in SCRATCH)
-        for cell in cells
+        spec
+        for (method, _), own in trials.items()
+        if len(params.baseline_grid(method)) > 1 or any(spec.patience for spec in own)
+        for spec in own
     ]
     if not specs:
         return pd.DataFrame(columns=COLUMNS), grids
@@ -88,9 +89,10 @@ def _spec(params: Params, method: str, seed: int, cell: Cell) -> TrialSpec:
     name = "-".join([f"{method}-split{seed}", *(f"{key}{value}" for key, value in cell.items())])
     validate = params.baselines.scratch_search_groups if method in SCRATCH else params.groups.validation_groups
     spec = make_spec(params, name, method, seed, cell, "search_train", validate)
-    patience = None if method in SCRATCH else spec.train["patience"]  # from scratch, each report has more groups
-    every = params.search.report_every if patience else params.groups.search_groups
-    return replace(spec, train={**spec.train, "patience": patience, "report_every": every})
+    if method in SCRATCH:  # each of its reports has more groups
+        spec = replace(spec, train={**spec.train, "patience": None})
+    every = params.search.report_every if spec.patience else params.groups.search_groups
+    return replace(spec, train={**spec.train, "report_every": every})
 
 
 def _row(trial: Finished) -> dict[str, Any]:

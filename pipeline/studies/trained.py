@@ -129,7 +129,7 @@ def train(name: str, study: Study, column: str, params: Params) -> TrainedColumn
         for n in range(seeds if own.trained and study.measure == "accuracy" else 1)
     }
     finals = {at: spec for at, spec in specs.items() if study.rows[at[0]].trained}
-    if validating := {at: _validating(spec, params) for at, spec in finals.items() if spec.train["patience"]}:
+    if validating := {at: _validating(spec, params) for at, spec in finals.items() if spec.patience}:
         validated = _run_once(f"study: {name}, {column}: {{}} validation run(s)", name, validating, params, tracking)
         for at, trial in validated.items():
             passes = trial.passes(params.groups.search_groups)
