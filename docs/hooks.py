@@ -113,7 +113,7 @@ def printed(command: str) -> str:
     environment = os.environ | {"COLUMNS": "90", "PYTHONPATH": str(ROOT), "NO_COLOR": "1"}
     called = [sys.executable, "-m", "pudnet.cli", *options]
     done = subprocess.run(called, env=environment, capture_output=True, text=True, check=True)
-    return done.stdout.rstrip().replace("usage: cli.py", "usage: pudnet")
+    return done.stdout.rstrip()
 
 
 def part_of(path: Path, part: str) -> tuple[int, int]:

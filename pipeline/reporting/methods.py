@@ -16,7 +16,7 @@ METHODS = {
         "one learned set of weights; filters of the last convolution and the classifier are solved for the group",
     ),
     "pretrained_ridge": (
-        "Pretrained with ridge",
+        "Pretrained, R2-D2’s classifier",
         "one trunk, trained to tell all training classes apart; only the classifier is solved for the group",
     ),
     "static_trunk": (
@@ -38,12 +38,12 @@ METHODS = {
         "Pretrained",
         "one trunk, trained with a linear head on all training classes; classifies by cosines to class centroids",
     ),
-    "matchnet": ("MatchNet", "one trunk, trained on episodes; attention over the support images"),
-    "protonet": ("ProtoNet", "one trunk, trained on episodes; squared distances to class means"),
-    "meta_baseline": ("Meta-Baseline", "Pretrained, then trained on episodes; cosines to class centroids"),
+    "matchnet": ("MatchNet", "one trunk, trained on groups; attention over the support images"),
+    "protonet": ("ProtoNet", "one trunk, trained on groups; squared distances to class means"),
+    "meta_baseline": ("Meta-Baseline", "Pretrained, then trained on groups; cosines to class centroids"),
     "meta_deepbdc": ("Meta-DeepBDC", "the same two stages on Brownian distance covariances of a feature map"),
     "musml": ("MUSML", "weights from one of a few learned subspaces, found by gradient steps on the support images"),
-    "r2d2": ("R2-D2", "one trunk, trained on episodes; a classifier by ridge regression on the support images"),
+    "r2d2": ("R2-D2", "one trunk, trained on groups; a classifier by ridge regression on the support images"),
     "scratch_adam": ("Adam from scratch", ""),
     "scratch_gc": ("GC from scratch", ""),
 }

@@ -10,6 +10,7 @@ from pipeline.reporting.numbers import plus_minus
 from pipeline.tracking.registry import hypernetwork
 from pudnet.card import Card
 from pudnet.config import TrainConfig, passed
+from pudnet.settings import get_setting
 
 LICENCES = {
     "fashion": "Fashion-MNIST (Xiao, Rasul and Vollgraf 2017, Zalando SE) is MIT-licensed.",
@@ -24,6 +25,10 @@ TEXT = """# {name}
 
 A model (variant `{variant}`) that predicts a {target} from labelled images of {size}x{size} px with {channels}
 channel(s). Made by `models/pretrained/make.sh`, which says with what params, from commit {commit}.
+
+    pudnet predict --model {name} --data photos/ --out mine.safetensors
+
+[Which model to take](../../docs/use/index.md#which-model).
 
 | | |
 |---|---|
@@ -42,11 +47,11 @@ A prediction uses {most}. Accuracy and time, by how many it is given, on {thread
 
 **Data.** {licence} No image of it is in this repository.
 
-**Limits.** A small training budget: the paper uses up to 100,000 groups. Other images are cropped to their centre
-square and resized to {size} px, where fine detail is lost; the further they are from {setting}'s, the worse. What else
-does as well from the same images, and what training on them takes, is in docs/results. It only tells apart
-the classes that it is given examples of: it has no answer "none of these". A class with far fewer images than the
-others is recognised less well. Its softmax is not calibrated. Not for decisions about people.
+**Limits.** {budget}Other images are cropped to their centre square and resized to {size} px, where fine detail is
+lost; the further they are from {setting}'s, the worse. [What was found](../../docs/results/index.md) says what else
+does as well from the same images, and what training on them takes. It only tells apart the classes that it is given
+examples of: it has no answer "none of these". A class with far fewer images than the others is recognised less well.
+Its softmax is not calibrated. Not for decisions about people.
 """
 
 
@@ -87,10 +92,17 @@ def model_card(
         threads=measured[0]["threads"],
         device=measured[0]["device"].upper() if measured[0]["device"] == "cpu" else measured[0]["device"],
         table=_table(measured),
+        budget=_budget(params.setting, made["train_groups"]),
         licence=LICENCES.get(params.setting, f"As its source ({made['source']}) says."),
         setting=params.setting,
         **made["test"],
     )
+
+
+def _budget(setting: str, groups: int) -> str:
+    """That a model had fewer training groups than the paper's, if it had."""
+    paper = get_setting(setting).train_groups
+    return f"Trained on {groups:,} groups; the paper has {paper:,}. " if groups < paper else ""
 
 
 def losses(train: TrainConfig) -> str:
