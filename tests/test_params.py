@@ -80,6 +80,15 @@ def test_every_target_has_a_name_for_pages_and_one_of_the_paper_that_it_is_like(
     assert methods.TARGETS.keys() == TARGETS.keys()
 
 
+def test_the_check_names_the_methods_that_make_all_passes_whatever_patience_says(raw, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    check(resolve(raw))
+    assert "patience" not in capsys.readouterr().out
+    raw["train"]["patience"] = 1
+    check(resolve(raw))
+    assert "check: meta_baseline, meta_deepbdc, pudnet_plus: train.patience does not hold" in capsys.readouterr().out
+
+
 def test_the_check_says_how_large_the_hypernetwork_is_and_warns_of_one_too_large(raw, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)  # where it writes that it is done
     raw["target"] = "tests.nets:Depthwise"
