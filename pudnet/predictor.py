@@ -270,42 +270,31 @@ class Predictor:
         labels: Tensor,
         classes: tuple,
         sketch: Tensor | None = None,
-        mark: Callable[[], None] = lambda: None,
     ) -> PredictedNetwork:
         """`predict` on normalised images (N, C, H, W) and labels (N,) in 0..k-1; a given `sketch` replaces their own.
 
-        For timing, `mark` is called once after the sketch and once after the weights. If the model predicts at most
-        class filters, and solves them on the images that calibrate BatchNorm, one pass does both: it solves the
-        filters when it reaches their layer, and then goes on with them.
+        If the model predicts at most class filters, and solves them on the images that calibrate BatchNorm, one pass
+        does both: it solves the filters when it reaches their layer, and then goes on with them.
         """
         at_most_filters = self.reads_labels and not self.model.config.change
         if sketch is None and at_most_filters and self.sketch_images == self.calibration_images:
-            writes = self._filters_in_passing(labels, mark)
+            writes = self._filters_in_passing(labels)
             return self.network(self.model.base_weights(), images, labels, classes, writes)
         if sketch is None:
             sketch = self.sketch(images, labels)
-        mark()
-        weights = self.model.generate(sketch)
-        mark()
-        return self.network(weights, images, labels, classes)
+        return self.network(self.model.generate(sketch), images, labels, classes)
 
-    def _filters_in_passing(self, labels: Tensor, mark: Callable[[], None]) -> dict[str, Callable[[Tensor], Tensor]]:
+    def _filters_in_passing(self, labels: Tensor) -> dict[str, Callable[[Tensor], Tensor]]:
         """What the calibration pass is to compute on its way: the layer with class filters, if the model has them."""
-        if self.model.filters is None:
-            mark()
-            mark()
-            return {}
-        return {self.model.filters.conv.name: partial(self._class_kernels, labels, mark)}
+        filters = self.model.filters
+        return {} if filters is None else {filters.conv.name: partial(self._class_kernels, labels)}
 
-    def _class_kernels(self, labels: Tensor, mark: Callable[[], None], maps: Tensor) -> Tensor:
+    def _class_kernels(self, labels: Tensor, maps: Tensor) -> Tensor:
         """The weight of the layer with class filters, solved from its input maps for the calibration images."""
-        mark()
         filters, own = self.model.filters, _columns(labels[self.calibration_rows(labels)])
         with torch.autocast(self.device.type, enabled=False):
             solved = filters.solve(maps, filters.layer(self.calibrate.empty), own, int(own.max()) + 1)
-        weights = self.model.generate(solved.flatten())
-        mark()
-        return weights[filters.conv.name]
+        return self.model.generate(solved.flatten())[filters.conv.name]
 
     @torch.no_grad()
     def sketch(self, images: Tensor | Streamed, labels: Tensor) -> Tensor:

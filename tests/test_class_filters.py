@@ -173,10 +173,12 @@ def test_one_pass_predicts_what_sketch_generation_and_calibration_do(filters):
     card = Card("pudnet", "convnet3", 1, 8, (0.5,), (0.5,), 10.0, 3, vars(model.config))
     predictor = Predictor(model, card, target)
     images, labels = labelled(n=6)
-    steps: list[str] = []
-    passing = predictor.adapt(images, labels, (0, 1, 2), mark=lambda: steps.append("mark"))
+    passes: list[int] = []
+    first = predictor.calibrate.empty.get_submodule("block1.conv")
+    first.register_forward_hook(lambda conv, inputs, output: passes.append(len(output)))
+    passing = predictor.adapt(images, labels, (0, 1, 2))
+    assert passes == [12]
     stepwise = predictor.adapt(images, labels, (0, 1, 2), predictor.sketch(images, labels))
-    assert len(steps) == 2
     for name, expected in stepwise.state_dict().items():
         assert_close(passing.state_dict()[name], expected, rtol=1e-3, atol=1e-4)
     (together,) = predictor.predict_many([(images.sigmoid(), labels)])
