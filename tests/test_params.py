@@ -15,7 +15,7 @@ from pipeline.project import git_commit
 from pipeline.reporting import methods
 from pipeline.runs.keys import CODE, TRAINING_CODE, VALIDATION_CODE, code_files
 from pipeline.runs.trial import make_spec, pick_device
-from pipeline.studies.trained import GROUPS_CODE, PREPARE_CODE
+from pipeline.studies.workspace import GROUPS_CODE, PREPARE_CODE
 from pipeline.tracking.provenance import provenance
 from pudnet.config import VARIANTS, paper_target
 from pudnet.errors import UserError

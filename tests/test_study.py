@@ -29,7 +29,8 @@ from pipeline.studies.figures import lines_figure
 from pipeline.studies.page import render
 from pipeline.studies.tasks import cell
 from pipeline.studies.tasks.cell import StudyCell, given_labels
-from pipeline.studies.trained import _data_folder, _training, get_data
+from pipeline.studies.trained import _training
+from pipeline.studies.workspace import _data_folder, get_data
 from pudnet import Predictor
 from pudnet.data.store import open_store
 from pudnet.errors import UserError
@@ -608,8 +609,8 @@ def test_a_study_that_finds_its_trainings_running_elsewhere_leaves_its_page(proj
             raise found
         return found
 
-    monkeypatch.setattr(running.trained, "get_data", lambda params: None)
-    monkeypatch.setattr(running.trained, "workspace", lambda params: contextlib.nullcontext())
+    monkeypatch.setattr(running.workspace, "get_data", lambda params: None)
+    monkeypatch.setattr(running.workspace, "workspace", lambda params: contextlib.nullcontext())
     monkeypatch.setattr(running.trained, "train", train)
     monkeypatch.setitem(running.KINDS, "accuracy", SimpleNamespace(measure=lambda found: found))
     written = []

@@ -18,9 +18,9 @@ from pipeline.reporting.numbers import duration, plus_minus
 from pipeline.reporting.paper import load_reported
 from pipeline.runs import cluster
 from pipeline.runs.summary import compare, summary
+from pipeline.studies.cells import diagnose_cells, measure_cells, time_cells
 from pipeline.studies.definition import Study, point, reported
 from pipeline.studies.figures import bars_figure, differences_figure, lines_figure, times_figure
-from pipeline.studies.measuring import diagnose_cells, measure_cells, time_cells
 from pipeline.studies.page import number, table_of, trained_on
 from pipeline.studies.tasks.diagnosis import Diagnosis
 from pipeline.studies.trained import TrainedColumn

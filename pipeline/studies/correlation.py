@@ -20,7 +20,7 @@ from pipeline.runs.measuring import measure_missing
 from pipeline.studies.definition import Study
 from pipeline.studies.figures import correlations_figure
 from pipeline.studies.page import table_of
-from pipeline.studies.tasks import points
+from pipeline.studies.tasks import correlation as tasks
 from pipeline.studies.trained import TrainedColumn
 from pudnet.cca import held_out_correlation
 
@@ -32,14 +32,14 @@ def measure(trained: TrainedColumn) -> pd.DataFrame:
     plan, lines = trained.study.correlation, []
     count = min(plan.groups, trained.params.groups.train_groups)
     parts = {
-        at: [points.Part(cell, first, min(first + PART, count)) for first in range(0, count, PART)]
+        at: [tasks.Part(cell, first, min(first + PART, count)) for first in range(0, count, PART)]
         for at, cell in trained.cells.items()
     }
     every = [part for of_cell in parts.values() for part in of_cell]
-    keys = {part: part.cell.key(trained.params, part.first, part.end, code=[Path(points.__file__)]) for part in every}
+    keys = {part: part.cell.key(trained.params, part.first, part.end, code=[Path(tasks.__file__)]) for part in every}
     tables = measure_missing(
         trained.params,
-        points.points_of,
+        tasks.points_of,
         keys,
         lambda part, table: f"{part.cell.spec.name}: groups up to {part.end} done",
     )

@@ -15,7 +15,7 @@ from pipeline.runs.measuring import measure_missing
 from pipeline.studies.definition import Study, reported
 from pipeline.studies.figures import lines_figure
 from pipeline.studies.page import number, table_of, trained_on
-from pipeline.studies.tasks import curve
+from pipeline.studies.tasks import finetuning as tasks
 from pipeline.studies.trained import TrainedColumn
 from pudnet.evaluation import mean_half_width
 
@@ -25,10 +25,10 @@ SHOWN = (1, 5, 10, 20, 30, 50)  # epochs that the table shows, besides the last
 def measure(trained: TrainedColumn) -> pd.DataFrame:
     """Measure a column: for each row and epoch, the mean accuracy over splits, and its interval over test images."""
     plan, rows = trained.study.finetune, []
-    code = [Path(curve.__file__), *code_files(["finetune", "scratch"])]
+    code = [Path(tasks.__file__), *code_files(["finetune", "scratch"])]
     keys = {(cell, plan): cell.key(trained.params, asdict(plan), code=code) for cell in trained.cells.values()}
     tables = measure_missing(
-        trained.params, curve.curve_of, keys, lambda one, table: f"{one[0].spec.name}: {table.epoch.max()} epochs done"
+        trained.params, tasks.curve_of, keys, lambda one, table: f"{one[0].spec.name}: {table.epoch.max()} epochs done"
     )
     for row, own in trained.study.rows.items():
         curves = [tables[trained.cells[row, seed], plan] for seed in trained.params.split_seeds]

@@ -9,7 +9,7 @@ import pandas as pd
 from pipeline.params import Params
 from pipeline.project import Busy, write
 from pipeline.reporting.drawing import to_png
-from pipeline.studies import accuracy, correlation, finetuning, losses, page, trained, whole_set
+from pipeline.studies import accuracy, correlation, finetuning, losses, page, trained, whole_set, workspace
 from pipeline.studies.definition import STUDIES, Study
 from pudnet.errors import UserError
 
@@ -32,7 +32,7 @@ def run_study(name: str, study: Study, columns: Mapping[str, Params], left_out: 
     for column, params in columns.items():
         del waiting[column]
         try:
-            trained.get_data(params)
+            workspace.get_data(params)
             if study.whole is not None:
                 whole_set.check(study.whole)
         except UserError as error:
@@ -40,7 +40,7 @@ def run_study(name: str, study: Study, columns: Mapping[str, Params], left_out: 
             print(f"study: {name}, {column}: not run: {left_out[column]}", flush=True)
             continue
         try:
-            with trained.workspace(params):
+            with workspace.workspace(params):
                 frames.append(KINDS[study.measure].measure(trained.train(name, study, column, params)))
         except Busy:  # another study has some of the same trainings
             raise

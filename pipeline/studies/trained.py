@@ -1,25 +1,20 @@
-"""Trains a column of a study: prepares its data and groups, runs its trainings, and makes cells to measure."""
+"""Trains a column of a study: runs its trainings, and makes cells to measure."""
 
 from __future__ import annotations
 
-import contextlib
 import math
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from mlflow.entities import DatasetInput
 
 from pipeline.digests import digest
-from pipeline.groups import groups as make_groups
 from pipeline.params import Params
-from pipeline.prepare import prepare
-from pipeline.project import GROUPS, PREPARED, group_folder, locked, root
+from pipeline.project import group_folder
 from pipeline.runs.class_split import images_of_a_class
 from pipeline.runs.executor import Experiment, run_missing
-from pipeline.runs.keys import CODE, code_files, trial_key
+from pipeline.runs.keys import trial_key
 from pipeline.runs.trial import TrialSpec
 from pipeline.runs.trial_folder import Finished
 from pipeline.runs.trial_log import datasets
@@ -28,13 +23,9 @@ from pipeline.studies.definition import IN_PREDICTIONS, Column, Row, Study
 from pipeline.studies.tasks.cell import StudyCell
 from pipeline.tracking.datasets import test_sets
 from pipeline.tracking.runs import Tracking, open_tracking
-from pudnet.data.folders import look_in
 from pudnet.data.groups import open_groups
 
 T = TypeVar("T")
-# What the stages `prepare` and `groups` run, whose results a study keeps for itself.
-PREPARE_CODE = tuple(f"data/{n}" for n in ("datasets", "decode", "folders", "sources", "store", "user_images"))
-GROUPS_CODE = ("data/groups", "data/looks")
 
 
 @dataclass(frozen=True)
@@ -184,81 +175,3 @@ def _seeded(spec: TrialSpec, n: int) -> TrialSpec:
 
 def _cell(row: Row, spec: TrialSpec, trained: Finished | None) -> StudyCell:
     return StudyCell(spec, trained and trained.checkpoint, row.sketch, row.images, row.head, row.finetune)
-
-
-def get_data(params: Params) -> None:
-    """Prepare the data of a column, unless it is there already. Raises `UserError` if its source is missing."""
-    folder = _data_folder(params)
-    with _one_at_a_time(folder), contextlib.chdir(root()):  # where the source's path begins
-        if not (folder / PREPARED).is_dir():
-            prepare(params, folder)
-
-
-@contextlib.contextmanager
-def workspace(params: Params) -> Iterator[None]:
-    """Make a folder with the data and groups of a column, and make it the working directory inside the block."""
-    data = _data_folder(params)
-    folder = data / digest([asdict(params.groups), params.split_seeds], stage_code("groups", GROUPS_CODE))
-    with _one_at_a_time(folder):
-        _link(folder / PREPARED, data / PREPARED)
-        with _working_in(folder):
-            if not GROUPS.is_dir():
-                make_groups(params)
-    with _working_in(folder):
-        yield
-
-
-def _one_at_a_time(folder: Path) -> contextlib.AbstractContextManager[None]:
-    """A lock, since another study may be making the same folder."""
-    return locked(folder.with_suffix(".lock"), wait=True)
-
-
-def _data_folder(params: Params) -> Path:
-    sources = filter(None, (*params.prepare.source, params.prepare.test_source))
-    with contextlib.chdir(root()):
-        there = [files_of(*source.split(":", 1)) for source in sources]
-    code = stage_code("prepare", PREPARE_CODE)
-    return root() / ".pud" / "studies" / digest([asdict(params.prepare), there], code)
-
-
-def stage_code(stage: str, names: Sequence[str]) -> list[Path]:
-    """The file of a stage, and those of `pudnet/` that it runs."""
-    return [CODE / "pipeline" / f"{stage}.py", *code_files(names)]
-
-
-def files_of(kind: str, place: str = "") -> list[tuple[str, int, int]]:
-    """The size and time of each file of a source, to notice changed images. (torchvision's sets do not change.)
-
-    What the code of a source `python:MODULE:NAME` reads is not known.
-    """
-    if kind not in ("folder", "npz"):
-        return []
-    try:
-        path = Path(place).expanduser()
-    except RuntimeError:  # there is no such user, which `prepare` says
-        return []
-    files = look_in(path).files if path.is_dir() else [path]
-    found = [(str(file.relative_to(path)), file.stat()) for file in files if file.is_file()]
-    return [(name, status.st_size, status.st_mtime_ns) for name, status in found]
-
-
-def _link(path: Path, prepared: Path) -> None:
-    """Make a relative link to prepared data, since the project may be moved."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    to = Path(os.path.relpath(prepared, path.parent))
-    if not path.is_symlink() or path.readlink() != to:
-        path.unlink(missing_ok=True)
-        path.symlink_to(to)
-
-
-@contextlib.contextmanager
-def _working_in(folder: Path) -> Iterator[None]:
-    """Work in a folder; `root` still gives the project's own folder."""
-    before, project = os.environ.get("DVC_ROOT"), root()
-    os.environ["DVC_ROOT"] = str(project)
-    try:
-        with contextlib.chdir(folder):
-            yield
-    finally:
-        if before is None:
-            del os.environ["DVC_ROOT"]

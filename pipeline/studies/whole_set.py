@@ -20,8 +20,9 @@ from pipeline.runs.measuring import measure_missing
 from pipeline.studies.definition import Study, WholeSet, reported
 from pipeline.studies.figures import bars_figure
 from pipeline.studies.page import number, table_of, trained_on
-from pipeline.studies.tasks import whole
-from pipeline.studies.trained import TrainedColumn, files_of
+from pipeline.studies.tasks import whole_set as tasks
+from pipeline.studies.trained import TrainedColumn
+from pipeline.studies.workspace import files_of
 from pudnet.errors import UserError
 from pudnet.evaluation import mean_half_width
 
@@ -40,11 +41,11 @@ def measure(trained: TrainedColumn) -> pd.DataFrame:
     plan, lines = trained.study.whole, []
     there = replace(plan, images=str(root() / plan.images), test_images=str(root() / plan.test_images))
     files = [files_of("folder", folder) for folder in (there.images, there.test_images)]
-    code = [Path(whole.__file__), *code_files(["data/user_images", "data/decode", "data/folders"])]
+    code = [Path(tasks.__file__), *code_files(["data/user_images", "data/decode", "data/folders"])]
     keys = {(cell, there): cell.key(trained.params, asdict(plan), files, code=code) for cell in trained.cells.values()}
     tables = measure_missing(
         trained.params,
-        whole.accuracy_of,
+        tasks.accuracy_of,
         keys,
         lambda one, table: f"{one[0].spec.name}: {table.images[0]:,} test images done",
     )
