@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from pudnet.cpu import useful_taps
-from pudnet.evaluation import clock
+from pudnet.device import clock
 
 COUNTED = (nn.Conv2d, nn.Linear, nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.MaxPool2d)
 PARAMETER_BYTES = 4 * (1 + 2 + 7)

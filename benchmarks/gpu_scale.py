@@ -22,7 +22,8 @@ from pudnet.data.groups import GroupSizes, Split, build_groups, split_classes
 from pudnet.data.images import StoreImages
 from pudnet.data.sources import open_source
 from pudnet.data.store import Store, open_store, write_store
-from pudnet.evaluation import clock, mean_interval, twin_accuracies
+from pudnet.device import clock
+from pudnet.evaluation import mean_interval, twin_accuracies
 from pudnet.predictor import Predictor
 from pudnet.training import Trainer
 

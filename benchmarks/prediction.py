@@ -25,13 +25,12 @@ from pipeline.project import PUDNET, STORE, write_json
 from pipeline.runs.class_split import Bench, open_bench
 from pipeline.runs.trial import pick_device
 from pudnet.data.images import StoreImages
-from pudnet.device import wants_bf16
+from pudnet.device import clock, wants_bf16
 from pudnet.errors import exit_code
 from pudnet.evaluation import (
     FROM,
     ON,
     block_labels,
-    clock,
     mean_interval,
     time_prediction,
     twin_accuracies,
@@ -57,7 +56,7 @@ def measure(target: str, images: StoreImages, repeats: int, variant: str) -> dic
     bf16 = wants_bf16("auto", images.device)
     parts = time_prediction(predictor, images, make_groups(repeats), bf16)
     groups = [(images.raw(group), images.labels[group]) for group in make_groups(SEVERAL)]
-    singles, together = take_turns(
+    singles, together = median_times(
         [lambda: [predictor.predict(*group) for group in groups], lambda: predictor.predict_many(groups)],
         images.device,
         max(2, repeats // 8),
@@ -73,7 +72,7 @@ def measure(target: str, images: StoreImages, repeats: int, variant: str) -> dic
     }
 
 
-def take_turns(versions: list[Callable[[], object]], device: torch.device, rounds: int) -> list[float]:
+def median_times(versions: list[Callable[[], object]], device: torch.device, rounds: int) -> list[float]:
     """Median milliseconds of each version, in turns after one round of warm-up."""
     times: list[list[float]] = [[] for _ in versions]
     for _ in range(1 + rounds):

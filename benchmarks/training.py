@@ -28,9 +28,8 @@ from pipeline.runs.trial import pick_device
 from pudnet import cpu
 from pudnet.config import ModelConfig, TrainConfig, default_extractor
 from pudnet.data.images import StoreImages
-from pudnet.device import wants_bf16
+from pudnet.device import clock, wants_bf16
 from pudnet.errors import exit_code
-from pudnet.evaluation import clock
 from pudnet.files import check_writable
 from pudnet.hypernet import PudNet
 from pudnet.learner import MetaLearner
@@ -106,7 +105,7 @@ def give_back_freed_memory() -> None:
         return
 
 
-def take_turns(
+def times_in_turns(
     versions: dict[str, Callable[[], None]], device: torch.device, budget_s: float
 ) -> dict[str, list[float]]:
     """Milliseconds of each version's steps, in turns of two steps after warm-up, until the budget is spent."""
@@ -161,7 +160,7 @@ def measure(target: str, images: StoreImages, machine: Machine, batch: int, budg
         "as trained": as_trained(target, images),
         f"{batch} groups a step": as_trained(target, images, batch),
     }
-    times = take_turns(versions, images.device, budget_s)
+    times = times_in_turns(versions, images.device, budget_s)
     milliseconds = {name: median(values) for name, values in times.items()}
     milliseconds[f"{batch} groups a step"] /= batch
     floor = step_floor(target, images, machine)

@@ -77,9 +77,9 @@ print(f"{accuracy:.1f} % of {len(new):,} new images are right")
 # %% [markdown]
 # ## 4. The filters
 #
-# PudNet writes the last layer's filters for the task at hand. Here the same 90 images get other labels, "even" and
+# PudNet+ writes the last layer's filters for the group of images. Here the same 90 images get other labels, "even" and
 # "odd". Below are sixteen kernels of the last layer, averaged over their input channels, of each of the two networks.
-# Most of a kernel is learned and the same for every task; the difference, drawn on a scale of its own, is what the
+# Most of a kernel is learned and the same for every group; the difference, drawn on a scale of its own, is what the
 # labels decide.
 
 # %%
@@ -151,13 +151,14 @@ plt.legend()
 plt.show()
 
 # %% [markdown]
-# This is where a prediction is at its best: few images, no time. With more of both, training wins: write 50 in place of
-# 9 in step 1 and see. A prediction is a good start for it, too: `predictor.finetune(network, images, labels)`.
+# A prediction takes no time, and is at its best if images are few. On images that are not of the model's own kind, such
+# as these digits, training wins once it has more of both: write 50 in place of 9 in step 1 and see. A prediction is a
+# good start for it, too: `predictor.finetune(network, images, labels)`.
 #
 # ## 7. Keep it, and use it elsewhere
 #
 # `save` writes weights that PudNet reads again. `export` writes a file that needs no PudNet: `.pt2` for PyTorch alone,
-# `.onnx` for any runtime (`pip install onnx onnxscript onnxruntime` first). The exported network takes float images
+# `.onnx` for any runtime (`pip install '.[export]'` first). The exported network takes float images
 # (N, 3, 32, 32) in 0..1.
 
 # %%
