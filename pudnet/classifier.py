@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pudnet.card import Card
 from pudnet.config import Penalty
+from pudnet.device import full_precision
 from pudnet.ridge import at_least_fp32, left_out, one_hot, ridge_weights
 
 PENALTY_PARTS = (1.0, 0.5, 0.25, 0.125)  # of the learned penalty, what `penalty: leave_one_out` chooses from
@@ -21,7 +22,7 @@ def centroids(features: Tensor, labels: Tensor, classes: int) -> Tensor:
     """Mean feature of each class, u_k of Eq. 6: features (..., N, d), labels (N,) in 0..k-1 -> (..., k, d), in fp32."""
     features = at_least_fp32(features)
     own = one_hot(labels, classes).to(features.dtype)  # (N, k), for a product: index_add varies from run to run on GPUs
-    with torch.autocast(features.device.type, enabled=False):
+    with full_precision(features.device):
         return own.mT @ features / own.sum(-2).unsqueeze(-1)
 
 
@@ -30,7 +31,7 @@ def metric_logits(features: Tensor, class_centroids: Tensor, temperature: Tensor
 
     In fp32 even under autocast: in bf16, the two largest cosines are equal for one image in a hundred.
     """
-    with torch.autocast(features.device.type, enabled=False):
+    with full_precision(features.device):
         features, points = (F.normalize(at_least_fp32(each), dim=-1) for each in (features, class_centroids))
         return temperature * (features @ points.mT)
 
@@ -45,7 +46,7 @@ def ridge_layer(
     depend on their size. Mean, norm and squared errors are weighted so that all classes count the same, however many
     images each has. Leading dimensions are groups; each gets its own layer.
     """
-    with torch.autocast(features.device.type, enabled=False):
+    with full_precision(features.device):
         balanced = _balanced(features, labels, classes)
         weight = scale * ridge_weights(balanced.x, balanced.y, ridge) / balanced.norm
         return weight, scale / classes - (weight @ balanced.mean.mT).squeeze(-1)
@@ -77,7 +78,7 @@ def _left_out_errors(features: Tensor, labels: Tensor, classes: int, penalties: 
 
     At the best scale, since a classifier's scale changes no decision.
     """
-    with torch.autocast(features.device.type, enabled=False):
+    with full_precision(features.device):
         x, y, share, *_ = _balanced(features, labels, classes)
         known = x.nan_to_num()  # features that are not finite have no eigenvalues; as zeros they keep the first penalty
         return _scale_free_errors(left_out(known, y, penalties[:, None, None], share), y)
@@ -114,7 +115,7 @@ class Regression(nn.Module):
     def forward(self, queries: Tensor, support: Tensor, labels: Tensor, classes: int) -> Tensor:
         """Queries (..., Q, d) and support features (..., S, d) with labels (S,) in 0..k-1 -> logits (..., Q, k)."""
         weight, bias = ridge_layer(support, labels, classes, self.log_ridge.exp(), self.log_scale.exp())
-        with torch.autocast(queries.device.type, enabled=False):
+        with full_precision(queries.device):
             return at_least_fp32(queries) @ weight.mT + bias.unsqueeze(-2)
 
     def choose(self, candidates: Sequence[Tensor], labels: Tensor, classes: int) -> tuple[int, Tensor]:
@@ -164,7 +165,7 @@ class LinearClassifier(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Logits (N, k)."""
-        with torch.autocast(features.device.type, enabled=False):
+        with full_precision(features.device):
             features = at_least_fp32(features)
             return F.linear(features, self.head_weight.to(features.dtype), self.head_bias.to(features.dtype))
 

@@ -100,8 +100,8 @@ class TrainConfig:
     full_weight: Weight = 1.0  # weight of L2, Eq. 8
     kl_weight: Weight = 1.0  # weight of L3, Eq. 9
     kl_teaches: Literal["full", "metric", "both"] = "full"  # which classifier learns from L3
-    # The share of the groups, the first ones, that is mixed to pretrain on all classes. None: 0; in the pipeline,
-    # `default_pretraining`
+    # The share of the groups, the first ones, whose images are mixed to pretrain on all classes. None: no share, but in
+    # the pipeline `default_pretraining`
     pretraining_share: Fraction | None = None
     augment: Augmentation = "none"  # shift and mirror training images at random (pudnet/augmentation.py)
     support_per_class: Positive = 10

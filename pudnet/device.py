@@ -18,6 +18,11 @@ def wants_bf16(precision: str, device: torch.device) -> bool:
     return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()  # torch 2.15 has no public name for it
 
 
+def full_precision(device: torch.device) -> torch.autocast:
+    """A block in which autocast is off: products of closed forms, and losses, are as precise as their inputs."""
+    return torch.autocast(device.type, enabled=False)
+
+
 @contextlib.contextmanager
 def flushing_denormals(device: torch.device) -> Iterator[None]:
     """Treat denormal numbers as zero inside the block, since a CPU is several times slower with them.

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from pudnet.config import TrainConfig
 from pudnet.controls import StaticTrunk
+from pudnet.device import full_precision
 from pudnet.errors import UserError
 from pudnet.hypernet import PudNet
 from pudnet.objective import Losses, Objective, in_blocks, pretraining_losses
@@ -52,13 +52,13 @@ class MetaLearner(Learner):
         sketch, seen = self._sketch(images)
         features = self.model.shared(images, self.model.generate(sketch))
         columns = labels.unflatten(1, (self.k, -1))[..., 0]  # (B, k)
-        with torch.autocast(images.device.type, enabled=False):
+        with full_precision(images.device):
             return self.objective(features, columns, seen, self.model.regression)
 
     def _pretrain(self, images: Tensor, labels: Tensor) -> Losses:
         """L2 of images (B, N, C, H, W) with labels (B, N) in 0..K-1, with the base weights."""
         features = self.model.shared(images, self.model.base_weights())
-        with torch.autocast(images.device.type, enabled=False):
+        with full_precision(images.device):
             return pretraining_losses(self.objective.head(at_least_fp32(features)), labels)
 
     def _sketch(self, images: Tensor) -> tuple[Tensor, int]:

@@ -12,6 +12,7 @@ from pudnet.card import Card, card_target, loaded, read_tensors, write_tensors
 from pudnet.classifier import unfilled
 from pudnet.data.images import normalize
 from pudnet.data.user_images import Images, ImageSet, Label, image_set, images_at_a_time
+from pudnet.device import full_precision
 from pudnet.errors import UserError
 from pudnet.locations import local_file
 
@@ -114,5 +115,5 @@ class Classifier:
     def logits(self, images: Tensor) -> Tensor:
         """Normalised images (N, C, H, W) -> logits (N, k)."""
         features = features_in_parts(self.body, images)
-        with torch.autocast(images.device.type, enabled=False):
+        with full_precision(images.device):
             return self.rule(features.float())

@@ -22,7 +22,7 @@ from pudnet.cpu import accelerate, keep_freed_memory
 from pudnet.data.images import normalize
 from pudnet.data.rows import CALIBRATION_IMAGES, first_rows, spread_rows
 from pudnet.data.user_images import Images, ImageSet, Pixels, images_at_a_time, labelled_set, noting
-from pudnet.device import seed_random, wants_bf16
+from pudnet.device import full_precision, seed_random, wants_bf16
 from pudnet.errors import UserError, words
 from pudnet.hypernet import PudNet
 from pudnet.locations import local_file
@@ -292,7 +292,7 @@ class Predictor:
     def _class_kernels(self, labels: Tensor, maps: Tensor) -> Tensor:
         """The weight of the layer with class filters, solved from its input maps for the calibration images."""
         filters, own = self.model.filters, _columns(labels[self.calibration_rows(labels)])
-        with torch.autocast(self.device.type, enabled=False):
+        with full_precision(self.device):
             solved = filters.solve(maps, filters.layer(self.calibrate.empty), own, int(own.max()) + 1)
         return self.model.generate(solved.flatten())[filters.conv.name]
 
@@ -302,7 +302,7 @@ class Predictor:
 
         In fp32: for so few images, casting the extractor's weights to bf16 costs more than it saves.
         """
-        with torch.autocast(self.device.type, enabled=False):
+        with full_precision(self.device):
             rows = spread_rows(labels, self.sketch_images)
             return self.model.sketch(images[rows], _columns(labels[rows]))
 

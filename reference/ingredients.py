@@ -30,6 +30,7 @@ from pudnet.data.groups import open_groups
 from pudnet.data.images import StoreImages
 from pudnet.data.rows import first_rows
 from pudnet.data.store import open_store
+from pudnet.device import full_precision
 from pudnet.evaluation import FROM, mean_interval, twin_accuracies
 from pudnet.hypernet.class_filters import ClassFilters
 from pudnet.learner import Learner
@@ -166,7 +167,7 @@ class Adapted(nn.Module):
         """
         maps, made = images, []
         for index, block in enumerate(self.blocks):
-            with torch.autocast(images.device.type, enabled=False):
+            with full_precision(images.device):
                 made.append(self.layer(index, maps[rows], labels, classes))
             maps = functional_call(block, made[-1], (maps,))
         return maps.flatten(1).float(), made
@@ -197,7 +198,7 @@ class Episodes(Learner):
         group, support = images[0].contiguous(memory_format=torch.channels_last), LABELLED // self.k
         rows = first_rows(in_blocks(self.k, len(group) // self.k, group.device), support)
         features, _ = self.model.features(group, rows, in_blocks(self.k, support, group.device), self.k)
-        with torch.autocast(group.device.type, enabled=False):
+        with full_precision(group.device):
             first, own, queries, truth = episode(features, self.k, support)
             logits = self.model.logits(queries, first, own, self.k)
             return losses(logits[None], truth[None])

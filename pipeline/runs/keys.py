@@ -1,4 +1,7 @@
-"""Keys of results: a hash of everything that a result depends on, which is values and files of code and data."""
+"""Keys of results: a hash of everything that a result depends on, which is values and files of code and data.
+
+But not the versions of libraries, nor the processor: after an update of torch, finished results are kept.
+"""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ from pipeline.studies.cells import diagnose_cells, measure_cells, time_cells
 from pipeline.studies.definition import Study, point, reported
 from pipeline.studies.figures import bars_figure, differences_figure, lines_figure, times_figure
 from pipeline.studies.page import number, table_of, trained_on
-from pipeline.studies.tasks.diagnosis import Diagnosis
 from pipeline.studies.trained import TrainedColumn
 from pudnet.config import passed
 from pudnet.evaluation import mean_interval
@@ -63,7 +62,7 @@ def measure(trained: TrainedColumn) -> pd.DataFrame:
                 "threads": params.resources.cpus,
                 "milliseconds_all_threads": fast_times.get(row),
                 "all_threads": everything.resources.cpus,
-                **asdict(diagnoses.get(row, Diagnosis(math.nan, math.nan))),
+                **diagnoses.get(row, {"movement": math.nan, "probe": math.nan}),
             }
             for row, frame in frames.items()
         ]
@@ -140,12 +139,12 @@ def _times(trained: TrainedColumn, params: Params) -> dict[str, float]:
     return time_cells(params, {row: trained.cells[row, params.seed] for row in own})
 
 
-def _diagnoses(trained: TrainedColumn) -> dict[str, Diagnosis]:
+def _diagnoses(trained: TrainedColumn) -> dict[str, dict[str, float]]:
     if not trained.study.diagnose:
         return {}
     rows = [row for row, own in trained.study.rows.items() if own.sketch == "own" and own.method == "pudnet"]
     found = diagnose_cells(trained.params, [trained.cells[row, trained.params.seed] for row in rows])
-    return dict(zip(rows, found, strict=True))
+    return {row: table.iloc[0].to_dict() for row, table in zip(rows, found, strict=True)}
 
 
 def _numbers(frame: pd.DataFrame, reference: pd.DataFrame | None) -> dict[str, Any]:

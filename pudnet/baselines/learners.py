@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pudnet.baselines.method import Method
 from pudnet.config import TrainConfig
+from pudnet.device import full_precision
 from pudnet.learner import Learner
 from pudnet.objective import Losses, accuracy, cross_entropy, in_blocks, pretraining_losses
 from pudnet.ridge import at_least_fp32
@@ -30,7 +31,7 @@ class MethodLearner(Learner):
     def episode(self, features: Tensor) -> Losses:
         """Losses of episodes, from the groups' features (..., k * n, d) ordered by class."""
         support, own, queries, truth = episode(features, self.k, self.support)
-        with torch.autocast(features.device.type, enabled=False):
+        with full_precision(features.device):
             return losses(self.model.logits(queries, support, own, self.k), truth)
 
 
@@ -67,7 +68,7 @@ class Stages(MethodLearner):
         features = self.features(images)
         if done >= self.mixed_share:
             return self.episode(features)
-        with torch.autocast(features.device.type, enabled=False):
+        with full_precision(features.device):
             return pretraining_losses(self.head(features), labels)
 
     def rate(self, done: float) -> float:

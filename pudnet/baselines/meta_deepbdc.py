@@ -16,6 +16,7 @@ from pudnet.baselines.learners import Stages
 from pudnet.baselines.method import Method, squared_distances
 from pudnet.classifier import centroids
 from pudnet.config import STRICT, Fraction, Positive, PositiveFloat, TrainConfig
+from pudnet.device import full_precision
 from pudnet.errors import UserError
 from pudnet.learner import Learner
 from pudnet.ridge import at_least_fp32
@@ -84,7 +85,7 @@ class BDCNetwork(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """The upper triangle, with the diagonal, of each image's BDC matrix, in fp32 even under autocast."""
         maps = map_at(self.body.get_submodule(self.layer), partial(self.body, images), after=True)
-        with torch.autocast(images.device.type, enabled=False):
+        with full_precision(images.device):
             matrices = bdc(self.reduce(at_least_fp32(maps)).flatten(2), self.tau)  # (N, c, c)
         rows, columns = torch.triu_indices(*matrices.shape[1:], device=matrices.device)
         return matrices[:, rows, columns]

@@ -14,6 +14,7 @@ from pudnet.baselines.learners import MethodLearner
 from pudnet.baselines.method import Method
 from pudnet.classifier import centroids, metric_logits
 from pudnet.config import STRICT, Positive, PositiveFloat, TrainConfig
+from pudnet.device import full_precision
 from pudnet.learner import Learner
 from pudnet.objective import Losses, cross_entropy, in_blocks
 from pudnet.ridge import at_least_fp32, one_hot
@@ -57,7 +58,7 @@ class Subspaces(nn.Module):
     def generate(self, k: int, v: Tensor) -> Weights:
         """w = S_k v, for v (..., m), in fp32 even under autocast."""
         pairs = zip(self.shared.convs, self.bases, strict=True)
-        with torch.autocast(v.device.type, enabled=False):
+        with full_precision(v.device):
             return {conv.name: torch.tensordot(v, basis[k], 1) for conv, basis in pairs}
 
 
@@ -113,7 +114,7 @@ class MUSML(Method):
 
     def support_loss(self, support: Tensor, labels: Tensor, classes: int) -> Tensor:
         """Cross-entropy (...) of support features (..., S, d). An image is no part of its own centroid."""
-        with torch.autocast(support.device.type, enabled=False):
+        with full_precision(support.device):
             means = centroids(support, labels, classes)
             cosines = metric_logits(support, means, self.config.temperature)
             count = one_hot(labels, classes).sum(0)[labels].unsqueeze(1)  # size of each image's class

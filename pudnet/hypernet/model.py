@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from pudnet.classifier import Regression
 from pudnet.config import ModelConfig
+from pudnet.device import full_precision
 from pudnet.errors import UserError
 from pudnet.hypernet.class_filters import ClassFilters
 from pudnet.hypernet.context import CONTEXTS
@@ -88,7 +89,7 @@ class PudNet(nn.Module):
         """The groups' class filters (..., R k, p), solved from the layer's input maps under the base weights."""
         conv = self.filters.layer(self.shared.body)
         maps = self.shared.input_of(conv, images, self.base_weights())
-        with torch.autocast(images.device.type, enabled=False):
+        with full_precision(images.device):
             return self.filters.solve(maps, conv, labels, classes)
 
     def base_weights(self) -> dict[str, Tensor]:
@@ -100,7 +101,7 @@ class PudNet(nn.Module):
 
         Leading dimensions are groups. Kernels that are the same for all groups have no leading dimensions.
         """
-        with torch.autocast(sketch.device.type, enabled=False):
+        with full_precision(sketch.device):
             sketch = at_least_fp32(sketch)
             if self.filters is None:
                 return self._changed(sketch)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
+import pandas as pd
 import torch
 
 from pipeline.params import Params
@@ -16,16 +15,11 @@ from pudnet.evaluation import FROM, group_sketches
 MOVED_GROUPS = 50  # groups whose weights are compared
 
 
-@dataclasses.dataclass(frozen=True)
-class Diagnosis:
-    """How far weights move between groups (percent, mean over layers), and the AUC of a probe of sketches."""
+def diagnose(folder: str, params: Params, cell: StudyCell) -> pd.DataFrame:
+    """In a Ray task: one row of one cell, on the test groups of its split.
 
-    movement: float
-    probe: float
-
-
-def diagnose(folder: str, params: Params, cell: StudyCell) -> Diagnosis:
-    """In a Ray task: the diagnosis of one cell, on the test groups of its split."""
+    It has the `movement` of weights between groups (percent, mean over layers), and the AUC of a `probe` of sketches.
+    """
     bench = open_in_task(folder, params, cell.spec.split_seed, None)
     predictor, groups = open_cell(cell, bench, params), bench.tables["test"][:, FROM]
     sketches = group_sketches(predictor, bench.images, groups, bench.bf16)
@@ -34,5 +28,6 @@ def diagnose(folder: str, params: Params, cell: StudyCell) -> Diagnosis:
     share = 100 * float(np.mean([layer.mean() for layer in moved.values()]))
     model = predictor.model
     if model.filters is not None or not model.config.change:  # sketches with parts of classes differ in length
-        return Diagnosis(share, float("nan"))
-    return Diagnosis(share, probe(sketches, [bench.images.block_classes(group).tolist() for group in groups]))
+        return pd.DataFrame({"movement": [share], "probe": [float("nan")]})
+    classes = [bench.images.block_classes(group).tolist() for group in groups]
+    return pd.DataFrame({"movement": [share], "probe": [probe(sketches, classes)]})
