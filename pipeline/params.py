@@ -5,9 +5,9 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, field, replace
+from dataclasses import asdict, field, is_dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
 from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
@@ -199,7 +199,7 @@ class Params:
         """The model and training configurations with a grid cell's changes, and then the variant's, applied."""
         own = (changed(base, changes, "search.space") for base in (self.model, self.train))
         model, train = apply_variant(self.variant, *own)
-        return model, self.pretrained(train, model)
+        return model, self.with_pretraining(train, model)
 
     def for_baselines(self, images: int) -> Params:
         """Params by which baselines are trained like the variant, with as many labels of each class as it uses.
@@ -230,9 +230,9 @@ class Params:
         where = where or f"baselines.space.{method}"
         own, train = (changed(base, changes, where) for base in (config_type(method)(), self.train))
         model, _ = apply_variant(self.variant, self.model, self.train)
-        return own, self.pretrained(train, model)
+        return own, self.with_pretraining(train, model)
 
-    def pretrained(self, train: TrainConfig, model: ModelConfig) -> TrainConfig:
+    def with_pretraining(self, train: TrainConfig, model: ModelConfig) -> TrainConfig:
         """The same training, with the share of pretraining that the target and PudNet's model need if none is given."""
         if train.pretraining_share is not None:
             return train
@@ -250,18 +250,9 @@ def changed(base: Any, changes: Mapping[str, Any], where: str) -> Any:
     return parse(type(base), {**asdict(base), **own}, where)
 
 
-BLOCKS = {
-    "prepare": PrepareParams,
-    "groups": GroupsParams,
-    "model": ModelConfig,
-    "train": TrainConfig,
-    "search": SearchParams,
-    "evaluate": EvaluateParams,
-    "baselines": BaselinesParams,
-    "study": StudyParams,
-    "resources": ResourcesParams,
-}
-SCALARS = {"setting": str, "target": str, "variant": str, "seed": int, "splits": int}
+TYPES = get_type_hints(Params)
+BLOCKS = {name: kind for name, kind in TYPES.items() if is_dataclass(kind)}
+SCALARS = {name: kind for name, kind in TYPES.items() if name not in BLOCKS}
 
 
 def load_params(path: Path = PARAMS) -> Params:

@@ -76,7 +76,7 @@ def make_spec(
     model, train = params.baseline(kind, cell) if baseline else params.configured(cell)
     static = kind == STATIC
     if static:  # it learns from groups, even if the variant is only pretrained
-        train = params.pretrained(replace(train, pretraining_share=params.train.pretraining_share), model)
+        train = params.with_pretraining(replace(train, pretraining_share=params.train.pretraining_share), model)
     return TrialSpec(
         name=name,
         kind=kind,

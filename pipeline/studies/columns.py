@@ -122,7 +122,7 @@ def row_spec(params: Params, name: str, row: Row, seed: int, images: int) -> Tri
         train = dataclasses.replace(train, pretraining_share=params.train.pretraining_share)
     if params.resources.workers > 1 and model.normalization == "batch":
         raise UserError(f"rows.{name}: with model.normalization batch, set resources.workers to 1")
-    return dataclasses.replace(spec, model=asdict(model), train=asdict(params.pretrained(train, model)))
+    return dataclasses.replace(spec, model=asdict(model), train=asdict(params.with_pretraining(train, model)))
 
 
 def _row_target(params: Params, name: str, row: Row) -> str:
