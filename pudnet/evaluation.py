@@ -14,7 +14,6 @@ from scipy.special import stdtrit  # `scipy.stats` takes a second to import
 from torch import Tensor
 
 from pudnet.data.images import StoreImages
-from pudnet.data.rows import spread_rows
 from pudnet.device import clock
 from pudnet.predictor import Predictor
 from pudnet.scratch import ScratchConfig, scratch_network, train_epoch
@@ -184,14 +183,15 @@ def time_prediction(
             steps = _prediction_steps(predictor, images, group)
         labels = block_labels(images, group)
         rows.append([*steps, _epoch(predictor, images(group), labels, bf16)])
+    uses = predictor.uses(labels)
     sketch, generation, calibration, epoch = np.median(np.array(rows[warm_up:]), axis=0).tolist()
     total = float(np.median(np.array(rows[warm_up:])[:, :3].sum(1)))
     return Timing(
         device=str(torch.cuda.get_device_name(images.device) if images.device.type == "cuda" else images.device),
         threads=torch.get_num_threads(),
         images=groups.shape[1],
-        sketch_images=len(spread_rows(labels, predictor.sketch_images)),
-        calibration_images=len(predictor.calibration_rows(labels)),
+        sketch_images=len(uses.sketch),
+        calibration_images=len(uses.calibration),
         sketch_ms=sketch,
         generation_ms=generation,
         calibration_ms=calibration,

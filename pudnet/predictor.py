@@ -79,6 +79,17 @@ class Noted:
         return dataclasses.replace(card, looked_at=tuple(sorted(seen)), labelled=tuple(sorted(known)))
 
 
+@dataclass(frozen=True)
+class Uses:
+    """What a prediction uses of a group's images: rows of its labels (N,), and how many images of a class."""
+
+    sketch: Tensor  # rows that the sketch is of, or the class filters
+    calibration: Tensor  # rows that BatchNorm's statistics are of
+    support: Tensor  # rows that the classifier is made from: the first `support_per_class` of each class
+    support_per_class: int
+    labels_per_class: int  # whose labels make the weights, or choose the penalty or the blocks
+
+
 class Predictor:
     """A trained hypernetwork (or a control), ready to predict networks for new images.
 
@@ -117,7 +128,7 @@ class Predictor:
         if hypernetwork and model.config.pooling == "sum" and not self.reads_labels:
             usual = ALL_IMAGES  # as in training, since a sum over fewer is smaller
         self.sketch_images = usual if sketch_images is None else sketch_images
-        self._calibration_images = calibration_images
+        self.calibration_images = calibration_images
         self.support_per_class = card.support_per_class
         self.device = next(model.parameters()).device
         self.bf16 = wants_bf16("auto", self.device)
@@ -128,17 +139,6 @@ class Predictor:
             keep_freed_memory()
             accelerate(self.calibrate.empty)
         self.mean, self.std = (torch.tensor(v, dtype=torch.float32, device=self.device) for v in (card.mean, card.std))
-
-    @property
-    def calibration_images(self) -> int:
-        """How many images BatchNorm is calibrated on, unless a larger support set replaces them."""
-        if self._calibration_images is not None:
-            return self._calibration_images
-        return self.sketch_images if self.reads_labels else CALIBRATION_IMAGES
-
-    @calibration_images.setter
-    def calibration_images(self, count: int | None) -> None:
-        self._calibration_images = count
 
     @classmethod
     def load(
@@ -256,12 +256,39 @@ class Predictor:
 
     def rows(self, labels: Tensor) -> Tensor:
         """Rows of the images that a prediction uses, for labels (N,) in 0..k-1."""
-        for name in ("sketch_images", "calibration_images", "support_per_class"):
-            if not isinstance(value := getattr(self, name), Integral) or value < 1:
+        calibration = self.calibration_images
+        if calibration is None:
+            calibration = self.sketch_images if self.reads_labels else CALIBRATION_IMAGES
+        counts = {"sketch_images": self.sketch_images, "calibration_images": calibration}
+        counts["support_per_class"] = self.support_per_class
+        for name, value in counts.items():
+            if not isinstance(value, Integral) or value < 1:
                 raise UserError(f"{name}: must be an integer of at least 1, got {value!r}")
         classes = int(labels.max()) + 1
-        shares = [math.ceil(count / classes) for count in (self.sketch_images, self.calibration_images)]
+        shares = [math.ceil(count / classes) for count in (self.sketch_images, calibration)]
         return first_rows(labels, max(*shares, self.support_per_class))
+
+    def uses(self, labels: Tensor) -> Uses:
+        """What a prediction uses of images with labels (N,) in 0..k-1.
+
+        Class filters and ridge regression (the model `reads_labels`) use all labelled images that are looked at.
+        """
+        sketch, counts = spread_rows(labels, self.sketch_images), labels.bincount()
+        read = min(math.ceil(self.sketch_images / len(counts)), int(counts.max())) if self.reads_labels else 0
+        each = self.support_per_class if self.regression is None else max(self.support_per_class, read)
+        support = first_rows(labels, each)
+        chooses = self.regression is not None and (self.regression.penalty != "learned" or self.all_blocks is not None)
+        calibration = self._calibration_rows(labels, sketch, support)
+        return Uses(sketch, calibration, support, each, each if chooses else read)
+
+    def _calibration_rows(self, labels: Tensor, sketch: Tensor, support: Tensor) -> Tensor:
+        """If they include the support set, the calibration pass also gives its features: no second pass is needed."""
+        if self.calibration_images is not None:
+            return spread_rows(labels, self.calibration_images)
+        if self.reads_labels:
+            return sketch
+        rows, most = spread_rows(labels, CALIBRATION_IMAGES), max(AT_ONCE, images_at_a_time(self.card.image_size))
+        return support if len(rows) < len(support) <= most else rows
 
     @torch.no_grad()
     def adapt(
@@ -277,7 +304,7 @@ class Predictor:
         does both: it solves the filters when it reaches their layer, and then goes on with them.
         """
         at_most_filters = self.reads_labels and not self.model.config.change
-        if sketch is None and at_most_filters and self.sketch_images == self.calibration_images:
+        if sketch is None and at_most_filters and self.calibration_images in (None, self.sketch_images):
             writes = self._filters_in_passing(labels)
             return self.network(self.model.base_weights(), images, labels, classes, writes)
         if sketch is None:
@@ -291,7 +318,7 @@ class Predictor:
 
     def _class_kernels(self, labels: Tensor, maps: Tensor) -> Tensor:
         """The weight of the layer with class filters, solved from its input maps for the calibration images."""
-        filters, own = self.model.filters, _columns(labels[self.calibration_rows(labels)])
+        filters, own = self.model.filters, _columns(labels[self.uses(labels).calibration])
         with full_precision(self.device):
             solved = filters.solve(maps, filters.layer(self.calibrate.empty), own, int(own.max()) + 1)
         return self.model.generate(solved.flatten())[filters.conv.name]
@@ -319,8 +346,9 @@ class Predictor:
 
         `writes` gives the weights that are computed only during the calibration pass (`Calibrator`).
         """
-        body, features, own = self.calibrated(weights, images, labels, writes)
-        card = self.network_card(classes, labels, own)
+        uses = self.uses(labels)
+        body, features = self.calibrated(weights, images, uses, writes)
+        own, card = labels[uses.support], self._network_card(classes, uses)
         if self.regression is not None:
             body, features, card = self._chosen(body, features, own, card)
         return PredictedNetwork(body, fit(features, own, card), card)
@@ -336,68 +364,27 @@ class Predictor:
         body = body if self.all_blocks is None else last_block_alone(body)
         return body, last, dataclasses.replace(card, **solved)
 
-    def support_rows(self, labels: Tensor) -> Tensor:
-        """Rows of the support set: the first images of each class."""
-        return first_rows(labels, self._support_count(labels))
-
-    def _support_count(self, labels: Tensor) -> int:
-        """Images of each class in the support set. Ridge regression uses all labelled images of the prediction."""
-        if self.regression is None:
-            return self.support_per_class
-        return max(self.support_per_class, self._labelled(labels))
-
-    def _labels_of_a_class(self, labels: Tensor) -> int:
-        """How many images of a class make the weights with their labels, or choose the penalty or the blocks."""
-        chooses = self.regression is not None and (self.regression.penalty != "learned" or self.all_blocks is not None)
-        return self._support_count(labels) if chooses else self._labelled(labels)
-
-    def _labelled(self, labels: Tensor) -> int:
-        """How many of the images of a class that a prediction looks at are used with their labels, at most."""
-        if not self.reads_labels:
-            return 0
-        counts = labels.bincount()
-        return min(math.ceil(self.sketch_images / len(counts)), int(counts.max()))
-
-    def calibration_rows(self, labels: Tensor) -> Tensor:
-        """Rows of the images that calibrate BatchNorm.
-
-        If they include the support set, the calibration pass also gives its features, so no second pass is needed.
-        """
-        rows = spread_rows(labels, self.calibration_images)
-        if self._calibration_images is None and not self.reads_labels:
-            support = self.support_rows(labels)
-            if len(rows) < len(support) <= max(AT_ONCE, images_at_a_time(self.card.image_size)):
-                return support
-        return rows
-
     @torch.no_grad()
     def calibrated(
         self,
         weights: Weights,
         images: Tensor | Streamed,
-        labels: Tensor,
+        uses: Uses,
         writes: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
-    ) -> tuple[nn.Module, Tensor, Tensor]:
-        """Weights -> a calibrated network in eval mode, with the support set's features (S, d) and labels (S,)."""
-        chosen = self.calibration_rows(labels)
-        body, features = self.calibrate(weights, images[chosen], writes)
-        support = self.support_rows(labels)
-        if not bool(torch.isin(support, chosen).all()):
-            at_a_time = images_at_a_time(self.card.image_size)
-            return (
-                body,
-                torch.cat([body(images[part]).flatten(1) for part in support.split(at_a_time)]),
-                labels[support],
-            )
-        rows = self.support_rows(labels[chosen])
-        return body, features[rows], labels[chosen][rows]
+    ) -> tuple[nn.Module, Tensor]:
+        """Weights -> a calibrated network in eval mode, and the support set's features (S, d)."""
+        body, features = self.calibrate(weights, images[uses.calibration], writes)
+        if bool(torch.isin(uses.support, uses.calibration).all()):
+            return body, features[torch.searchsorted(uses.calibration, uses.support)]
+        parts = uses.support.split(images_at_a_time(self.card.image_size))
+        return body, torch.cat([body(images[part]).flatten(1) for part in parts])
 
-    def network_card(self, classes: tuple, labels: Tensor, own: Tensor) -> Card:
-        """The card of a network that this model predicted for labels (N,), of which its support set has `own` (S,)."""
+    def _network_card(self, classes: tuple, uses: Uses) -> Card:
+        """The card of a network that this model predicted."""
         looked_at = {
-            "sketch_images": len(spread_rows(labels, self.sketch_images)),
-            "calibration_images": len(self.calibration_rows(labels)),
-            "support_images": len(own),
+            "sketch_images": len(uses.sketch),
+            "calibration_images": len(uses.calibration),
+            "support_images": len(uses.support),
         }
         return dataclasses.replace(
             self.card,
@@ -405,8 +392,8 @@ class Predictor:
             model=None,
             sketch_images=None,
             classes=classes,
-            support_per_class=self._support_count(labels),
-            labels_per_class=self._labels_of_a_class(labels),
+            support_per_class=uses.support_per_class,
+            labels_per_class=uses.labels_per_class,
             predicted=tuple(conv.name for conv in self.target.convs),
             provenance={**self.card.provenance, **looked_at},
         )

@@ -197,9 +197,9 @@ def test_a_support_set_of_more_than_the_images_that_calibrate_calibrates_itself(
     assert torch.equal(found.classifier.centroids, expected.classifier.centroids)
     large = Predictor.untrained("convnet3", channels=3, image_size=84)  # of which few pass at once
     large.support_per_class = 45
-    assert len(large.calibration_rows(labels)) == 90
+    assert len(large.uses(labels).calibration) == 90
     large.support_per_class = 101  # of two classes: more than may pass whatever their size
-    assert len(large.calibration_rows(torch.tensor([0, 1] * 110))) == 50
+    assert len(large.uses(torch.tensor([0, 1] * 110)).calibration) == 50
     many.calibration_images = 50  # asked for
     assert many.adapt(images, labels, (0, 1)).card.provenance["calibration_images"] == 50
 

@@ -89,9 +89,9 @@ class Adapter:
     @torch.no_grad()
     def adapt(self, images: Tensor, labels: Tensor, classes: tuple) -> Classifier:
         """Normalised images (N, C, H, W) and labels (N,) in 0..k-1 -> a classifier of the group's classes."""
-        chosen = self.predictor.support_rows(labels)
-        weights = self.method.weights(images[chosen], labels[chosen])
-        body, support, own = self.predictor.calibrated(weights, images, labels)
+        uses = self.predictor.uses(labels)
+        own = labels[uses.support]
+        body, support = self.predictor.calibrated(self.method.weights(images[uses.support], own), images, uses)
         support = support.float()
         if self.head is not None:
             return Classifier(body, fit_head(self.head, support, own))
