@@ -35,6 +35,7 @@ from benchmarks.gpu_report import Report, Run
 from pudnet.errors import RunFailed, UserError, exit_code
 
 PARTS = {"correct": 120, "fast": 240, "scale": 420, "ray": 240}  # seconds that each may take, 17 minutes in all
+MINUTES = 6.0  # of `scale`'s limit, those that its methods have together: the default of `--minutes`
 TO_END = 15  # seconds that a part has, asked to, before it is killed
 
 
@@ -90,7 +91,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--data", help="for `scale`: npz:FILE of CIFAR-100; noise, and no accuracy, without")
     parser.add_argument(
-        "--minutes", type=positive_number, default=6.0, help="for `scale`: what its five methods have together"
+        "--minutes", type=positive_number, default=MINUTES, help="for `scale`: what its five methods have together"
     )
     parser.add_argument("--out", type=Path, default=Path("results/benchmarks/gpu"))
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
@@ -105,7 +106,7 @@ def main() -> None:
         return
     arguments = ["--device", options.device, "--out", str(options.out), "--minutes", str(options.minutes)]
     arguments += ["--smallest"] * options.smallest + (["--data", options.data] if options.data else [])
-    more = 60 * max(0.0, options.minutes - 6)  # than the limit of `scale` is for
+    more = 60 * max(0.0, options.minutes - MINUTES)  # than the limit of `scale` is for
     ended = []
     for part in options.parts:
         print(f"\n{part}", flush=True)

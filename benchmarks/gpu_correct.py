@@ -10,6 +10,8 @@ from benchmarks.gpu_report import Report, Run
 from pudnet.errors import RunFailed
 
 TESTS = Path(__file__).resolve().parent.parent / "tests" / "test_gpu.py"
+# With --smallest: tests of a second, a training and some that need a GPU; the suite has all of them by themselves.
+QUICK = "goes_on_from_its_checkpoint or compiled_training or whole_set"
 
 
 class _Outcomes:
@@ -26,12 +28,14 @@ class _Outcomes:
 
 
 def measure(run: Run, report: Report) -> None:
-    """Run them all. Raises `RunFailed` where one fails.
+    """Run them all, or a few with `--smallest`. Raises `RunFailed` where one fails.
 
     By the file that holds them, and without the suite's own options: neither its other files nor its plugins
     have to be at hand.
     """
-    code = pytest.main(["-m", "gpu", "-q", "-o", "addopts=", "-p", "no:cacheprovider", str(TESTS)], [_Outcomes(report)])
+    chosen = ["-k", QUICK] if run.smallest else []
+    options = ["-m", "gpu", "-q", "-o", "addopts=", "-p", "no:cacheprovider", *chosen]
+    code = pytest.main([*options, str(TESTS)], [_Outcomes(report)])
     tests = report.content.get("tests", [])
     for outcome in ("passed", "skipped", "failed"):
         report.add("outcomes", {"outcome": outcome, "tests": sum(row["outcome"] == outcome for row in tests)})
