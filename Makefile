@@ -16,12 +16,14 @@ repro: $(READY)
 setup: $(READY)
 
 # On a processor with AVX-512, the numeric tests run a second time with the kernels that torch uses on one without.
+# Only their files are imported then.
+NUMERIC := -m numeric $$(grep -l mark.numeric tests/test_*.py)
 WITHOUT_AVX512 := ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/$(VENV)/kernels-avx2
 # Two tests share the cores: a thread that spins while it waits for others would take the other test's.
 PYTEST := OMP_WAIT_POLICY=PASSIVE python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test: $(READY)
-	! grep -qs avx512 /proc/cpuinfo || $(IN_VENV) $(WITHOUT_AVX512) $(PYTEST) -m numeric
+	! grep -qs avx512 /proc/cpuinfo || $(IN_VENV) $(WITHOUT_AVX512) $(PYTEST) $(NUMERIC)
 	$(IN_VENV) $(PYTEST)
 
 # Tests with real failures: killed processes, full disks, lost servers and nodes. Some need root.

@@ -16,22 +16,16 @@ torch.set_num_threads(1)  # tests are tiny: a second thread costs more than it d
 # Minutes, by real stages; the longest first.
 LONG = ("test_pipeline.py", "test_study.py", "test_final_training.py", "test_benchmarks.py")
 LONGEST = 1800  # seconds that one of their tests may take, on a slow machine
-NUMERIC = {
-    f"test_{name}.py"
-    for name in ("class_filters", "cpu", "evaluation", "finetune", "hypernet", "objective", "targets", "training")
-}
 
 SIZES = GroupSizes(2, 40, train_groups=60, search_groups=2, validation_groups=2, test_groups=12, test_whole=False)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark tests by their file; the long files first, one to a worker: a long one that begins late is waited for."""
+    """The long files first, one to a worker, since one that begins late is waited for; and they have more time."""
     items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
     for item in items:
         if item.path.name in LONG:
             item.add_marker(pytest.mark.timeout(LONGEST))
-        if item.path.name in NUMERIC:
-            item.add_marker(pytest.mark.numeric)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,8 @@ from pudnet.objective import Objective
 from pudnet.predictor import Predictor
 from pudnet.targets import ConvShape, build_target, own_weights
 
+pytestmark = pytest.mark.numeric
+
 
 def noise(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))

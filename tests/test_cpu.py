@@ -14,6 +14,8 @@ from pudnet.cpu import FusedBlock, _Kernel, accelerate, compiling_pays, useful_t
 from pudnet.targets import Block, SharedTarget, build_target
 from tests.test_targets import make_target, other_weights
 
+pytestmark = pytest.mark.numeric
+
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 
 

@@ -23,6 +23,8 @@ from pudnet.evaluation import (
 )
 from pudnet.predictor import Predictor
 
+pytestmark = pytest.mark.numeric
+
 
 @pytest.fixture(scope="module")
 def predictor(digits):

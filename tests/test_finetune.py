@@ -12,6 +12,8 @@ from pudnet.errors import RunFailed, UserError
 from pudnet.finetune import _random, finetune
 from pudnet.scratch import ScratchConfig, train
 
+pytestmark = pytest.mark.numeric
+
 
 @pytest.fixture(scope="module")
 def digits():

@@ -14,6 +14,8 @@ from pudnet.hypernet.generator import WeightGenerator
 from pudnet.hypernet.sketch import Sketch, pool
 from pudnet.targets import ConvShape, build_target
 
+pytestmark = pytest.mark.numeric
+
 SMALL = {"hidden": 16, "generator_hidden": 4, "extractor_channels": 16}
 TABLE_12 = ["2conv", "3conv", "4conv", "1conv-1linear", "2conv-1linear", "3conv-1linear"]
 POOLINGS = ["mean", "sum", "geometric_mean", "mean_var"]

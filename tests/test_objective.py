@@ -11,6 +11,8 @@ from pudnet.classifier import centroids, metric_logits
 from pudnet.config import TrainConfig
 from pudnet.objective import Objective, consistency
 
+pytestmark = pytest.mark.numeric
+
 K, COLUMNS, N, SUPPORT, D = 6, [4, 0, 2], 7, 4, 5  # head's width; a group of 3 classes x 7 images
 
 

@@ -29,6 +29,8 @@ from pudnet.targets import (
 from pudnet.targets.build import TARGETS
 from tests.nets import REFUSED, Branching, features_of
 
+pytestmark = pytest.mark.numeric
+
 NAMES = ["convnet3", "convnet3_multilevel", "resnet18", "tests.nets:Depthwise", "tests.nets:Viewing"]
 SIZE = 16
 

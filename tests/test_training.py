@@ -22,6 +22,8 @@ from pudnet.predictor import Predictor
 from pudnet.targets import build_target
 from pudnet.training import Trainer, arranged
 
+pytestmark = pytest.mark.numeric
+
 KINDS = ["pudnet", "static_trunk"]
 CPU = torch.device("cpu")
 
