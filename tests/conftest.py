@@ -1,5 +1,6 @@
 """What several test files use."""
 
+import gc
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,6 +27,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.name in LONG:
             item.add_marker(pytest.mark.timeout(LONGEST))
+
+
+def pytest_collection_finish() -> None:
+    """Leave what has been imported out of later collections, of which reading a damaged image makes one."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    """Else Python ends with all of it alive, and a library of torch's calls that a leak."""
+    gc.unfreeze()
 
 
 @dataclass(frozen=True)
