@@ -26,11 +26,15 @@ from sklearn.datasets import load_digits
 from torch.testing import assert_close
 
 from pipeline.check import check
+from pipeline.groups import groups
 from pipeline.params import load_params
+from pipeline.prepare import prepare
 from pipeline.publish import publish
+from pipeline.runs import cluster
 from pipeline.runs.trial import MetaTraining, make_spec
 from pipeline.stage import run_stage
 from pipeline.tracking.registry import download, png
+from pipeline.train import train
 from pudnet import PredictedNetwork, Predictor
 from pudnet.baselines import LEARNED
 from pudnet.errors import UserError
@@ -181,7 +185,7 @@ def test_a_copied_project_has_its_registered_model_in_its_own_folder(repro, tmp_
     assert download("models:/pudnet-digits-convnet3@newest").is_relative_to(tmp_path)
 
 
-def test_publish_puts_the_model_and_its_card_among_those_that_ship(repro, tmp_path):
+def test_publish_puts_the_model_and_its_card_among_those_that_ship(repro, tmp_path, monkeypatch, capsys):
     project = tmp_path / "published"
     left_out = {".pud", "mlflow.db", "mlartifacts"}
     shutil.copytree(repro, project, ignore=lambda folder, names: left_out & set(names) if folder == str(repro) else ())
@@ -195,8 +199,7 @@ def test_publish_puts_the_model_and_its_card_among_those_that_ship(repro, tmp_pa
     page = (project / "models/pretrained/digits-convnet3.md").read_text()
     assert f"{split['accuracy']:.2f} ± {split['ci95']:.2f} % " in page
     (project / "models/pudnet.safetensors").unlink()
-    without = run(project, sys.executable, "-m", "pipeline.publish")
-    assert (without.returncode, without.stderr.count("\n")) == (2, 1)
+    assert "models/pudnet.safetensors: no such file" in refusal(publish, project, monkeypatch, capsys)
 
 
 def test_a_variant_that_is_only_pretrained_trains_predicts_and_is_not_published_as_another(
@@ -230,11 +233,15 @@ def server(repro):
         try:
             for _ in range(120):
                 time.sleep(0.5)
+                assert served.poll() is None, (repro / "server.log").read_text()
                 with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/ping"):
                     break
+            else:
+                pytest.fail((repro / "server.log").read_text())
             yield f"http://127.0.0.1:{port}/invocations"
         finally:
-            os.killpg(served.pid, signal.SIGTERM)
+            with contextlib.suppress(ProcessLookupError):  # it has ended by itself
+                os.killpg(served.pid, signal.SIGTERM)
 
 
 def post(address, rows):
@@ -298,59 +305,70 @@ def test_ray_starts_whatever_folder_is_for_temporary_files(tmp_path):
     assert done.stdout == "answered\n", done.stderr
 
 
-def test_a_changed_store_is_refused_by_name(repro, tmp_path):
-    project = tmp_path / "changed"
-    shutil.copytree(repro / "data", project / "data")
-    shutil.copy(repro / "params.yaml", project)
-    images = project / "data/prepared/train/images.npy"
+def refusal(stage, folder: Path, monkeypatch, capsys) -> str:
+    """Run a stage as its command does, in a folder where it ends with exit code 2 and one line: that line."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("sys.argv", [stage.__name__])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        run_stage(stage)
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1, said
+    return said
+
+
+def test_a_changed_store_is_refused_by_name(repro, tmp_path, monkeypatch, capsys):
+    shutil.copytree(repro / "data", tmp_path / "data")
+    shutil.copy(repro / "params.yaml", tmp_path)
+    images = tmp_path / "data/prepared/train/images.npy"
     content = bytearray(images.read_bytes())
     content[-1] ^= 1
     images.write_bytes(content)
-    done = run_stage_from(project, "pipeline.groups")
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: ")
-    assert "images.npy" in done.stderr
-    assert done.stderr.count("\n") == 1
+    assert "images.npy" in refusal(groups, tmp_path, monkeypatch, capsys)
+
+
+def changed_params(repro: Path, folder: Path, change: dict) -> None:
+    """Write the clone's params.yaml into a folder, with some values changed."""
+    params = yaml.safe_load((repro / "params.yaml").read_text())
+    for key, value in change.items():
+        params[key] = {**params[key], **value} if isinstance(value, dict) else value
+    (folder / "params.yaml").write_text(yaml.safe_dump(params))
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"resources": {"workers": 64}, "train": {"groups_per_step": 64}}, "resources.workers: 64 with"),
+        (
+            {"resources": {"workers": 64}, "train": {"groups_per_step": 64}},
+            "resources.workers: 64 with 1 CPU(s) and 0 GPU(s) each, but there is room for 2",
+        ),
         ({"splits": 2}, "nothing was chosen for split 1; run the search again"),
     ],
 )
-def test_a_training_that_cannot_be_as_asked_is_refused(repro, tmp_path, change, said):
+def test_a_training_that_cannot_be_as_asked_is_refused(repro, tmp_path, monkeypatch, capsys, change, said):
+    """On a machine of two cores, as Ray would tell."""
     project = tmp_path / "refused"
     shutil.copytree(repro, project, ignore=shutil.ignore_patterns("mlflow.db", "mlartifacts"))
-    params = yaml.safe_load((project / "params.yaml").read_text())
-    for key, value in change.items():
-        params[key] = {**params[key], **value} if isinstance(value, dict) else value
-    (project / "params.yaml").write_text(yaml.safe_dump(params))
-    done = run(project, sys.executable, "-m", "pipeline.train")
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
-    assert said in done.stderr
+    changed_params(repro, project, {**change, "resources": {"cpus": 1, **change.get("resources", {})}})
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setattr(cluster, "session", contextlib.nullcontext)
+    monkeypatch.setattr(cluster.ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 2.0}}])
+    assert said in refusal(train, project, monkeypatch, capsys)
 
 
 @pytest.mark.parametrize(
-    ("change", "named"),
+    ("stage", "change", "named"),
     [
-        ({"groups": {"classes_per_group": 5}}, "5"),
-        ({"prepare": {"source": "folder:nowhere"}}, "nowhere"),
+        (groups, {"groups": {"classes_per_group": 5}}, "5"),
+        (prepare, {"prepare": {"source": "folder:nowhere"}}, "nowhere"),
     ],
 )
-def test_a_mistake_in_params_stops_the_stage_with_one_line(repro, tmp_path, change, named):
-    params = yaml.safe_load((repro / "params.yaml").read_text())
-    for key, value in change.items():
-        params[key] = {**params[key], **value} if isinstance(value, dict) else value
-    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
+def test_a_mistake_in_params_stops_the_stage_with_one_line(repro, tmp_path, monkeypatch, capsys, stage, change, named):
+    """`test_bad_input` shows the same of whole processes."""
+    changed_params(repro, tmp_path, change)
     shutil.copytree(repro / "data/prepared", tmp_path / "data/prepared")
-    stage = "pipeline.groups" if "groups" in change else "pipeline.prepare"
     before = sorted(tmp_path.rglob("*"))
-    done = run_stage_from(tmp_path, stage)
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert done.stderr.startswith("error: ")
-    assert named in done.stderr
+    assert named in refusal(stage, tmp_path, monkeypatch, capsys).replace(str(tmp_path), "")
     assert [path for path in sorted(tmp_path.rglob("*")) if ".pud" not in path.parts] == before
 
 
@@ -359,10 +377,3 @@ def test_a_stage_refuses_an_argument_that_it_does_not_take(monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         run_stage(check)
     assert ended.value.code == 2 and "unrecognized arguments: --fresh" in capsys.readouterr().err
-
-
-def run_stage_from(folder: Path, stage: str) -> subprocess.CompletedProcess:
-    """Run a stage of this project in another folder."""
-    return subprocess.run(
-        [sys.executable, "-m", stage], cwd=folder, env=environment(ROOT), capture_output=True, text=True, check=False
-    )
