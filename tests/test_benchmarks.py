@@ -106,7 +106,7 @@ def test_the_gpu_benchmark_runs_every_part_without_a_gpu(tmp_path):
     assert [row["groups_a_step"] for row in parts["fast"]["steps"]] == [1, 2]
     assert {row["what"] for row in parts["fast"]["profile"]} > {"all convolutions"}
     assert {row["method"]: row["groups"] for row in parts["scale"]["methods"]} == dict.fromkeys(METHODS, 8)
-    assert all(0 <= row["accuracy"] <= 100 for row in parts["scale"]["methods"])
+    assert all(60 < row["accuracy"] <= 100 for row in parts["scale"]["methods"])  # by chance: 50
     assert sorted(row["eta"] for row in parts["ray"]["trials"]) == ["0", "0.2"]
 
 

@@ -60,6 +60,15 @@ def test_predict_and_classify_work_right_after_set_up(photos, weights, capsys):
     assert f"accuracy {100 * np.mean(right):.2f} % (95% interval: {low:.1f} to {high:.1f}) of 60 labelled" in said
 
 
+@pytest.mark.parametrize("model", sorted(shipped()))
+def test_every_shipped_model_tells_digits_apart(model, photos, tmp_path, capsys):
+    out = tmp_path / "w.safetensors"
+    assert main(["predict", "--model", model, "--data", str(photos / "data"), "--out", str(out)]) == 0
+    capsys.readouterr()
+    assert main(["classify", "--weights", str(out), "--data", str(photos / "new")]) == 0
+    assert float(capsys.readouterr().out.split("accuracy ")[1].split()[0]) > 80
+
+
 def test_predict_says_what_it_looked_at(photos, tmp_path, capsys):
     command = ["predict", "--data", str(photos / "new"), "--sketch", "51", "--out", str(tmp_path / "w.safetensors")]
     assert main(command) == 0

@@ -78,14 +78,13 @@ def test_a_network_that_leaves_the_cpu_has_torchs_own_convolutions():
     assert type(elsewhere.grad_fn).__name__ == "ConvolutionBackward0" != type(own.grad_fn).__name__
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 9, 12])
 @pytest.mark.parametrize("stride", [(1, 1), (2, 2), (3, 3), (2, 1)], ids=str)
 @pytest.mark.parametrize("kernel", [(1, 1), (3, 3), (7, 7), (3, 5)], ids=str)
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=str)
-def test_convolution_has_the_values_and_gradients_of_its_closed_form(layout, kernel, stride, size):
-    """From 1 to 17 channels: oneDNN has kernels of their own for few, and one of them is wrong (pudnet/cpu.py)."""
+def test_convolution_has_the_values_and_gradients_of_its_closed_form(layout, kernel, stride):
+    """oneDNN has kernels of their own for few channels, and one of them, for less than 8, is wrong (pudnet/cpu.py)."""
     padding = (kernel[0] // 2, kernel[1] // 2)
-    for channels in range(1, 18):
+    for size, channels in itertools.product((1, 2, 3, 9, 12), (1, 2, 3, 4, 7, 8, 16, 17)):
         conv = nn.Conv2d(channels, 8, kernel, stride, padding, bias=False).to(memory_format=layout)
         accelerate(conv)
         images = noise(5, channels, size, size, seed=channels).contiguous(memory_format=layout).requires_grad_()
@@ -94,7 +93,8 @@ def test_convolution_has_the_values_and_gradients_of_its_closed_form(layout, ker
         output.backward(gradient)
         expected = closed_form(images.detach(), conv.weight.detach(), gradient, stride, padding)
         for found, right in zip((output, images.grad, conv.weight.grad), expected, strict=True):
-            assert_close(found.double(), right, rtol=1e-4, atol=1e-4 * float(right.abs().max()) + 1e-5)
+            error = (found.double() - right).abs().max() / (right.abs().max() + 0.1)
+            assert found.shape == right.shape and error < 1e-4, f"{size} px, {channels} channel(s)"
 
 
 class OfAUser(nn.Conv2d):

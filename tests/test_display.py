@@ -4,19 +4,25 @@ import os
 import pty
 import subprocess
 import sys
-
-TRIALS = """
 from pathlib import Path
+
 from pipeline.runs.display import TrialBars
-ended = []
-with TrialBars(2, ended, Path("log.txt")) as bars:
-    for name in ("first", "second"):
-        for groups in (4, 8):
-            report = {"groups": groups, "total": 8, "loss": 1.5, "train_accuracy": 90.0, "groups_per_second": 2.0}
-            bars.report(name, report)
-        ended.append(name)
-        bars.end(name, [report], failed=name == "second")
-"""
+
+ROOT = Path(__file__).parent.parent
+
+
+def two_trials():
+    """Show two trials, the second of which fails."""
+    ended = []
+    with TrialBars(2, ended, Path("log.txt")) as bars:
+        for name in ("first", "second"):
+            for groups in (4, 8):
+                report = {"groups": groups, "total": 8, "loss": 1.5, "train_accuracy": 90.0, "groups_per_second": 2.0}
+                bars.report(name, report)
+            ended.append(name)
+            bars.end(name, [report], failed=name == "second")
+
+
 LINES = [
     "[0/2 done] first: group     4 of 8, loss 1.500, training 90.00 %, 2.00 groups/s",
     "[0/2 done] first: group     8 of 8, loss 1.500, training 90.00 %, 2.00 groups/s",
@@ -29,9 +35,9 @@ LINES = [
 
 def test_in_a_terminal_bars_move_and_the_reports_go_to_a_file(tmp_path):
     reader, terminal = pty.openpty()
-    subprocess.run(
-        [sys.executable, "-c", TRIALS], cwd=tmp_path, stdout=terminal, check=True, env=os.environ | {"TERM": "xterm"}
-    )
+    command = [sys.executable, "-c", "from tests.test_display import two_trials; two_trials()"]
+    own = os.environ | {"TERM": "xterm", "PYTHONPATH": str(ROOT)}
+    subprocess.run(command, cwd=tmp_path, stdout=terminal, check=True, env=own)
     os.close(terminal)
     shown = b""
     while chunk := _read(reader):
@@ -48,20 +54,16 @@ def _read(reader: int) -> bytes:
         return b""
 
 
-def test_elsewhere_there_are_twenty_reports_at_most_and_a_line_for_each_end(tmp_path):
-    done = subprocess.run([sys.executable, "-c", TRIALS], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert [line.strip() for line in done.stdout.splitlines()][1:] == LINES
-    many = """
-from pathlib import Path
-from pipeline.runs.display import TrialBars
-with TrialBars(3, [], Path("many.txt")) as bars:
-    for groups in range(1, 501):
-        for name in ("a", "b", "c"):
-            report = {"groups": groups, "total": 500, "train_accuracy": 90.0, "groups_per_second": 2.0}
-            bars.report(name, report)
-"""
-    done = subprocess.run([sys.executable, "-c", many], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert [line.split(":")[1].split(" of")[0] for line in done.stdout.splitlines()[1:]] == [
+def test_elsewhere_there_are_twenty_reports_at_most_and_a_line_for_each_end(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    two_trials()
+    assert [line.strip() for line in capsys.readouterr().out.splitlines()][1:] == LINES
+    with TrialBars(3, [], Path("many.txt")) as bars:
+        for groups in range(1, 501):
+            for name in ("a", "b", "c"):
+                report = {"groups": groups, "total": 500, "train_accuracy": 90.0, "groups_per_second": 2.0}
+                bars.report(name, report)
+    assert [line.split(":")[1].split(" of")[0] for line in capsys.readouterr().out.splitlines()[1:]] == [
         f" group {groups:>5}" for groups in range(25, 501, 25)
     ]
     assert len((tmp_path / "many.txt").read_text().splitlines()) == 1500

@@ -10,7 +10,8 @@ import yaml
 from pudnet.cli import main
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+OF_FOLDERS = [ROOT / name / "README.md" for name in ("studies", "benchmarks", "reference")]
+PAGES = [ROOT / "README.md", *OF_FOLDERS, *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def test_every_link_leads_to_a_file_of_the_repository():
@@ -50,7 +51,9 @@ def test_every_module_that_is_run_exists(code):
 
 def test_every_target_of_make_exists(code):
     makefile = (ROOT / "Makefile").read_text()
-    for target in set(re.findall(r"\bmake ([a-z]+)\b", code)):
+    targets = set(re.findall(r"\bmake ([a-z]+)\b", code))
+    assert {"setup", "repro", "test"} <= targets
+    for target in targets:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from datetime import date
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -31,9 +32,11 @@ from pipeline.studies.tasks import cell
 from pipeline.studies.tasks.cell import StudyCell, given_labels
 from pipeline.studies.trained import _training
 from pipeline.studies.workspace import _data_folder, get_data
+from pipeline.study import main
 from pudnet import Predictor
 from pudnet.data.store import open_store
 from pudnet.errors import UserError
+from tests.conftest import LONGEST
 from tests.test_pipeline import environment
 
 ROOT = Path(__file__).parent.parent
@@ -47,6 +50,7 @@ CHOSEN = {"penalty": "leave_one_out", "blocks": "leave_one_out"}
 TINY = {
     "title": "Tiny",
     "over": SMALL,
+    "diagnose": True,
     "columns": {"digits": {"setting": "digits", "baselines.scratch_groups": 2, "paper": "table1.fashion.{row}"}},
     "reference": "static trunk",
     "rows": {
@@ -59,6 +63,10 @@ TINY = {
     },
 }
 
+REST = TINY | {  # rows that `tiny` has, with other references
+    "rows": {row: own for row, own in TINY["rows"].items() if row != "untrained"},
+    "reference": ["PudNet+", "few images"],
+}
 TWICE = TINY | {
     "over": {**SMALL, "study.trainings": 2},
     "rows": {row: TINY["rows"][row] for row in ("static trunk", "PudNet+", "untrained")},
@@ -150,30 +158,30 @@ KINDS = {  # one of each other kind, over cells that they share with the first
 }
 
 
+def write_study(folder, study, name="tiny"):
+    (folder / "studies" / f"{name}.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
+
+
+def make_project(folder):
+    """Write params.yaml and the study `tiny` into a folder."""
+    (folder / "studies").mkdir()
+    (folder / "params.yaml").write_text((ROOT / "params.yaml").read_text())
+    write_study(folder, TINY)
+
+
 @pytest.fixture
 def project(tmp_path, monkeypatch):
-    """A folder with params.yaml and the study `tiny`."""
-    (tmp_path / "studies").mkdir()
-    (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text())
+    """A folder with params.yaml and the study `tiny`. What it gives writes another study there."""
+    make_project(tmp_path)
     monkeypatch.chdir(tmp_path)
-
-    def write(study, name="tiny"):
-        (tmp_path / "studies" / f"{name}.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
-
-    write(TINY)
-    return write
-
-
-def run_studies(folder, *names):
-    done = command(folder, *names)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return partial(write_study, tmp_path)
 
 
 def command(folder, *names):
     started = [sys.executable, "-m", "pipeline.study", *names]
+    limit = LONGEST - 60  # so that a study which hangs is ended, before its test is
     own = environment(ROOT)
-    return subprocess.run(started, cwd=folder, env=own, capture_output=True, text=True, timeout=500, check=False)
+    return subprocess.run(started, cwd=folder, env=own, capture_output=True, text=True, timeout=limit, check=False)
 
 
 def results(folder, name):
@@ -191,31 +199,131 @@ def write_digits(folder):
             Image.fromarray((digits.images[row] * 15).astype(np.uint8)).save(path)
 
 
-def test_every_kind_of_study_runs_and_what_is_done_is_not_done_again(project, tmp_path):
-    for name, study in KINDS.items():
-        project(study, name)
-    project(TWICE, "twice")
-    write_digits(tmp_path)
-    first = run_studies(tmp_path, "tiny", "twice", *KINDS)
-    assert "2 training(s) on 4 groups" in first
-    table, page = results(tmp_path, "tiny")
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    """A folder in which one command ran a study of each kind, and what it said."""
+    folder = tmp_path_factory.mktemp("kinds")
+    make_project(folder)
+    studies = {"rest": REST, "twice": TWICE, **KINDS}
+    for name, study in studies.items():
+        write_study(folder, study, name)
+    write_digits(folder)
+    done = command(folder, "tiny", *studies)
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout
+
+
+def test_a_study_has_a_table_a_page_and_a_figure(ran):
+    folder, said = ran
+    assert "2 training(s) on 4 groups" in said
+    table, page = results(folder, "tiny")
     assert table.row.tolist() == list(TINY["rows"]) and table.test_groups.tolist() == [6] * 5 + [2]
     assert table.set_index("row").difference["static trunk"] == 0
     assert table.accuracy.nunique() >= 4 and table.accuracy.between(50, 100).all()
     assert table.set_index("row").milliseconds.notna().tolist() == [True, True, False, True, True, True]
     assert all(f"| {row} | " in page for row in TINY["rows"])
     assert "| 91.07 ± 1.11 |" in page and "| 870 ms |" in page and "| labels, at most |" in page
-    twice = first.partition("study: twice, digits: 4 training(s)")[2].partition("study: converged")[0]
-    assert "  2 of 4 trials are finished already" in twice
-    _check_trainings(*results(tmp_path, "twice"))
-    _check_kinds(tmp_path, first)
-    rows = {row: own for row, own in TINY["rows"].items() if row != "untrained"}
-    project({**TINY, "rows": rows, "reference": ["PudNet+", "few images"]})
-    again = run_studies(tmp_path, "tiny")
+
+
+def test_a_diagnosis_says_how_far_the_weights_of_a_group_move(ran):
+    table = results(ran[0], "tiny")[0].set_index("row")
+    own = table.loc[["PudNet+", "few images"]]
+    assert (own.movement > 0).all() and own.probe.isna().all()  # class filters are not of one length
+    assert table.movement.drop(own.index).isna().all()
+
+
+def test_what_is_done_is_not_done_again(ran):
+    folder, said = ran
+    again = said.partition("study: rest, digits: 2 training(s)")[2].partition("study: twice, ")[0]
     assert "2 of 2 trials are finished already" in again and "test groups done" not in again
-    rest, page = results(tmp_path, "tiny")
+    (table, _), (rest, _) = results(folder, "tiny"), results(folder, "rest")
     assert rest.accuracy.tolist() == table.accuracy[table.row != "untrained"].tolist()
-    _check_references(rest.set_index("row"), page)
+
+
+def test_of_several_references_a_row_is_compared_with_the_one_of_as_many_images(ran):
+    table, page = results(ran[0], "rest")
+    table = table.set_index("row")
+    less = table.accuracy - table.accuracy["PudNet+"]
+    assert table.difference["few images"] == 0 != less["few images"]
+    assert table.difference["static trunk"] == pytest.approx(less["static trunk"], abs=1e-3)
+    assert "Differences to “PudNet+” or, for rows of as many images, “few images” are paired" in page
+
+
+def test_two_trainings_of_each_row_give_deviations_and_the_interval_of_a_difference_over_both(ran):
+    folder, said = ran
+    told = said.partition("study: twice, digits: 4 training(s)")[2].partition("study: converged")[0]
+    assert "  2 of 4 trials are finished already" in told
+    table, page = results(folder, "twice")
+    assert table.trainings.tolist() == [2, 2, 1] and table.trainings_sd.notna().tolist() == [True, True, False]
+    for line in table[:2].itertuples():
+        each = [float(one) for one in line.trainings_accuracies.split()]
+        assert len(each) == 2 and sum(each) / 2 == pytest.approx(line.accuracy, abs=0.01)
+    assert (table.difference_ci95_trainings[1:] > 0).all() and "mean of 2 trainings of each row" in page
+    assert "| deviation of a training |" in page and "test groups and trainings" in page
+
+
+def test_with_patience_a_row_passes_its_groups_as_often_as_the_best_report_of_its_validation_run_says(ran):
+    folder, said = ran
+    table, page = results(folder, "converged")
+    assert table.passes[:2].tolist() == [3, 1] and "2 validation run(s)" in said
+    assert "\n4 training groups, passed" in page and "| passes |" in page
+    assert "(the paper: " not in page  # it has no setting `digits`
+    for slug, passes, limit in zip(["patient", "patient-protonet"], table.passes[2:], [3, 2], strict=True):
+        told = re.findall(rf"{slug}-split0-validation: group +(\d+) of {4 * limit}, .*validation +([\d.]+)", said)
+        groups, accuracies = zip(*((int(groups), float(accuracy)) for groups, accuracy in told), strict=True)
+        best = accuracies.index(max(accuracies))
+        assert passes == groups[best] / 4 and groups[-1] == min(groups[best] + 2, 4 * limit)
+        assert f"{slug}-split0: group {groups[best]:>5} of {groups[best]}, " in said
+
+
+def test_columns_that_cannot_run_are_left_out_of_a_figure_and_said(ran):
+    folder, said = ran
+    axis, page = results(folder, "axis")
+    assert axis.column.tolist() == ["digits / 2", "digits / 4"] and axis.paper.tolist() == [45.37, 51.99]
+    assert "- digits / 900: 900 training groups are over the budget of 4" in page
+    assert "- animals / 4: data/raw/animals: no such folder" in page and "animals / 4: not run" in said
+
+
+def test_a_study_of_losses_has_the_reports_of_a_training(ran):
+    curve, _ = results(ran[0], "curve")
+    assert curve.groups.tolist() == [2, 4] and (curve.loss > curve.metric_loss).all()
+
+
+def test_a_study_of_finetuning_has_curves_that_rise_and_a_run_for_each_row(ran):
+    folder, _ = ran
+    start, page = results(folder, "start")
+    assert start.epoch.tolist() == [0, 1, 2] * 2 and (start.images == 100).all() and (start.ci95 < 15).all()
+    assert start.groupby("row").accuracy.agg(lambda of_row: of_row.iloc[-1] > of_row.iloc[0]).all()
+    assert start.paper.notna().tolist() == [False] * 5 + [True] and "55.21 ± 0.19" in page
+    runs = MlflowClient(f"sqlite:///{folder}/mlflow.db").search_runs(["1"], "tags.study = 'start'")
+    assert {(run.data.tags["row"], run.data.tags["column"], run.data.tags["seed"]) for run in runs} == {
+        ("random", "digits", "0"),
+        ("PudNet", "digits", "0"),
+    }
+
+
+def test_a_study_of_correlations_has_each_layer_beside_shuffled_pairs(ran):
+    chance, _ = results(ran[0], "chance")
+    assert chance.layer.nunique() == 3 and chance.correlation.notna().all()
+    assert chance.p.between(1 / 21, 1).all()  # of 20 shuffled pairings, some or none
+
+
+def test_a_study_of_a_whole_set_is_better_than_chance(ran):
+    many, page = results(ran[0], "many")
+    assert many.accuracy.between(40, 100).all() and (many.classes == 10).all() and "44.92" in page  # by chance: 20
+
+
+def test_a_study_of_seconds_has_the_times_of_rows_that_share_their_trainings(ran):
+    folder, said = ran
+    seconds, page = results(folder, "seconds")
+    assert "study: seconds, digits: 3 training(s)" in said  # PudNet+ is one: its rows differ in predictions only
+    assert seconds.test_groups.tolist() == [6] * 6 + [2] * 2
+    assert seconds.accuracy.between(34, 100).all()  # by chance: 33
+    assert seconds.milliseconds.gt(0).all() and seconds.milliseconds_all_threads.gt(0).all()
+    assert f"with {seconds.all_threads[0]} threads" in page and "less PudNet+ / 30 images" in page
+    client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
+    (multilevel,) = client.search_runs(["1"], "tags.study = 'seconds' AND tags.target = 'convnet3_multilevel'")
+    assert multilevel.data.tags["row"] == "static trunk / 30 images"
 
 
 def test_rows_of_the_same_models_are_not_counted_as_more_trainings():
@@ -235,75 +343,12 @@ def test_a_study_ends_after_its_hours(project, tmp_path):
     assert not (tmp_path / "studies" / "results").exists()
 
 
-def _check_references(table, page):
-    """Of several references, a row is compared with the one of as many images."""
-    less = table.accuracy - table.accuracy["PudNet+"]
-    assert table.difference["few images"] == 0 != less["few images"]
-    assert table.difference["static trunk"] == pytest.approx(less["static trunk"], abs=1e-3)
-    assert "Differences to “PudNet+” or, for rows of as many images, “few images” are paired" in page
-
-
 def test_a_page_names_all_rows_that_others_are_compared_with(project):
     rows = {f"{n} images": {"variant": "pudnet_plus", "images": n} for n in (4, 8, 12)}
     project({**TINY, "rows": rows, "reference": list(rows)})
     study = load_study("tiny")
     page = render("tiny", study, "", {}, column_params(study, "digits"))
     assert "to “4 images” or, for rows of as many images, “8 images” or “12 images” are paired" in page
-
-
-def _check_trainings(table, page):
-    """Two of each row that is trained: deviations, and the interval of a difference over both."""
-    assert table.trainings.tolist() == [2, 2, 1] and table.trainings_sd.notna().tolist() == [True, True, False]
-    for line in table[:2].itertuples():
-        each = [float(one) for one in line.trainings_accuracies.split()]
-        assert len(each) == 2 and sum(each) / 2 == pytest.approx(line.accuracy, abs=0.01)
-    assert (table.difference_ci95_trainings[1:] > 0).all() and "mean of 2 trainings of each row" in page
-    assert "| deviation of a training |" in page and "test groups and trainings" in page
-
-
-def _check_passes(table, page, output):
-    """With patience a row passes its groups as often as the best report of its validation run says."""
-    assert table.passes[:2].tolist() == [3, 1] and "2 validation run(s)" in output
-    assert "\n4 training groups, passed" in page and "| passes |" in page
-    assert "(the paper: " not in page  # it has no setting `digits`
-    for slug, passes, limit in zip(["patient", "patient-protonet"], table.passes[2:], [3, 2], strict=True):
-        told = re.findall(rf"{slug}-split0-validation: group +(\d+) of {4 * limit}, .*validation +([\d.]+)", output)
-        groups, accuracies = zip(*((int(groups), float(accuracy)) for groups, accuracy in told), strict=True)
-        best = accuracies.index(max(accuracies))
-        assert passes == groups[best] / 4 and groups[-1] == min(groups[best] + 2, 4 * limit)
-        assert f"{slug}-split0: group {groups[best]:>5} of {groups[best]}, " in output
-
-
-def _check_kinds(folder, output):
-    axis, page = results(folder, "axis")
-    assert axis.column.tolist() == ["digits / 2", "digits / 4"] and axis.paper.tolist() == [45.37, 51.99]
-    assert "- digits / 900: 900 training groups are over the budget of 4" in page
-    assert "- animals / 4: data/raw/animals: no such folder" in page and "animals / 4: not run" in output
-    curve, _ = results(folder, "curve")
-    assert curve.groups.tolist() == [2, 4] and (curve.loss > curve.metric_loss).all()
-    _check_passes(*results(folder, "converged"), output)
-    start, page = results(folder, "start")
-    assert start.epoch.tolist() == [0, 1, 2] * 2 and (start.images == 100).all() and (start.ci95 < 15).all()
-    assert start.groupby("row").accuracy.agg(lambda of_row: of_row.iloc[-1] > of_row.iloc[0]).all()
-    assert start.paper.notna().tolist() == [False] * 5 + [True] and "55.21 ± 0.19" in page
-    chance, _ = results(folder, "chance")
-    assert chance.layer.nunique() == 3 and chance.correlation.between(-1, 1).all() and chance.p.between(0.04, 1).all()
-    many, page = results(folder, "many")
-    assert many.accuracy.between(40, 100).all() and (many.classes == 10).all() and "44.92" in page  # by chance: 20
-    seconds, page = results(folder, "seconds")
-    assert "study: seconds, digits: 3 training(s)" in output  # PudNet+ is one: its rows differ in predictions only
-    assert seconds.test_groups.tolist() == [6] * 6 + [2] * 2
-    assert seconds.accuracy.between(34, 100).all()  # by chance: 33
-    assert seconds.milliseconds.gt(0).all() and seconds.milliseconds_all_threads.gt(0).all()
-    assert f"with {seconds.all_threads[0]} threads" in page and "less PudNet+ / 30 images" in page
-    client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
-    (multilevel,) = client.search_runs(["1"], "tags.study = 'seconds' AND tags.target = 'convnet3_multilevel'")
-    assert multilevel.data.tags["row"] == "static trunk / 30 images"
-    runs = client.search_runs(["1"], "tags.study = 'start'")
-    assert {(run.data.tags["row"], run.data.tags["column"], run.data.tags["seed"]) for run in runs} == {
-        ("random", "digits", "0"),
-        ("PudNet", "digits", "0"),
-    }
 
 
 @pytest.mark.parametrize("source", ["npz:mine.npz", "npz:~/mine.npz", "folder:linked"])
@@ -688,9 +733,11 @@ def test_what_params_ask_of_studies_in_vain_is_said_in_one_line(line, message, p
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
-def test_an_unknown_study_ends_with_the_names_of_those_there_are(project, tmp_path):
-    done = command(tmp_path, "table99")
-    assert done.returncode == 2 and done.stderr == "error: study: unknown name 'table99'; known: tiny\n"
+def test_an_unknown_study_ends_with_the_names_of_those_there_are(project, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["table99"])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "error: study: unknown name 'table99'; known: tiny\n"
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "studies").glob("*.yaml") if path.stem != "dvc"))
@@ -698,7 +745,9 @@ def test_every_committed_study_is_sound_and_a_stage(name, monkeypatch):
     monkeypatch.chdir(ROOT)
     study = load_study(name)
     columns = [column_params(study, column) for column in study.columns]
-    assert all(row_spec(params, row, own, 0, ANY) for params in columns for row, own in study.rows.items())
+    for params in columns:
+        for row, own in study.rows.items():
+            row_spec(params, row, own, 0, ANY)
     for params in {(own.setting, own.target, own.groups.test_classes_per_group): own for own in columns}.values():
         check_rows(study, params)
     assert name in yaml.safe_load((ROOT / "studies" / "dvc.yaml").read_text())["stages"]["study"]["matrix"]["name"]

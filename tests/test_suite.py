@@ -16,7 +16,7 @@ def test_a_worker_that_dies_or_stands_still_ends_the_suite_with_the_tests_name(f
     (tmp_path / "test_bad.py").write_text(f"import os, signal, time\ndef test_bad(): {BODIES[fate]}\n")
     for other in "ab":
         (tmp_path / f"test_{other}.py").write_text("def test_well(): pass\n")
-    options = ["-c", str(ROOT / "pyproject.toml"), "-n", "2", "--dist", "loadfile", "-o", "timeout=5"]
+    options = ["-c", str(ROOT / "pyproject.toml"), "-n", "2", "--dist", "loadfile", "-o", "timeout=1"]
     command = [sys.executable, "-m", "pytest", *options, f"--rootdir={tmp_path}", str(tmp_path)]
     begun = time.monotonic()
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)

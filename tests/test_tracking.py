@@ -5,6 +5,7 @@ import json
 import shutil
 import sqlite3
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ from mlflow import MlflowClient
 
 from pipeline.params import load_params
 from pipeline.runs.parents import closed_if_failed
+from pipeline.tracking import database
 from pipeline.tracking.database import tracking_uri
 from pipeline.tracking.datasets import dataset
 from pipeline.tracking.runs import NOTE, Tracking, _open, open_tracking
@@ -52,7 +54,7 @@ def log(tracking: Tracking, key: str, folder) -> None:
     tracking.finish(run)
 
 
-@pytest.mark.parametrize("name", ["plain", "My%20Repo", "a?b=c", "c#d", "with space", "100%", "ü&;"])
+@pytest.mark.parametrize("name", ["plain", "My%20Repo a?b=c #d, 100% ü&;"])
 def test_any_folder_holds_its_own_database(name, project):
     folder = project(name)
     log(open_tracking(load_params(), "search"), "first", folder)
@@ -89,12 +91,13 @@ def test_a_project_that_was_moved_or_copied_logs_to_where_it_is(way, project, tm
     assert sorted(old.rglob("*.txt")) == (before if way == "copied" else [])
 
 
-def test_a_moved_project_whose_database_is_held_says_so(project, tmp_path):
+def test_a_moved_project_whose_database_is_held_says_so(project, tmp_path, monkeypatch):
     log(open_tracking(load_params(), "search"), "first", project("old"))
     shutil.move(tmp_path / "old", tmp_path / "new")
     project("new")
     with contextlib.closing(sqlite3.connect("mlflow.db")) as other:
         other.execute("BEGIN EXCLUSIVE")
+        monkeypatch.setattr(database.sqlite3, "connect", partial(sqlite3.connect, timeout=0.1))  # else 5 s
         with pytest.raises(UserError, match=r"mlflow\.db: another process holds it"):
             open_tracking(load_params(), "search")
 
