@@ -236,10 +236,9 @@ TEXTS = [
 
 
 def names_the_place(said, change):
-    """Whether a line names the last key of a change's place, but for numbers in lists, or the key that it brought."""
+    """Whether a line names the place of a change, or the key that it brought."""
     how, place, key, _ = change
-    last = [part for part in place if not isinstance(part, int)][-1:]
-    named = [str(UserError(part)).rpartition(".")[2] for part in (*last, *([key] if how in ("add", "rename") else []))]
+    named = [str(UserError(part)).rpartition(".")[2] for part in (*place, *([key] if how in ("add", "rename") else []))]
     return not any(named) or any(part in said for part in named if part)
 
 
