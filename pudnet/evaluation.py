@@ -162,9 +162,8 @@ class Timing:
     images: int  # in the group
     sketch_images: int  # of these, the sketch uses
     calibration_images: int
-    sketch_ms: (
-        float  # includes normalising the images; with class filters, the pass up to their layer and their solution
-    )
+    # includes normalising the images; with class filters, the pass up to their layer and their solution
+    sketch_ms: float
     generation_ms: float
     calibration_ms: float  # includes making the classifier, which uses the features of the same pass
     total_ms: float
@@ -215,11 +214,12 @@ def _prediction_steps(predictor: Predictor, images: StoreImages, group: np.ndarr
     model.generate = generate  # only now: no prediction elsewhere waits for a clock
     try:
         batch, labels = adapt_input(predictor, images, group)
+        normalised = clock(images.device)
         predictor.adapt(batch, labels, _classes(images, group))
     finally:
         del model.generate
     if len(times) == 1:  # a model that writes no weights
-        times *= 3
+        times += [normalised, normalised]
     return np.diff([*times, clock(images.device)]).tolist()
 
 

@@ -28,8 +28,8 @@ About the table:
 - Both rows from scratch, and the row that trains for 20 epochs, train on each group. That is slow, so they have fewer
   test groups (in brackets). Their accuracy here is PudNet+'s on all groups, plus their difference to it on these few.
 - The models of the other rows were trained once on each class split, on {train_groups:,} groups. Those that ship had
-  5,000, on one class split: [85.5 and 86.7 % from 500 images](docs/use/index.md#which-model) of CIFAR-100. On this split,
-  [PudNet+](docs/results/classifier.md) has 83.9 to 84.2 % after 1,000 groups.
+  5,000, on one class split: [85.5 and 86.7 % from 500 images](docs/use/index.md#which-model) of CIFAR-100. On this
+  split, [PudNet+](docs/results/classifier.md) has 83.9 to 84.2 % after 1,000 groups.
 - "Tuned" was for CIFAR-100 alone. The best of [five recipes](studies/results/{recipes}.md) for each of the
   first two columns is {less} points below PudNet+, on 30 groups.
 - `python -m pipeline.study {name}` made it. [Its page](studies/results/{name}.md) has all rows, as they

@@ -17,6 +17,7 @@ from pipeline.runs.keys import CODE, TRAINING_CODE, VALIDATION_CODE, code_files
 from pipeline.runs.trial import make_spec, pick_device
 from pipeline.studies.workspace import GROUPS_CODE, PREPARE_CODE
 from pipeline.tracking.provenance import provenance
+from pudnet.baselines import LEARNED
 from pudnet.config import VARIANTS, paper_target
 from pudnet.errors import UserError
 from pudnet.hypernet import PudNet
@@ -86,7 +87,23 @@ def test_the_check_names_the_methods_that_make_all_passes_whatever_patience_says
     assert "patience" not in capsys.readouterr().out
     raw["train"]["patience"] = 1
     check(resolve(raw))
-    assert "check: meta_baseline, meta_deepbdc, pudnet_plus: train.patience does not hold" in capsys.readouterr().out
+    said = "check: meta_baseline, meta_deepbdc, musml, pudnet_plus: train.patience does not hold"
+    assert said in capsys.readouterr().out
+    check(resolve({**raw, "variant": "pudnet_plus"}))  # whose rate falls, and the rates of all beside it
+    assert f"check: pudnet, {', '.join(LEARNED)}, static_trunk: train.patience does not" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("share", [None, 0.5, 1.0])
+def test_patience_holds_where_a_shorter_training_is_the_beginning_of_a_longer_one(raw, share):
+    raw["train"] |= {"patience": 2, "pretraining_share": share}
+    holds = {}
+    for schedule in ("constant", "one_cycle"):
+        raw["train"]["schedule"] = schedule
+        params = resolve(raw)
+        specs = [make_spec(params, name, name, 0, {}, "train", 0) for name in ("pudnet", "static_trunk", *LEARNED)]
+        holds[schedule] = {spec.name for spec in specs if spec.patience}
+    one_stage = {"pudnet", "static_trunk", "matchnet", "protonet", "r2d2"} if share != 0.5 else set()
+    assert holds == {"constant": one_stage | {"pretrained"}, "one_cycle": set()}
 
 
 def test_the_check_says_how_large_the_hypernetwork_is_and_warns_of_one_too_large(raw, capsys, monkeypatch, tmp_path):

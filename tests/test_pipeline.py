@@ -198,6 +198,7 @@ def test_publish_puts_the_model_and_its_card_among_those_that_ship(repro, tmp_pa
     assert published.card.provenance["test"]["accuracy"] == split["accuracy"]
     page = (project / "models/pretrained/digits-convnet3.md").read_text()
     assert f"{split['accuracy']:.2f} ± {split['ci95']:.2f} % " in page
+    assert "the paper has" not in page  # it has no setting `digits`
     (project / "models/pudnet.safetensors").unlink()
     assert "models/pudnet.safetensors: no such file" in refusal(publish, project, monkeypatch, capsys)
 

@@ -100,9 +100,10 @@ def model_card(
 
 
 def _budget(setting: str, groups: int) -> str:
-    """That a model had fewer training groups than the paper's, if it had."""
-    paper = get_setting(setting).train_groups
-    return f"Trained on {groups:,} groups; the paper has {paper:,}. " if groups < paper else ""
+    """That a model had fewer training groups than the paper's, if the paper has this setting."""
+    own = get_setting(setting)
+    fewer = not own.ours and groups < own.train_groups
+    return f"Trained on {groups:,} groups; the paper has {own.train_groups:,}. " if fewer else ""
 
 
 def losses(train: TrainConfig) -> str:

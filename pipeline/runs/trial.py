@@ -14,7 +14,7 @@ from torch import nn
 
 from pipeline.params import PLUS, STATIC, Params
 from pipeline.project import STORE, group_folder
-from pudnet.baselines import LEARNED, SCRATCH, Adapter, Scratch, ScratchConfig, make_method
+from pudnet.baselines import LEARNED, SCRATCH, Adapter, Method, Scratch, ScratchConfig, make_method
 from pudnet.card import Card
 from pudnet.config import TrainConfig
 from pudnet.data.groups import open_groups
@@ -63,8 +63,9 @@ class TrialSpec:
 
         So it is if the learning rate falls to 0 by the end, or if a first stage (pretraining) is a share of the whole.
         """
-        share = self.model.get("pretraining", self.train["pretraining_share"]) or 0.0
-        return self.train["patience"] if self.train["schedule"] == "constant" and share in (0, 1) else None
+        method, share = LEARNED.get(self.kind, Method), self.train["pretraining_share"] or 0.0
+        alike = self.train["schedule"] == "constant" and method.begins_alike(self.model, share)
+        return self.train["patience"] if alike else None
 
 
 def make_spec(

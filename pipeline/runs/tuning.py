@@ -36,7 +36,7 @@ def tune(
     grids = {(m, seed): grid(params, m) for m in methods for seed in params.split_seeds}
     if STATIC in methods:
         best = read_best(params)
-        grids |= {(STATIC, seed): [training_keys(params, best[seed].cell)] for seed in params.split_seeds}
+        grids |= {(STATIC, seed): [_static_cell(params, seed, best[seed].cell)] for seed in params.split_seeds}
     trials = {of: [_spec(params, *of, cell) for cell in cells] for of, cells in grids.items()}
     specs = [
         spec
@@ -50,11 +50,12 @@ def tune(
     experiment = Experiment("baselines-tuning", specs, keep_going=True)
     with closed_if_failed(tracking, experiment, RUN):
         finished = run_missing(experiment, params, tracking, RUN, fresh)
+        rows = pd.DataFrame([_row(trial) for trial in finished], columns=COLUMNS)
+        highest = rows.groupby(["method", "split_seed", "epochs"], sort=False, dropna=False)["accuracy"].idxmax()
+        choices = _choices(params, specs, [finished[row] for row in highest])
     tracking.submit(partial(close_tuning, tracking, experiment, params, RUN))
-    rows = pd.DataFrame([_row(trial) for trial in finished], columns=COLUMNS)
-    highest = rows.groupby(["method", "split_seed", "epochs"], sort=False, dropna=False)["accuracy"].idxmax()
     rows["chosen"] = rows.index.isin(highest)  # among equals, the first in the grid
-    return rows, grids | _choices(params, specs, [finished[row] for row in highest])
+    return rows, grids | choices
 
 
 def _choices(params: Params, specs: Sequence[TrialSpec], best: Sequence[Finished]) -> Choices:
@@ -65,15 +66,16 @@ def _choices(params: Params, specs: Sequence[TrialSpec], best: Sequence[Finished
         same = (trial for trial in best if (_method(trial.spec), trial.spec.split_seed) == of)
         own = [trial.spec.cell | trial.passes(params.groups.search_groups) for trial in same]
         if not any(cell.get("epochs") == spec.cell.get("epochs") for cell in own):
-            raise RunFailed(f"baselines: no trial like {spec.name} finished; the same command tries again")
+            raise RunFailed(f"baselines: no trial like {spec.name} ended well; change baselines.space or train")
         choices[of] = own
     return choices
 
 
-def training_keys(params: Params, cell: Cell) -> Cell:
-    """The keys of `train` in a cell that the search chose; without the passes of its trial, if there is patience."""
-    wanted = TRAINING - {"passes"} if params.train.patience else TRAINING
-    return {key: value for key, value in cell.items() if key in wanted}
+def _static_cell(params: Params, seed: int, cell: Cell) -> Cell:
+    """The keys of `train` in a cell that the search chose; without `passes`, if the trunk's own patience finds them."""
+    own = {key: value for key, value in cell.items() if key in TRAINING}
+    finds = {key: value for key, value in own.items() if key != "passes"}
+    return finds if _spec(params, STATIC, seed, finds).patience else own
 
 
 def grid(params: Params, method: str) -> list[Cell]:

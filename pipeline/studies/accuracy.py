@@ -142,7 +142,11 @@ def _times(trained: TrainedColumn, params: Params) -> dict[str, float]:
 def _diagnoses(trained: TrainedColumn) -> dict[str, dict[str, float]]:
     if not trained.study.diagnose:
         return {}
-    rows = [row for row, own in trained.study.rows.items() if own.sketch == "own" and own.method == "pudnet"]
+    rows = [
+        row
+        for row, own in trained.study.rows.items()
+        if own.sketch == "own" and own.method == "pudnet" and own.finetune is None
+    ]
     found = diagnose_cells(trained.params, [trained.cells[row, trained.params.seed] for row in rows])
     return {row: table.iloc[0].to_dict() for row, table in zip(rows, found, strict=True)}
 

@@ -16,7 +16,7 @@ from pydantic.dataclasses import dataclass
 from pipeline.reporting.paper import Reported, paper_figure
 from pipeline.yaml_file import check_block, read_yaml
 from pudnet.baselines import HEADS, LEARNED, SCRATCH
-from pudnet.config import STRICT, VARIANTS, Positive, parse
+from pudnet.config import STRICT, VARIANTS, Positive, PositiveFloat, parse
 from pudnet.errors import UserError
 from pudnet.scratch import ScratchConfig
 
@@ -61,7 +61,7 @@ class FineTuning:
     images: Positive = 10_000
     test_images: Positive = 2_000
     epochs: Positive = 50
-    learning_rate: Annotated[float, Field(gt=0)] = 3e-3
+    learning_rate: PositiveFloat = 3e-3
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -176,6 +176,8 @@ def _check(path: Path, study: Study) -> None:
     for name, row in study.rows.items():
         if why := _unfit(row, study.measure):
             raise UserError(f"{path}: rows.{name}: {why}")
+    if study.diagnose and study.measure != "accuracy":
+        raise UserError(f"{path}: diagnose: is for `measure: accuracy`, not for `measure: {study.measure}`")
     for column in study.columns.values():
         for row in study.rows.values():
             reported(column, row)

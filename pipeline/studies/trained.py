@@ -120,11 +120,12 @@ def train(name: str, study: Study, column: str, params: Params) -> TrainedColumn
         for n in range(seeds if own.trained and study.measure == "accuracy" else 1)
     }
     finals = {at: spec for at, spec in specs.items() if study.rows[at[0]].trained}
+    passes: dict[tuple[str, int, int], dict[str, float]] = {}
     if validating := {at: _validating(spec, params) for at, spec in finals.items() if spec.patience}:
         validated = _run_once(f"study: {name}, {column}: {{}} validation run(s)", name, validating, params, tracking)
-        for at, trial in validated.items():
-            passes = trial.passes(params.groups.search_groups)
-            finals[at] = replace(finals[at], train={**finals[at].train, **passes, "patience": None})
+        passes = {at: trial.passes(params.groups.search_groups) for at, trial in validated.items()}
+    for at, spec in finals.items():
+        finals[at] = replace(spec, train={**spec.train, **passes.get(at, {}), "patience": None})
     what = f"study: {name}, {column}: {{}} training(s) on {params.groups.train_groups:,} groups"
     trainings_of = {at: _training(spec) for at, spec in finals.items()}
     trained = _run_once(what, name, trainings_of, params, tracking, params.resources.workers)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
@@ -36,6 +39,11 @@ class MetaBaseline(Method):
 
     Config = MetaBaselineConfig
     takes_pretraining_share = False
+
+    @classmethod
+    def begins_alike(cls, config: Mapping[str, Any], share: float) -> bool:
+        """Only if it has one stage."""
+        return config["pretraining"] in (0, 1)
 
     def __init__(self, config: MetaBaselineConfig, target: Target) -> None:
         super().__init__(config, target)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Mapping
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
@@ -50,6 +51,11 @@ class MetaDeepBDC(Method):
 
     Config = MetaDeepBDCConfig
     takes_pretraining_share = False
+
+    @classmethod
+    def begins_alike(cls, config: Mapping[str, Any], share: float) -> bool:
+        """Only if it has one stage."""
+        return config["pretraining"] in (0, 1)
 
     @classmethod
     def network(cls, config: MetaDeepBDCConfig, target: Target) -> nn.Module:

@@ -5,7 +5,7 @@ A `Method` is the trunk and its rule, which is what a file stores; a learner (`l
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -40,6 +40,14 @@ class Method(nn.Module):
     @classmethod
     def check(cls, config: Any, target: Target) -> None:
         """Raise `UserError` if a target has not what a configuration needs of it."""
+
+    @classmethod
+    def begins_alike(cls, config: Mapping[str, Any], share: float) -> bool:
+        """Whether a shorter training is the beginning of a longer one, at a constant learning rate.
+
+        Not if a part of it is a stage of its own. `share` is `train.pretraining_share`.
+        """
+        return share in (0, 1)
 
     @classmethod
     def network(cls, config: Any, target: Target) -> nn.Module:

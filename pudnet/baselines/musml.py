@@ -3,7 +3,9 @@ few learned subspaces."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -75,6 +77,11 @@ class MUSML(Method):
 
     Config = MUSMLConfig
     takes_pretraining_share = False
+
+    @classmethod
+    def begins_alike(cls, config: Mapping[str, Any], share: float) -> bool:
+        """No: gamma falls over the whole training."""
+        return False
 
     def make_trunk(self, target: Target) -> Subspaces:
         """The bases."""

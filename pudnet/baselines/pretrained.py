@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
@@ -26,6 +29,11 @@ class Pretrained(Method):
 
     Config = PretrainedConfig
     takes_pretraining_share = False
+
+    @classmethod
+    def begins_alike(cls, config: Mapping[str, Any], share: float) -> bool:
+        """It has one stage."""
+        return True
 
     def learner(self, train_classes: int, k: int, config: TrainConfig) -> Learner:
         """Mixed batches of all training classes."""

@@ -27,6 +27,7 @@ def curve_of(folder: str, params: Params, one: tuple[StudyCell, FineTuning]) -> 
     cell, plan = one
     bench = open_in_task(folder, params, cell.spec.split_seed, None)
     parts = _parts(bench, plan)
+    torch.manual_seed(cell.spec.split_seed)  # for what is trained from scratch
     adapts, classes = open_cell(cell, bench, params), bench.split.test_classes
     rows = adapts.rows(parts.columns)
     with torch.autocast(bench.images.device.type, torch.bfloat16, enabled=bench.bf16):

@@ -11,8 +11,7 @@ from pipeline.params import Params
 from pipeline.runs.measurement import open_in_task
 from pipeline.studies.definition import WholeSet
 from pipeline.studies.tasks.cell import StudyCell, open_cell
-from pudnet.data.images import normalize
-from pudnet.data.user_images import images_at_a_time, labelled_set
+from pudnet.data.user_images import labelled_set
 from pudnet.device import clock
 from pudnet.errors import UserError
 
@@ -30,11 +29,7 @@ def accuracy_of(folder: str, params: Params, one: tuple[StudyCell, WholeSet]) ->
     if unknown := set(names) - set(network.classes):
         raise UserError(f"{plan.test_images}: class {min(unknown)!r} is not in {plan.images}")
     truth = torch.tensor([network.classes.index(name) for name in names])[columns]
-    hits = done = 0
-    for pixels in images.chunks(images_at_a_time(network.card.image_size)):
-        logits = network.logits(normalize(pixels.to(network.mean.device), network.mean, network.std))
-        best = logits.topk(min(plan.top, len(network.classes)), dim=1).indices.cpu()
-        hits += int((best == truth[done : done + len(best), None]).any(1).sum())
-        done += len(best)
-    accuracy = 100 * hits / images.count
+    with torch.autocast(bench.images.device.type, torch.bfloat16, enabled=bench.bf16):
+        best = network(images).topk(min(plan.top, len(network.classes)), dim=1).indices.cpu()
+    accuracy = 100 * (best == truth[:, None]).any(1).float().mean().item()
     return pd.DataFrame([{"accuracy": accuracy, "images": images.count, "classes": len(names), "seconds": seconds}])
