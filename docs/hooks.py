@@ -44,6 +44,7 @@ PAGES = {
     "results/schedules.md": "studies/results/schedules.md",
     "results/pretraining.md": "studies/results/pretraining.md",
     "results/shipped.md": "studies/results/shipped.md",
+    "results/long_training.md": "studies/results/long_training.md",
     "results/aims.md": "studies/results/aims.md",
     **{f"use/{card.name}": f"models/pretrained/{card.name}" for card in ROOT.glob("models/pretrained/*.md")},
     **{f"results/{name}.md": f"studies/results/{name}.md" for name in studies_with_results()},

@@ -105,14 +105,17 @@ def not_trained_on(source: str, class_names: Sequence[str], card: Card) -> list[
     return [label for label, name in enumerate(class_names) if name not in trained]
 
 
-def groups(kind: Kind, predictor: Predictor) -> Iterator[Group]:
-    """Draw groups of classes that the predictor's model was not trained on; of images, none is in a group twice."""
+def groups(kind: Kind, predictor: Predictor, share: slice = slice(None)) -> Iterator[Group]:
+    """Draw groups of classes that the predictor's model was not trained on; of images, none is in a group twice.
+
+    `share`: which of them.
+    """
     card = predictor.card
     spec = load_params().study.sources.get(kind.source, kind.source)
     source = open_source(spec, RAW, card.image_size, card.channels)
     pixels = np.concatenate(list(source.batches()))
     unseen = not_trained_on(kind.source, source.class_names, card)
-    for seed in range(FIRST_DRAW, FIRST_DRAW + kind.groups):
+    for seed in range(FIRST_DRAW, FIRST_DRAW + kind.groups)[share]:
         rng = np.random.default_rng(seed)
         classes = rng.choice(unseen, kind.classes, replace=False)
         each = kind.labelled + kind.measured
@@ -148,24 +151,29 @@ def classifiers(predictor: Predictor, other: Predictor, alone: Predictor, group:
     }
 
 
+def percent_right(classifier: Classifies, group: Group) -> float:
+    """Percent of the group's other images that a classifier is right about."""
+    right = classifier.logits(group.others).argmax(1) == group.truth
+    return 100 * right.float().mean().item()
+
+
 def measured(kind: Kind, predictor: Predictor, other: Predictor, alone: Predictor) -> tuple[dict[str, np.ndarray], int]:
     """Accuracies in percent (G,) of each classifier on groups of one kind, and how many chose all blocks."""
     accuracies, wide = {}, 0
     for group in groups(kind, predictor):
         for name, classifier in classifiers(predictor, other, alone, group).items():
-            right = classifier.logits(group.others).argmax(1) == group.truth
-            accuracies.setdefault(name, []).append(100 * right.float().mean().item())
+            accuracies.setdefault(name, []).append(percent_right(classifier, group))
             wide += name == REFERENCE and classifier.card.target == ALL_BLOCKS
     return {name: np.array(values) for name, values in accuracies.items()}, wide
 
 
-def column(accuracies: Mapping[str, np.ndarray], wide: int) -> list[str]:
-    """One cell for each classifier and for the number of groups with all blocks, as text."""
+def column(accuracies: Mapping[str, np.ndarray]) -> list[str]:
+    """One cell for each classifier, as text."""
     cells = []
     for name, values in accuracies.items():
         less = plus_minus(*mean_interval(values - accuracies[REFERENCE]), "+")
         cells.append(plus_minus(*mean_interval(values)) + ("" if name == REFERENCE else f" ({less})"))
-    return [*cells, f"{wide} of {len(accuracies[REFERENCE])}"]
+    return cells
 
 
 def table(model: str) -> str:
@@ -176,7 +184,7 @@ def table(model: str) -> str:
     assert (other.card.mean, other.card.std) == (predictor.card.mean, predictor.card.std)
     for title, kind in KINDS[model].items():
         accuracies, wide = measured(kind, predictor, other, alone)
-        columns = {"": [*accuracies, "all blocks"], **columns, title: column(accuracies, wide)}
+        columns = {"": [*accuracies, "all blocks"], **columns, title: [*column(accuracies), f"{wide} of {kind.groups}"]}
         print(f"{model}, {title}: {columns[title]}", flush=True)
     return f"\n## {model}\n\n{table_of(columns)}"
 

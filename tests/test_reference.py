@@ -4,6 +4,7 @@ import runpy
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -12,7 +13,7 @@ from pipeline.params import load_params
 from pipeline.prepare import prepare
 from pudnet import Predictor
 from pudnet.targets import build_target
-from reference import ingredients, recipes, shipped
+from reference import ingredients, long_training, recipes, shipped
 from tests.smallest import shrink
 
 ROOT = Path(__file__).parent.parent
@@ -60,6 +61,21 @@ def test_what_is_measured_of_a_shipped_model_has_no_image_twice_and_what_was_not
     kernels = [made[name].body.block3.conv.weight for name in list(made)[2:4]]
     assert not torch.equal(*kernels) and torch.equal(kernels[1], predictor.model.base_weights()["block3.conv.weight"])
     assert alone.all_blocks is None and predictor.all_blocks is not None
+
+
+def test_long_training_stands_beside_the_predictions_on_the_same_groups(monkeypatch):
+    kind = shipped.Kind("sklearn:digits", 3, 10, 40, groups=2)
+    for name, value in (("KIND", kind), ("AUGMENT", "shift"), ("EPOCHS", (1, 8)), ("MORE_EPOCHS", 1)):
+        monkeypatch.setattr(long_training, name, value)
+    first, second = (long_training.part(worker) for worker in (0, 1))
+    assert (len(first), len(second)) == (1, 1) and first != second
+    predicted, _, _, short, long = pd.DataFrame(first + second).to_numpy().T
+    assert (predicted > 80).all() and (long > short).all()  # by chance: 33
+    page = long_training.page(first + second)
+    lines = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("|")]
+    assert [line[0] for line in lines[2:]] == list(first[0])
+    assert lines[2][1].startswith(f"{predicted.mean():.2f} ± ") and "(" not in lines[2][1]
+    assert f"({(long - predicted).mean():+.2f} ± " in lines[-1][1]
 
 
 def test_each_method_is_trained_with_each_recipe_and_measured_on_validation_groups(tmp_path, monkeypatch):

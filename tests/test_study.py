@@ -235,7 +235,8 @@ def test_a_diagnosis_says_how_far_the_weights_of_a_group_move(ran):
 def test_what_is_done_is_not_done_again(ran):
     folder, said = ran
     again = said.partition("study: rest, digits: 2 training(s)")[2].partition("study: twice, ")[0]
-    assert "2 of 2 trials are finished already" in again and "test groups done" not in again
+    assert "2 of 2 trials are finished already" in again
+    assert "test groups done" not in again and "diagnosed" not in again
     (table, _), (rest, _) = results(folder, "tiny"), results(folder, "rest")
     assert rest.accuracy.tolist() == table.accuracy[table.row != "untrained"].tolist()
 
