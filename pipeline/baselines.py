@@ -9,6 +9,7 @@ from functools import partial
 
 import pandas as pd
 
+from pipeline.made_for import check_groups
 from pipeline.params import PLUS, UNTRAINED, Params
 from pipeline.project import RESULTS, read_result, write, write_json
 from pipeline.runs import cluster
@@ -26,6 +27,7 @@ from pudnet.errors import UserError
 
 def baselines(params: Params, fresh: bool = False) -> None:
     """Tune, train, measure and time every method; write the tables, and log one run for each method."""
+    check_groups(params)
     trained = params.for_baselines(images_of_a_class(params))
     methods, tracking = _possible(params), open_tracking(params, "baselines")
     pudnet = read_result(RESULTS / "pudnet.csv", pd.read_csv, "evaluate")

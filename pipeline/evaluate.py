@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from pipeline.made_for import check_groups
 from pipeline.params import Params
 from pipeline.project import RESULTS, WEIGHTS, split_model, write, write_json
 from pipeline.runs.class_split import Bench, open_benches
@@ -24,6 +25,7 @@ from pudnet.predictor import Predictor
 
 def evaluate(params: Params) -> None:
     """Write results/metrics.json, timing.json, pudnet.csv and the kept weights; log them as one MLflow run."""
+    check_groups(params)
     opened = open_benches(params, params.split_seeds)
     predictors = [bench.load(split_model("pudnet", bench.seed)) for bench in opened]
     pairs = list(zip(opened, predictors, strict=True))

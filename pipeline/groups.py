@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pipeline.made_for import check_prepared, note_groups
 from pipeline.params import Params
 from pipeline.project import GROUPS, STORE, TEST_STORE, group_folder
 from pipeline.stage import run_stage
@@ -14,11 +15,13 @@ from pudnet.errors import UserError
 
 def groups(params: Params) -> None:
     """Write one folder of tables for each class split."""
+    check_prepared(params)
     store = open_store(STORE, verify=True)
     other = open_store(TEST_STORE, verify=True) if params.prepare.test_source else None
     with whole_folder(GROUPS) as folder:
         for seed in params.split_seeds:
             _build_split(params, store, other, seed, folder / group_folder(seed).name)
+        note_groups(folder, params)
 
 
 def _build_split(params: Params, store: Store, other: Store | None, seed: int, folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pipeline.made_for import note_prepared
 from pipeline.params import Params
 from pipeline.project import PREPARED, STORE, TEST_STORE, root
 from pipeline.stage import run_stage
@@ -29,6 +30,7 @@ def prepare(params: Params, project: Path = Path()) -> None:
             )
             if source.passed_over:
                 print(f"{begin}: passed over, since their type is not read: {by_type(source.passed_over)}")
+        note_prepared(folder, params)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 import yaml
 
+from pipeline.made_for import check_groups
 from pipeline.params import Params
 from pipeline.project import RESULTS, write
 from pipeline.runs import cluster
@@ -23,6 +24,7 @@ from pudnet.errors import RunFailed
 
 def search(params: Params, fresh: bool = False) -> None:
     """Train every cell of the grid on every class split; write results/search.csv and results/best.yaml."""
+    check_groups(params)
     tracking = open_tracking(params, "search")
     cells, groups = params.grid(), params.groups.search_groups
     print(f"search: {len(cells)} trials of {groups} groups on each of {params.splits} class splits")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pipeline.made_for import check_groups
 from pipeline.params import Params
 from pipeline.project import RESULTS, write
 from pipeline.runs import cluster
@@ -11,6 +12,7 @@ from pipeline.stage import run_stage
 
 def train(params: Params, fresh: bool = False) -> None:
     """Train the final PudNet of each class split; write models/ and results/train_curves.csv."""
+    check_groups(params)
     best = read_best(params)
     with cluster.session():
         curves = train_pudnet(params, best, fresh)

@@ -25,13 +25,16 @@ from mlflow import MlflowClient
 from sklearn.datasets import load_digits
 from torch.testing import assert_close
 
+from pipeline.baselines import baselines
 from pipeline.check import check
+from pipeline.evaluate import evaluate
 from pipeline.groups import groups
 from pipeline.params import load_params
 from pipeline.prepare import prepare
 from pipeline.publish import publish
 from pipeline.runs import cluster
 from pipeline.runs.trial import MetaTraining, make_spec
+from pipeline.search import search
 from pipeline.stage import run_stage
 from pipeline.tracking.registry import download, png
 from pipeline.train import train
@@ -334,6 +337,26 @@ def changed_params(repro: Path, folder: Path, change: dict) -> None:
     for key, value in change.items():
         params[key] = {**params[key], **value} if isinstance(value, dict) else value
     (folder / "params.yaml").write_text(yaml.safe_dump(params))
+
+
+@pytest.mark.parametrize("stage", [search, train, evaluate, baselines])
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"setting": "fashion"}, "data/prepared: was made for prepare.source: ['sklearn:digits'], not ['torchvision:"),
+        ({"groups": {"train_groups": 20}}, "data/groups: was made for groups.train_groups: 19, not 20; run `dvc "),
+        ({}, "data/groups: was made of other images; run `dvc repro`, or `python -m pipeline.groups` first"),
+    ],
+)
+def test_a_stage_by_itself_refuses_what_was_made_for_other_parameters(
+    repro, tmp_path, monkeypatch, capsys, stage, change, said
+):
+    changed_params(repro, tmp_path, change)
+    shutil.copytree(repro / "data", tmp_path / "data")
+    if not change:
+        meta = tmp_path / "data/prepared/train/meta.json"
+        meta.write_text(meta.read_text().replace('"images.npy": "', '"images.npy": "0'))
+    assert said in refusal(stage, tmp_path, monkeypatch, capsys)
 
 
 @pytest.mark.parametrize(

@@ -740,6 +740,11 @@ def test_an_unknown_study_ends_with_the_names_of_those_there_are(project, capsys
         main(["table99"])
     assert ended.value.code == 2
     assert capsys.readouterr().err == "error: study: unknown name 'table99'; known: tiny\n"
+    Path("studies").rename("elsewhere")
+    with pytest.raises(SystemExit) as ended:
+        main(["tiny"])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "error: studies: no such folder; run from the project's root\n"
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "studies").glob("*.yaml") if path.stem != "dvc"))

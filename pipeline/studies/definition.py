@@ -117,6 +117,8 @@ class Study:
 
 def load_study(name: str) -> Study:
     """Read and check a study. Raises `UserError`, in one line, if something in it is wrong."""
+    if not STUDIES.is_dir():
+        raise UserError(f"{STUDIES}: no such folder; run from the project's root")
     known = sorted(file.stem for file in STUDIES.glob("*.yaml") if file.stem != "dvc")
     if name not in known:
         raise UserError(f"study: unknown name {name!r}; known: {', '.join(known)}")
