@@ -340,7 +340,8 @@ def test_a_study_ends_after_its_hours(project, tmp_path):
     params = (tmp_path / "params.yaml").read_text()
     (tmp_path / "params.yaml").write_text(params.replace("hours: null", "hours: 0.0001"))
     done = command(tmp_path, "tiny")
-    assert (done.returncode, done.stderr.count("\n")) == (1, 1) and "study.hours: 0.0001 hours are over" in done.stderr
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+    assert "study.hours: 0.0001 hours are over" in done.stderr
     assert not (tmp_path / "studies" / "results").exists()
 
 
