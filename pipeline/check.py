@@ -56,7 +56,8 @@ def _without_patience(params: Params) -> list[str]:
     if params.train.patience is None:
         return []
     left_out = (*UNTRAINED, *SCRATCH, *([PLUS] if params.variant == PLUS else []))
-    baselines, trained = params.for_baselines(1), [m for m in params.baselines.methods if m not in left_out]
+    baselines = params.for_baselines(1)  # how many labels they get does not matter here
+    trained = [m for m in params.baselines.methods if m not in left_out]
     specs = [make_spec(params, "pudnet", "pudnet", params.seed, {}, "train", 0)]
     specs += [make_spec(baselines, name, name, params.seed, {}, "train", 0) for name in trained]
     return [spec.name for spec in specs if spec.patience is None]

@@ -59,7 +59,9 @@ def methods(predictor: Predictor, other: Predictor) -> Mapping[str, Adapts]:
     return {
         REFERENCE: predictor,
         f"the prediction of `…{BESIDE}`": other,
-        f"the prediction, then trained for {MORE_EPOCHS} epochs": FineTunedPrediction(predictor, more, bf16, True),
+        f"the prediction, then trained for {MORE_EPOCHS} epochs": FineTunedPrediction(
+            predictor, more, bf16, compiled=True
+        ),
         **scratch,
     }
 

@@ -306,6 +306,7 @@ def test_a_study_of_finetuning_has_curves_that_rise_and_a_run_for_each_row(ran):
 def test_a_study_of_correlations_has_each_layer_beside_shuffled_pairs(ran):
     chance, _ = results(ran[0], "chance")
     assert chance.layer.nunique() == 3 and chance.correlation.between(-1, 1).all()
+    assert chance.p.between(1 / 21, 1).all()  # of 20 shuffled pairings, some or none
     assert (chance.shuffled_low < chance.shuffled).all() and (chance.shuffled < chance.shuffled_high).all()
 
 

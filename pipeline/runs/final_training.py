@@ -77,7 +77,7 @@ def train_all(
         make_spec(params, f"train-{method}-split{seed}", method, seed, dict(methods[method][seed]), "train", validate=0)
         for method, seed in named
     ]
-    # Patience has found their passes, and is no part of them.
+    # A final training never stops early, so patience is no part of its key.
     specs = [dataclasses.replace(spec, train={**spec.train, "patience": None}) for spec in specs]
     tracking = open_tracking(params, stage)
     print(f"{stage}: {len(specs)} final training(s) on {params.groups.train_groups:,} groups")
