@@ -151,9 +151,9 @@ plt.legend()
 plt.show()
 
 # %% [markdown]
-# A prediction takes no time, and is at its best if images are few. On images that are not of the model's own kind, such
-# as these digits, training wins once it has more of both: write 50 in place of 9 in step 1 and see. A prediction is a
-# good start for it, too: `predictor.finetune(network, images, labels)`.
+# From these 90 images a prediction is as accurate as 20 epochs of training, in a fraction of the time. From more images
+# of digits, which are not of the model's own kind, training gets half a point ahead: write 50 in place of 9 in step 1
+# and see. A prediction is a good start for it, too: `predictor.finetune(network, images, labels)`.
 #
 # ## 7. Keep it, and use it elsewhere
 #

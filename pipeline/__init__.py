@@ -2,6 +2,15 @@
 
 import os
 import secrets
+import sys
+from importlib.util import find_spec
+
+if lacking := [name for name in ("ray", "mlflow") if find_spec(name) is None]:
+    print(
+        f"error: the experiment needs {' and '.join(lacking)}; run `make setup`, then `source .venv/bin/activate`",
+        file=sys.stderr,
+    )
+    sys.exit(2)
 
 # No telemetry unless the user asks for it. Set here, since MLflow and Ray read it when they are imported.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")

@@ -28,6 +28,7 @@ from pudnet.config import (
 )
 from pudnet.data.groups import GroupSizes
 from pudnet.data.looks import LOOKS
+from pudnet.data.sources import check_source
 from pudnet.errors import UserError
 from pudnet.settings import Setting, get_setting
 from pudnet.targets import check_target_name
@@ -264,7 +265,7 @@ def resolve(raw: Mapping[str, Any]) -> Params:
     """Check the values of a params.yaml, and fill null values from the setting."""
     _check_keys(raw)
     params = _filled(raw)
-    for check in (_check_spaces, _check_whole, _check_workers, _check_lists, _check_sets):
+    for check in (_check_spaces, _check_whole, _check_workers, _check_lists, _check_sets, _check_copies):
         check(params)
     return _of_whole(params) if params.groups.test_whole else params
 
@@ -344,6 +345,15 @@ def _check_sets(params: Params) -> None:
         )
     if params.groups.test_whole and len(sources) > 1 and params.prepare.test_source is None:
         raise UserError("groups.test_whole: a group is of one set, but prepare.source has several; set it to false")
+
+
+def _check_copies(params: Params) -> None:
+    """Check that `study.sources` maps sources to sources."""
+    for spec in itertools.chain.from_iterable(params.study.sources.items()):
+        try:
+            check_source(spec)
+        except UserError as error:
+            raise UserError(f"study.sources: {error}") from None
 
 
 def _check_keys(raw: Mapping[str, Any]) -> None:

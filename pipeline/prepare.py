@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from pipeline.made_for import note_prepared
@@ -18,15 +19,16 @@ def prepare(params: Params, project: Path = Path()) -> None:
     sources = {STORE.name: params.prepare.source}
     if params.prepare.test_source:
         sources[TEST_STORE.name] = [params.prepare.test_source]
-    raw = root() / "data" / "raw"
-    with whole_folder(project / PREPARED) as folder:
+    raw, prepared = root() / "data" / "raw", project / PREPARED
+    with whole_folder(prepared) as folder:
         for name, specs in sources.items():
             begin = f"prepare: {' + '.join(specs)}"
             source = open_sources(specs, raw, params.prepare.image_size, params.prepare.channels)
             write_store(source, folder / name)
+            size, place = f"{params.prepare.image_size} px", os.path.relpath(prepared / name)
             print(
-                f"{begin}: {len(source.labels):,} images of {len(source.class_names)} classes, "
-                f"{params.prepare.image_size} px, {params.prepare.channels} channel(s) -> {PREPARED / name}"
+                f"{begin}: {len(source.labels):,} images of {len(source.class_names)} classes, {size}, "
+                f"{params.prepare.channels} channel(s) -> {place}"
             )
             if source.passed_over:
                 print(f"{begin}: passed over, since their type is not read: {by_type(source.passed_over)}")

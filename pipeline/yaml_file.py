@@ -34,7 +34,8 @@ Loader.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+012345678
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML file whose top level is a mapping. Raises `UserError`, in one line, for any other file."""
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=Loader)
+        with path.open(encoding="utf-8") as file:  # a file, so that errors name it
+            raw = yaml.load(file, Loader=Loader)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; run from the project's root") from None
     except OSError as error:

@@ -672,6 +672,15 @@ def test_a_file_where_a_store_is_to_be_is_left_alone():
         assert said.startswith(f"{folder / 'store'}: cannot be written") and names_in(folder) == ["store"]
 
 
+def test_without_the_packages_of_the_experiment_a_command_says_how_to_get_them():
+    command = [sys.executable, "-I", "-S", "-c", f"import sys; sys.path[:0] = [{str(ROOT)!r}]; import pipeline"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith(
+        "error: the experiment needs ray and mlflow; run `make setup`"
+    )
+    assert done.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize("stage", ["check", "prepare"])
 def test_a_command_ends_with_one_line_and_exit_code_2(stage, tmp_path):
     (tmp_path / "params.yaml").write_bytes(b"\xff setting: digits")

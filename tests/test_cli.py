@@ -218,7 +218,10 @@ CLASSIFY = "classify --weights {weights} --data {data}"
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("predict --data {tmp}/one --out {tmp}/o", "labels: need images of at least two classes, got 1 (3)"),
+        (
+            "predict --data {tmp}/one --out {tmp}/o",
+            "labels: all images are of one class, 3; give at least two classes",
+        ),
         ("predict --data {tmp}/none --out {tmp}/o", "none has no images"),
         ("predict --data {tmp}/absent --out {tmp}/o", "absent: no such folder"),
         (

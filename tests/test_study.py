@@ -725,6 +725,8 @@ def test_a_column_that_is_not_to_run_stops_no_other(project, tmp_path):
         ("settings: [magic]", "setting: unknown name 'magic'"),
         ("targets: [magic]", "target: "),
         ("sources: 3", "study.sources: "),
+        ("sources: {CIFAR100: npz:c.npz}", "study.sources: source 'CIFAR100' is not known"),
+        ("sources: {torchvision:CIFAR100: c.npz}", "study.sources: source 'c.npz' is not known"),
     ],
 )
 def test_what_params_ask_of_studies_in_vain_is_said_in_one_line(line, message, project, tmp_path):

@@ -24,7 +24,8 @@ AUGMENTED = {
 TEXT = """# {name}
 
 A model (variant `{variant}`) that predicts a {target} from labelled images of {size}x{size} px with {channels}
-channel(s). Made by `models/pretrained/make.sh`, which says with what params, from commit {commit}.
+channel(s). Trained by the code of commit {commit},
+with the params that `models/pretrained/make.sh` sets.
 
     pudnet predict --model {name} --data photos/ --out mine.safetensors
 

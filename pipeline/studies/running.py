@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
-from pipeline.params import Params
+from pipeline.params import PARAMS, Params
 from pipeline.project import Busy, write
 from pipeline.reporting.drawing import to_png
 from pipeline.studies import accuracy, correlation, finetuning, losses, page, trained, whole_set, workspace
@@ -36,7 +36,10 @@ def run_study(name: str, study: Study, columns: Mapping[str, Params], left_out: 
             if study.whole is not None:
                 whole_set.check(study.whole)
         except UserError as error:
-            left_out[column] = f"{error}; then `python -m pipeline.study {name}` runs it"
+            again = (
+                f"then `python -m pipeline.study {name}` runs it (for a copy elsewhere set study.sources in {PARAMS})"
+            )
+            left_out[column] = f"{error}; {again}"
             print(f"study: {name}, {column}: not run: {left_out[column]}", flush=True)
             continue
         try:
@@ -50,7 +53,7 @@ def run_study(name: str, study: Study, columns: Mapping[str, Params], left_out: 
         if waiting and frames:  # write what there is so far; after the last column it is written below
             _write(name, study, frames, left_out | waiting, params)
     if not frames:
-        raise UserError(f"study: {name}: no column can be run: {next(iter(left_out.values()))}")
+        raise UserError(f"study: {name}: no column can be run, for the reasons above")
     _write(name, study, frames, left_out, params)
     if unfit:
         raise UserError(unfit)

@@ -105,10 +105,10 @@ def _look_in(folder: Path) -> Found:
         if not images and _identity(child) in walk.above:
             raise UserError(f"{child}: is a link that leads back up, to {child.resolve()}; remove it")
         if not images:
-            raise _no_images(child, others)
+            raise UserError(f"{_no_images(child, others)}; add some or remove the folder")
     passed_over = [file for _, others in found.values() for file in others] + passed_over
     if not found and not loose:
-        raise _no_images(folder, passed_over)
+        raise UserError(f"{_no_images(folder, passed_over)}; add some")
     classes = {child: images for child, (images, _) in found.items()}
     return Found(folder, classes, loose, passed_over, next(iter(walk.shared), ""))
 
@@ -174,10 +174,10 @@ def by_type(files: Sequence[Path]) -> str:
     return f"{said} ({LET_HEIC_BE_READ})" if HEIC & set(counts) else said
 
 
-def _no_images(folder: Path, others: Sequence[Path]) -> UserError:
-    """Make the error for a folder without images."""
+def _no_images(folder: Path, others: Sequence[Path]) -> str:
+    """Say that a folder has no images, and what it has."""
     held = f", only files that are not read as such: {by_type(others)}" if others else ""
-    return UserError(f"folder {folder} has no images{held}; add some or remove the folder")
+    return f"folder {folder} has no images{held}"
 
 
 def _identity(folder: Path) -> Identity:

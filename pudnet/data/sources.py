@@ -22,6 +22,7 @@ from pudnet.data.user_images import labelled_set
 from pudnet.errors import UserError, one_line, words
 
 BATCH = 256
+DIGITS = "sklearn:digits"
 # The official numbers of training and test images of each torchvision set that can be used.
 TORCHVISION_COUNTS = {
     "FashionMNIST": (60_000, 10_000),
@@ -82,22 +83,31 @@ def open_source(spec: str, raw: Path, image_size: int, channels: int) -> Source:
     torchvision downloads to the folder `raw`. A relative PATH starts at the current directory. `channels` is 1 (grey)
     or 3 (RGB). Raises `UserError` for an unknown spec, and for files that are missing or damaged.
     """
+    check_source(spec)
     kind, _, rest = spec.partition(":")
     try:
-        if spec == "sklearn:digits":
-            return _open_digits(image_size, channels)
         if kind == "torchvision":
             return _open_torchvision(rest, raw, image_size, channels)
-        if kind == "folder" and rest:
+        if kind == "folder":
             return _open_folder(Path(rest).expanduser(), image_size, channels)
-        if kind == "npz" and rest:
+        if kind == "npz":
             return _open_npz(Path(rest).expanduser(), image_size, channels)
-        if kind == "python" and ":" in rest:
+        if kind == "python":
             return _open_python(rest, image_size, channels)
+        return _open_digits(image_size, channels)
     except (OSError, RuntimeError) as error:  # no permission, an impossible file name, ~user of an unknown user
         raise UserError(f"source '{spec}' cannot be read ({error})") from error
-    known = "sklearn:digits, torchvision:NAME, folder:PATH, npz:PATH or python:MODULE:NAME"
-    raise UserError(f"source '{spec}' is not known; use {known}")
+
+
+def check_source(spec: str) -> None:
+    """Raise `UserError` unless `spec` is of a form that `open_source` takes."""
+    kind, _, rest = spec.partition(":")
+    if kind == "torchvision" and rest not in TORCHVISION_COUNTS:
+        raise UserError(f"torchvision:{rest} is not known; use one of {', '.join(TORCHVISION_COUNTS)}")
+    path, code = kind in ("folder", "npz") and rest, kind == "python" and ":" in rest
+    if not (spec == DIGITS or kind == "torchvision" or path or code):
+        known = f"{DIGITS}, torchvision:NAME, folder:PATH, npz:PATH or python:MODULE:NAME"
+        raise UserError(f"source '{spec}' is not known; use {known}")
 
 
 def _array_source(
@@ -127,7 +137,7 @@ def _open_digits(image_size: int, channels: int) -> Source:
     digits = load_digits()
     images = np.rint(digits.images * (255 / 16)).astype(np.uint8)
     names = tuple(str(digit) for digit in range(10))
-    return _array_source("sklearn:digits", images, digits.target, names, image_size, channels)
+    return _array_source(DIGITS, images, digits.target, names, image_size, channels)
 
 
 # torchvision
@@ -135,8 +145,6 @@ def _open_digits(image_size: int, channels: int) -> Source:
 
 def _open_torchvision(name: str, raw: Path, image_size: int, channels: int) -> Source:
     """All official images of a torchvision set, training images first. Downloads what is missing in `raw`."""
-    if name not in TORCHVISION_COUNTS:
-        raise UserError(f"torchvision:{name} is not known; use one of {', '.join(TORCHVISION_COUNTS)}")
     from torchvision import datasets  # here: slow to import, and needed for this source alone
 
     dataset_class = getattr(datasets, name)

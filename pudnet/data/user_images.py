@@ -325,7 +325,9 @@ def encode_labels(labels: Sequence | Pixels | None, images: int) -> tuple[Tensor
     distinct = _sorted_distinct(keys)
     names = tuple(value if isinstance(value, Label) else str(value) for _, value in distinct)
     if len(names) < 2:
-        raise UserError(f"labels: need images of at least two classes, got {len(names)} ({names[0]})")
+        raise UserError(
+            f"labels: all images are of one class, {names[0]}; give at least two classes, as subfolders or labels"
+        )
     if len(set(map(str, names))) < len(names):
         raise UserError("labels: two classes have the same name; use strings or integers")
     column = {key: position for position, key in enumerate(distinct)}
