@@ -1,6 +1,6 @@
 """What the parts of the models that ship are worth: all blocks, the filters that they make for a group, and the trunk.
 
-    OMP_NUM_THREADS=1 python reference/shipped.py    # some 35 minutes on one core of a CPU
+    OMP_NUM_THREADS=1 python reference/shipped.py    # HOURS
 
 Mostly on sets that nobody trained on. torchvision's sets are read from data/raw, or from where `study.sources` of
 params.yaml says that your copy is. It writes studies/results/shipped.md.
@@ -15,17 +15,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.params import load_params
 from pipeline.reporting.numbers import plus_minus
 from pipeline.studies.page import table_of
 from pudnet.baselines.heads import fit_head
 from pudnet.card import Card
+from pudnet.classifier import centroids, metric_logits
 from pudnet.data.images import normalize
 from pudnet.data.sources import open_source
 from pudnet.evaluation import Classifies, mean_interval
-from pudnet.network import Classifier
+from pudnet.network import Classifier, features_in_parts
 from pudnet.predictor import Predictor
 from pudnet.targets import ALL_BLOCKS
 
@@ -42,15 +43,17 @@ For groups of images, mostly from sets that the models were not trained on, thes
 - of the PudNet+, its ridge classifier on the last block alone, without the choice of blocks;
 - the same on the trunk that PudNet+ has for all groups, without the filters that it makes for the group (beside the one
   above, this says what filters are worth);
-- scikit-learn's ridge on the last block of that trunk.
+- scikit-learn's ridge on the last block of that trunk;
+- on the last block of the pretrained trunk: class centroids (by cosines), and scikit-learn's ridge and logistic
+  regression.
 
-All choose their penalty on the group. They are given the same labelled images, and measured on other images of the
-same classes: {groups} groups of each kind. A group has all ten classes of scikit-learn's digits or of Fashion-MNIST,
-five of CIFAR-100, or two of Fashion-MNIST for `fashion-convnet3`; the model has seen none of them. Images are made as
-the model's training data was: for `fashion-convnet3`, those of CIFAR-100 are grey and of 28 pixels. Groups are drawn
-from the same images again and again, of digits from 1,797, and intervals are over such draws. The scale of earlier
-blocks, a half or one, was chosen on twelve other draws. In brackets: the difference to the prediction, paired over
-the groups.
+All but class centroids choose their penalty on the group. They are given the same labelled images, and measured on
+other images of the same classes: {groups} groups of each kind. A group has all ten classes of scikit-learn's digits or
+of Fashion-MNIST, five of CIFAR-100, or two of Fashion-MNIST for `fashion-convnet3`; the model has seen none of them.
+Images are made as the model's training data was: for `fashion-convnet3`, those of CIFAR-100 are grey and of 28 pixels.
+Groups are drawn from the same images again and again, of digits from 1,797, and intervals are over such draws. The
+scale of earlier blocks, a half or one, was chosen on twelve other draws. In brackets: the difference to the prediction,
+paired over the groups.
 
 Made by `OMP_NUM_THREADS=1 python reference/shipped.py`. Accuracy in percent, with its 95% interval over groups. "all
 blocks" is how many of the groups were predicted a classifier of all blocks.
@@ -128,6 +131,24 @@ def groups(kind: Kind, predictor: Predictor, share: slice = slice(None)) -> Iter
         yield Group(*parts)
 
 
+@dataclass(frozen=True)
+class Models:
+    """A PudNet+ that ships and the model with a pretrained trunk beside it, and both without the choice of blocks."""
+
+    predictor: Predictor
+    other: Predictor
+    alone: Predictor
+    other_alone: Predictor
+
+    @classmethod
+    def load(cls, name: str) -> Models:
+        """The PudNet+ of this name, and the others."""
+        predictor, other = Predictor.load(name), Predictor.load(name + BESIDE)
+        assert other.card.provenance["train_classes"] == predictor.card.provenance["train_classes"]
+        assert (other.card.mean, other.card.std) == (predictor.card.mean, predictor.card.std)
+        return cls(predictor, other, last_block(predictor), last_block(other))
+
+
 def last_block(predictor: Predictor) -> Predictor:
     """The same model, which does not choose blocks."""
     card = predictor.card
@@ -137,18 +158,32 @@ def last_block(predictor: Predictor) -> Predictor:
 
 
 @torch.no_grad()
-def classifiers(predictor: Predictor, other: Predictor, alone: Predictor, group: Group) -> dict[str, Classifies]:
-    """The prediction for a group, that of another model, and classifiers with less; `alone` is `last_block`."""
-    labels, classes = group.labels, tuple(range(int(group.labels.max()) + 1))
-    trunk = alone.network(alone.model.base_weights(), group.images, labels, classes)
-    features = trunk.body(group.images).flatten(1)
+def classifiers(models: Models, group: Group) -> dict[str, Classifies]:
+    """The prediction for a group, that of the other model, and classifiers with less."""
+    own = group.images, group.labels, tuple(range(int(group.labels.max()) + 1))
+    alone, pretrained = models.alone, models.other_alone.adapt(*own).body
+    trunk = alone.network(alone.model.base_weights(), *own)
     return {
-        REFERENCE: predictor.adapt(group.images, labels, classes),
-        f"the prediction of `…{BESIDE}`": other.adapt(group.images, labels, classes),
-        "the last block alone": alone.adapt(group.images, labels, classes),
+        REFERENCE: models.predictor.adapt(*own),
+        f"the prediction of `…{BESIDE}`": models.other.adapt(*own),
+        "the last block alone": alone.adapt(*own),
         "and without filters of the group": trunk,
-        "scikit-learn's ridge on that": Classifier(trunk.body, fit_head("ridge", features, labels)),
+        "scikit-learn's ridge on that": with_head(trunk.body, "ridge", group),
+        "pretrained trunk, class centroids": with_centroids(pretrained, group),
+        "pretrained trunk, scikit-learn's ridge": with_head(pretrained, "ridge", group),
+        "pretrained trunk, logistic regression": with_head(pretrained, "logistic", group),
     }
+
+
+def with_head(body: nn.Module, head: str, group: Group) -> Classifier:
+    """A head of scikit-learn's on a body's features."""
+    return Classifier(body, fit_head(head, features_in_parts(body, group.images), group.labels))
+
+
+def with_centroids(body: nn.Module, group: Group) -> Classifier:
+    """Cosines to the centroids of a body's features."""
+    points = centroids(features_in_parts(body, group.images), group.labels, int(group.labels.max()) + 1)
+    return Classifier(body, lambda features: metric_logits(features, points, 1.0))
 
 
 def percent_right(classifier: Classifies, group: Group) -> float:
@@ -157,11 +192,11 @@ def percent_right(classifier: Classifies, group: Group) -> float:
     return 100 * right.float().mean().item()
 
 
-def measured(kind: Kind, predictor: Predictor, other: Predictor, alone: Predictor) -> tuple[dict[str, np.ndarray], int]:
+def measured(kind: Kind, models: Models) -> tuple[dict[str, np.ndarray], int]:
     """Accuracies in percent (G,) of each classifier on groups of one kind, and how many chose all blocks."""
     accuracies, wide = {}, 0
-    for group in groups(kind, predictor):
-        for name, classifier in classifiers(predictor, other, alone, group).items():
+    for group in groups(kind, models.predictor):
+        for name, classifier in classifiers(models, group).items():
             accuracies.setdefault(name, []).append(percent_right(classifier, group))
             wide += name == REFERENCE and classifier.card.target == ALL_BLOCKS
     return {name: np.array(values) for name, values in accuracies.items()}, wide
@@ -178,12 +213,9 @@ def column(accuracies: Mapping[str, np.ndarray]) -> list[str]:
 
 def table(model: str) -> str:
     """Measure all kinds of groups by one model -> a Markdown table."""
-    predictor, other, columns = Predictor.load(model), Predictor.load(model + BESIDE), {}
-    alone = last_block(predictor)
-    assert other.card.provenance["train_classes"] == predictor.card.provenance["train_classes"]
-    assert (other.card.mean, other.card.std) == (predictor.card.mean, predictor.card.std)
+    models, columns = Models.load(model), {}
     for title, kind in KINDS[model].items():
-        accuracies, wide = measured(kind, predictor, other, alone)
+        accuracies, wide = measured(kind, models)
         columns = {"": [*accuracies, "all blocks"], **columns, title: [*column(accuracies), f"{wide} of {kind.groups}"]}
         print(f"{model}, {title}: {columns[title]}", flush=True)
     return f"\n## {model}\n\n{table_of(columns)}"

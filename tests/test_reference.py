@@ -56,11 +56,15 @@ def test_what_is_measured_of_a_shipped_model_has_no_image_twice_and_what_was_not
     names = ("whale", predictor.card.provenance["train_classes"][0], "worlds")
     assert shipped.not_trained_on("torchvision:CIFAR100", names, predictor.card) == [0, 2]
     assert shipped.not_trained_on("torchvision:FashionMNIST", names, predictor.card) == [0, 1, 2]
-    alone = shipped.last_block(predictor)
-    made = shipped.classifiers(predictor, Predictor.load("cifar100-convnet3-pretrained-ridge"), alone, drawn[0])
+    models = shipped.Models.load("cifar100-convnet3")
+    made = shipped.classifiers(models, drawn[0])
     kernels = [made[name].body.block3.conv.weight for name in list(made)[2:4]]
     assert not torch.equal(*kernels) and torch.equal(kernels[1], predictor.model.base_weights()["block3.conv.weight"])
-    assert alone.all_blocks is None and predictor.all_blocks is not None
+    assert models.alone.all_blocks is None and predictor.all_blocks is not None
+    trunk = models.other.model.base_weights()["block3.conv.weight"]
+    for name in list(made)[5:]:  # heads on the pretrained trunk
+        assert torch.equal(made[name].body.block3.conv.weight, trunk)
+        assert shipped.percent_right(made[name], drawn[0]) > 60  # by chance: 33
 
 
 def test_long_training_stands_beside_the_predictions_on_the_same_groups(monkeypatch):
