@@ -10,7 +10,7 @@ from functools import partial
 import pandas as pd
 
 from pipeline.made_for import check_groups
-from pipeline.params import PLUS, UNTRAINED, Params
+from pipeline.params import UNTRAINED, Params
 from pipeline.project import RESULTS, read_result, write, write_json
 from pipeline.runs import cluster
 from pipeline.runs.class_split import images_of_a_class
@@ -55,12 +55,10 @@ def baselines(params: Params, fresh: bool = False) -> None:
 
 def _possible(params: Params) -> list[str]:
     """The methods to run: PudNet+ only beside another variant, the shuffled sketch only if another group has one."""
-    methods, one = list(params.baselines.methods), 1 in (params.groups.test_groups, params.baselines.test_groups)
+    methods, one = params.methods_beside, 1 in (params.groups.test_groups, params.baselines.test_groups)
     if one and "shuffled_sketch" in methods:
         print("baselines: shuffled_sketch is left out: there is one test group")
         methods.remove("shuffled_sketch")
-    if params.variant == PLUS and PLUS in methods:
-        methods.remove(PLUS)  # it is in PudNet's place
     model, _ = params.configured({})
     if not model.makes_weights:
         methods = [method for method in methods if method not in SKETCHES]  # another sketch would change nothing

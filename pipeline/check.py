@@ -6,7 +6,7 @@ import sys
 
 import torch
 
-from pipeline.params import PLUS, UNTRAINED, Params
+from pipeline.params import UNTRAINED, Params
 from pipeline.project import RESULTS, write
 from pipeline.runs.trial import make_spec, pick_device
 from pipeline.stage import run_stage
@@ -55,9 +55,8 @@ def _without_patience(params: Params) -> list[str]:
     """The methods that are trained for all passes, though `train.patience` is set (`TrialSpec.patience`)."""
     if params.train.patience is None:
         return []
-    left_out = (*UNTRAINED, *SCRATCH, *([PLUS] if params.variant == PLUS else []))
     baselines = params.for_baselines(1)  # how many labels they get does not matter here
-    trained = [m for m in params.baselines.methods if m not in left_out]
+    trained = [method for method in params.methods_beside if method not in (*UNTRAINED, *SCRATCH)]
     specs = [make_spec(params, "pudnet", "pudnet", params.seed, {}, "train", 0)]
     specs += [make_spec(baselines, name, name, params.seed, {}, "train", 0) for name in trained]
     return [spec.name for spec in specs if spec.patience is None]

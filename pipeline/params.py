@@ -177,6 +177,11 @@ class Params:
         """On how many test groups of a split the bench trains from scratch."""
         return min(self.baselines.scratch_groups, self.baselines.test_groups or self.groups.test_groups)
 
+    @property
+    def methods_beside(self) -> list[str]:
+        """The methods of the bench, without PudNet+ if it is in PudNet's place."""
+        return [method for method in self.baselines.methods if (method, self.variant) != (PLUS, PLUS)]
+
     def grid(self) -> list[dict[str, Any]]:
         """Every combination of the search space, as changes to `model` and `train`."""
         fixed = VARIANTS[self.variant]  # keys that the variant sets are not searched

@@ -146,6 +146,9 @@ def test_a_trial_of_two_experiments_is_run_by_one_of_them_unless_it_has_ended(mo
             pass
         folder = trial_folder.trial_folder("common")
         folder.mkdir(parents=True)
-        (folder / trial_folder.ENDED).touch()
+        (folder / trial_folder.ENDED).write_text('{"groups": 0, "diverged": null}')
         with held("second", "common"):
+            pass
+        (folder / trial_folder.ENDED).write_text("damaged")  # so it is to run again
+        with pytest.raises(Busy, match="common: is already running"), held("second", "common"):
             pass

@@ -110,7 +110,8 @@ def _locked(experiment: Experiment, fresh: bool) -> Iterator[None]:
     with contextlib.ExitStack() as locks:
         for spec in experiment.specs:
             key = experiment.keys[spec.name]
-            if fresh or not (trial_folder(key) / ENDED).is_file():
+            ended = (trial_folder(key) / ENDED).is_file() and read_trial(key, spec)[1]  # no, if its folder is damaged
+            if fresh or not ended:
                 locks.enter_context(locked(root() / ".pud" / "running" / f"{key}.lock"))
         yield
 
