@@ -43,6 +43,7 @@ ROOT = Path(__file__).parent.parent
 SMALL = {
     "groups.train_groups": 4,
     "groups.test_groups": 6,
+    "groups.images_per_group": 60,
     "evaluate.timing_groups": 1,
     "train.report_every": 2,
 }
