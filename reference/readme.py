@@ -29,8 +29,8 @@ About the table:
   test groups (in brackets). Their accuracy here is PudNet+'s on all groups, plus their difference to it on these few.
 - The models of the other rows were trained once on each class split, on {train_groups:,} groups. Those that ship had
   5,000, on one class split: [85.5 and 86.7 % from 500 images](docs/use/index.md#which-model) of CIFAR-100. On this
-  split, [PudNet+](docs/results/classifier.md) has 83.9 to 84.2 % after 1,000 groups. The two called `pretrained-ridge`
-  are the fourth row, trained at twice its rate.
+  split, [PudNet+](docs/results/classifier.md) has 83.9 to 84.2 % after 1,000 groups. Two that ship, called
+  `pretrained-ridge`, are made as the fourth row, at twice its rate.
 - "Tuned" was for CIFAR-100 alone. The best of [five recipes](studies/results/{recipes}.md) for each of the
   first two columns is {less} points below PudNet+, on 30 groups.
 - `python -m pipeline.study {name}` made it, in 3 hours. It downloads both sets, or takes your copies from
