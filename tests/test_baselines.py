@@ -515,7 +515,7 @@ def test_the_bench_gives_as_many_labels_as_pudnet_plus_also_if_test_groups_have_
     (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text())
     shrink(tmp_path / "params.yaml")
     raw = yaml.safe_load((tmp_path / "params.yaml").read_text())
-    raw["groups"]["test_classes_per_group"] = 4
+    raw["groups"] |= {"test_classes_per_group": 4, "images_per_group": None}
     params = resolve({**raw, "variant": "pudnet_plus"})
     prepare(params)
     make_groups(params)

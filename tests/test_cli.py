@@ -220,7 +220,7 @@ CLASSIFY = "classify --weights {weights} --data {data}"
     [
         (
             "predict --data {tmp}/one --out {tmp}/o",
-            "labels: all images are of one class, 3; give at least two classes",
+            "labels: need images of at least two classes, got 1 (3); in a folder, a subfolder for each",
         ),
         ("predict --data {tmp}/none --out {tmp}/o", "none has no images"),
         ("predict --data {tmp}/absent --out {tmp}/o", "absent: no such folder"),

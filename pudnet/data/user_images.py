@@ -326,7 +326,7 @@ def encode_labels(labels: Sequence | Pixels | None, images: int) -> tuple[Tensor
     names = tuple(value if isinstance(value, Label) else str(value) for _, value in distinct)
     if len(names) < 2:
         raise UserError(
-            f"labels: all images are of one class, {names[0]}; give at least two classes, as subfolders or labels"
+            f"labels: need images of at least two classes, got 1 ({names[0]}); in a folder, a subfolder for each"
         )
     if len(set(map(str, names))) < len(names):
         raise UserError("labels: two classes have the same name; use strings or integers")
