@@ -1,6 +1,6 @@
 """What the parts of the models that ship are worth: all blocks, the filters that they make for a group, and the trunk.
 
-    OMP_NUM_THREADS=1 python reference/shipped.py    # HOURS
+    OMP_NUM_THREADS=1 python reference/shipped.py    # 50 minutes on one core of a CPU
 
 Mostly on sets that nobody trained on. torchvision's sets are read from data/raw, or from where `study.sources` of
 params.yaml says that your copy is. It writes studies/results/shipped.md.
